@@ -1,0 +1,45 @@
+# Every verb sets up what it needs: a Python 3.11 or newer with pip is all that must be there.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install demo test lint types format protos bench pins clean
+
+install: .venv/installed
+
+# uv resolves and installs in seconds what takes pip minutes; it comes from the package index as any other package.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --group dev --editable '.[all]'
+	touch $@
+
+demo: install
+	$(BIN)/resnet demo
+
+test: install
+	$(BIN)/pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+protos: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m protos.generate
+
+# Trains and exports the digits first, if there is no model yet.
+bench: install
+	test -d demo/models/digits || $(BIN)/resnet demo
+	$(BIN)/resnet bench demo/models/digits
+
+pins: install
+	$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate --extra all --group dev pyproject.toml --output-file constraints.txt
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist demo bench

@@ -1,0 +1,51 @@
+"""Serve the Keras original of a model version behind our own server: what ONNX is compared with.
+
+`python -m benchmarks.keras_server models/digits/1` prints its address. `--max-batch 1` answers each request with a call
+of its own, as a service without batching does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from serving import models
+from serving.engine import Images, Probabilities
+from serving.server import Limits, Server
+
+
+class KerasEngine:
+    """Keras' `predict_on_batch` as an engine."""
+
+    provider = "Keras"
+
+    def __init__(self, path: Path) -> None:
+        """Load a .keras file."""
+        self._model = keras.models.load_model(path, compile=False)
+
+    def run(self, images: Images) -> Probabilities:
+        """Map uint8 [n, height, width, 3] to float32 [n, classes]."""
+        return np.asarray(self._model.predict_on_batch(images))
+
+
+def main() -> None:
+    """Serve until SIGTERM."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("version", type=Path)
+    parser.add_argument("--max-batch", type=int, default=32)
+    args = parser.parse_args()
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # before any thread starts, so that all leave them to sigwait
+    engine = KerasEngine(args.version / "model.keras")
+    model = models.start(models.read_checked(args.version), engine, args.max_batch, max_queue=1024)
+    with Server(models.Models([model]), "127.0.0.1", 0, Limits()) as server:
+        print(f"serving on {server.address}", flush=True)
+        signal.sigwait(signals)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Keras to SavedModel and ONNX, and how each of the three is loaded and called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import keras
+import numpy as np
+import onnx
+import onnxruntime
+import tensorflow as tf
+import tf2onnx
+from numpy.typing import NDArray
+
+from export.parity import Predict, Probabilities
+
+INPUT, OUTPUT = "image", "probabilities"
+OPSET = 18  # the newest that tf2onnx 1.17 converts to
+
+
+def to_saved_model(model: keras.Model, folder: Path) -> None:
+    """Write a SavedModel whose signature `serving_default` maps `image` to `probabilities`."""
+    archive = keras.export.ExportArchive()
+    archive.track(model)
+    archive.add_endpoint("serve", lambda image: {OUTPUT: model(image, training=False)}, [_signature(model)])
+    archive.write_out(str(folder), verbose=False)
+
+
+def to_onnx(model: keras.Model, path: Path) -> None:
+    """Write an ONNX file with input `image`, output `probabilities` and a free first axis called `batch`."""
+    function = tf.function(lambda image: {OUTPUT: model(image, training=False)}, input_signature=[_signature(model)])
+    graph, _ = tf2onnx.convert.from_function(function, [_signature(model)], opset=OPSET)
+    for value in (*graph.graph.input, *graph.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    onnx.checker.check_model(graph, full_check=True)
+    onnx.save(graph, path)
+
+
+def load_keras(path: Path) -> Predict:
+    """Return the original as a function of a batch."""
+    model = keras.models.load_model(path, compile=False)
+
+    def predict(images: NDArray[np.uint8]) -> Probabilities:
+        return np.asarray(model.predict_on_batch(images))
+
+    return predict
+
+
+def load_saved_model(folder: Path) -> Predict:
+    """Return the `serving_default` signature of a SavedModel as a function of a batch."""
+    signature = tf.saved_model.load(str(folder)).signatures["serving_default"]
+
+    def predict(images: NDArray[np.uint8]) -> Probabilities:
+        result: Probabilities = signature(**{INPUT: tf.constant(images)})[OUTPUT].numpy()
+        return result
+
+    return predict
+
+
+def load_onnx(path: Path) -> Predict:
+    """Return an ONNX file, run by onnxruntime on the CPU, as a function of a batch."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def predict(images: NDArray[np.uint8]) -> Probabilities:
+        result: Probabilities = session.run([OUTPUT], {INPUT: images})[0]
+        return result
+
+    return predict
+
+
+def _signature(model: keras.Model) -> tf.TensorSpec:
+    return tf.TensorSpec(model.input_shape, tf.uint8, name=INPUT)

@@ -1,0 +1,1 @@
+"""The wire contract: `classifier.proto`, and the code that `python -m protos.generate` makes from it."""

@@ -1,0 +1,24 @@
+"""Generate the Python code of the wire contract in place: `python -m protos.generate`, from the repository's root.
+
+Running protoc from the root makes the generated imports right as they are. The code is committed, so that an install
+needs no compiler; CI runs this and fails when it changes a file.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from grpc_tools import protoc
+
+OUTPUTS = ("--python_out=.", "--mypy_out=quiet:.", "--grpc_python_out=.", "--mypy_grpc_out=quiet:.")
+
+
+def generate(root: Path) -> int:
+    """Compile every .proto file of `root/protos`; return protoc's exit code."""
+    sources = sorted(path.relative_to(root).as_posix() for path in (root / "protos").glob("*.proto"))
+    return int(protoc.main(["protoc", "-I.", *OUTPUTS, *sources]))
+
+
+if __name__ == "__main__":
+    sys.exit(generate(Path.cwd()))

@@ -1,0 +1,1 @@
+"""A model repository to answers over gRPC, and the clients that ask. Loads neither TensorFlow nor Keras."""

@@ -1,0 +1,185 @@
+"""Continuous batching: each time the engine is free, whatever waits becomes the next batch.
+
+There is no timer and no thread of the batcher's own. A request that finds the engine free leads: it takes the batch,
+runs it on its own thread and hands the lead to the oldest request that came meanwhile. A lone request thus changes no
+thread, and under load the running batch is the timer that fills the next one.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from serving.engine import Images, Probabilities
+from serving.errors import Cancelled, DeadlineExceeded, InternalError, Overloaded, ServingError, Unavailable
+
+log = logging.getLogger(__name__)
+
+
+class Answer(NamedTuple):
+    """What became of one request's images.
+
+    Attributes:
+        probabilities: float32 [images, classes].
+        queue_ns: Time from arrival to the start of the batch, in nanoseconds.
+        compute_ns: Time to compute the batch, in nanoseconds.
+        batch_size: Images in the batch, those of other requests included.
+    """
+
+    probabilities: Probabilities
+    queue_ns: int
+    compute_ns: int
+    batch_size: int
+
+
+class _Job:
+    """One waiting request. Its thread sleeps on `turn` until there is an outcome, or until it is to lead."""
+
+    __slots__ = ("alive", "arrived", "deadline", "images", "outcome", "turn")
+
+    def __init__(self, images: Images, deadline: float, alive: Callable[[], bool]) -> None:
+        self.images, self.deadline, self.alive = images, deadline, alive
+        self.arrived = time.perf_counter_ns()
+        self.outcome: Answer | ServingError | None = None
+        self.turn = threading.Lock()
+        self.turn.acquire()
+
+    def finish(self, outcome: Answer | ServingError) -> None:
+        self.outcome = outcome
+        self.turn.release()
+
+    def refusal(self) -> ServingError | None:
+        """Say why there is no use in computing this job, if so."""
+        if not self.alive():
+            return Cancelled("the caller went away")
+        if time.monotonic() > self.deadline:
+            return DeadlineExceeded("the deadline passed while the request was waiting")
+        return None
+
+
+class Batcher:
+    """Runs the requests of many threads through one engine, in batches and in order of arrival."""
+
+    def __init__(self, run: Callable[[Images], Probabilities], max_batch: int = 32, max_queue: int = 1024) -> None:
+        """Start empty.
+
+        Args:
+            run: Maps uint8 [n, height, width, 3] to float32 [n, classes]; called by one thread at a time.
+            max_batch: Images in one call of `run`. A request with more is computed alone, in several calls.
+            max_queue: Images that may wait; a request that would go beyond is refused at once.
+        """
+        self._run, self._max_batch, self._max_queue = run, max_batch, max_queue
+        self._lock = threading.Lock()
+        self._queue: deque[_Job] = deque()
+        self._queued = 0  # images in the queue
+        self._led = False  # whether some thread leads
+        self._closed = False
+        self._ns_per_image = 0.0
+
+    def submit(
+        self, images: Images, deadline: float = float("inf"), alive: Callable[[], bool] = lambda: True
+    ) -> Answer:
+        """Compute the images of one request, and wait for it.
+
+        Args:
+            images: uint8 [n, height, width, 3], at least one.
+            deadline: Time on `time.monotonic`'s clock, in seconds, after which the answer is of no use.
+            alive: Says whether the caller still waits; asked once, just before the computation.
+
+        Raises:
+            Overloaded: The queue is full.
+            Unavailable: The batcher was closed.
+            DeadlineExceeded: The deadline passed while the request waited; nothing was computed.
+            Cancelled: `alive` said no; nothing was computed.
+            InternalError: The engine failed on the batch.
+        """
+        job = _Job(images, deadline, alive)
+        with self._lock:
+            if self._closed:
+                raise Unavailable("the server is shutting down")
+            if self._queued + len(images) > self._max_queue:
+                wait_ms = 1 + int(self._queued * self._ns_per_image / 1e6)
+                raise Overloaded(
+                    f"{self._queued} images are waiting, {len(images)} more would exceed the {self._max_queue} allowed",
+                    retry_ms=wait_ms,
+                )
+            self._queue.append(job)
+            self._queued += len(images)
+            leads, self._led = not self._led, True
+        if not leads:
+            job.turn.acquire()
+        if job.outcome is None:
+            self._lead()
+        if isinstance(job.outcome, Answer):
+            return job.outcome
+        assert job.outcome is not None, "a leader's own job is the head of the queue, so its batch settles it"
+        raise job.outcome
+
+    def close(self) -> None:
+        """Refuse further requests; those that wait are still computed."""
+        with self._lock:
+            self._closed = True
+
+    def _lead(self) -> None:
+        """Compute one batch, then pass the lead on."""
+        batch, refused = self._take()
+        started = time.perf_counter_ns()
+        try:
+            probabilities = self._compute(batch)
+        except Exception:
+            log.exception("the engine failed on a batch of %d requests", len(batch))
+            probabilities = None
+        finished = time.perf_counter_ns()
+        # The next batch starts before this one's answers are built: the engine is what there is least of.
+        with self._lock:
+            if batch:
+                self._ns_per_image = (finished - started) / sum(len(job.images) for job in batch)
+            if self._queue:
+                self._queue[0].turn.release()
+            else:
+                self._led = False
+        for job, error in refused:
+            job.finish(error)
+        size = sum(len(job.images) for job in batch)
+        start = 0
+        for job in batch:
+            stop = start + len(job.images)
+            if probabilities is None:
+                job.finish(InternalError("the engine failed; the server's log has the details"))
+            else:
+                job.finish(Answer(probabilities[start:stop], started - job.arrived, finished - started, size))
+            start = stop
+
+    def _take(self) -> tuple[list[_Job], list[tuple[_Job, ServingError]]]:
+        """Take whole requests from the queue, up to `max_batch` images, leaving out those nobody waits for."""
+        batch: list[_Job] = []
+        refused: list[tuple[_Job, ServingError]] = []
+        size = 0
+        with self._lock:
+            while self._queue and (not batch or size + len(self._queue[0].images) <= self._max_batch):
+                job = self._queue.popleft()
+                self._queued -= len(job.images)
+                error = job.refusal()
+                if error is not None:
+                    refused.append((job, error))
+                else:
+                    batch.append(job)
+                    size += len(job.images)
+        return batch, refused
+
+    def _compute(self, batch: list[_Job]) -> Probabilities | None:
+        if not batch:
+            return None
+        images = batch[0].images if len(batch) == 1 else np.concatenate([job.images for job in batch])
+        starts = range(0, len(images), self._max_batch)
+        parts = [self._run(images[start : start + self._max_batch]) for start in starts]
+        probabilities = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if len(probabilities) != len(images):
+            raise RuntimeError(f"the engine returned {len(probabilities)} rows for {len(images)} images")
+        return probabilities

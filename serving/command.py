@@ -1,0 +1,69 @@
+"""Answer classification requests over gRPC, with the latest version of every model in a repository.
+
+Examples:
+  resnet serve models
+  resnet serve models --port 0 --device cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import threading
+from pathlib import Path
+
+from resnet import BadInput
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `resnet serve`."""
+    parser.add_argument(
+        "repository", type=Path, metavar="REPOSITORY", help="folder of models that `resnet export` wrote"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="interface to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, default=8001, help="port; 0 takes a free one (default: 8001)")
+    parser.add_argument(
+        "--device", default="auto", choices=("auto", "cuda", "cpu"), help="what computes (default: auto)"
+    )
+    parser.add_argument("--max-batch", type=int, default=32, metavar="N", help="images in one batch (default: 32)")
+    parser.add_argument("--max-queue", type=int, default=1024, metavar="N", help="images that may wait (default: 1024)")
+    parser.add_argument("--max-images", type=int, default=256, metavar="N", help="images in one request (default: 256)")
+    parser.add_argument(
+        "--grace", type=float, default=30, metavar="S", help="seconds to finish on SIGTERM (default: 30)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve until SIGTERM or Ctrl-C, then drain."""
+    from export import repository
+    from serving import models
+    from serving.server import Limits, Server
+
+    for option in ("max_batch", "max_queue", "max_images"):
+        if getattr(args, option) < 1:
+            raise BadInput(f"--{option.replace('_', '-')} must be at least 1, not {getattr(args, option)}")
+    if not 0 <= args.port <= 65535:
+        raise BadInput(f"--port must be 0 to 65535, not {args.port}")
+    if args.grace < 0:
+        raise BadInput(f"--grace must not be negative, but is {args.grace}")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+
+    loaded = []
+    for folder in repository.models(args.repository):
+        model = models.load(repository.latest(folder), args.device, args.max_batch, args.max_queue)
+        print(
+            f"loaded {model.name}/{model.version} on {model.engine.provider}, its files and certificate hold",
+            flush=True,
+        )
+        loaded.append(model)
+    server = Server(models.Models(loaded), args.host, args.port, Limits(max_images=args.max_images))
+    print(f"serving on {server.address}", flush=True)
+    stop.wait()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)  # a second one does not wait
+    print("finishing the requests under way", flush=True)
+    server.stop(args.grace)

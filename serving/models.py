@@ -1,0 +1,106 @@
+"""Loaded models: checked against their manifest, warmed up, each behind a batcher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from export import manifest as manifests
+from export.manifest import Manifest
+from resnet import BadInput
+from serving.batcher import Batcher
+from serving.engine import Device, Engine, OnnxEngine
+from serving.errors import InvalidRequest, NotFound
+
+
+@dataclass(frozen=True)
+class Model:
+    """One version of a model, ready to answer."""
+
+    manifest: Manifest
+    engine: Engine
+    batcher: Batcher
+
+    @property
+    def name(self) -> str:
+        """The model's name in the repository."""
+        return self.manifest.model
+
+    @property
+    def version(self) -> int:
+        """The number of this version."""
+        return self.manifest.version
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, 3) of an image, as the model takes it."""
+        height, width, channels = self.manifest.input.shape[1:]
+        return height, width, channels
+
+
+def read_checked(folder: Path) -> Manifest:
+    """Read the manifest of a version whose files and certificate hold.
+
+    Raises:
+        BadInput: The manifest is not valid, a file has changed, or the certificate is outside its budget.
+    """
+    manifest = manifests.read(folder)
+    for problem in manifests.changed_files(folder, manifest):
+        raise BadInput(f"{problem}; a version that was changed is not served: export the model again")
+    for violation in manifest.certificate.violations():
+        raise BadInput(f"the certificate of {folder} does not hold, {violation}; export the model again")
+    return manifest
+
+
+def load(folder: Path, device: Device, max_batch: int, max_queue: int) -> Model:
+    """Load, check and warm up the version in `folder`.
+
+    Raises:
+        BadInput: It is not what was exported and proved, or the device is not to be had.
+    """
+    manifest = read_checked(folder)
+    return start(manifest, OnnxEngine(folder / "model.onnx", manifest, device), max_batch, max_queue)
+
+
+def start(manifest: Manifest, engine: Engine, max_batch: int, max_queue: int) -> Model:
+    """Put an engine behind a batcher, once it has run the smallest and the largest batch."""
+    for size in (1, max_batch):
+        engine.run(np.zeros((size, *manifest.input.shape[1:]), np.uint8))
+    return Model(manifest, engine, Batcher(engine.run, max_batch, max_queue))
+
+
+class Models:
+    """The models of a server, by name."""
+
+    def __init__(self, models: Iterable[Model]) -> None:
+        """Hold one version of each model."""
+        self._models = {model.name: model for model in models}
+
+    def find(self, name: str, version: int) -> Model:
+        """Return the model that a request names.
+
+        Args:
+            name: Empty where there is just one model.
+            version: 0 for the latest.
+
+        Raises:
+            InvalidRequest: No name was given although there are several models.
+            NotFound: There is no such model or version.
+        """
+        names = ", ".join(self._models)
+        if not name and len(self._models) > 1:
+            raise InvalidRequest(f"name one of the models {names}")
+        model = self._models.get(name) if name else next(iter(self._models.values()))
+        if model is None:
+            raise NotFound(f"there is no model {name!r}; this server has {names}")
+        if version not in (0, model.version):
+            raise NotFound(f"version {version} of model {model.name!r} is not served; version {model.version} is")
+        return model
+
+    def close(self) -> None:
+        """Refuse further requests; those that wait are still computed."""
+        for model in self._models.values():
+            model.batcher.close()

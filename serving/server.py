@@ -1,0 +1,91 @@
+"""The gRPC server: the classifier, health and reflection on one port."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Self
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from protos import classifier_pb2 as pb
+from protos.classifier_pb2_grpc import add_ClassifierServicer_to_server
+from resnet import BadInput
+from serving.models import Models
+from serving.servicer import Servicer
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Classifier"].full_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a server takes on.
+
+    Attributes:
+        max_images: Images in one request.
+        max_message_bytes: Size of one request.
+        max_calls: Calls at a time; each has a thread while it runs, a further one is refused.
+    """
+
+    max_images: int = 256
+    max_message_bytes: int = 64 * 2**20
+    max_calls: int = 256
+
+
+class Server:
+    """Serves models from when it is made until `stop`; as a context manager, until the end of the block."""
+
+    def __init__(self, models: Models, host: str, port: int, limits: Limits) -> None:
+        """Listen on a port, and answer.
+
+        Args:
+            models: Loaded and warm.
+            host: Name or address of an interface.
+            port: 0 takes a free one; see the attribute `address`.
+            limits: What to take on.
+
+        Raises:
+            BadInput: The port cannot be had.
+        """
+        self._models = models
+        self._server = grpc.server(
+            ThreadPoolExecutor(limits.max_calls, thread_name_prefix="call"),
+            maximum_concurrent_rpcs=limits.max_calls,
+            options=[
+                ("grpc.so_reuseport", 0),  # otherwise two servers may share a port, each with half of the requests
+                ("grpc.max_receive_message_length", limits.max_message_bytes),
+                ("grpc.max_send_message_length", -1),
+            ],
+        )
+        add_ClassifierServicer_to_server(Servicer(models, limits.max_images), self._server)
+        self._health = health.HealthServicer(experimental_non_blocking=True)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        try:
+            bound = self._server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError:
+            raise BadInput(
+                f"{host}:{port} cannot be listened on; is the port in use? Choose another with --port"
+            ) from None
+        self.address = f"{host}:{bound}"
+        self._server.start()
+        for service in ("", SERVICE):
+            self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+
+    def stop(self, grace_seconds: float) -> None:
+        """Refuse new requests, answer those that are under way, and close.
+
+        Args:
+            grace_seconds: How long those under way may take before they are cut off.
+        """
+        self._health.enter_graceful_shutdown()
+        self._server.stop(grace_seconds).wait()
+        self._models.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop(grace_seconds=10)

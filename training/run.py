@@ -1,0 +1,134 @@
+"""A run folder: everything that one training leaves on disk, each file whole or absent.
+
+settings.json    what was asked for; `--resume` compares it
+checkpoint.keras the model and its optimizer after the last finished epoch
+history.csv      a header and one row per epoch, written as each ends
+model.keras      the trained model
+labels.txt       class names, one per line, in the order of the model's outputs
+heldout.npz      test images and labels: the evidence that `resnet export` works on
+metrics.json     accuracy, versions, seed, hash of the data
+curves.png       accuracy and loss by epoch
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from resnet import BadInput
+from training.data import Split
+
+HELDOUT_BYTES = 256 * 2**20  # of pixels; a larger test split is sampled, so that a model version stays portable
+
+Row = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The paths of a run folder, and how each is read and written."""
+
+    folder: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        """Model and optimizer after the last finished epoch."""
+        return self.folder / "checkpoint.keras"
+
+    @property
+    def model(self) -> Path:
+        """The trained model."""
+        return self.folder / "model.keras"
+
+    @property
+    def curves(self) -> Path:
+        """Accuracy and loss by epoch, as a picture."""
+        return self.folder / "curves.png"
+
+    def start(self, settings: dict[str, Any], resume: bool) -> None:
+        """Claim the folder for a run with these settings, or check that it holds one.
+
+        Raises:
+            BadInput: The folder cannot be written, holds something already, or holds a run with other settings.
+        """
+        path = self.folder / "settings.json"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if resume and path.exists():
+                self._compare(json.loads(path.read_text()), settings)
+            elif any(self.folder.iterdir()):
+                advice = "it holds no run to resume" if resume else "pass --resume to continue its run"
+                raise BadInput(f"--out {self.folder} is not empty; {advice}, or choose another folder")
+            self._write("settings.json", settings)
+        except (OSError, json.JSONDecodeError) as error:
+            raise BadInput(f"--out {self.folder} cannot be used: {error}") from None
+
+    def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        for key, value in now.items():
+            if key != "epochs" and before.get(key) != value:
+                raise BadInput(
+                    f"{self.folder} was started with {key} {before.get(key)!r}, not {value!r}; --resume keeps it"
+                )
+        if now["epochs"] < before["epochs"]:
+            raise BadInput(
+                f"{self.folder} was started for {before['epochs']} epochs; --resume may only raise that number"
+            )
+
+    def read_history(self) -> list[Row]:
+        """Return the rows of history.csv, oldest first; none if there is no such file."""
+        path = self.folder / "history.csv"
+        if not path.exists():
+            return []
+        with path.open(newline="") as file:
+            return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+    def write_history(self, rows: list[Row]) -> None:
+        """Replace history.csv by these rows."""
+
+        def write(path: Path) -> None:
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0].keys() if rows else ["epoch"])
+                writer.writeheader()
+                writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in rows)
+
+        self.replace(self.folder / "history.csv", write)
+
+    def write_evidence(self, labels: tuple[str, ...], test: Split) -> None:
+        """Write the class names, and the test images as far as `HELDOUT_BYTES` allows."""
+        limit = max(1, HELDOUT_BYTES // test.images[0].nbytes)
+        if len(test.images) > limit:
+            chosen = np.sort(np.random.default_rng(0).permutation(len(test.images))[:limit])
+            print(f"keeping {limit:,} of {len(test.images):,} test images as evidence for the export")
+            test = test.take(chosen)
+
+        def write(path: Path) -> None:
+            with path.open("wb") as file:
+                np.savez_compressed(file, images=test.images, labels=test.labels)
+
+        self.replace(self.folder / "heldout.npz", write)
+        self.replace(
+            self.folder / "labels.txt", lambda path: path.write_text("".join(f"{label}\n" for label in labels))
+        )
+
+    def write_metrics(self, metrics: dict[str, Any]) -> None:
+        """Write metrics.json."""
+        self._write("metrics.json", metrics)
+
+    def _write(self, name: str, value: dict[str, Any]) -> None:
+        self.replace(self.folder / name, lambda path: path.write_text(json.dumps(value, indent=2) + "\n"))
+
+    @staticmethod
+    def replace(path: Path, write: Callable[[Path], object]) -> None:
+        """Call `write` on a path beside `path`, sync that file and rename it: a kill leaves the old file or the new."""
+        # The suffix stays, because Keras tells formats apart by it.
+        part = path.with_name(f".part-{path.name}")
+        write(part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
