@@ -77,7 +77,8 @@ class Batcher:
         self._run, self._max_batch, self._max_queue = run, max_batch, max_queue
         self._lock = threading.Lock()
         self._queue: deque[_Job] = deque()
-        self._queued = 0  # images in the queue
+        self.queued = 0
+        """Images that wait now."""
         self._led = False  # whether some thread leads
         self._closed = False
         self._ns_per_image = 0.0
@@ -103,14 +104,14 @@ class Batcher:
         with self._lock:
             if self._closed:
                 raise Unavailable("the server is shutting down")
-            if self._queued + len(images) > self._max_queue:
-                wait_ms = 1 + int(self._queued * self._ns_per_image / 1e6)
+            if self.queued + len(images) > self._max_queue:
+                wait_ms = 1 + int(self.queued * self._ns_per_image / 1e6)
                 raise Overloaded(
-                    f"{self._queued} images are waiting, {len(images)} more would exceed the {self._max_queue} allowed",
+                    f"{self.queued} images are waiting, {len(images)} more would exceed the {self._max_queue} allowed",
                     retry_ms=wait_ms,
                 )
             self._queue.append(job)
-            self._queued += len(images)
+            self.queued += len(images)
             leads, self._led = not self._led, True
         if not leads:
             job.turn.acquire()
@@ -164,7 +165,7 @@ class Batcher:
         with self._lock:
             while self._queue and (not batch or size + len(self._queue[0].images) <= self._max_batch):
                 job = self._queue.popleft()
-                self._queued -= len(job.images)
+                self.queued -= len(job.images)
                 error = job.refusal()
                 if error is not None:
                     refused.append((job, error))

@@ -1,0 +1,43 @@
+"""`resnet bench`, on the small model and for moments only: that it works, not how fast anything is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import resnet
+
+
+@pytest.mark.slow
+def test_bench_measures_every_way_to_run_a_model(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A table, a picture, all rounds as JSON, and a last line for programs."""
+    out = tmp_path / "bench"
+    assert resnet.main(["bench", str(repository / "digits"), "--seconds=0.1", "--rounds=1", f"--out={out}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    last, saved = json.loads(lines[-1]), json.loads((out / "bench.json").read_text())
+    names = [row["row"] for row in last["rows"]]
+    assert len(names) == 7
+    assert names == [row["row"] for row in saved["rows"]]
+    assert [line.split("|")[1].strip() for line in lines if line.startswith("|")][2:] == names
+    assert all(row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] for row in last["rows"])
+    assert all(rate > 0 for row in last["rows"] for rate in row["images_per_second"].values())
+    assert last["environment"]["model"] == "digits/1"
+    with Image.open(out / "bench.png") as picture:
+        assert picture.width > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["nothing"], "nothing holds no model version"), (["nothing", "--rounds=0"], "--rounds at least 1")],
+)
+def test_bench_refuses_what_it_cannot_measure(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One sentence, exit code 2."""
+    assert resnet.main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err

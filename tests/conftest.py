@@ -1,0 +1,95 @@
+"""A small model, trained, exported and served once for all tests; each test changes copies only."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"
+
+from training.model import ARCHITECTURES, Architecture
+
+TINY = Architecture((8, 16), strides=(1, 2), blocks=(1, 1))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tiny() -> Iterator[str]:
+    """Add a network to the family that trains in seconds, and return its name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ARCHITECTURES, "tiny", TINY)
+        yield "tiny"
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Path:
+    """A finished run folder."""
+    from training.train import Settings, train
+
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    train(Settings(data="digits", model=tiny, recipe="notebook", epochs=3, seed=0, image_size=None), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def repository(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository that holds digits/1."""
+    from export import source
+    from export.export import export
+
+    folder = tmp_path_factory.mktemp("models")
+    export(source.load(run), folder / "digits")
+    return folder
+
+
+@pytest.fixture
+def own_repository(repository: Path, tmp_path: Path) -> Path:
+    """A copy of the model repository, for a test that changes it."""
+    return Path(shutil.copytree(repository, tmp_path / "models"))
+
+
+@pytest.fixture(scope="session")
+def heldout(run: Path) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    """The test images of the digits and their classes."""
+    from export.source import load_heldout
+
+    return load_heldout(run)
+
+
+@pytest.fixture(scope="session")
+def probabilities(repository: Path, heldout: tuple[NDArray[np.uint8], NDArray[np.int32]]) -> NDArray[np.float32]:
+    """What the Keras original answers to the test images."""
+    from export.convert import load_keras
+
+    return load_keras(repository / "digits" / "1" / "model.keras")(heldout[0])
+
+
+@pytest.fixture(scope="session")
+def address(repository: Path) -> Iterator[str]:
+    """A server of the model repository, on a free port."""
+    from serving import models
+    from serving.server import Limits, Server
+
+    model = models.load(repository / "digits" / "1", "cpu", max_batch=32, max_queue=1024)
+    with Server(models.Models([model]), "127.0.0.1", 0, Limits()) as server:
+        yield server.address
+
+
+@pytest.fixture(scope="session")
+def png() -> Callable[[NDArray[np.uint8]], bytes]:
+    """Encodes pixels without loss."""
+
+    def encode(pixels: NDArray[np.uint8]) -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        return file.getvalue()
+
+    return encode

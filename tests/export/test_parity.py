@@ -1,0 +1,80 @@
+"""The comparison itself, on numbers that can be checked by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from export import parity
+from export.manifest import Budget, Certificate, Parity
+from export.parity import BudgetError, ShapeError
+
+EXPECTED = np.array([[0.7, 0.2, 0.1], [0.1, 0.5, 0.4], [0.30000, 0.34999, 0.35001]], np.float32)
+LABELS = np.array([0, 1, 1], np.int32)
+
+
+def compare(actual: np.ndarray, tie: float = 1e-3) -> Parity:
+    """Compare with `EXPECTED` at batch size 3."""
+    return parity.compare(EXPECTED, actual, LABELS, 3, tie)
+
+
+def test_equal_answers_have_no_difference() -> None:
+    """All figures are those of the original."""
+    found = compare(EXPECTED.copy())
+    assert (found.max_difference, found.mean_difference) == (0, 0)
+    assert (found.top1_agreement, found.top1_disagreements) == (1, 0)
+    assert found.accuracy == pytest.approx(2 / 3)
+
+
+def test_differences_are_the_largest_and_the_mean_of_all_probabilities() -> None:
+    """A move of 0.09 from one class to another: the largest is 0.09, the mean 0.18 / 9."""
+    actual = EXPECTED.copy()
+    actual[0] += np.array([-0.09, 0.09, 0], np.float32)
+    found = compare(actual)
+    assert found.max_difference == pytest.approx(0.09, abs=1e-6)
+    assert found.mean_difference == pytest.approx(0.02, abs=1e-6)
+    assert found.top1_disagreements == 0
+
+
+def test_another_class_counts_unless_the_original_was_a_tie() -> None:
+    """The last row's best two differ by 2e-5: below a tie of 1e-3, above one of 1e-5."""
+    actual = EXPECTED[:, [0, 2, 1]]  # turns the second and the third answer
+    assert compare(actual).top1_agreement == pytest.approx(1 / 3)
+    assert compare(actual, tie=1e-3).top1_disagreements == 1
+    assert compare(actual, tie=1e-5).top1_disagreements == 2
+
+
+@pytest.mark.parametrize("actual", [EXPECTED[:, :2], EXPECTED[:2], EXPECTED.astype(np.float64)])
+def test_another_shape_or_dtype_is_a_failure_of_its_own(actual: np.ndarray) -> None:
+    """There is nothing to compare then."""
+    with pytest.raises(ShapeError, match="the original's is float32"):
+        compare(actual)
+
+
+def certificate(**changes: float) -> Certificate:
+    """Return a certificate that holds but for `changes` in one row."""
+    good = {"max_difference": 1e-7, "mean_difference": 1e-8, "top1_agreement": 1.0, "accuracy": 0.9}
+    rows = [Parity(batch_size=1, top1_disagreements=0, **good)]
+    bad = [Parity(**{"batch_size": 3, "top1_disagreements": 0, **good, **changes})]  # type: ignore[arg-type]
+    return Certificate(10, "hash", 0.9, Budget(), {"onnx": rows, "saved_model": bad})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_difference": 2e-5}, "largest difference of saved_model at batch size 3 is 2e-05, above 1e-05"),
+        ({"max_difference": float("nan")}, "largest difference of saved_model at batch size 3 is nan"),
+        ({"top1_disagreements": 2}, "2 of 10 answers of saved_model at batch size 3 name another class"),
+    ],
+)
+def test_a_broken_budget_is_named(changes: dict[str, float], message: str) -> None:
+    """The error says which figure of which variant, and by how much; NaN is outside of any budget."""
+    parity.check(certificate())
+    with pytest.raises(BudgetError, match=message):
+        parity.check(certificate(**changes))
+
+
+def test_missing_evidence_does_not_hold() -> None:
+    """A certificate without a variant proves nothing."""
+    empty = Certificate(0, "hash", 0.9, Budget(), {})
+    assert len(list(empty.violations())) == 3

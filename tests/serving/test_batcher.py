@@ -1,0 +1,213 @@
+"""The batcher, with an engine that computes when the test says so."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from serving.batcher import Answer, Batcher
+from serving.engine import Images, Probabilities
+from serving.errors import Cancelled, DeadlineExceeded, InternalError, Overloaded, Unavailable
+
+
+class GatedEngine:
+    """Answers each image with its first value; waits before each batch until the gate is opened for it."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.entered = threading.Semaphore(0)
+        self.gate = threading.Semaphore(0)
+        self.failure: Exception | None = None
+        self.dropped_rows = 0
+
+    def run(self, images: Images) -> Probabilities:
+        """Record the batch, and compute it once the gate is open."""
+        self.batches.append(images[:, 0, 0, 0].tolist())
+        self.entered.release()
+        assert self.gate.acquire(timeout=10)
+        if self.failure is not None:
+            raise self.failure
+        return images[: len(images) - self.dropped_rows, 0, 0, :1].astype(np.float32)
+
+
+def images(*values: int) -> Images:
+    """Return an image for each value."""
+    return np.array(values, np.uint8).reshape(-1, 1, 1, 1) * np.ones((1, 2, 2, 3), np.uint8)
+
+
+class Bench:
+    """A batcher over a gated engine, and threads that submit to it in a known order."""
+
+    def __init__(self, pool: ThreadPoolExecutor, max_batch: int = 4, max_queue: int = 8) -> None:
+        self.engine = GatedEngine()
+        self.batcher = Batcher(self.engine.run, max_batch, max_queue)
+        self._pool = pool
+
+    def lead(self, *values: int) -> Future[Answer]:
+        """Submit a request that finds the engine free, and return once it is being computed."""
+        future = self._pool.submit(self.batcher.submit, images(*values))
+        assert self.engine.entered.acquire(timeout=10)
+        return future
+
+    def wait(
+        self, *values: int, deadline: float = float("inf"), alive: Callable[[], bool] = lambda: True
+    ) -> Future[Answer]:
+        """Submit a request while the engine is busy, and return once it is in the queue."""
+        before = self.batcher.queued
+        future = self._pool.submit(self.batcher.submit, images(*values), deadline, alive)
+        while self.batcher.queued == before:
+            time.sleep(0)  # gives way to the submitting thread
+        return future
+
+    def compute(self, batches: int = 1) -> None:
+        """Open the gate for so many batches."""
+        self.engine.gate.release(batches)
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Threads for requests."""
+    with ThreadPoolExecutor(16) as threads:
+        yield threads
+
+
+def test_a_lone_request_is_computed_on_its_own_thread() -> None:
+    """No hand-over between threads, and the answer says what it cost."""
+    threads: list[int] = []
+
+    def run(batch: Images) -> Probabilities:
+        threads.append(threading.get_ident())
+        return np.zeros((len(batch), 2), np.float32)
+
+    answer = Batcher(run).submit(images(1, 2))
+    assert threads == [threading.get_ident()]
+    assert answer.probabilities.shape == (2, 2)
+    assert answer.batch_size == 2
+    assert answer.compute_ns > 0
+
+
+def test_what_waits_becomes_the_next_batch_in_order_of_arrival(pool: ThreadPoolExecutor) -> None:
+    """Whole requests up to max_batch; each gets its own rows back."""
+    bench = Bench(pool)
+    futures = [bench.lead(1), bench.wait(2), bench.wait(3, 4), bench.wait(5, 6), bench.wait(7)]
+    bench.compute(3)
+    answers = [future.result(10) for future in futures]
+    assert bench.engine.batches == [[1], [2, 3, 4], [5, 6, 7]]
+    assert [answer.probabilities[:, 0].tolist() for answer in answers] == [[1], [2], [3, 4], [5, 6], [7]]
+    assert [answer.batch_size for answer in answers] == [1, 3, 3, 3, 3]
+    assert answers[1].queue_ns > 0
+
+
+def test_a_request_that_arrives_during_a_batch_is_in_the_next(pool: ThreadPoolExecutor) -> None:
+    """The batch is fixed when the engine is free, not before."""
+    bench = Bench(pool)
+    first, second = bench.lead(1), bench.wait(2)
+    bench.compute()
+    assert bench.engine.entered.acquire(timeout=10)  # the batch of 2 has begun
+    third = bench.wait(3)
+    bench.compute(2)
+    assert [future.result(10).batch_size for future in (first, second, third)] == [1, 1, 1]
+
+
+def test_a_large_request_is_computed_alone_in_parts(pool: ThreadPoolExecutor) -> None:
+    """Its answer is whole."""
+    bench = Bench(pool, max_queue=16)
+    futures = [bench.lead(1), bench.wait(2), bench.wait(*range(10, 20))]
+    bench.compute(5)
+    assert futures[2].result(10).probabilities[:, 0].tolist() == list(range(10, 20))
+    assert bench.engine.batches == [[1], [2], [10, 11, 12, 13], [14, 15, 16, 17], [18, 19]]
+
+
+def test_work_that_nobody_waits_for_is_dropped(pool: ThreadPoolExecutor) -> None:
+    """Cancelled and expired requests cost no computation, whatever their place in the queue."""
+    bench = Bench(pool)
+    first = bench.lead(1)
+    cancelled = bench.wait(2, alive=lambda: False)
+    expired = bench.wait(3, deadline=time.monotonic())
+    last = bench.wait(4)
+    bench.compute(2)
+    assert last.result(10).batch_size == first.result(10).batch_size == 1
+    assert bench.engine.batches == [[1], [4]]
+    with pytest.raises(Cancelled):
+        cancelled.result(10)
+    with pytest.raises(DeadlineExceeded):
+        expired.result(10)
+
+
+def test_a_queue_of_dropped_requests_leaves_the_batcher_free(pool: ThreadPoolExecutor) -> None:
+    """A batch that turns out empty is none."""
+    bench = Bench(pool)
+    first, cancelled = bench.lead(1), bench.wait(2, alive=lambda: False)
+    bench.compute()
+    first.result(10)
+    assert isinstance(cancelled.exception(10), Cancelled)
+    again = bench.lead(3)
+    bench.compute()
+    assert again.result(10).probabilities[0, 0] == 3
+
+
+def test_a_full_queue_refuses_at_once(pool: ThreadPoolExecutor) -> None:
+    """The bound is in images; who is refused learns when to try again, and who waits is answered."""
+    bench = Bench(pool, max_queue=3)
+    futures = [bench.lead(1), bench.wait(2, 3)]
+    with pytest.raises(Overloaded, match="2 images are waiting, 2 more would exceed the 3 allowed") as refusal:
+        bench.batcher.submit(images(4, 5))
+    assert refusal.value.retry_ms >= 1
+    futures.append(bench.wait(6))
+    bench.compute(2)
+    assert [len(future.result(10).probabilities) for future in futures] == [1, 2, 1]
+
+
+@pytest.mark.parametrize("fault", ["exception", "short"])
+def test_a_failed_batch_fails_its_own_requests_only(pool: ThreadPoolExecutor, fault: str) -> None:
+    """Each caller has an error of its own, without details of the engine; the next batch is computed."""
+    bench = Bench(pool)
+    first, second, third = bench.lead(1), bench.wait(2), bench.wait(3)
+    bench.compute()
+    first.result(10)
+    assert bench.engine.entered.acquire(timeout=10)
+    if fault == "exception":
+        bench.engine.failure = ValueError("secret")
+    else:
+        bench.engine.dropped_rows = 1
+    fourth = bench.wait(4)
+    bench.compute()
+    errors = [future.exception(10) for future in (second, third)]
+    assert all(isinstance(error, InternalError) and "secret" not in str(error) for error in errors)
+    assert errors[0] is not errors[1]
+    assert bench.engine.entered.acquire(timeout=10)
+    bench.engine.failure, bench.engine.dropped_rows = None, 0
+    bench.compute()
+    assert fourth.result(10).probabilities[0, 0] == 4
+
+
+def test_closing_refuses_new_requests_and_answers_old_ones(pool: ThreadPoolExecutor) -> None:
+    """Nothing that was accepted is lost."""
+    bench = Bench(pool)
+    futures = [bench.lead(1), bench.wait(2)]
+    bench.batcher.close()
+    with pytest.raises(Unavailable, match="shutting down"):
+        bench.batcher.submit(images(3))
+    bench.compute(2)
+    assert [future.result(10).probabilities[0, 0] for future in futures] == [1, 2]
+
+
+def test_many_threads_get_their_own_answers(pool: ThreadPoolExecutor) -> None:
+    """2,000 requests from 16 threads, each of which checks what it gets."""
+
+    def run(batch: Images) -> Probabilities:
+        return batch[:, 0, 0, :1].astype(np.float32)
+
+    batcher = Batcher(run, max_batch=8, max_queue=100)
+
+    def ask(number: int) -> bool:
+        values = [number % 251] * (1 + number % 3)
+        return bool(batcher.submit(images(*values)).probabilities[:, 0].tolist() == values)
+
+    assert all(pool.map(ask, range(2000)))
+    assert batcher.queued == 0

@@ -1,0 +1,77 @@
+"""The command line, the packages, and what ships."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import resnet
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """`resnet --help` is exit code 0; `resnet` alone shows the same with exit code 2."""
+    assert resnet.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in resnet.COMMANDS)
+    assert resnet.main([]) == 2
+    assert resnet.main(["fly"]) == 2
+    assert "there is no command 'fly'; choose one of train" in capsys.readouterr().err
+
+
+def test_help_of_a_command_loads_no_stage() -> None:
+    """Seconds of TensorFlow are for work only."""
+    code = """
+import sys, resnet
+for name in resnet.COMMANDS:
+    try:
+        resnet.main([name, "--help"])
+    except SystemExit as end:
+        assert end.code == 0
+print([name for name in ("tensorflow", "keras", "onnxruntime") if name in sys.modules])
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.splitlines()[-1] == "[]"
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A serving environment that is asked to train says what to install."""
+    monkeypatch.setitem(sys.modules, "keras", None)
+    monkeypatch.delitem(sys.modules, "training.model", raising=False)
+    assert resnet.main(["train", "--out", "run"]) == 2
+    assert "keras is not installed; pip install 'resnet[training]' brings it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", resnet.PACKAGES)
+def test_packages_are_those_of_this_repository(name: str) -> None:
+    """Their names are common words: none may be shadowed by another distribution's."""
+    file = importlib.import_module(name).__file__
+    assert file is not None
+    assert ROOT in Path(file).parents
+
+
+def test_the_generated_code_fits_its_generator() -> None:
+    """`make protos` was run with the pinned grpcio-tools: its version is written into the code."""
+    pinned = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if "grpcio-tools==" in line)
+    assert (
+        f"GRPC_GENERATED_VERSION = '{pinned.partition('==')[2]}'"
+        in (ROOT / "protos/classifier_pb2_grpc.py").read_text()
+    )
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_all_stages(tmp_path: Path) -> None:
+    """Commands, packages, types and the .proto file."""
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {"resnet.py", "protos/classifier.proto", "protos/classifier_pb2.pyi", "serving/py.typed"} < names
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"resnet.py", *resnet.PACKAGES}

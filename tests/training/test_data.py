@@ -1,0 +1,123 @@
+"""Data sets, and what is said about those that cannot be used."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from resnet import BadInput
+from training import data
+
+
+def write(path: Path, shade: int = 0, size: tuple[int, int] = (8, 8)) -> None:
+    """Write a picture of one shade."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (shade, shade, shade)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A data set of two classes, two training images and a test image each."""
+    for label, name in enumerate(("cat", "dog")):
+        write(tmp_path / "train" / name / "1.png", 10 * label)
+        write(tmp_path / "train" / name / "2.jpg", 10 * label + 1)
+        write(tmp_path / "test" / name / "1.png", 10 * label + 2)
+    return tmp_path
+
+
+def test_digits_are_rgb_images_of_which_a_fifth_is_for_testing() -> None:
+    """1,797 images of 32x32 pixels, values from black to white, no image in both splits."""
+    digits = data.load("digits")
+    assert (len(digits.train.labels), len(digits.test.labels)) == (1437, 360)
+    assert digits.image_shape == (32, 32, 3)
+    assert (digits.train.images.min(), digits.train.images.max()) == (0, 255)
+    train, test = ({image.tobytes() for image in split.images} for split in (digits.train, digits.test))
+    assert not train & test
+
+
+def test_a_folder_is_read_in_the_order_of_its_names(folder: Path) -> None:
+    """Classes are the folders' names; labels follow them; hidden files are passed over."""
+    (folder / "train" / "cat" / ".DS_Store").write_bytes(b"x")
+    dataset = data.load(str(folder))
+    assert dataset.classes == ("cat", "dog")
+    assert dataset.train.labels.tolist() == [0, 0, 1, 1]
+    assert dataset.train.images[:, 0, 0, 0].tolist() == [0, 1, 10, 11]
+    assert dataset.test.images[:, 0, 0, 0].tolist() == [2, 12]
+
+
+def test_the_hash_follows_pixels_labels_and_names(folder: Path) -> None:
+    """Equal data have equal hashes; one pixel changes it."""
+    before = data.load(str(folder)).sha256()
+    assert data.load(str(folder)).sha256() == before
+    write(folder / "test" / "dog" / "1.png", 99)
+    assert data.load(str(folder)).sha256() != before
+
+
+def test_images_of_several_sizes_are_resized_on_request(folder: Path) -> None:
+    """--image-size makes them square."""
+    write(folder / "train" / "cat" / "3.png", size=(20, 9))
+    assert data.load(str(folder), image_size=16).image_shape == (16, 16, 3)
+
+
+def test_a_local_copy_of_cifar10_is_read(tmp_path: Path) -> None:
+    """The distribution's rows are planar: 1,024 red values, then green, then blue."""
+    row = np.repeat(np.array([1, 2, 3], np.uint8), 1024)
+    for name in (*data.CIFAR10_BATCHES, "test_batch"):
+        (tmp_path / name).write_bytes(pickle.dumps({b"data": np.stack([row, row]), b"labels": [3, 4]}))
+    dataset = data.load(str(tmp_path))
+    assert dataset.train.images.shape == (10, 32, 32, 3)
+    assert dataset.test.images[0, 31, 31].tolist() == [1, 2, 3]
+    assert dataset.classes[dataset.test.labels[0]] == "cat"
+
+
+def test_a_broken_cifar10_batch_is_named(tmp_path: Path) -> None:
+    """A download that was cut short is one sentence."""
+    (tmp_path / data.CIFAR10_BATCHES[0]).write_bytes(b"\x80\x04")
+    with pytest.raises(BadInput, match="data_batch_1 is not a CIFAR-10 batch"):
+        data.load(str(tmp_path))
+
+
+def _remove_test(folder: Path) -> None:
+    for path in (folder / "test" / "dog").iterdir():
+        path.unlink()
+
+
+def _truncate(folder: Path) -> None:
+    path = folder / "train" / "dog" / "2.jpg"
+    path.write_bytes(path.read_bytes()[:200])
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a class without images": (_remove_test, "test/dog holds no images"),
+    "a truncated image": (_truncate, "train/dog/2.jpg is a broken image"),
+    "a text file": (lambda folder: (folder / "test" / "cat" / "a.txt").write_text("x"), "a.txt is not a JPEG or PNG"),
+    "a size of its own": (lambda folder: write(folder / "test" / "cat" / "9.png", size=(9, 8)), "pass --image-size"),
+    "a class for testing only": (lambda folder: write(folder / "test" / "emu" / "1.png"), "the class 'emu'"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_folder_is_refused_with_the_place_of_the_fault(folder: Path, fault: str) -> None:
+    """The message names the file or folder at fault."""
+    plant, message = FAULTS[fault]
+    plant(folder)
+    with pytest.raises(BadInput, match=message):
+        data.load(str(folder))
+
+
+def test_unknown_empty_and_one_class_data_are_refused(tmp_path: Path) -> None:
+    """There must be two classes to tell apart."""
+    with pytest.raises(BadInput, match="neither a data set .* nor a folder"):
+        data.load("mnist")
+    with pytest.raises(BadInput, match="train cannot be read"):
+        data.load(str(tmp_path))
+    write(tmp_path / "train" / "cat" / "1.png")
+    with pytest.raises(BadInput, match="two or more classes; it has 1"):
+        data.load(str(tmp_path))
+    with pytest.raises(BadInput, match="--image-size is for folders"):
+        data.load("digits", image_size=64)
