@@ -58,7 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"resnet: there is no command {name!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its start-up notes are not for our users
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # off by default on CPUs without VNNI; a step takes 6x as long
     command = COMMANDS[name]
     try:
         module = importlib.import_module(command.module)

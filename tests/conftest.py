@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,10 +12,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"
+from training.command import start_tensorflow
 
-from training.model import ARCHITECTURES, Architecture
+start_tensorflow()
+
+from training.model import ARCHITECTURES, Architecture  # noqa: E402  # TensorFlow comes first
 
 TINY = Architecture((8, 16), strides=(1, 2), blocks=(1, 1))
 

@@ -18,6 +18,7 @@ from resnet import BadInput
 from training import data, model
 from training.data import Dataset, Split
 from training.plots import plot_curves
+from training.progress import EpochProgress
 from training.recipes import RECIPES, Recipe
 from training.run import Row, Run
 
@@ -95,7 +96,8 @@ def train(settings: Settings, folder: Path, resume: bool = False) -> dict[str, A
             initial_epoch=epoch,
             epochs=epoch + 1,
             shuffle=False,
-            verbose=1 if sys.stdout.isatty() else 2,
+            callbacks=[EpochProgress(epoch + 1, settings.epochs, len(batches), len(training))],
+            verbose=0,
         ).history
         row: Row = {"epoch": epoch + 1} | {name: values[0] for name, values in figures.items()}
         row |= {"seconds": time.perf_counter() - started, "data_seconds": batches.seconds}
@@ -123,7 +125,7 @@ def _start_or_resume(
         return network, run.read_history()[:done]
     network = model.build(model.ARCHITECTURES[settings.model], dataset.image_shape, len(dataset.classes))
     recipe.compile(network)
-    network.summary(line_length=100)
+    network.summary()
     return network, []
 
 

@@ -70,7 +70,7 @@ def test_a_killed_run_resumes_and_learns_what_it_would_have_learned(tmp_path: Pa
     process = subprocess.Popen([sys.executable, "-uc", TRAIN, *arguments], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("Epoch 2/"):
+        if line.startswith("epoch 1/3"):
             break
     process.send_signal(signal.SIGKILL)
     process.wait()
