@@ -16,13 +16,13 @@ import resnet
 from resnet import BadInput, CheckFailed
 
 NAME = "digits"
-PIXELS_SHOWN = 4
+SHOWN = 2
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `resnet demo`."""
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder to work in, made anew (default: demo)")
-    parser.add_argument("--epochs", type=int, default=6, help="epochs to train (default: 6)")
+    parser.add_argument("--epochs", type=int, default=4, help="epochs to train (default: 4)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     _step(3, "Serve it, and classify its test images through gRPC")
     right, total = _classify(models)
     _step(4, "Measure it against the Keras original")
-    _call("bench", str(models / NAME), "--seconds", "0.4", "--out", str(bench))
+    _call("bench", str(models / NAME), "--seconds", "0.25", "--out", str(bench))
 
     _summarise(args.out, right, total, time.perf_counter() - started)
 
@@ -77,7 +77,7 @@ def _classify(models: Path) -> tuple[int, int]:
         print(f"serving on {address}\n")
         with Client(address) as client:
             answers = [client.classify([file], top_k=2).images[0] for file in files]
-    for image, label, (first, second) in list(zip(images, labels, answers, strict=True))[:2]:
+    for image, label, (first, second) in list(zip(images, labels, answers, strict=True))[:SHOWN]:
         print(f"{_sketch(image)}\n  a {label}; the server says {first.label} ({first.probability:.1%}), "
               f"then {second.label} ({second.probability:.1%})\n")  # fmt: skip
     right = sum(answer[0].index == label for answer, label in zip(answers, labels, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import keras
@@ -16,6 +17,9 @@ from export.parity import Predict, Probabilities
 
 INPUT, OUTPUT = "image", "probabilities"
 OPSET = 18  # the newest that tf2onnx 1.17 converts to
+
+# It warns that functions are traced again; with several models and batch sizes in one process they have to be.
+logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
 
 def to_saved_model(model: keras.Model, folder: Path) -> None:
