@@ -30,6 +30,8 @@ class Command(NamedTuple):
     summary: str
 
 
+PACKAGES = ("training", "export", "serving", "protos", "benchmarks")
+
 COMMANDS = {
     "train": Command("training.command", "training", "train a ResNet on images, into a run folder"),
     "export": Command("export.command", "export", "convert a trained model and prove that the result is the same"),
@@ -76,14 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name is None or error.name.partition(".")[0] in PACKAGES:
             raise
         print(
-            f"resnet {name}: {error.name} is not installed; pip install 'resnet[{command.extra}]' brings it",
+            f"resnet {name}: {error.name} is not installed; install resnet with its extra {command.extra!r}",
             file=sys.stderr,
         )
+        return 2
+    except OSError as error:  # a full disk, a folder without rights: nothing that a traceback would explain
+        print(f"resnet {name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nresnet {name}: interrupted", file=sys.stderr)
         return 130
     return 0
-
-
-PACKAGES = ("training", "export", "serving", "protos", "benchmarks")

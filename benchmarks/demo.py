@@ -17,6 +17,7 @@ from resnet import BadInput, CheckFailed
 
 NAME = "digits"
 SHOWN = 2
+MARKER = "demo.txt"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -27,9 +28,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run every stage as a user would, and sum up what came of it."""
-    if args.out.exists() and not (args.out / "runs").is_dir() and any(args.out.iterdir()):
-        raise BadInput(f"--out {args.out} holds something else than a former demo; choose another folder")
-    shutil.rmtree(args.out, ignore_errors=True)
+    if args.out.exists():
+        if not (args.out / MARKER).is_file():
+            raise BadInput(f"--out {args.out} exists and is not of a former demo; choose another folder")
+        shutil.rmtree(args.out)
+    args.out.mkdir(parents=True)
+    (args.out / MARKER).write_text("`resnet demo` made this folder and will remove it when it runs again.\n")
     run_folder, models, bench = args.out / "runs" / NAME, args.out / "models", args.out / "bench"
     started = time.perf_counter()
 

@@ -73,9 +73,7 @@ def _providers(device: Device) -> list[str | tuple[str, dict[str, str]]]:
         return [cpu]
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         if device == "cuda":
-            raise BadInput(
-                "--device cuda: this onnxruntime has no CUDA; pip install 'resnet[serving-gpu]' in its place"
-            )
+            raise BadInput("--device cuda: this onnxruntime has no CUDA; install resnet with its extra 'serving-gpu'")
         return [cpu]
     onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
     # A search over all algorithms for every new batch size would stall requests for about a second each.

@@ -76,7 +76,7 @@ def train(settings: Settings, folder: Path, resume: bool = False) -> dict[str, A
     """
     recipe, run = RECIPES[settings.recipe], Run(folder)
     dataset = data.load(settings.data, settings.image_size)
-    run.start(dataclasses.asdict(settings), resume)
+    run.start(dataclasses.asdict(settings) | {"data_sha256": dataset.sha256()}, resume)
     run.write_evidence(dataset.classes, dataset.test)
     # The split is drawn with its own seed: seeds compare trainings, not choices of validation images.
     order = np.random.default_rng(0).permutation(len(dataset.train.labels))
