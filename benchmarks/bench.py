@@ -5,14 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -24,12 +22,14 @@ import tensorflow as tf
 from numpy.typing import NDArray
 from rich.progress import track
 
+from benchmarks.keras_server import UNBATCHED
 from benchmarks.load import RemoteTarget, Sample, Target
+from benchmarks.process import ServerProcess, serve
 from export import convert, manifest
 from export.manifest import Manifest
 from export.parity import Predict, Probabilities
 from export.source import load_heldout
-from resnet import BadInput, CheckFailed
+from resnet import CheckFailed
 from serving.client import Client
 
 PARITY_IMAGES = 64
@@ -112,6 +112,9 @@ def bench(folder: Path, seconds: float, rounds: int) -> tuple[list[Row], dict[st
 def _rows(
     folder: Path, about: Manifest, pixels: NDArray[np.uint8], stack: ExitStack, pool: ProcessPoolExecutor
 ) -> Iterator[Row]:
+    # The servers load while this process does.
+    keras_server = stack.enter_context(ServerProcess([sys.executable, "-m", "benchmarks.keras_server", str(folder)]))
+    onnx_server = stack.enter_context(serve(folder.parent.parent))
     local: dict[str, Predict] = {
         "Keras predict_on_batch": convert.load_keras(folder / "model.keras"),
         "Keras in a tf.function": _load_traced(folder / "model.keras"),
@@ -120,17 +123,14 @@ def _rows(
     }
     for name, predict in local.items():
         yield Row(name, Target(predict, pixels), predict)
-    keras_server = [sys.executable, "-m", "benchmarks.keras_server", str(folder)]
-    onnx_server = [sys.executable, "-c", "import resnet; resnet.main()", "serve", str(folder.parent.parent), "--port=0"]
     remote = {
-        "Keras behind gRPC, a call each": [*keras_server, "--max-batch=1"],
-        "Keras behind gRPC, batched": keras_server,
-        "ONNX behind gRPC": onnx_server,
+        "Keras behind gRPC, a call each": (keras_server, UNBATCHED),
+        "Keras behind gRPC, batched": (keras_server, about.model),
+        "ONNX behind gRPC": (onnx_server, about.model),
     }
-    for name, command in remote.items():
-        address = stack.enter_context(started(command))
-        client = stack.enter_context(Client(address))
-        yield Row(name, RemoteTarget(address, about.model, pixels, pool), _ask(client, about))
+    for name, (server, model) in remote.items():
+        client = stack.enter_context(Client(server.address))
+        yield Row(name, RemoteTarget(server.address, model, pixels, pool), _ask(client, model, len(about.labels)))
 
 
 def _load_traced(path: Path) -> Predict:
@@ -147,41 +147,18 @@ def _load_traced(path: Path) -> Predict:
     return predict
 
 
-def _ask(client: Client, about: Manifest) -> Predict:
+def _ask(client: Client, model: str, classes: int) -> Predict:
     """Return a served model as a function of a batch."""
 
     def predict(images: NDArray[np.uint8]) -> Probabilities:
-        answer = client.classify(images, top_k=len(about.labels), model=about.model, timeout=START_SECONDS)
-        rows = np.zeros((len(images), len(about.labels)), np.float32)
-        for row, classes in zip(rows, answer.images, strict=True):
-            for item in classes:
+        answer = client.classify(images, top_k=classes, model=model, timeout=START_SECONDS)
+        rows = np.zeros((len(images), classes), np.float32)
+        for row, found in zip(rows, answer.images, strict=True):
+            for item in found:
                 row[item.index] = item.probability
         return rows
 
     return predict
-
-
-@contextmanager
-def started(command: Sequence[str]) -> Iterator[str]:
-    """Run a server for the length of the block, and yield the address it prints."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    errors: list[str] = []
-    drain = threading.Thread(target=errors.extend, args=(process.stderr,), daemon=True)
-    drain.start()
-    try:
-        for line in process.stdout:
-            if found := re.fullmatch(r"serving on (\S+)\n", line):
-                yield found[1]
-                break
-        else:
-            process.wait()
-            drain.join()
-            raise BadInput(f"the server did not start: {''.join(errors).strip() or ' '.join(command)}")
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def _assert_parity(rows: Sequence[Row], pixels: NDArray[np.uint8], about: Manifest) -> None:

@@ -6,7 +6,6 @@ import argparse
 import io
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -65,7 +64,7 @@ def _classify(models: Path) -> tuple[int, int]:
     """Send every test image as a PNG file through a server; return how many were classified right, and of how many."""
     from PIL import Image
 
-    from benchmarks.bench import started
+    from benchmarks.process import serve
     from export import repository
     from export.source import load_heldout
     from serving.client import Client
@@ -77,10 +76,9 @@ def _classify(models: Path) -> tuple[int, int]:
         Image.fromarray(image).save(file, "PNG")
         files.append(file.getvalue())
     print(f"$ resnet serve {models} --port 0", flush=True)
-    with started([sys.executable, "-c", "import resnet; resnet.main()", "serve", str(models), "--port=0"]) as address:
-        print(f"serving on {address}\n")
-        with Client(address) as client:
-            answers = [client.classify([file], top_k=2).images[0] for file in files]
+    with serve(models) as server, Client(server.address) as client:
+        print(f"serving on {server.address}\n")
+        answers = [client.classify([file], top_k=2).images[0] for file in files]
     for image, label, (first, second) in list(zip(images, labels, answers, strict=True))[:SHOWN]:
         print(f"{_sketch(image)}\n  a {label}; the server says {first.label} ({first.probability:.1%}), "
               f"then {second.label} ({second.probability:.1%})\n")  # fmt: skip

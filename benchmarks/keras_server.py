@@ -1,7 +1,7 @@
 """Serve the Keras original of a model version behind our own server: what ONNX is compared with.
 
-`python -m benchmarks.keras_server models/digits/1` prints its address. `--max-batch 1` answers each request with a call
-of its own, as a service without batching does.
+`python -m benchmarks.keras_server models/digits/1` prints its address. There the model has two names: its own, behind
+the batcher, and `unbatched`, where each request is a call of its own, as in a service without batching.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import signal
 from pathlib import Path
 
 import keras
+import msgspec
 import numpy as np
 
 from serving import models
 from serving.engine import Images, Probabilities
 from serving.server import Limits, Server
+
+UNBATCHED = "unbatched"
 
 
 class KerasEngine:
@@ -36,13 +39,16 @@ def main() -> None:
     """Serve until SIGTERM."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("version", type=Path)
-    parser.add_argument("--max-batch", type=int, default=32)
     args = parser.parse_args()
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # before any thread starts, so that all leave them to sigwait
     engine = KerasEngine(args.version / "model.keras")
-    model = models.start(models.read_checked(args.version), engine, args.max_batch, max_queue=1024)
-    with Server(models.Models([model]), "127.0.0.1", 0, Limits()) as server:
+    about = models.read_checked(args.version)
+    served = [
+        models.start(about, engine, max_batch=32, max_queue=1024),
+        models.start(msgspec.structs.replace(about, model=UNBATCHED), engine, max_batch=1, max_queue=1024),
+    ]
+    with Server(models.Models(served), "127.0.0.1", 0, Limits()) as server:
         print(f"serving on {server.address}", flush=True)
         signal.sigwait(signals)
 

@@ -40,19 +40,18 @@ def run(call: Call, in_flight: int, images: int, seconds: float) -> Sample:
     Raises:
         Exception: Whatever a call raised; a load with failures measures nothing.
     """
-    latencies: list[list[float]] = [[] for _ in range(in_flight)]
+    answers: list[tuple[float, float]] = []  # when each came, and the seconds it took
     failures: list[BaseException] = []
     start = time.perf_counter()
     end = start + seconds
 
-    def loop(worker: int) -> None:
-        number, before = worker, time.perf_counter()
+    def loop(number: int) -> None:
+        before = start
         try:
             while before < end and not failures:
                 call(number)
                 number, after = number + in_flight, time.perf_counter()
-                if after <= end:
-                    latencies[worker].append((after - before) * 1e3)
+                answers.append((after, after - before))
                 before = after
         except Exception as error:
             failures.append(error)
@@ -64,8 +63,10 @@ def run(call: Call, in_flight: int, images: int, seconds: float) -> Sample:
         thread.join()
     if failures:
         raise failures[0]
-    found = np.array([latency for worker in latencies for latency in worker])
-    return Sample(found, len(found) * images / seconds)
+    # What comes after the end came under less load. A stretch too short for a single answer lasts until the first.
+    end = max(end, min(answers)[0])
+    found = np.array([took * 1e3 for when, took in answers if when <= end])
+    return Sample(found, len(found) * images / (end - start))
 
 
 class Target:

@@ -71,7 +71,7 @@ class Batcher:
 
         Args:
             run: Maps uint8 [n, height, width, 3] to float32 [n, classes]; called by one thread at a time.
-            max_batch: Images in one call of `run`. A request with more is computed alone, in several calls.
+            max_batch: Images up to which requests share a call of `run`; one that has more is computed alone.
             max_queue: Images that may wait; a request that would go beyond is refused at once.
         """
         self._run, self._max_batch, self._max_queue = run, max_batch, max_queue
@@ -178,9 +178,7 @@ class Batcher:
         if not batch:
             return None
         images = batch[0].images if len(batch) == 1 else np.concatenate([job.images for job in batch])
-        starts = range(0, len(images), self._max_batch)
-        parts = [self._run(images[start : start + self._max_batch]) for start in starts]
-        probabilities = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        probabilities = self._run(images)
         if len(probabilities) != len(images):
             raise RuntimeError(f"the engine returned {len(probabilities)} rows for {len(images)} images")
         return probabilities

@@ -60,7 +60,9 @@ def run(args: argparse.Namespace) -> None:
             flush=True,
         )
         loaded.append(model)
-    server = Server(models.Models(loaded), args.host, args.port, Limits(max_images=args.max_images))
+    # What the queue could never hold is too large, not a matter of trying again.
+    limits = Limits(max_images=min(args.max_images, args.max_queue))
+    server = Server(models.Models(loaded), args.host, args.port, limits)
     print(f"serving on {server.address}", flush=True)
     stop.wait()
     for number in (signal.SIGTERM, signal.SIGINT):

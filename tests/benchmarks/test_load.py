@@ -26,6 +26,20 @@ def test_a_load_counts_answers_and_their_latency(monkeypatch: pytest.MonkeyPatch
     assert sample.images_per_second == pytest.approx(400, abs=4)
 
 
+def test_a_stretch_too_short_for_an_answer_lasts_until_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One image after two seconds is half an image per second."""
+    now = 0.0
+
+    def call(_: int) -> None:
+        nonlocal now
+        now += 2
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    sample = load.run(call, in_flight=1, images=1, seconds=1)
+    assert sample.latencies_ms.tolist() == [2000]
+    assert sample.images_per_second == 0.5
+
+
 def test_as_many_calls_as_asked_for_are_in_flight() -> None:
     """A barrier of 8 opens only if 8 threads are calling at the same time."""
     barrier = threading.Barrier(8)

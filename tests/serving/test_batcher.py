@@ -114,13 +114,14 @@ def test_a_request_that_arrives_during_a_batch_is_in_the_next(pool: ThreadPoolEx
     assert [future.result(10).batch_size for future in (first, second, third)] == [1, 1, 1]
 
 
-def test_a_large_request_is_computed_alone_in_parts(pool: ThreadPoolExecutor) -> None:
-    """Its answer is whole."""
+def test_a_large_request_is_computed_alone(pool: ThreadPoolExecutor) -> None:
+    """It shares its batch neither with the request before it nor with the one after."""
     bench = Bench(pool, max_queue=16)
-    futures = [bench.lead(1), bench.wait(2), bench.wait(*range(10, 20))]
-    bench.compute(5)
+    futures = [bench.lead(1), bench.wait(2), bench.wait(*range(10, 20)), bench.wait(3)]
+    bench.compute(4)
     assert futures[2].result(10).probabilities[:, 0].tolist() == list(range(10, 20))
-    assert bench.engine.batches == [[1], [2], [10, 11, 12, 13], [14, 15, 16, 17], [18, 19]]
+    assert futures[3].result(10).batch_size == 1
+    assert bench.engine.batches == [[1], [2], list(range(10, 20)), [3]]
 
 
 def test_work_that_nobody_waits_for_is_dropped(pool: ThreadPoolExecutor) -> None:

@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 import resnet
-from benchmarks.bench import started
+from benchmarks.process import serve
 
 SERVE = [sys.executable, "-c", "import sys, resnet; sys.exit(resnet.main())", "serve"]
 
@@ -130,5 +130,5 @@ def test_classify_refuses_in_one_sentence(
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     """The benchmark passes its words on."""
-    with pytest.raises(resnet.BadInput, match="holds no models"), started([*SERVE, str(tmp_path), "--port=0"]):
-        pass
+    with serve(tmp_path) as server, pytest.raises(resnet.BadInput, match="holds no models"):
+        _ = server.address

@@ -1,0 +1,59 @@
+"""A server in a process of its own, for the length of a block."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+from resnet import BadInput
+
+
+class ServerProcess:
+    """Starts a command that prints `serving on HOST:PORT`, and ends it with SIGTERM."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        """Start the command; `address` waits until it serves."""
+        self._command = command
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self._errors: list[str] = []
+        # Read as it comes: a server that nobody reads from stops when the pipe is full.
+        self._reader = threading.Thread(target=self._errors.extend, args=(self._process.stderr,), daemon=True)
+        self._reader.start()
+
+    @cached_property
+    def address(self) -> str:
+        """HOST:PORT, once the server answers there.
+
+        Raises:
+            BadInput: It ended instead; the message is what it said.
+        """
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if found := re.fullmatch(r"serving on (\S+)\n", line):
+                return found[1]
+        self._process.wait()
+        self._reader.join()
+        raise BadInput(f"the server did not start: {''.join(self._errors).strip() or ' '.join(self._command)}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdout is not None
+        self._process.terminate()
+        self._process.wait()
+        self._reader.join()
+        self._process.stdout.close()
+
+
+def serve(repository: Path) -> ServerProcess:
+    """Start `resnet serve` on a free port."""
+    return ServerProcess(
+        [sys.executable, "-c", "import sys, resnet; sys.exit(resnet.main())", "serve", str(repository), "--port=0"]
+    )
