@@ -172,12 +172,18 @@ def _assert_parity(rows: Sequence[Row], pixels: NDArray[np.uint8], about: Manife
 
 
 def _environment(about: Manifest, seconds: float, rounds: int) -> dict[str, Any]:
+    cores = len(os.sched_getaffinity(0))
     libraries = ("tensorflow-cpu", "keras", "onnxruntime", "grpcio", "numpy")
     return {
         "model": f"{about.model}/{about.version}",
         "input": about.input.shape,
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores,
+        # 0 is TensorFlow's word for as many as there are cores.
+        "threads": {
+            "tensorflow": tf.config.threading.get_intra_op_parallelism_threads() or cores,
+            "onnxruntime": cores,
+        },
         "python": platform.python_version(),
         "versions": {library: version(library) for library in libraries},
         "commit": _commit(),

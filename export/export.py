@@ -38,7 +38,7 @@ def export(source: Source, target: Path) -> Path:
         convert.to_saved_model(source.model, staged)
         convert.to_onnx(source.model, staged / "model.onnx")
         shutil.copyfile(source.path, staged / "model.keras")
-        (staged / "labels.txt").write_text("".join(f"{label}\n" for label in source.labels))
+        (staged / "labels.txt").write_text("".join(f"{label}\n" for label in source.labels), "utf-8")
         with (staged / "heldout.npz").open("wb") as file:
             np.savez_compressed(file, images=source.images, labels=source.targets)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,7 @@ def load(path: Path, data: str | None = None) -> Source:
         raise BadInput(
             f"{file} does not end in probabilities: its outputs are not positive with a sum of 1; add a softmax"
         )
-    metrics = file.parent / "metrics.json"
-    training = json.loads(metrics.read_text()) if metrics.is_file() else None
-    return Source(file, model, labels, images, targets, training)
+    return Source(file, model, labels, images, targets, _load_metrics(file.parent / "metrics.json"))
 
 
 def _load_model(path: Path, file: Path) -> keras.Model:
@@ -94,13 +93,25 @@ def _load_model(path: Path, file: Path) -> keras.Model:
 
 def _load_evidence(folder: Path) -> tuple[tuple[str, ...], NDArray[np.uint8], NDArray[np.int32]]:
     try:
-        labels = tuple((folder / "labels.txt").read_text().splitlines())
+        labels = tuple((folder / "labels.txt").read_text("utf-8").splitlines())
         images, targets = load_heldout(folder)
-    except OSError:
+    except FileNotFoundError:
         raise BadInput(
             f"{folder} holds no labels.txt and heldout.npz to prove the export with; name a data set with --data"
         ) from None
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise BadInput(f"{folder / 'heldout.npz'} is broken ({error}); name a data set with --data") from None
     return labels, images, targets
+
+
+def _load_metrics(path: Path) -> dict[str, Any] | None:
+    try:
+        metrics: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise BadInput(f"{path} is broken ({error}); remove it, or train again") from None
+    return metrics
 
 
 def load_heldout(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:

@@ -113,7 +113,7 @@ class Run:
 
         self.replace(self.folder / "heldout.npz", write)
         self.replace(
-            self.folder / "labels.txt", lambda path: path.write_text("".join(f"{label}\n" for label in labels))
+            self.folder / "labels.txt", lambda path: path.write_text("".join(f"{label}\n" for label in labels), "utf-8")
         )
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:

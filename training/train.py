@@ -119,7 +119,10 @@ def _start_or_resume(
     """Return the model as the last finished epoch of so many steps left it, and the history up to there."""
     keras.utils.set_random_seed(settings.seed)
     if run.checkpoint.exists():
-        network = keras.models.load_model(run.checkpoint)
+        try:
+            network = keras.models.load_model(run.checkpoint)
+        except Exception as error:  # Keras reports unreadable files by many types
+            raise BadInput(f"{run.checkpoint} cannot be loaded ({error}); train into another folder") from None
         done = int(network.optimizer.iterations) // steps
         print(f"resuming after epoch {done} of {settings.epochs}")
         return network, run.read_history()[:done]

@@ -179,6 +179,15 @@ def test_what_is_no_model_is_refused(run: Path, tmp_path: Path) -> None:
         source.load(tmp_path / "alone.keras")
 
 
+@pytest.mark.parametrize("name", ["heldout.npz", "metrics.json"])
+def test_a_broken_file_of_a_run_is_named(run: Path, tmp_path: Path, name: str) -> None:
+    """A copy that was cut short is one sentence."""
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    (folder / name).write_bytes((folder / name).read_bytes()[:100])
+    with pytest.raises(BadInput, match=f"{name} is broken"):
+        source.load(folder)
+
+
 def edit(path: Path, change: Callable[[dict[str, object]], object]) -> None:
     """Change the manifest of a version."""
     content = json.loads(path.read_text())

@@ -75,6 +75,17 @@ def test_a_local_copy_of_cifar10_is_read(tmp_path: Path) -> None:
     assert dataset.classes[dataset.test.labels[0]] == "cat"
 
 
+def test_a_download_that_fails_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keras raises a bare Exception then; the message says how to do without a network."""
+
+    def fail() -> None:
+        raise Exception("URL fetch failure")
+
+    monkeypatch.setattr("keras.datasets.cifar10.load_data", fail)
+    with pytest.raises(BadInput, match=r"could not be downloaded \(URL fetch failure\); --data also takes a folder"):
+        data.load("cifar10")
+
+
 def test_a_broken_cifar10_batch_is_named(tmp_path: Path) -> None:
     """A download that was cut short is one sentence."""
     (tmp_path / data.CIFAR10_BATCHES[0]).write_bytes(b"\x80\x04")
