@@ -76,13 +76,13 @@ def train(settings: Settings, folder: Path, resume: bool = False) -> dict[str, A
     """
     recipe, run = RECIPES[settings.recipe], Run(folder)
     dataset = data.load(settings.data, settings.image_size)
-    run.start(dataclasses.asdict(settings) | {"data_sha256": dataset.sha256()}, resume)
-    run.write_evidence(dataset.classes, dataset.test)
     # The split is drawn with its own seed: seeds compare trainings, not choices of validation images.
     order = np.random.default_rng(0).permutation(len(dataset.train.labels))
     validation, training = np.split(order, [round(recipe.validation * len(order))])
     if not len(validation):
         raise BadInput(f"{len(order)} training images are too few to set {recipe.validation:.0%} aside for validation")
+    run.start(dataclasses.asdict(settings) | {"data_sha256": dataset.sha256()}, resume)
+    run.write_evidence(dataset.classes, dataset.test)
 
     steps = math.ceil(len(training) / recipe.batch_size)
     network, history = _start_or_resume(settings, recipe, run, dataset, steps)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import itertools
 import json
 import signal
 import subprocess
@@ -133,6 +135,17 @@ def test_large_evidence_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with np.load(tmp_path / "heldout.npz") as heldout:
         assert len(heldout["labels"]) == 10
         np.testing.assert_array_equal(heldout["images"][:, 0, 0, 0], heldout["labels"])
+
+
+def test_too_few_images_leave_no_run_folder(tmp_path: Path) -> None:
+    """A tenth of four images is none."""
+    for split, name in itertools.product(("train", "test"), ("cat", "dog")):
+        (tmp_path / "data" / split / name).mkdir(parents=True)
+        for number in (1, 2):
+            Image.new("RGB", (32, 32)).save(tmp_path / "data" / split / name / f"{number}.png")
+    with pytest.raises(BadInput, match="4 training images are too few to set 10% aside"):
+        train(dataclasses.replace(settings(), data=str(tmp_path / "data")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
