@@ -76,6 +76,7 @@ class Batcher:
         """
         self._run, self._max_batch, self._max_queue = run, max_batch, max_queue
         self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
         self._queue: deque[_Job] = deque()
         self.queued = 0
         """Images that wait now."""
@@ -127,6 +128,11 @@ class Batcher:
         with self._lock:
             self._closed = True
 
+    def drain(self, seconds: float) -> bool:
+        """Wait until nothing is computed and nothing waits; return whether it came to that within `seconds`."""
+        with self._lock:
+            return self._idle.wait_for(lambda: not self._led, seconds)
+
     def _lead(self) -> None:
         """Compute one batch, then pass the lead on."""
         batch, refused = self._take()
@@ -145,6 +151,7 @@ class Batcher:
                 self._queue[0].turn.release()
             else:
                 self._led = False
+                self._idle.notify_all()
         for job, error in refused:
             job.finish(error)
         size = sum(len(job.images) for job in batch)

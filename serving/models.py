@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,3 +105,9 @@ class Models:
         """Refuse further requests; those that wait are still computed."""
         for model in self._models.values():
             model.batcher.close()
+
+    def drain(self, seconds: float) -> None:
+        """Wait for the requests under way, for at most so long."""
+        end = time.monotonic() + seconds
+        for model in self._models.values():
+            model.batcher.drain(end - time.monotonic())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
@@ -80,9 +81,13 @@ class Server:
         Args:
             grace_seconds: How long those under way may take before they are cut off.
         """
+        end = time.monotonic() + grace_seconds
         self._health.enter_graceful_shutdown()
-        self._server.stop(grace_seconds).wait()
+        # While work is under way, new requests on open connections are refused as UNAVAILABLE, which clients take
+        # elsewhere; gRPC's own stop would cancel some of them.
         self._models.close()
+        self._models.drain(grace_seconds)
+        self._server.stop(max(0.0, end - time.monotonic())).wait()
 
     def __enter__(self) -> Self:
         return self

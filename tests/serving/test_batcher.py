@@ -194,7 +194,9 @@ def test_closing_refuses_new_requests_and_answers_old_ones(pool: ThreadPoolExecu
     bench.batcher.close()
     with pytest.raises(Unavailable, match="shutting down"):
         bench.batcher.submit(images(3))
+    assert not bench.batcher.drain(0)
     bench.compute(2)
+    assert bench.batcher.drain(10)
     assert [future.result(10).probabilities[0, 0] for future in futures] == [1, 2]
 
 

@@ -239,13 +239,12 @@ def test_stopping_answers_what_is_under_way(gated: tuple[GatedEngine, models.Mod
         engine.entered.acquire()
         stopping = pool.submit(server.stop, 30)
         with Client(server.address) as other:
-            while True:  # until the stop has been seen, requests may still be accepted: the engine's gate is closed
-                try:
+            refusal: errors.ServingError | None = None
+            while not isinstance(refusal, errors.Unavailable):  # until the stop begins, requests wait in the queue
+                with pytest.raises((errors.Unavailable, errors.DeadlineExceeded, errors.Overloaded)) as caught:
                     other.classify(np.zeros((1, 32, 32, 3), np.uint8), timeout=0.05)
-                except errors.Unavailable:
-                    break
-                except (errors.DeadlineExceeded, errors.Overloaded):
-                    continue
+                refusal = caught.value
+            assert "the server is shutting down" in str(refusal)
         engine.gate.release(10)
         assert len(running.result().images) == 1
         stopping.result()

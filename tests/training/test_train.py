@@ -67,17 +67,17 @@ def test_the_model_learns(run: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_and_learns_what_it_would_have_learned(tmp_path: Path) -> None:
-    """SIGKILL after the first epoch: the resumed run ends with the weights of one that was never interrupted."""
+    """SIGKILL as the second epoch ends: the resumed run ends with the weights of one that was never interrupted."""
     arguments = ["train", "--data=digits", "--model=tiny", "--epochs=3", f"--out={tmp_path / 'killed'}"]
     process = subprocess.Popen([sys.executable, "-uc", TRAIN, *arguments], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("epoch 1/3"):
+        if line.startswith("epoch 2/3"):
             break
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    assert len(rows(tmp_path / "killed")) == 1
+    assert len(rows(tmp_path / "killed")) in (1, 2)  # the second is being written just then
 
     train(settings(epochs=3), tmp_path / "killed", resume=True)
     train(settings(epochs=3), tmp_path / "whole")
