@@ -75,7 +75,7 @@ def _plot(rows: Sequence[Row], environment: dict[str, Any], path: Path) -> None:
         bars = right.barh(shifted, [row.images_per_second(column) for row in rows], height, label=column.title)
         right.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
     right.set(title="Under load: throughput (more is better)", xlabel="images per second")
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, ncols=len(COLUMNS[1:]), loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
     for axes in (left, right):
         axes.margins(x=0.15)
         axes.spines[["top", "right"]].set_visible(False)
