@@ -34,6 +34,10 @@ PACKAGES = ("training", "export", "serving", "protos", "benchmarks")
 
 COMMANDS = {
     "train": Command("training.command", "training", "train a ResNet on images, into a run folder"),
+    "family": Command("training.family", "training", "list the networks, their sizes against the published ones"),
+    "degradation": Command(
+        "training.degradation", "training", "show why shortcuts matter: deeper plain nets are worse"
+    ),
     "export": Command("export.command", "export", "convert a trained model and prove that the result is the same"),
     "verify": Command("export.verify", "export", "recompute the proof of an exported model"),
     "serve": Command("serving.command", "serving", "answer classification requests over gRPC"),
@@ -45,7 +49,7 @@ COMMANDS = {
 
 def usage() -> str:
     """Return the text of `resnet --help`."""
-    rows = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
+    rows = "\n".join(f"  {name:<13}{command.summary}" for name, command in COMMANDS.items())
     return f"usage: resnet COMMAND [options]\n\n{rows}\n\nresnet COMMAND --help shows the options of a command."
 
 

@@ -123,8 +123,9 @@ def load_heldout(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
 def _load_data(name: str, size: int) -> tuple[tuple[str, ...], NDArray[np.uint8], NDArray[np.int32]]:
     from training import data
 
-    dataset = data.load(name, None if name in data.LOADERS else size)
-    return dataset.classes, dataset.test.images, dataset.test.labels
+    dataset = data.load(name, size)
+    everything = np.arange(len(dataset.test.labels))
+    return dataset.classes, dataset.test.images[everything], dataset.test.labels
 
 
 def _axes(shape: tuple[int | None, ...]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,6 +21,15 @@ from training.model import ARCHITECTURES, Architecture  # noqa: E402  # TensorFl
 
 TINY = Architecture((8, 16), strides=(1, 2), blocks=(1, 1))
 
+# What a user's shell would start, with the tests' small network in the family.
+TRAIN = """
+import sys, resnet
+from tests.conftest import TINY
+from training.model import ARCHITECTURES
+ARCHITECTURES["tiny"] = TINY
+sys.exit(resnet.main(sys.argv[1:]))
+"""
+
 
 @pytest.fixture(scope="session", autouse=True)
 def tiny() -> Iterator[str]:
@@ -32,10 +42,12 @@ def tiny() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Path:
     """A finished run folder."""
+    from training.recipes import RECIPES
     from training.train import Settings, train
 
+    recipe = dataclasses.replace(RECIPES["notebook"], epochs=3)
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    train(Settings(data="digits", model=tiny, recipe="notebook", epochs=3, seed=0, image_size=None), folder)
+    train(Settings(data="digits", model=tiny, recipe=recipe), folder)
     return folder
 
 

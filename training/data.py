@@ -1,13 +1,16 @@
-"""Labelled images, in memory: the embedded digits, CIFAR-10, or a folder of image files."""
+"""Labelled images: the embedded digits, CIFAR-10, arrays, or a folder of image files."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import pickle
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,14 +23,62 @@ from resnet import BadInput
 from training.images import InvalidImage, Pixels, decode
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+# Of the pixels of a split: what takes more stays in its files, for two splits and the training share the memory.
+CACHE_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 3
 CIFAR10_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
+
+
+class FileImages:
+    """Images that stay in their files: decoded by all cores, each time they are asked for.
+
+    Attributes:
+        shape: (n, height, width, 3), as that of the array they stand for.
+    """
+
+    def __init__(self, paths: Sequence[Path], size: tuple[int, int] | None) -> None:
+        """Prepare to read.
+
+        Args:
+            paths: JPEG or PNG files, at least one.
+            size: (height, width) to resize all to; None requires that they share a size.
+
+        Raises:
+            BadInput: The first image, or later any that is asked for, cannot be read or has another size.
+        """
+        self._paths, self._size = paths, size
+        self._pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes outside the interpreter lock
+        self.shape: tuple[int, ...] = ()
+        self.shape = (len(paths), *self._read(paths[0]).shape)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, indices: NDArray[np.intp]) -> Pixels:
+        return np.stack(list(self._pool.map(self._read, [self._paths[index] for index in indices])))
+
+    def _read(self, path: Path) -> Pixels:
+        try:
+            image = decode(path.read_bytes(), self._size)
+        except (InvalidImage, OSError) as error:
+            raise BadInput(f"{path} {error}") from None
+        if self.shape and image.shape != self.shape[1:]:
+            raise BadInput(
+                f"{path} has {image.shape[1]}x{image.shape[0]} pixels and {self._paths[0]} has "
+                f"{self.shape[2]}x{self.shape[1]}; pass --image-size N to resize all to N by N"
+            )
+        return image
 
 
 class Split(NamedTuple):
     """Images, uint8 [n, height, width, 3], and their classes, int32 [n]."""
 
-    images: Pixels
+    images: Pixels | FileImages
     labels: NDArray[np.int32]
+
+    def chunks(self, size: int = 1024) -> Iterator[Pixels]:
+        """Read all images in order, so many at a time."""
+        for start in range(0, len(self.labels), size):
+            yield self.images[np.arange(start, min(start + size, len(self.labels)))]
 
     def take(self, indices: NDArray[np.intp]) -> Split:
         """Return the given examples, in the given order."""
@@ -49,12 +100,14 @@ class Dataset:
         height, width, channels = self.train.images.shape[1:]
         return height, width, channels
 
+    @cached_property
     def sha256(self) -> str:
-        """Hash class names, pixels and labels of both splits, in order."""
+        """Hash of class names, pixels and labels of both splits, in order."""
         digest = hashlib.sha256("\n".join(self.classes).encode())
         for split in (self.train, self.test):
             digest.update(repr(split.images.shape).encode())
-            digest.update(np.ascontiguousarray(split.images).data)
+            for pixels in split.chunks():
+                digest.update(np.ascontiguousarray(pixels).data)
             digest.update(np.ascontiguousarray(split.labels.astype("<i4")).data)
         return digest.hexdigest()
 
@@ -63,8 +116,8 @@ def load(name: str, image_size: int | None = None) -> Dataset:
     """Load a data set by name or path.
 
     Args:
-        name: `digits`, `cifar10`, a folder `train/CLASS/*` + `test/CLASS/*` of JPEG or PNG files, or the unpacked
-            `cifar-10-batches-py` folder.
+        name: `digits`, `cifar10`, a folder `train/CLASS/*` + `test/CLASS/*` of JPEG or PNG files, the unpacked
+            `cifar-10-batches-py` folder, or an .npz file with the arrays of Keras' loaders.
         image_size: Side in pixels to which the images of a folder are resized; None keeps their common size.
 
     Raises:
@@ -72,14 +125,21 @@ def load(name: str, image_size: int | None = None) -> Dataset:
     """
     folder = Path(name)
     if name in LOADERS:
-        if image_size is not None:
-            raise BadInput(f"--image-size is for folders of images; {name!r} has 32x32 pixels")
-        return LOADERS[name]()
-    if (folder / CIFAR10_BATCHES[0]).is_file():
-        return _read_cifar10_batches(folder)
-    if folder.is_dir():
+        dataset = LOADERS[name]()
+    elif (folder / CIFAR10_BATCHES[0]).is_file():
+        dataset = _read_cifar10_batches(folder)
+    elif folder.is_dir():
         return _read_folder(folder, image_size)
-    raise BadInput(f"--data {name!r} is neither a data set ({', '.join(LOADERS)}) nor a folder of images")
+    elif folder.suffix == ".npz" and folder.is_file():
+        dataset = _read_arrays(folder)
+    else:
+        raise BadInput(
+            f"--data {name!r} is neither a data set ({', '.join(LOADERS)}) nor a folder of images nor an .npz file"
+        )
+    height, width, _ = dataset.image_shape
+    if image_size is not None and (height, width) != (image_size, image_size):
+        raise BadInput(f"--image-size is for folders of images; {name!r} has {width}x{height} pixels")
+    return dataset
 
 
 def load_digits() -> Dataset:
@@ -135,6 +195,37 @@ def _read_cifar10_batches(folder: Path) -> Dataset:
     return Dataset("cifar10", CIFAR10_CLASSES, read(CIFAR10_BATCHES), read(["test_batch"]))
 
 
+def _read_arrays(path: Path) -> Dataset:
+    """Read an .npz file with `x_train`, `y_train`, `x_test`, `y_test`, and perhaps the names of the `classes`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise BadInput(f"{path} cannot be read ({error})") from None
+    missing = {"x_train", "y_train", "x_test", "y_test"} - arrays.keys()
+    if missing:
+        raise BadInput(f"{path} has no array {min(missing)!r}; it needs x_train, y_train, x_test and y_test")
+    splits = []
+    for name in ("train", "test"):
+        images, labels = arrays[f"x_{name}"], arrays[f"y_{name}"].ravel()
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise BadInput(f"{path}: x_{name} must be uint8 [n, height, width, 3], not {images.dtype} {images.shape}")
+        if len(labels) != len(images) or not np.issubdtype(labels.dtype, np.integer) or not len(labels):
+            raise BadInput(f"{path}: y_{name} must be {len(images) or 'some'} integers, one for each of x_{name}")
+        splits.append(Split(images, labels.astype(np.int32)))
+    train, test = splits
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise BadInput(f"{path}: the images of x_train and x_test differ in size")
+    seen = np.unique(np.concatenate([train.labels, test.labels]))
+    known = CIFAR10_CLASSES if path.stem == "cifar10" else tuple(str(label) for label in range(seen[-1] + 1))
+    classes = tuple(str(name) for name in arrays["classes"]) if "classes" in arrays else known
+    if seen[0] < 0 or seen[-1] >= len(classes) or len(classes) < 2:
+        raise BadInput(
+            f"{path} has labels from {seen[0]} to {seen[-1]} for {len(classes)} classes; it needs two or more"
+        )
+    return Dataset(path.stem, classes, train, test)
+
+
 def _read_folder(folder: Path, image_size: int | None) -> Dataset:
     classes = tuple(path.name for path in _visible(folder / "train") if path.is_dir())
     if len(classes) < 2:
@@ -161,22 +252,17 @@ def _read_split(folder: Path, classes: Sequence[str], size: tuple[int, int] | No
         paths += files
         labels += [label] * len(files)
 
-    def read(path: Path) -> Pixels:
-        try:
-            return decode(path.read_bytes(), size)
-        except (InvalidImage, OSError) as error:
-            raise BadInput(f"{path} {error}") from None
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter lock
-        images = list(track(pool.map(read, paths), f"reading {folder}", len(paths)))
-    first = images[0].shape
-    for path, image in zip(paths, images, strict=True):
-        if image.shape != first:
-            raise BadInput(
-                f"{path} has {image.shape[1]}x{image.shape[0]} pixels and {paths[0]} has {first[1]}x{first[0]}; "
-                "pass --image-size N to resize all to N by N"
-            )
-    return Split(np.stack(images), np.array(labels, np.int32))
+    split = Split(FileImages(paths, size), np.array(labels, np.int32))
+    size_in_memory = math.prod(split.images.shape)
+    if size_in_memory > CACHE_BYTES:
+        print(f"{folder} would take {size_in_memory / 2**30:.1f} GiB: its images are decoded anew in every epoch")
+        return split
+    pixels = np.empty(split.images.shape, np.uint8)
+    done = 0
+    for chunk in track(split.chunks(), f"reading {folder}", math.ceil(len(paths) / 1024)):
+        pixels[done : done + len(chunk)] = chunk
+        done += len(chunk)
+    return split._replace(images=pixels)
 
 
 def _visible(folder: Path) -> list[Path]:

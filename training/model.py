@@ -1,36 +1,75 @@
-"""The residual network of He et al. (2015), https://arxiv.org/abs/1512.03385, in functional Keras layers."""
+"""The residual networks of He et al. (2015), https://arxiv.org/abs/1512.03385, in functional Keras layers."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import keras
 from keras import layers
 
+Shortcut = Literal["projection", "padding", "none"]
+
 
 class Architecture(NamedTuple):
-    """What sets one network of the family apart: filters, stride and number of blocks of every stage."""
+    """What sets one network of the family apart.
+
+    Attributes:
+        filters: Filters of every stage; a bottleneck block gives out four times as many.
+        strides: Stride of the first block of every stage.
+        blocks: Blocks of every stage.
+        bottleneck: Blocks of 1x1, 3x3 and 1x1 convolutions in place of two 3x3 ones (figure 5).
+        stem: `imagenet` is 7x7/2 and 3x3/2 max-pooling, `cifar` is 3x3/1 alone.
+        shortcut: How a shortcut changes shape: a 1x1 convolution (option B of section 3.3), a step and zeros for the
+            new channels (option A, without parameters). `none` leaves all shortcuts out: a plain network.
+    """
 
     filters: tuple[int, ...]
     strides: tuple[int, ...]
     blocks: tuple[int, ...]
+    bottleneck: bool = False
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    shortcut: Shortcut = "projection"
 
 
-ARCHITECTURES = {
-    # Table 1 of the paper: a stage that doubles the filters halves the feature map.
-    "resnet18": Architecture((64, 128, 256, 512), strides=(1, 2, 2, 2), blocks=(2, 2, 2, 2)),
+def _imagenet(*blocks: int, bottleneck: bool = False) -> Architecture:
+    """Table 1 of the paper: a stage that doubles the filters halves the feature map."""
+    return Architecture((64, 128, 256, 512), (1, 2, 2, 2), blocks, bottleneck)
+
+
+def _cifar(depth: int) -> Architecture:
+    """Section 4.2 of the paper: 6n + 2 layers, and shortcuts without parameters."""
+    return Architecture((16, 32, 64), (1, 2, 2), ((depth - 2) // 6,) * 3, stem="cifar", shortcut="padding")
+
+
+RESNETS = {
+    "resnet18": _imagenet(2, 2, 2, 2),
+    "resnet34": _imagenet(3, 4, 6, 3),
+    "resnet50": _imagenet(3, 4, 6, 3, bottleneck=True),
+    "resnet101": _imagenet(3, 4, 23, 3, bottleneck=True),
+    "resnet152": _imagenet(3, 8, 36, 3, bottleneck=True),
+    "resnet18-cifar": _imagenet(2, 2, 2, 2)._replace(stem="cifar"),
     # The teaching notebook read to the letter: no stage shrinks the feature map, at 19 times the arithmetic.
-    "resnet18-stride1": Architecture((64, 128, 256, 512), strides=(1, 1, 1, 1), blocks=(2, 2, 2, 2)),
+    "resnet18-stride1": _imagenet(2, 2, 2, 2)._replace(strides=(1, 1, 1, 1)),
+    **{f"resnet{depth}": _cifar(depth) for depth in (20, 32, 44, 56, 110)},
+}
+
+# Each residual network, and its plain twin: the same layers without shortcuts.
+ARCHITECTURES = RESNETS | {
+    name.replace("resnet", "plain"): architecture._replace(shortcut="none") for name, architecture in RESNETS.items()
 }
 
 
-def build(architecture: Architecture, image_shape: tuple[int, int, int], classes: int) -> keras.Model:
+def build(
+    architecture: Architecture, image_shape: tuple[int, int, int], classes: int, zero_scale: bool = False
+) -> keras.Model:
     """Build an untrained classifier.
 
     Args:
         architecture: A value of `ARCHITECTURES`, or one of your own.
         image_shape: (height, width, 3) of the images.
         classes: Number of classes, at least 2.
+        zero_scale: Start the last batch normalisation of every residual block at zero, so that the block starts as
+            its shortcut (Goyal et al. 2017, section 5.1). A plain network, which has none, ignores it.
 
     Returns:
         A model from `image`, uint8 [batch, height, width, 3], to `probabilities`, float32 [batch, classes]. Scaling to
@@ -38,39 +77,81 @@ def build(architecture: Architecture, image_shape: tuple[int, int, int], classes
     """
     image = keras.Input(image_shape, dtype="uint8", name="image")
     x = layers.Rescaling(1 / 255, name="rescale")(image)
-    x = _convolve(x, architecture.filters[0], 7, stride=2, name="stem")
+    size, stride = (7, 2) if architecture.stem == "imagenet" else (3, 1)
+    x = _convolve(x, architecture.filters[0], size, stride, name="stem")
     x = layers.ReLU(name="stem_relu")(x)
-    x = layers.MaxPooling2D(3, strides=2, padding="same", name="stem_pool")(x)
-    for stage, (filters, stride, blocks) in enumerate(zip(*architecture, strict=True), start=1):
+    if architecture.stem == "imagenet":
+        x = layers.MaxPooling2D(3, strides=2, padding="same", name="stem_pool")(x)
+    stages = zip(architecture.filters, architecture.strides, architecture.blocks, strict=True)
+    for stage, (filters, first_stride, blocks) in enumerate(stages, start=1):
         for block in range(1, blocks + 1):
-            x = residual_block(x, filters, stride if block == 1 else 1, name=f"stage{stage}_block{block}")
+            stride = first_stride if block == 1 else 1
+            x = residual_block(
+                x,
+                filters,
+                stride,
+                architecture.bottleneck,
+                architecture.shortcut,
+                zero_scale,
+                name=f"stage{stage}_block{block}",
+            )
     x = layers.GlobalAveragePooling2D(name="pool")(x)
     probabilities = layers.Dense(classes, activation="softmax", dtype="float32", name="probabilities")(x)
     return keras.Model(image, probabilities, name="resnet")
 
 
-def residual_block(x: keras.KerasTensor, filters: int, stride: int = 1, name: str = "block") -> keras.KerasTensor:
-    """Add two 3x3 convolutions to `x` and the shortcut around them (figure 2 of the paper).
-
-    The shortcut is the identity, or a 1x1 convolution where the block changes the shape (option B of section 3.3).
+def residual_block(
+    x: keras.KerasTensor,
+    filters: int,
+    stride: int = 1,
+    bottleneck: bool = False,
+    shortcut: Shortcut = "projection",
+    zero_scale: bool = False,
+    name: str = "block",
+) -> keras.KerasTensor:
+    """Add to `x` some convolutions and the shortcut around them, which is the identity unless the shape changes.
 
     Args:
         x: [batch, height, width, channels].
-        filters: Channels of the result.
-        stride: Step of the first convolution; the result has ceil(height / stride) rows.
+        filters: Channels of the 3x3 convolutions.
+        stride: The result has ceil(height / stride) rows.
+        bottleneck: 1x1, 3x3 and 1x1 convolutions and 4 * filters channels (figure 5 of the paper), in place of two 3x3
+            convolutions and `filters` channels (figure 2). The 3x3 convolution has the stride, as in every
+            implementation since Facebook's of 2016; in the paper it is the first.
+        shortcut: See `Architecture`.
+        zero_scale: See `build`.
         name: Prefix of the layers' names.
     """
-    shortcut = x
-    if stride != 1 or x.shape[-1] != filters:
-        shortcut = _convolve(x, filters, 1, stride, name=f"{name}_shortcut")
-    y = _convolve(x, filters, 3, stride, name=f"{name}_1")
-    y = layers.ReLU(name=f"{name}_1_relu")(y)
-    y = _convolve(y, filters, 3, 1, name=f"{name}_2")
-    y = layers.Add(name=f"{name}_add")([y, shortcut])
+    zero_scale = zero_scale and shortcut != "none"
+    if bottleneck:
+        y = _convolve(x, filters, 1, 1, name=f"{name}_1")
+        y = layers.ReLU(name=f"{name}_1_relu")(y)
+        y = _convolve(y, filters, 3, stride, name=f"{name}_2")
+        y = layers.ReLU(name=f"{name}_2_relu")(y)
+        y = _convolve(y, 4 * filters, 1, 1, name=f"{name}_3", zero_scale=zero_scale)
+    else:
+        y = _convolve(x, filters, 3, stride, name=f"{name}_1")
+        y = layers.ReLU(name=f"{name}_1_relu")(y)
+        y = _convolve(y, filters, 3, 1, name=f"{name}_2", zero_scale=zero_scale)
+    if shortcut != "none":
+        y = layers.Add(name=f"{name}_add")([y, _shorten(x, y.shape[-1], stride, shortcut, name)])
     return layers.ReLU(name=f"{name}_relu")(y)
 
 
-def _convolve(x: keras.KerasTensor, filters: int, size: int, stride: int, name: str) -> keras.KerasTensor:
+def _shorten(x: keras.KerasTensor, filters: int, stride: int, shortcut: Shortcut, name: str) -> keras.KerasTensor:
+    """Give `x` the shape of the result of its block."""
+    missing = filters - x.shape[-1]
+    if stride == 1 and not missing:
+        return x
+    if shortcut == "projection":
+        return _convolve(x, filters, 1, stride, name=f"{name}_shortcut")
+    x = layers.AveragePooling2D(1, strides=stride, name=f"{name}_shortcut")(x)
+    return keras.ops.pad(x, ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2)))
+
+
+def _convolve(
+    x: keras.KerasTensor, filters: int, size: int, stride: int, name: str, zero_scale: bool = False
+) -> keras.KerasTensor:
     """Convolution and batch normalisation; the latter's shift makes a bias of the former redundant.
 
     The running statistics move by a tenth a step (Goyal et al. 2017, section 5.1), not by Keras' hundredth, with which
@@ -85,4 +166,5 @@ def _convolve(x: keras.KerasTensor, filters: int, size: int, stride: int, name: 
         kernel_initializer="he_normal",
         name=f"{name}_conv",
     )(x)
-    return layers.BatchNormalization(momentum=0.9, name=f"{name}_norm")(x)
+    scale = "zeros" if zero_scale else "ones"
+    return layers.BatchNormalization(momentum=0.9, gamma_initializer=scale, name=f"{name}_norm")(x)

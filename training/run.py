@@ -3,17 +3,22 @@
 settings.json    what was asked for; `--resume` compares it
 checkpoint.keras the model and its optimizer after the last finished epoch
 history.csv      a header and one row per epoch, written as each ends
-model.keras      the trained model
+best.keras       the model of the epoch with the best validation accuracy, in float32 and without its optimizer
+model.keras      the trained model: that of the best epoch with --patience, else that of the last
 labels.txt       class names, one per line, in the order of the model's outputs
 heldout.npz      test images and labels: the evidence that `resnet export` works on
-metrics.json     accuracy, versions, seed, hash of the data
+metrics.json     accuracy, overall and by class, versions, seed, hash of the data
 curves.png       accuracy and loss by epoch
+confusion.png    which class of the test images was taken for which
+mistakes.png     the test images that were mistaken with most confidence
+tensorboard/     the curves for TensorBoard, with --tensorboard
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,9 +52,9 @@ class Run:
         return self.folder / "model.keras"
 
     @property
-    def curves(self) -> Path:
-        """Accuracy and loss by epoch, as a picture."""
-        return self.folder / "curves.png"
+    def best(self) -> Path:
+        """The model of the epoch with the best validation accuracy."""
+        return self.folder / "best.keras"
 
     def start(self, settings: dict[str, Any], resume: bool) -> None:
         """Claim the folder for a run with these settings, or check that it holds one.
@@ -70,10 +75,12 @@ class Run:
             raise BadInput(f"--out {self.folder} cannot be used: {error}") from None
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
-        for key, value in now.items():
-            if key != "epochs" and before.get(key) != value:
+        # More epochs would bend a schedule that was drawn for fewer.
+        free = {"epochs"} if now["schedule"] == "constant" else set()
+        for key in now.keys() - free:
+            if before.get(key) != now[key]:
                 raise BadInput(
-                    f"{self.folder} was started with {key} {before.get(key)!r}, not {value!r}; --resume keeps it"
+                    f"{self.folder} was started with {key} {before.get(key)!r}, not {now[key]!r}; --resume keeps it"
                 )
         if now["epochs"] < before["epochs"]:
             raise BadInput(
@@ -101,15 +108,15 @@ class Run:
 
     def write_evidence(self, labels: tuple[str, ...], test: Split) -> None:
         """Write the class names, and the test images as far as `HELDOUT_BYTES` allows."""
-        limit = max(1, HELDOUT_BYTES // test.images[0].nbytes)
-        if len(test.images) > limit:
-            chosen = np.sort(np.random.default_rng(0).permutation(len(test.images))[:limit])
-            print(f"keeping {limit:,} of {len(test.images):,} test images as evidence for the export")
-            test = test.take(chosen)
+        limit = max(1, HELDOUT_BYTES // math.prod(test.images.shape[1:]))
+        chosen = np.arange(len(test.labels))
+        if len(chosen) > limit:
+            print(f"keeping {limit:,} of {len(chosen):,} test images as evidence for the export")
+            chosen = np.sort(np.random.default_rng(0).permutation(chosen)[:limit])
 
         def write(path: Path) -> None:
             with path.open("wb") as file:
-                np.savez_compressed(file, images=test.images, labels=test.labels)
+                np.savez_compressed(file, images=test.images[chosen], labels=test.labels[chosen])
 
         self.replace(self.folder / "heldout.npz", write)
         self.replace(
@@ -128,7 +135,11 @@ class Run:
         """Call `write` on a path beside `path`, sync that file and rename it: a kill leaves the old file or the new."""
         # The suffix stays, because Keras tells formats apart by it.
         part = path.with_name(f".part-{path.name}")
-        write(part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
+        try:
+            write(part)
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise

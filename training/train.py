@@ -1,12 +1,13 @@
-"""Train a residual network: epoch by epoch, each of them safe on disk before the next begins."""
+"""Train a residual network on images, into a run folder."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import platform
 import sys
-import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resnet import BadInput
-from training import data, model
+from training import data, distribute, model
+from training.batches import Batches, TrainingBatches
 from training.data import Dataset, Split
-from training.plots import plot_curves
-from training.progress import EpochProgress
-from training.recipes import RECIPES, Recipe
+from training.journal import Journal
+from training.optimizer import compile_for
+from training.plots import plot_confusion, plot_mistakes
+from training.progress import Progress
+from training.recipes import Recipe
 from training.run import Row, Run
 
 
@@ -29,132 +33,163 @@ class Settings:
 
     data: str
     model: str
-    recipe: str
-    epochs: int
-    seed: int
-    image_size: int | None
+    recipe: Recipe
+    seed: int = 0
+    image_size: int | None = None
+    images: int | None = None  # how many of the training images to train with; None is all
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all of it on one level, the dials of the recipe by their names, and its name as `recipe`."""
+        dials = dataclasses.asdict(self.recipe)
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return own | {"recipe": dials.pop("name")} | dials
 
 
-class Batches(keras.utils.PyDataset):  # type: ignore[misc]  # Keras has no types
-    """One pass over a split, in a given order.
-
-    Attributes:
-        seconds: Time spent on preparing batches so far: an upper bound of what the training waited for data.
-    """
-
-    def __init__(self, split: Split, order: NDArray[np.intp], classes: int, batch_size: int) -> None:
-        super().__init__()
-        self.seconds = 0.0
-        self._split, self._order = split, order
-        self._one_hot = np.eye(classes, dtype=np.float32)
-        self._batch_size = batch_size
-
-    def __len__(self) -> int:
-        return math.ceil(len(self._order) / self._batch_size)
-
-    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-        started = time.perf_counter()
-        chosen = self._order[index * self._batch_size : (index + 1) * self._batch_size]
-        batch = self._split.images[chosen], self._one_hot[self._split.labels[chosen]]
-        self.seconds += time.perf_counter() - started
-        return batch
-
-
-def train(settings: Settings, folder: Path, resume: bool = False) -> dict[str, Any]:
+def train(
+    settings: Settings,
+    folder: Path,
+    resume: bool = False,
+    tensorboard: bool = False,
+    strategy: Any | None = None,
+) -> dict[str, Any]:
     """Train a model into a run folder.
 
     Args:
-        settings: Data set, architecture, recipe, number of epochs and seed.
+        settings: Data set, architecture, recipe and seed.
         folder: The run folder; see `training.run` for what it will hold.
         resume: Continue the run that the folder holds after its last finished epoch.
+        tensorboard: Also write the curves for TensorBoard, into the folder `tensorboard` of the run.
+        strategy: See `training.distribute`; None trains on one device.
 
     Returns:
         What metrics.json holds; among it `accuracy`, the share of test images whose class is right.
 
     Raises:
         BadInput: Data or folder cannot be used.
+        CheckFailed: The loss is no longer a number; the checkpoint of the epoch before is kept.
     """
-    recipe, run = RECIPES[settings.recipe], Run(folder)
+    recipe, run = settings.recipe, Run(folder)
     dataset = data.load(settings.data, settings.image_size)
-    # The split is drawn with its own seed: seeds compare trainings, not choices of validation images.
-    order = np.random.default_rng(0).permutation(len(dataset.train.labels))
-    validation, training = np.split(order, [round(recipe.validation * len(order))])
-    if not len(validation):
-        raise BadInput(f"{len(order)} training images are too few to set {recipe.validation:.0%} aside for validation")
-    run.start(dataclasses.asdict(settings) | {"data_sha256": dataset.sha256()}, resume)
+    training, validation = _split(dataset.train, settings, strategy.num_replicas_in_sync if strategy else 1)
+    run.start(settings.as_dict() | {"data_sha256": dataset.sha256}, resume)
     run.write_evidence(dataset.classes, dataset.test)
 
+    keras.utils.set_random_seed(settings.seed)
     steps = math.ceil(len(training) / recipe.batch_size)
-    network, history = _start_or_resume(settings, recipe, run, dataset, steps)
-    for epoch in range(len(history), settings.epochs):
-        shuffled = np.random.default_rng((settings.seed, epoch)).permutation(training)
-        batches = Batches(dataset.train, shuffled, len(dataset.classes), recipe.batch_size)
-        started = time.perf_counter()
-        figures = network.fit(
+    answers = _build(settings, dataset, "float32")
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        network, rows = _start_or_resume(settings, run, dataset, steps)
+    if strategy:
+        distribute.prepare(network, strategy)
+    batches = TrainingBatches(dataset.train, training, len(dataset.classes), recipe, settings.seed)
+    journal = Journal(run, rows, batches, recipe.patience, answers)
+    if not journal.stops:
+        network.fit(
             batches,
             validation_data=Batches(dataset.train, validation, len(dataset.classes), recipe.batch_size),
-            initial_epoch=epoch,
-            epochs=epoch + 1,
-            shuffle=False,
-            callbacks=[EpochProgress(epoch + 1, settings.epochs, len(batches), len(training))],
+            initial_epoch=len(rows),
+            epochs=recipe.epochs,
+            shuffle=False,  # the batches shuffle themselves
+            class_weight=_balance(dataset.train.labels[training]) if recipe.class_weights else None,
+            callbacks=[
+                Progress(recipe.epochs, steps, len(training)),
+                journal,
+                *([keras.callbacks.SwapEMAWeights()] if recipe.weight_average else []),
+                *([keras.callbacks.TensorBoard(folder / "tensorboard")] if tensorboard else []),
+            ],
             verbose=0,
-        ).history
-        row: Row = {"epoch": epoch + 1} | {name: values[0] for name, values in figures.items()}
-        row |= {"seconds": time.perf_counter() - started, "data_seconds": batches.seconds}
-        history.append(row)
-        run.write_history(history)
-        # Last, because its epoch is what counts on resuming: a row without its checkpoint is dropped then.
-        run.replace(run.checkpoint, network.save)
-
-    run.replace(run.model, keras.Model(network.inputs, network.outputs, name=network.name).save)  # without optimizer
-    plot_curves(history, run.curves)
-    metrics = _measure(network, dataset) | _provenance(settings, dataset, network, history)
+        )
+    if recipe.patience:
+        answers = keras.models.load_model(run.best, compile=False)
+    else:
+        network.optimizer.finalize_variable_values(network.trainable_weights)  # the average, if there is one
+        answers.set_weights(network.get_weights())
+    run.replace(run.model, answers.save)
+    metrics = _measure(answers, dataset, run) | _provenance(settings, dataset, answers, journal.rows)
     run.write_metrics(metrics)
     return metrics
 
 
-def _start_or_resume(
-    settings: Settings, recipe: Recipe, run: Run, dataset: Dataset, steps: int
-) -> tuple[keras.Model, list[Row]]:
+def _split(examples: Split, settings: Settings, replicas: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Choose which examples to train with, and which to set aside for validation: multiples of `replicas` of both."""
+    # Drawn with its own seed: seeds compare trainings, not choices of validation images.
+    order = np.random.default_rng(0).permutation(len(examples.labels))
+    share = settings.recipe.validation
+    validation, training = np.split(order, [round(share * len(order))])
+    training = training[: settings.images]
+    if len(validation) < replicas:
+        raise BadInput(f"{len(order)} training images are too few to set {share:.0%} aside for validation")
+    return training[: len(training) // replicas * replicas], validation[: len(validation) // replicas * replicas]
+
+
+def _balance(labels: NDArray[np.int32]) -> dict[int, float]:
+    """Return a weight for every class, inverse to its frequency; their mean over the images is 1."""
+    counts = Counter(labels.tolist())
+    return {label: len(labels) / (len(counts) * count) for label, count in counts.items()}
+
+
+def _build(settings: Settings, dataset: Dataset, precision: str) -> keras.Model:
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(precision)
+    try:
+        architecture = model.ARCHITECTURES[settings.model]
+        return model.build(architecture, dataset.image_shape, len(dataset.classes), settings.recipe.zero_scale)
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def _start_or_resume(settings: Settings, run: Run, dataset: Dataset, steps: int) -> tuple[keras.Model, list[Row]]:
     """Return the model as the last finished epoch of so many steps left it, and the history up to there."""
-    keras.utils.set_random_seed(settings.seed)
     if run.checkpoint.exists():
         try:
             network = keras.models.load_model(run.checkpoint)
         except Exception as error:  # Keras reports unreadable files by many types
             raise BadInput(f"{run.checkpoint} cannot be loaded ({error}); train into another folder") from None
         done = int(network.optimizer.iterations) // steps
-        print(f"resuming after epoch {done} of {settings.epochs}")
+        print(f"resuming after epoch {done} of {settings.recipe.epochs}")
         return network, run.read_history()[:done]
-    network = model.build(model.ARCHITECTURES[settings.model], dataset.image_shape, len(dataset.classes))
-    recipe.compile(network)
+    network = _build(settings, dataset, settings.recipe.precision)
+    compile_for(network, settings.recipe, steps * settings.recipe.epochs)
     network.summary()
     return network, []
 
 
-def _measure(network: keras.Model, dataset: Dataset) -> dict[str, Any]:
-    probabilities = network.predict(dataset.test.images, batch_size=256, verbose=0)
-    right = probabilities[np.arange(len(probabilities)), dataset.test.labels]
+def _measure(answers: keras.Model, dataset: Dataset, run: Run) -> dict[str, Any]:
+    """Look at the test images, for the only time, and draw what the model takes for what."""
+    test, classes = dataset.test, dataset.classes
+    everything = np.arange(len(test.labels))
+    probabilities = answers.predict(Batches(test, everything, len(classes), batch_size=256), verbose=0)
+    guesses = probabilities.argmax(axis=1)
+    confusion = np.zeros((len(classes), len(classes)), int)
+    np.add.at(confusion, (test.labels, guesses), 1)
+    plot_confusion(confusion, classes, run)
+    plot_mistakes(test, probabilities, classes, run)
     return {
-        "accuracy": float(np.mean(probabilities.argmax(axis=1) == dataset.test.labels)),
-        "loss": float(-np.log(np.maximum(right, keras.config.epsilon())).mean()),
+        "accuracy": float(np.mean(guesses == test.labels)),
+        "loss": float(-np.log(np.maximum(probabilities[everything, test.labels], keras.config.epsilon())).mean()),
+        "class_accuracy": {
+            name: float(row[label] / row.sum())
+            for label, (name, row) in enumerate(zip(classes, confusion, strict=True))
+        },
     }
 
 
-def _provenance(settings: Settings, dataset: Dataset, network: keras.Model, history: list[Row]) -> dict[str, Any]:
+def _provenance(settings: Settings, dataset: Dataset, answers: keras.Model, rows: list[Row]) -> dict[str, Any]:
     """Say where the weights come from."""
+    backend = keras.backend.backend()
     return {
-        "settings": dataclasses.asdict(settings) | {"data": dataset.name},
+        "settings": settings.as_dict() | {"data": dataset.name},
         "classes": len(dataset.classes),
         "images": {"train": len(dataset.train.labels), "test": len(dataset.test.labels)},
-        "data_sha256": dataset.sha256(),
-        "parameters": network.count_params(),
-        "seconds": round(sum(row["seconds"] for row in history), 1),
-        "data_share": sum(row["data_seconds"] for row in history) / sum(row["seconds"] for row in history),
-        "versions": {"python": platform.python_version(), "keras": keras.__version__, "numpy": np.__version__}
-        | {keras.backend.backend(): _backend_version()},
+        "data_sha256": dataset.sha256,
+        "parameters": answers.count_params(),
+        "epochs": len(rows),
+        "seconds": round(sum(row["seconds"] for row in rows), 1),
+        "data_share": sum(row["data_seconds"] for row in rows) / sum(row["seconds"] for row in rows),
+        "versions": {
+            "python": platform.python_version(),
+            "keras": keras.__version__,
+            "numpy": np.__version__,
+            backend: str(sys.modules[backend].__version__),
+        },
     }
-
-
-def _backend_version() -> str:
-    return str(sys.modules[keras.backend.backend()].__version__)

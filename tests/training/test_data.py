@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,16 +53,81 @@ def test_a_folder_is_read_in_the_order_of_its_names(folder: Path) -> None:
 
 def test_the_hash_follows_pixels_labels_and_names(folder: Path) -> None:
     """Equal data have equal hashes; one pixel changes it."""
-    before = data.load(str(folder)).sha256()
-    assert data.load(str(folder)).sha256() == before
+    before = data.load(str(folder)).sha256
+    assert data.load(str(folder)).sha256 == before
     write(folder / "test" / "dog" / "1.png", 99)
-    assert data.load(str(folder)).sha256() != before
+    assert data.load(str(folder)).sha256 != before
 
 
 def test_images_of_several_sizes_are_resized_on_request(folder: Path) -> None:
     """--image-size makes them square."""
     write(folder / "train" / "cat" / "3.png", size=(20, 9))
     assert data.load(str(folder), image_size=16).image_shape == (16, 16, 3)
+
+
+def test_images_that_do_not_fit_memory_are_decoded_when_they_are_asked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are the same images, with the same hash; one that breaks is named when its turn comes."""
+    cached = data.load(str(folder))
+    monkeypatch.setattr("training.data.CACHE_BYTES", 0)
+    dataset = data.load(str(folder))
+    assert isinstance(dataset.train.images, data.FileImages)
+    assert dataset.image_shape == cached.image_shape
+    chosen = np.array([3, 0, 3])
+    np.testing.assert_array_equal(dataset.train.images[chosen], cached.train.images[chosen])
+    assert dataset.sha256 == cached.sha256
+    _truncate(folder)
+    with pytest.raises(BadInput, match="train/dog/2.jpg is a broken image"):
+        list(dataset.train.chunks())
+
+
+def arrays(**changed: Any) -> dict[str, Any]:
+    """Return what Keras' loaders return, by name."""
+    images = np.arange(4, dtype=np.uint8).repeat(8 * 8 * 3).reshape(4, 8, 8, 3)
+    labels = np.array([[0], [1], [2], [1]])
+    return {"x_train": images, "y_train": labels, "x_test": images[:3], "y_test": labels[:3]} | changed
+
+
+def test_arrays_are_read_from_an_npz_file(tmp_path: Path) -> None:
+    """Classes are numbers, unless the file names them, or is called as CIFAR-10 is."""
+    np.savez(tmp_path / "mine.npz", **arrays())
+    dataset = data.load(str(tmp_path / "mine.npz"))
+    assert dataset.classes == ("0", "1", "2")
+    assert dataset.train.images[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+    assert dataset.train.labels.tolist() == [0, 1, 2, 1]
+    np.savez(tmp_path / "named.npz", **arrays(classes=["cat", "dog", "emu"]))
+    assert data.load(str(tmp_path / "named.npz")).classes == ("cat", "dog", "emu")
+    np.savez(tmp_path / "cifar10.npz", **arrays())
+    assert data.load(str(tmp_path / "cifar10.npz")).classes == data.CIFAR10_CLASSES
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x_test": np.zeros((3, 8, 8), np.uint8)}, r"x_test must be uint8 \[n, height, width, 3\]"),
+        ({"x_train": np.zeros((4, 8, 8, 3))}, "x_train must be uint8"),
+        ({"x_test": np.zeros((3, 9, 9, 3), np.uint8)}, "x_train and x_test differ in size"),
+        ({"y_train": [0, 1]}, "y_train must be 4 integers"),
+        ({"y_test": [0, 1, 3], "classes": ["a", "b"]}, "labels from 0 to 3 for 2 classes"),
+        ({"y_train": [0] * 4, "y_test": [0] * 3}, "for 1 classes; it needs two"),
+    ],
+)
+def test_arrays_of_another_kind_are_refused(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    """The message names the array."""
+    np.savez(tmp_path / "mine.npz", **arrays(**changed))
+    with pytest.raises(BadInput, match=message):
+        data.load(str(tmp_path / "mine.npz"))
+
+
+def test_a_file_without_the_arrays_is_refused(tmp_path: Path) -> None:
+    """Be it another archive or none at all."""
+    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
+    with pytest.raises(BadInput, match="has no array 'x_test'"):
+        data.load(str(tmp_path / "other.npz"))
+    (tmp_path / "text.npz").write_text("hello")
+    with pytest.raises(BadInput, match="text.npz cannot be read"):
+        data.load(str(tmp_path / "text.npz"))
 
 
 def test_a_local_copy_of_cifar10_is_read(tmp_path: Path) -> None:

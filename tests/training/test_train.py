@@ -10,31 +10,33 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 import resnet
-from resnet import BadInput
+from resnet import BadInput, CheckFailed
+from tests.conftest import TRAIN
+from training.batches import TrainingBatches
 from training.data import Split
+from training.recipes import RECIPES
 from training.run import Run
-from training.train import Settings, train
-
-# What a user's shell would start, with the tests' small network in the family.
-TRAIN = """
-import sys, resnet
-from tests.conftest import TINY
-from training.model import ARCHITECTURES
-ARCHITECTURES["tiny"] = TINY
-sys.exit(resnet.main(sys.argv[1:]))
-"""
+from training.train import Settings, _balance, train
 
 
-def settings(epochs: int = 2, seed: int = 0) -> Settings:
+def settings(epochs: int = 2, seed: int = 0, images: int | None = None, **dials: Any) -> Settings:
     """Return settings of a training that takes seconds."""
-    return Settings(data="digits", model="tiny", recipe="notebook", epochs=epochs, seed=seed, image_size=None)
+    recipe = dataclasses.replace(RECIPES["notebook"], epochs=epochs, **dials)
+    return Settings(data="digits", model="tiny", recipe=recipe, seed=seed, images=images)
+
+
+def weights(folder: Path) -> list[NDArray[np.float32]]:
+    """Return the weights of a trained model."""
+    return list(keras.models.load_model(folder / "model.keras").get_weights())
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -48,8 +50,9 @@ def test_a_run_folder_is_complete(run: Path) -> None:
     assert [row["epoch"] for row in rows(run)] == ["1", "2", "3"]
     assert {"accuracy", "loss", "val_accuracy", "val_loss"} < rows(run)[0].keys()
     assert (run / "labels.txt").read_text().split() == [str(digit) for digit in range(10)]
-    with Image.open(run / "curves.png") as picture:
-        assert picture.width > picture.height > 300
+    for name in ("curves.png", "confusion.png", "mistakes.png"):
+        with Image.open(run / name) as picture:
+            assert picture.width >= picture.height > 300
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["settings"]["seed"] == 0
     assert len(metrics["data_sha256"]) == 64
@@ -57,6 +60,8 @@ def test_a_run_folder_is_complete(run: Path) -> None:
     with np.load(run / "heldout.npz") as heldout:
         answers = keras.models.load_model(run / "model.keras").predict(heldout["images"], verbose=0).argmax(axis=1)
         assert metrics["accuracy"] == np.mean(answers == heldout["labels"])
+        sevens = heldout["labels"] == 7
+        assert metrics["class_accuracy"]["7"] == np.mean(answers[sevens] == 7)
     assert not list(run.glob(".part-*"))
 
 
@@ -65,26 +70,158 @@ def test_the_model_learns(run: Path) -> None:
     assert json.loads((run / "metrics.json").read_text())["accuracy"] > 0.5
 
 
-@pytest.mark.slow
-def test_a_killed_run_resumes_and_learns_what_it_would_have_learned(tmp_path: Path) -> None:
-    """SIGKILL as the second epoch ends: the resumed run ends with the weights of one that was never interrupted."""
-    arguments = ["train", "--data=digits", "--model=tiny", "--epochs=3", f"--out={tmp_path / 'killed'}"]
+def kill(folder: Path, after: str, *options: str) -> None:
+    """Start a training of three epochs into `folder` as a shell would, and kill it as it prints `after`."""
+    arguments = ["train", "--data=digits", "--model=tiny", "--epochs=4", f"--out={folder}", *options]
     process = subprocess.Popen([sys.executable, "-uc", TRAIN, *arguments], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("epoch 2/3"):
-            break
+    assert any(line.startswith(after) for line in process.stdout)
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    assert len(rows(tmp_path / "killed")) in (1, 2)  # the second is being written just then
 
-    train(settings(epochs=3), tmp_path / "killed", resume=True)
-    train(settings(epochs=3), tmp_path / "whole")
-    assert [row["epoch"] for row in rows(tmp_path / "killed")] == ["1", "2", "3"]
-    killed, whole = (keras.models.load_model(tmp_path / name / "model.keras") for name in ("killed", "whole"))
-    for left, right in zip(killed.get_weights(), whole.get_weights(), strict=True):
+
+@pytest.mark.slow
+def test_a_run_killed_three_times_resumes_and_learns_what_it_would_have_learned(tmp_path: Path) -> None:
+    """Optimizer, schedule, average and history go on: the weights are those of a run that was never interrupted."""
+    # As it reads the model's summary, after an epoch, and while the next is being written.
+    folder, options = tmp_path / "killed", ["--recipe=modern", "--images=400"]
+    kill(folder, "Model:", *options)
+    assert not (folder / "history.csv").exists()
+    kill(folder, "epoch 1/4", "--resume", *options)
+    kill(folder, "epoch 3/4", "--resume", *options)
+    assert len(rows(folder)) in (2, 3)  # the third is being written just then
+
+    whole = settings(epochs=4, images=400)
+    whole = dataclasses.replace(whole, recipe=dataclasses.replace(RECIPES["modern"], epochs=4))
+    train(whole, folder, resume=True)
+    train(whole, tmp_path / "whole")
+    assert [row["epoch"] for row in rows(folder)] == ["1", "2", "3", "4"]
+    for left, right in zip(weights(folder), weights(tmp_path / "whole"), strict=True):
         np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
+
+
+def test_equal_settings_learn_equal_weights(run: Path, tmp_path: Path) -> None:
+    """To the last bit, on one machine; another seed learns others."""
+    train(settings(epochs=3), tmp_path / "again")
+    for left, right in zip(weights(run), weights(tmp_path / "again"), strict=True):
+        np.testing.assert_array_equal(left, right)
+    train(settings(epochs=1, seed=1), tmp_path / "other")
+    assert not np.array_equal(weights(run)[0], weights(tmp_path / "other")[0])
+
+
+def test_patience_stops_early_and_keeps_the_best(tmp_path: Path) -> None:
+    """A learning rate of zero never gets better: the first epoch is the best, and one more is waited for."""
+    metrics = train(settings(epochs=9, learning_rate=0.0, patience=1), tmp_path / "run")
+    assert metrics["epochs"] == len(rows(tmp_path / "run")) == 2
+    best = keras.models.load_model(tmp_path / "run" / "best.keras").get_weights()
+    for left, right in zip(weights(tmp_path / "run"), best, strict=True):
+        np.testing.assert_array_equal(left, right)
+    resumed = train(settings(epochs=9, learning_rate=0.0, patience=1), tmp_path / "run", resume=True)
+    assert resumed["epochs"] == 2
+    assert resumed["accuracy"] == metrics["accuracy"]
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message says which epoch is safe, and what to try."""
+    train(settings(epochs=1, images=128), tmp_path / "run")
+    checkpoint = (tmp_path / "run" / "checkpoint.keras").read_bytes()
+    with monkeypatch.context() as patch:
+        healthy = TrainingBatches.__getitem__
+        patch.setattr(TrainingBatches, "__getitem__", lambda *at: (healthy(*at)[0], healthy(*at)[1] * np.nan))
+        with pytest.raises(CheckFailed, match="became nan in step 1 of epoch 2; .* keeps epoch 1"):
+            train(settings(epochs=2, images=128), tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "checkpoint.keras").read_bytes() == checkpoint
+    assert len(rows(tmp_path / "run")) == 1
+    with pytest.raises(CheckFailed, match="no epoch was finished"):
+        train(settings(learning_rate=1e30, images=256), tmp_path / "other")
+
+
+def test_the_model_of_an_average_is_the_average(tmp_path: Path) -> None:
+    """After one epoch from random weights an average that keeps nearly all of them is not what was learned last."""
+    train(settings(epochs=1, weight_average=0.9), tmp_path / "average")
+    train(settings(epochs=1), tmp_path / "last")
+    average, last = weights(tmp_path / "average"), weights(tmp_path / "last")
+    checkpoint = keras.models.load_model(tmp_path / "average" / "checkpoint.keras")
+    for left, right in zip(checkpoint.get_weights(), last, strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)  # the path is the same
+    assert not np.allclose(average[0], last[0], atol=1e-4)
+    with np.load(tmp_path / "average" / "heldout.npz") as heldout:
+        best = keras.models.load_model(tmp_path / "average" / "best.keras")
+        model = keras.models.load_model(tmp_path / "average" / "model.keras")
+        np.testing.assert_array_equal(*(np.asarray(network(heldout["images"][:9])) for network in (best, model)))
+
+
+def test_mixed_precision_leaves_a_float32_model(tmp_path: Path) -> None:
+    """The weights always were; the saved graph computes in float32 too, so that an export proves what it serves."""
+    train(settings(epochs=1, precision="mixed_bfloat16", images=128), tmp_path / "run")
+    checkpoint = keras.models.load_model(tmp_path / "run" / "checkpoint.keras")
+    assert checkpoint.get_layer("stem_conv").compute_dtype == "bfloat16"
+    model = keras.models.load_model(tmp_path / "run" / "model.keras")
+    assert {layer.compute_dtype for layer in model.layers} <= {"float32", "uint8"}
+
+
+def test_class_weights_count_rare_classes_as_much_as_common_ones() -> None:
+    """Inverse to the frequency; the mean over the images is 1."""
+    assert _balance(np.array([0, 0, 0, 1], np.int32)) == {0: pytest.approx(2 / 3), 1: 2.0}
+    assert _balance(np.array([2, 5], np.int32)) == {2: 1.0, 5: 1.0}
+
+
+def test_class_weights_and_tensorboard_train(tmp_path: Path) -> None:
+    """The curves are there for TensorBoard too."""
+    train(settings(epochs=1, class_weights=True, images=256), tmp_path / "run", tensorboard=True)
+    assert {path.name for path in (tmp_path / "run" / "tensorboard").iterdir()} == {"train", "validation"}
+
+
+def test_a_schedule_is_not_bent_by_more_epochs(tmp_path: Path) -> None:
+    """A constant rate may go on for longer, a cosine that has reached zero may not."""
+    train(settings(epochs=1, schedule="cosine", images=128), tmp_path / "run")
+    with pytest.raises(BadInput, match="was started with epochs 1, not 2"):
+        train(settings(epochs=2, schedule="cosine", images=128), tmp_path / "run", resume=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path) -> None:
+    """The second epoch's checkpoint does not fit: the first one's is still whole, and no part of a file is left."""
+    arguments = ["train", "--data=digits", "--model=tiny", "--images=128", f"--out={tmp_path / 'run'}"]
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
+    first = subprocess.run([sys.executable, "-c", TRAIN, *arguments, "--epochs=1"], check=True)
+    assert first.returncode == 0
+    checkpoint = (tmp_path / "run" / "checkpoint.keras").read_bytes()
+    assert len(checkpoint) > 60_000
+    (tmp_path / "run" / "settings.json").write_text(
+        (tmp_path / "run" / "settings.json").read_text().replace('"epochs": 1', '"epochs": 2')
+    )
+    full = subprocess.run(
+        [sys.executable, "-c", limit + TRAIN, *arguments, "--epochs=2", "--resume"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert full.returncode == 2
+    assert full.stderr.strip().splitlines()[-1].startswith("resnet train: ")
+    assert "Traceback" not in full.stderr
+    assert (tmp_path / "run" / "checkpoint.keras").read_bytes() == checkpoint
+    assert not list((tmp_path / "run").glob(".part-*"))
+
+
+@pytest.mark.slow
+def test_images_of_224_pixels_train(tmp_path: Path) -> None:
+    """A folder of pictures of several sizes, resized on reading, and decoded anew in every epoch."""
+    rng = np.random.default_rng(0)
+    for split, name, number in itertools.product(("train", "test"), ("cat", "dog"), range(16)):
+        path = tmp_path / "data" / split / name / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = rng.integers(256, size=(200 + number, 240, 3), dtype=np.uint8)
+        Image.fromarray(noise // (1 if name == "cat" else 4)).save(path)
+    made = dataclasses.replace(settings(epochs=3, batch_size=8), data=str(tmp_path / "data"), image_size=224)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.data.CACHE_BYTES", 0)
+        metrics = train(made, tmp_path / "run")
+    assert metrics["images"] == {"train": 32, "test": 32}
+    assert keras.models.load_model(tmp_path / "run" / "model.keras").input_shape == (None, 224, 224, 3)
 
 
 def test_a_row_without_its_checkpoint_is_dropped_on_resuming(tmp_path: Path) -> None:
@@ -152,6 +289,9 @@ def test_too_few_images_leave_no_run_folder(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--model", "resnet9"], "--model 'resnet9' is unknown; choose one of resnet18"),
+        (["--distribute", "magic"], "--distribute 'magic' is unknown"),
+        (["--distribute", "multiworker"], "needs TF_CONFIG"),
+        (["--images", "0"], "--images must be at least 1"),
         (["--recipe", "magic"], "--recipe 'magic' is unknown"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--seed", "-1"], "--seed must be at least 0"),

@@ -1,0 +1,87 @@
+"""The batches that a network sees: shuffled, and augmented a batch at a time."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from training.data import Split
+from training.images import Pixels
+from training.recipes import Recipe
+
+
+class Batches(keras.utils.PyDataset):  # type: ignore[misc]  # Keras has no types
+    """Chosen examples of a split, in batches of (uint8 [n, height, width, 3], one-hot float32 [n, classes]).
+
+    Attributes:
+        seconds: Time spent on preparing the batches of this pass so far: an upper bound of what a training waits.
+    """
+
+    def __init__(self, split: Split, chosen: NDArray[np.intp], classes: int, batch_size: int) -> None:
+        super().__init__()
+        self.seconds = 0.0
+        self._split, self._order = split, chosen
+        self._one_hot = np.eye(classes, dtype=np.float32)
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._order) / self._batch_size)
+
+    def __getitem__(self, index: int) -> tuple[Pixels, NDArray[np.float32]]:
+        started = time.perf_counter()
+        chosen = self._order[index * self._batch_size : (index + 1) * self._batch_size]
+        batch = self._prepare(self._split.images[chosen], index), self._one_hot[self._split.labels[chosen]]
+        self.seconds += time.perf_counter() - started
+        return batch
+
+    def _prepare(self, images: Pixels, index: int) -> Pixels:  # noqa: ARG002
+        return images
+
+
+class TrainingBatches(Batches):
+    """Batches in another order, with other augmentations, in every epoch; `seed` and epoch decide both."""
+
+    def __init__(self, split: Split, chosen: NDArray[np.intp], classes: int, recipe: Recipe, seed: int) -> None:
+        super().__init__(split, chosen, classes, recipe.batch_size)
+        self._chosen, self._recipe, self._seed = chosen, recipe, seed
+        self.begin(0)
+
+    def begin(self, epoch: int) -> None:
+        """Shuffle for an epoch, counted from 0."""
+        self.seconds, self._epoch = 0.0, epoch
+        self._order = np.random.default_rng((self._seed, epoch)).permutation(self._chosen)
+
+    def _prepare(self, images: Pixels, index: int) -> Pixels:
+        return augment(images, self._recipe, np.random.default_rng((self._seed, self._epoch, index)))
+
+
+def augment(images: Pixels, recipe: Recipe, rng: np.random.Generator) -> Pixels:
+    """Flip, shift and cut out as the recipe says.
+
+    Args:
+        images: uint8 [n, height, width, 3].
+        recipe: Its dials `flip`, `crop` and `cutout`.
+        rng: Decides about every image of the batch.
+
+    Returns:
+        uint8 [n, height, width, 3].
+    """
+    count, height, width, _ = images.shape
+    if recipe.flip:
+        images = np.where(rng.integers(2, size=(count, 1, 1, 1)) == 1, images[:, :, ::-1], images)
+    if recipe.crop:
+        above, left = round(recipe.crop * height), round(recipe.crop * width)
+        padded = np.pad(images, ((0, 0), (above, above), (left, left), (0, 0)), mode="reflect")
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(1, 2))
+        top, start = rng.integers(2 * above + 1, size=count), rng.integers(2 * left + 1, size=count)
+        images = np.ascontiguousarray(windows[np.arange(count), top, start].transpose(0, 2, 3, 1))
+    if recipe.cutout:
+        # The centre of the hole lies anywhere, so that a hole may hang over the edge (DeVries and Taylor 2017).
+        rows = np.abs(np.arange(height) - rng.integers(height, size=(count, 1))) < recipe.cutout * height / 2
+        columns = np.abs(np.arange(width) - rng.integers(width, size=(count, 1))) < recipe.cutout * width / 2
+        images = np.where((rows[:, :, None] & columns[:, None, :])[..., None], np.uint8(128), images)
+    return images
