@@ -28,6 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", default="quick", choices=RECIPES, help="as of `resnet train` (default: quick)")
     parser.add_argument("--epochs", type=int, help="as of `resnet train` (default: the recipe's)")
     parser.add_argument("--images", type=int, help="train with so many of the training images only (default: all)")
+    parser.add_argument("--image-size", type=int, metavar="N", help="as of `resnet train`")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order of images (default: 0)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the four runs and degradation.png")
     parser.add_argument("--resume", action="store_true", help="continue where an interrupted command stopped")
@@ -55,7 +56,14 @@ def run(args: argparse.Namespace) -> None:
     histories, accuracies = {}, {}
     for number, name in enumerate(names, start=1):
         print(f"\n=== {number} of {len(names)}: {name}\n", flush=True)
-        settings = Settings(data=args.data, model=name, recipe=recipe, seed=args.seed, images=args.images)
+        settings = Settings(
+            data=args.data,
+            model=name,
+            recipe=recipe,
+            seed=args.seed,
+            image_size=args.image_size,
+            images=args.images,
+        )
         accuracies[name] = train(settings, args.out / name, args.resume)["accuracy"]
         histories[name] = Run(args.out / name).read_history()
     plot_errors(histories, Run(args.out))

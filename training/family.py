@@ -30,12 +30,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:  # noqa: ARG001
     """Print a row for every network."""
     start_tensorflow()
-    from training.model import ARCHITECTURES, RESNETS
+    from training.model import RESNETS
 
     print("model             plain twin        parameters    published  source")
     for name, architecture in sorted(RESNETS.items(), key=lambda item: (item[1].stem, sum(item[1].blocks), item[0])):
         twin = name.replace("resnet", "plain")
-        assert twin in ARCHITECTURES
         small = len(architecture.filters) == 3
         source = ("He et al. (2015), table 6" if small else "torchvision") if name in PUBLISHED else ""
         print(f"{name:<18}{twin:<18}{parameters(name):>10,}  {PUBLISHED.get(name, ''):>11}  {source}")

@@ -66,5 +66,7 @@ class Journal(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no t
     @property
     def stops(self) -> bool:
         """Whether the patience is at its end."""
+        if not self._patience or not self.rows:
+            return False
         accuracies = [row["val_accuracy"] for row in self.rows]
-        return 0 < self._patience <= len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else False
+        return len(accuracies) - 1 - accuracies.index(max(accuracies)) >= self._patience

@@ -7,6 +7,7 @@ best.keras       the model of the epoch with the best validation accuracy, in fl
 model.keras      the trained model: that of the best epoch with --patience, else that of the last
 labels.txt       class names, one per line, in the order of the model's outputs
 heldout.npz      test images and labels: the evidence that `resnet export` works on
+calibration.npz  some training images: they show an export to int8 how large activations get
 metrics.json     accuracy, overall and by class, versions, seed, hash of the data
 curves.png       accuracy and loss by epoch
 confusion.png    which class of the test images was taken for which
@@ -26,10 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from resnet import BadInput
-from training.data import Split
+from training.data import Dataset, Split
 
+CALIBRATION_IMAGES, CALIBRATION_BYTES = 512, 64 * 2**20
 HELDOUT_BYTES = 256 * 2**20  # of pixels; a larger test split is sampled, so that a model version stays portable
 
 Row = dict[str, float]
@@ -106,22 +109,25 @@ class Run:
 
         self.replace(self.folder / "history.csv", write)
 
-    def write_evidence(self, labels: tuple[str, ...], test: Split) -> None:
-        """Write the class names, and the test images as far as `HELDOUT_BYTES` allows."""
+    def write_evidence(self, dataset: Dataset) -> None:
+        """Write the class names, the test images as far as `HELDOUT_BYTES` allows, and some training images."""
+        test = dataset.test
         limit = max(1, HELDOUT_BYTES // math.prod(test.images.shape[1:]))
         chosen = np.arange(len(test.labels))
         if len(chosen) > limit:
             print(f"keeping {limit:,} of {len(chosen):,} test images as evidence for the export")
             chosen = np.sort(np.random.default_rng(0).permutation(chosen)[:limit])
+        self._write_arrays("heldout.npz", images=test.images[chosen], labels=test.labels[chosen])
+        self._write_arrays("calibration.npz", images=choose_calibration(dataset.train))
+        text = "".join(f"{name}\n" for name in dataset.classes)
+        self.replace(self.folder / "labels.txt", lambda path: path.write_text(text, "utf-8"))
 
+    def _write_arrays(self, name: str, **arrays: NDArray[Any]) -> None:
         def write(path: Path) -> None:
             with path.open("wb") as file:
-                np.savez_compressed(file, images=test.images[chosen], labels=test.labels[chosen])
+                np.savez_compressed(file, allow_pickle=False, **arrays)
 
-        self.replace(self.folder / "heldout.npz", write)
-        self.replace(
-            self.folder / "labels.txt", lambda path: path.write_text("".join(f"{label}\n" for label in labels), "utf-8")
-        )
+        self.replace(self.folder / name, write)
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Write metrics.json."""
@@ -143,3 +149,9 @@ class Run:
         except BaseException:
             part.unlink(missing_ok=True)
             raise
+
+
+def choose_calibration(train: Split) -> NDArray[np.uint8]:
+    """Return training images that show an export to int8 how large activations get, uint8 [n, height, width, 3]."""
+    limit = min(CALIBRATION_IMAGES, max(1, CALIBRATION_BYTES // math.prod(train.images.shape[1:])))
+    return train.images[np.sort(np.random.default_rng(0).permutation(len(train.labels))[:limit])]

@@ -72,7 +72,7 @@ def train(
     dataset = data.load(settings.data, settings.image_size)
     training, validation = _split(dataset.train, settings, strategy.num_replicas_in_sync if strategy else 1)
     run.start(settings.as_dict() | {"data_sha256": dataset.sha256}, resume)
-    run.write_evidence(dataset.classes, dataset.test)
+    run.write_evidence(dataset)
 
     keras.utils.set_random_seed(settings.seed)
     steps = math.ceil(len(training) / recipe.batch_size)
@@ -140,18 +140,20 @@ def _build(settings: Settings, dataset: Dataset, precision: str) -> keras.Model:
 
 def _start_or_resume(settings: Settings, run: Run, dataset: Dataset, steps: int) -> tuple[keras.Model, list[Row]]:
     """Return the model as the last finished epoch of so many steps left it, and the history up to there."""
-    if run.checkpoint.exists():
-        try:
-            network = keras.models.load_model(run.checkpoint)
-        except Exception as error:  # Keras reports unreadable files by many types
-            raise BadInput(f"{run.checkpoint} cannot be loaded ({error}); train into another folder") from None
-        done = int(network.optimizer.iterations) // steps
-        print(f"resuming after epoch {done} of {settings.recipe.epochs}")
-        return network, run.read_history()[:done]
     network = _build(settings, dataset, settings.recipe.precision)
     compile_for(network, settings.recipe, steps * settings.recipe.epochs)
-    network.summary()
-    return network, []
+    if not run.checkpoint.exists():
+        network.summary()
+        return network, []
+    # Into a network that was made anew: a loaded optimizer has forgotten what it excludes from weight decay.
+    network.optimizer.build(network.trainable_variables)
+    try:
+        network.load_weights(run.checkpoint)
+    except Exception as error:  # Keras reports unreadable files by many types
+        raise BadInput(f"{run.checkpoint} cannot be loaded ({error}); train into another folder") from None
+    done = int(network.optimizer.iterations.numpy()) // steps
+    print(f"resuming after epoch {done} of {settings.recipe.epochs}")
+    return network, run.read_history()[:done]
 
 
 def _measure(answers: keras.Model, dataset: Dataset, run: Run) -> dict[str, Any]:
