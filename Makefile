@@ -40,6 +40,7 @@ bench: install
 
 pins: install
 	$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate --extra all --group dev pyproject.toml --output-file constraints.txt
+	sed -i '1i # The versions that CI, `make demo` and the figures in README.md use; `make pins` resolves them anew.' constraints.txt
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist demo bench

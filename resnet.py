@@ -40,6 +40,7 @@ COMMANDS = {
     ),
     "export": Command("export.command", "export", "convert a trained model and prove that the result is the same"),
     "verify": Command("export.verify", "export", "recompute the proof of an exported model"),
+    "models": Command("export.models", "export", "list, show, verify and prune the models of a repository"),
     "serve": Command("serving.command", "serving", "answer classification requests over gRPC"),
     "classify": Command("serving.classify", "serving", "classify image files through a running server"),
     "bench": Command("benchmarks.command", "all", "measure a served model against the Keras original"),

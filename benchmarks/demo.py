@@ -98,13 +98,13 @@ def _summarise(out: Path, right: int, total: int, seconds: float) -> None:
 
     folder = repository.latest(out / "models" / NAME)
     certificate = manifest.read(folder).certificate
-    worst = max(row.max_difference for rows in certificate.variants.values() for row in rows)
+    worst = max(row.max_difference for variant in certificate.variants for row in variant.rows)
     rows = {row["row"]: row for row in json.loads((out / "bench" / "bench.json").read_text())["rows"]}
     served, keras = rows["ONNX behind gRPC"], rows["Keras predict_on_batch"]
     behind = rows["Keras behind gRPC, a call each"]
     column = "32 in flight"
     gain = served["images_per_second"][column] / behind["images_per_second"][column]
-    worst_allowed = f"at most {worst:.1e} of probability (allowed: {certificate.budget.max_difference:.0e})"
+    worst_allowed = f"at most {worst:.1e} of probability (allowed: {certificate.variants[0].budget.max_difference:.0e})"
     in_process = f"Keras predict_on_batch in process takes {keras['p50_ms']:.2f} ms"
     rate = f"{served['images_per_second'][column]:,.0f} images/s with 32 requests in flight"
     print(f"""

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import keras
 import numpy as np
 import onnx
 import onnxruntime
+import onnxslim
 import tensorflow as tf
 import tf2onnx
 from numpy.typing import NDArray
 
+from export import cost
+from export.manifest import Cost, Variant
 from export.parity import Predict, Probabilities
 
 INPUT, OUTPUT = "image", "probabilities"
@@ -30,14 +35,33 @@ def to_saved_model(model: keras.Model, folder: Path) -> None:
     archive.write_out(str(folder), verbose=False)
 
 
-def to_onnx(model: keras.Model, path: Path) -> None:
-    """Write an ONNX file with input `image`, output `probabilities` and a free first axis called `batch`."""
+def to_onnx(model: keras.Model, labels: Sequence[str], path: Path, opset: int = OPSET) -> Cost:
+    """Write an ONNX file with input `image`, output `probabilities` and a free first axis called `batch`.
+
+    Args:
+        model: The classifier.
+        labels: Names of its classes; they travel in the metadata of the file.
+        path: The file to write.
+        opset: Operator set.
+
+    Returns:
+        What the graph costs.
+    """
     function = tf.function(lambda image: {OUTPUT: model(image, training=False)}, input_signature=[_signature(model)])
-    graph, _ = tf2onnx.convert.from_function(function, [_signature(model)], opset=OPSET)
+    graph, _ = tf2onnx.convert.from_function(function, [_signature(model)], opset=opset)
+    converted = len(graph.graph.node)
+    graph = onnxslim.slim(graph)  # joins the layout changes that tf2onnx leaves around 1x1 feature maps
     for value in (*graph.graph.input, *graph.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    metadata = {
+        "labels": json.dumps(list(labels)),
+        "preprocessing": "RGB, bilinear",
+        "producer": f"keras {keras.__version__}, tf2onnx {tf2onnx.__version__}",
+    }
+    onnx.helper.set_model_props(graph, metadata)
     onnx.checker.check_model(graph, full_check=True)
     onnx.save(graph, path)
+    return cost.measure(graph, converted)
 
 
 def load_keras(path: Path) -> Predict:
@@ -48,6 +72,11 @@ def load_keras(path: Path) -> Predict:
         return np.asarray(model.predict_on_batch(images))
 
     return predict
+
+
+def load_variant(folder: Path, variant: Variant) -> Predict:
+    """Return a converted model of the version in `folder` as a function of a batch."""
+    return load_saved_model(folder) if variant.path == "." else load_onnx(folder / variant.path)
 
 
 def load_saved_model(folder: Path) -> Predict:

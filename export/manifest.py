@@ -13,7 +13,7 @@ import msgspec
 
 from resnet import BadInput
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
 
 
@@ -26,15 +26,25 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a variant may differ by.
+    """What a variant may differ by. A limit that is None is not set.
 
     Attributes:
-        max_difference: Largest absolute difference of any probability.
+        max_difference: Largest absolute difference of any probability; with it, no answer may name another class.
+        accuracy_drop: How much lower the accuracy may be than the original's, as a share: 0.005 is half a point.
         tie: Where the original's two best probabilities are closer than this, either class may win.
     """
 
-    max_difference: float = 1e-5
+    max_difference: float | None = None
+    accuracy_drop: float | None = None
     tie: float = 1e-5
+
+    def __str__(self) -> str:
+        limits = []
+        if self.max_difference is not None:
+            limits.append(f"a difference of {self.max_difference:.0e}")
+        if self.accuracy_drop is not None:
+            limits.append(f"{100 * self.accuracy_drop:g} points less accuracy")
+        return " and ".join(limits)
 
 
 class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -57,6 +67,49 @@ class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     accuracy: float
 
 
+class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One converted model and how it answers.
+
+    Attributes:
+        name: `onnx` or `saved_model`, or `onnx-fp16` or `onnx-int8` for less precision.
+        path: Its file inside the version; `.` for the SavedModel, which is the folder itself.
+        precision: Of its computation: `fp32`, `fp16` or `int8`.
+        method: How its precision was reached, in words; empty for fp32.
+        budget: What it may differ by.
+        rows: Its figures at each batch size.
+        speedup: How many times faster than `onnx` it was on the exporting machine's CPU, by batch size.
+    """
+
+    name: str
+    path: str
+    precision: str
+    method: str
+    budget: Budget
+    rows: list[Parity]
+    speedup: dict[int, float]
+
+    def violations(self, images: int, accuracy: float) -> Iterator[str]:
+        """Yield a clause for every figure that is outside the budget, given those of the original."""
+        if not self.rows:
+            yield f"there is no evidence for {self.name}"
+        if self.budget.max_difference is None and self.budget.accuracy_drop is None:
+            yield f"{self.name} has no budget"
+        for row in self.rows:
+            where = f"of {self.name} at batch size {row.batch_size}"
+            limit = self.budget.max_difference
+            if limit is not None:
+                if not row.max_difference <= limit:  # so that NaN counts as outside
+                    yield f"the largest difference {where} is {row.max_difference:.3g}, above {limit:.3g}"
+                if row.top1_disagreements:
+                    yield f"{row.top1_disagreements} of {images} answers {where} name another class than Keras"
+            drop = self.budget.accuracy_drop
+            if drop is not None and not accuracy - row.accuracy <= drop:
+                yield (
+                    f"the accuracy {where} is {row.accuracy:.2%}, {100 * (accuracy - row.accuracy):.2f} points below "
+                    f"Keras' {accuracy:.2%}; {100 * drop:g} are allowed"
+                )
+
+
 class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The evidence: every variant at every batch size, on images that the model was not trained on.
 
@@ -64,31 +117,46 @@ class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         images: Number of images.
         images_sha256: Hash of their pixels and classes.
         accuracy: Share of images that the Keras original classifies right, 0 to 1.
-        budget: What a variant may differ by.
-        variants: `onnx` and `saved_model`, with their figures at each batch size.
+        variants: The converted models; `onnx` and `saved_model` among them.
     """
 
     images: int
     images_sha256: str
     accuracy: float
-    budget: Budget
-    variants: dict[str, list[Parity]]
+    variants: list[Variant]
+
+    def find(self, name: str) -> Variant | None:
+        """Return the variant of this name."""
+        return next((variant for variant in self.variants if variant.name == name), None)
 
     def violations(self) -> Iterator[str]:
-        """Yield a clause for every figure that is outside the budget, and for evidence that is missing."""
-        for variant in ("onnx", "saved_model"):
-            if not self.variants.get(variant):
-                yield f"there is no evidence for {variant}"
+        """Yield a clause for every figure that is outside its budget, and for evidence that is missing."""
+        for name in ("onnx", "saved_model"):
+            if not self.find(name):
+                yield f"there is no evidence for {name}"
         if self.images < 1:
             yield "there are no images behind it"
-        for variant, rows in self.variants.items():
-            for row in rows:
-                where = f"of {variant} at batch size {row.batch_size}"
-                if not row.max_difference <= self.budget.max_difference:  # so that NaN counts as outside
-                    limit = self.budget.max_difference
-                    yield f"the largest difference {where} is {row.max_difference:.3g}, above {limit:.3g}"
-                if row.top1_disagreements:
-                    yield f"{row.top1_disagreements} of {self.images} answers {where} name another class than Keras"
+        for variant in self.variants:
+            yield from variant.violations(self.images, self.accuracy)
+
+
+class Cost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the graph of `model.onnx` costs.
+
+    Attributes:
+        nodes: Its operators.
+        nodes_converted: How many it had before it was cleaned.
+        parameters: Values of its constants.
+        bytes: Size of the file.
+        multiply_adds: Multiplications, each with an addition, of convolutions and matrix products for one image; twice
+            as many floating-point operations.
+    """
+
+    nodes: int
+    nodes_converted: int
+    parameters: int
+    bytes: int
+    multiply_adds: int
 
 
 class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -111,10 +179,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         labels: Names of the classes, in the order of the output.
         preprocessing: How an image file becomes pixels.
         opset: Operator set of the ONNX file.
+        cost: What its graph costs.
         versions: Libraries that took part, by name.
         training: Where the weights come from, as the run's metrics.json says; None for a model from elsewhere.
         files: SHA-256 of every other file of the version, by path inside it.
         certificate: The proof.
+        digest: SHA-256 of all of the above, as compact JSON with sorted keys: an edited figure shows.
     """
 
     format: int
@@ -126,14 +196,26 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     labels: list[str]
     preprocessing: Preprocessing
     opset: int
+    cost: Cost
     versions: dict[str, str]
     training: dict[str, object] | None
     files: dict[str, str]
     certificate: Certificate
+    digest: str = ""
 
     def write(self, folder: Path) -> None:
-        """Write manifest.json into the folder of a version."""
-        (folder / NAME).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
+        """Write manifest.json into the folder of a version, with its digest."""
+        complete = msgspec.structs.replace(self, digest=self.compute_digest())
+        (folder / NAME).write_bytes(msgspec.json.format(msgspec.json.encode(complete), indent=2) + b"\n")
+
+    def compute_digest(self) -> str:
+        """Return what `digest` should be."""
+        content = msgspec.json.encode(msgspec.structs.replace(self, digest=""), order="deterministic")
+        return hashlib.sha256(content).hexdigest()
+
+
+class _Header(msgspec.Struct):
+    format: int
 
 
 def read(folder: Path) -> Manifest:
@@ -144,13 +226,17 @@ def read(folder: Path) -> Manifest:
     """
     path = folder / NAME
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        text = path.read_bytes()
+        found = msgspec.json.decode(text, type=_Header).format
+        if found != FORMAT:
+            raise BadInput(f"{path} has format {found}, this version of resnet reads {FORMAT}; export again")
+        manifest = msgspec.json.decode(text, type=Manifest)
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror}); export the model again") from None
     except msgspec.DecodeError as error:
         raise BadInput(f"{path} is not a valid manifest ({error}); export the model again") from None
-    if manifest.format != FORMAT:
-        raise BadInput(f"{path} has format {manifest.format}, this version of resnet reads {FORMAT}; export again")
+    if manifest.digest != manifest.compute_digest():
+        raise BadInput(f"{path} was edited: its digest differs from what it says; export the model again")
     if str(manifest.version) != folder.name or manifest.model != folder.parent.name:
         raise BadInput(
             f"{path} belongs to {manifest.model}/{manifest.version}, not to {folder.parent.name}/{folder.name}"

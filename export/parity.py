@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from rich.progress import track
 
-from export.manifest import Budget, Certificate, Parity
+from export.manifest import Certificate, Parity, Variant
 from resnet import CheckFailed
 
 Probabilities = NDArray[np.float32]
@@ -27,44 +28,51 @@ class ShapeError(ParityError):
     """The output has another shape or dtype than the original's."""
 
 
+class VariantError(ParityError):
+    """A variant of lower precision loses more than its budget; the version is published without it."""
+
+
+class RunError(ParityError):
+    """A converted model cannot be run at all, or not at every batch size."""
+
+
+class EvidenceError(ParityError):
+    """The evidence is not that of the model: the original itself answers otherwise than its training says."""
+
+
 class BudgetError(ParityError):
     """A figure of the certificate is outside its budget."""
 
 
 def certify(
     reference: Predict,
-    variants: Mapping[str, Predict],
+    variants: Sequence[tuple[Variant, Predict]],
     images: NDArray[np.uint8],
     labels: NDArray[np.int32],
-    budget: Budget,
 ) -> Certificate:
     """Compare every variant with the original on all images, at every batch size.
 
     Args:
         reference: The Keras original.
-        variants: The converted models, by name.
+        variants: The converted models, with or without rows, and how each is called.
         images: Held-out images, uint8 [n, height, width, 3].
         labels: Their classes, int32 [n].
-        budget: What a variant may differ by.
+
+    Returns:
+        A certificate, whose variants have the rows that were measured now.
 
     Raises:
         ShapeError: A variant answers in another shape or dtype.
     """
     expected = _predict(reference, images, max(BATCH_SIZES), "Keras")
-    found = {
-        name: [
-            compare(expected, _predict(predict, images, size, f"{name}, batch size {size}"), labels, size, budget.tie)
-            for size in BATCH_SIZES
-        ]
-        for name, predict in variants.items()
-    }
-    return Certificate(
-        images=len(images),
-        images_sha256=hash_images(images, labels),
-        accuracy=_accuracy(expected, labels),
-        budget=budget,
-        variants=found,
-    )
+    measured = []
+    for variant, predict in variants:
+        rows = []
+        for size in BATCH_SIZES:
+            actual = _predict(predict, images, size, f"{variant.name}, batch size {size}")
+            rows.append(compare(expected, actual, labels, size, variant.budget.tie))
+        measured.append(msgspec.structs.replace(variant, rows=rows))
+    return Certificate(len(images), hash_images(images, labels), _accuracy(expected, labels), measured)
 
 
 def check(certificate: Certificate) -> None:
@@ -121,24 +129,36 @@ def describe(certificate: Certificate) -> str:
     rows.append(("keras", "", "", "", "", f"{certificate.accuracy:.2%}"))
     rows += [
         (
-            name,
+            variant.name,
             str(row.batch_size),
             f"{row.max_difference:.1e}",
             f"{row.mean_difference:.1e}",
             f"{row.top1_agreement:.2%}",
             f"{row.accuracy:.2%}",
         )
-        for name, parities in certificate.variants.items()
-        for row in parities
+        for variant in certificate.variants
+        for row in variant.rows
     ]
-    table = "\n".join(f"  {a:<12} {b:>5}  {c:>14}  {d:>8}  {e:>10}  {f:>8}" for a, b, c, d, e, f in rows)
-    budget = certificate.budget.max_difference
-    return f"{table}\n  on {certificate.images:,} held-out images; largest difference allowed {budget:.0e}"
+    lines = [f"  {a:<12} {b:>5}  {c:>14}  {d:>8}  {e:>10}  {f:>8}" for a, b, c, d, e, f in rows]
+    lines.append(f"  on {certificate.images:,} held-out images")
+    for variant in certificate.variants:
+        speed = ", ".join(f"{times:.1f}x at batch size {size}" for size, times in variant.speedup.items())
+        lines.append(
+            f"  {variant.name:<12} {variant.precision}, allowed {variant.budget}"
+            + (f"; {variant.method}" if variant.method else "")
+            + (f"; speed {speed}" if speed else "")
+        )
+    return "\n".join(lines)
 
 
 def _predict(predict: Predict, images: NDArray[np.uint8], batch_size: int, title: str) -> Probabilities:
     starts = range(0, len(images), batch_size)
-    return np.concatenate([predict(images[start : start + batch_size]) for start in track(starts, f"  {title:<28}")])
+    try:
+        return np.concatenate(
+            [predict(images[start : start + batch_size]) for start in track(starts, f"  {title:<28}")]
+        )
+    except Exception as error:  # each library has exceptions of its own
+        raise RunError(f"{title}: the model cannot be run: {error}") from error
 
 
 def _accuracy(probabilities: Probabilities, labels: NDArray[np.int32]) -> float:

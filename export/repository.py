@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from resnet import BadInput
 
+STAGING = ".staging-"
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -34,6 +36,19 @@ def latest(model: Path) -> Path:
     return model / str(found[-1])
 
 
+def version(model: Path, number: int | None) -> Path:
+    """Return the folder of a version, the highest if `number` is None.
+
+    Raises:
+        BadInput: There is no such version.
+    """
+    if number is None:
+        return latest(model)
+    if number not in versions(model):
+        raise BadInput(f"{model} has no version {number}; it has {versions(model) or 'none'}")
+    return model / str(number)
+
+
 def models(repository: Path) -> list[Path]:
     """Return the folders of all models that have a version, by name.
 
@@ -51,6 +66,8 @@ def models(repository: Path) -> list[Path]:
 def staging(model: Path) -> Iterator[Path]:
     """Yield an empty folder beside the versions of a model, and remove whatever is left of it afterwards.
 
+    It is locked for as long as its process lives, so that `prune` can tell it from what a killed export left.
+
     Raises:
         BadInput: The name of the model is not fit for a folder and a URL, or the folder cannot be written.
     """
@@ -60,14 +77,17 @@ def staging(model: Path) -> Iterator[Path]:
         )
     try:
         model.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".staging-", dir=model))
+        folder = Path(tempfile.mkdtemp(prefix=STAGING, dir=model))
     except OSError as error:
         raise BadInput(f"--to {model} cannot be written: {error.strerror}") from None
     folder.chmod(0o755)  # mkdtemp keeps it to its owner; a server may run as somebody else
+    lock = _lock(folder)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def publish(staged: Path, finish: Callable[[int], None]) -> Path:
@@ -93,6 +113,41 @@ def publish(staged: Path, finish: Callable[[int], None]) -> Path:
             continue  # another export took the number
         _sync_entry(model)
         return model / str(version)
+
+
+def prune(model: Path, keep: int) -> Iterator[Path]:
+    """Remove all but the highest versions of a model, and the staging folders of exports that were killed.
+
+    Args:
+        model: REPOSITORY/NAME.
+        keep: How many versions stay, at least 1.
+
+    Yields:
+        Each folder that was removed.
+    """
+    for number in versions(model)[:-keep]:
+        # Renamed first, so that nobody sees a version with files missing.
+        hidden = Path(tempfile.mkdtemp(prefix=STAGING, dir=model))
+        (model / str(number)).rename(hidden / str(number))
+        shutil.rmtree(hidden)
+        yield model / str(number)
+    for folder in sorted(model.glob(f"{STAGING}*")):
+        lock = _lock(folder)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+            yield folder
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder until the returned descriptor is closed or the process ends; None if another process has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _sync(folder: Path) -> None:

@@ -26,6 +26,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", choices=("auto", "cuda", "cpu"), help="what computes (default: auto)"
     )
+    parser.add_argument(
+        "--precision",
+        default="fp32",
+        choices=("fp32", "fp16", "int8"),
+        help="which of the exported variants answers (default: fp32)",
+    )
     parser.add_argument("--max-batch", type=int, default=32, metavar="N", help="images in one batch (default: 32)")
     parser.add_argument("--max-queue", type=int, default=1024, metavar="N", help="images that may wait (default: 1024)")
     parser.add_argument("--max-images", type=int, default=256, metavar="N", help="images in one request (default: 256)")
@@ -54,11 +60,10 @@ def run(args: argparse.Namespace) -> None:
 
     loaded = []
     for folder in repository.models(args.repository):
-        model = models.load(repository.latest(folder), args.device, args.max_batch, args.max_queue)
-        print(
-            f"loaded {model.name}/{model.version} on {model.engine.provider}, its files and certificate hold",
-            flush=True,
-        )
+        version = repository.latest(folder)
+        model = models.load(version, args.device, args.max_batch, args.max_queue, args.precision)
+        which = f"{model.name}/{model.version} in {args.precision} on {model.engine.provider}"
+        print(f"loaded {which}, its files and certificate hold", flush=True)
         loaded.append(model)
     # What the queue could never hold is too large, not a matter of trying again.
     limits = Limits(max_images=min(args.max_images, args.max_queue))

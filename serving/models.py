@@ -56,14 +56,18 @@ def read_checked(folder: Path) -> Manifest:
     return manifest
 
 
-def load(folder: Path, device: Device, max_batch: int, max_queue: int) -> Model:
+def load(folder: Path, device: Device, max_batch: int, max_queue: int, precision: str = "fp32") -> Model:
     """Load, check and warm up the version in `folder`.
 
     Raises:
-        BadInput: It is not what was exported and proved, or the device is not to be had.
+        BadInput: It is not what was exported and proved, it was not exported in this precision, or the device is not to
+            be had.
     """
     manifest = read_checked(folder)
-    return start(manifest, OnnxEngine(folder / "model.onnx", manifest, device), max_batch, max_queue)
+    variant = manifest.certificate.find("onnx" if precision == "fp32" else f"onnx-{precision}")
+    if variant is None or variant.path not in manifest.files:
+        raise BadInput(f"{folder} has no {precision} variant; export it again with --precision fp32,{precision}")
+    return start(manifest, OnnxEngine(folder / variant.path, manifest, device), max_batch, max_queue)
 
 
 def start(manifest: Manifest, engine: Engine, max_batch: int, max_queue: int) -> Model:

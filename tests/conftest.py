@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from export.manifest import Manifest
 from training.command import start_tensorflow
 
 start_tensorflow()
@@ -29,6 +34,17 @@ from training.model import ARCHITECTURES
 ARCHITECTURES["tiny"] = TINY
 sys.exit(resnet.main(sys.argv[1:]))
 """
+
+
+def edit_manifest(version: Path, change: Callable[[dict[str, Any]], object], forge: bool = True) -> None:
+    """Change the manifest of a version; `forge` also puts the digest right, if it is still a manifest."""
+    path = version / "manifest.json"
+    content = json.loads(path.read_text())
+    change(content)
+    if forge:
+        with contextlib.suppress(msgspec.ValidationError):
+            content["digest"] = msgspec.convert(content, Manifest).compute_digest()
+    path.write_text(json.dumps(content))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -14,10 +17,13 @@ import pytest
 from numpy.typing import NDArray
 
 import resnet
-from export import convert, manifest, repository, source
+from export import convert, manifest, precision, repository, source
 from export.export import export
+from export.manifest import Cost
 from export.parity import BudgetError
+from export.precision import Attempt
 from resnet import BadInput
+from tests.conftest import edit_manifest
 
 
 def test_a_version_holds_all_forms_of_the_model(repository: Path) -> None:
@@ -40,12 +46,12 @@ def test_the_certificate_covers_both_variants_at_three_batch_sizes(
     """All held-out images, within the budget, and with the accuracy of Keras."""
     found = manifest.read(repository / "digits" / "1").certificate
     assert found.images == len(heldout[0])
-    assert {name: [row.batch_size for row in rows] for name, rows in found.variants.items()} == {
+    assert {variant.name: [row.batch_size for row in variant.rows] for variant in found.variants} == {
         "onnx": [1, 3, 64],
         "saved_model": [1, 3, 64],
     }
     assert not list(found.violations())
-    assert {row.accuracy for rows in found.variants.values() for row in rows} == {found.accuracy}
+    assert {row.accuracy for variant in found.variants for row in variant.rows} == {found.accuracy}
 
 
 def test_the_onnx_file_has_the_names_that_clients_use(repository: Path) -> None:
@@ -56,6 +62,86 @@ def test_the_onnx_file_has_the_names_that_clients_use(repository: Path) -> None:
         first, *others = values[0].type.tensor_type.shape.dim
         assert first.dim_param == "batch"
         assert all(dimension.dim_value > 0 for dimension in others)
+
+
+def test_the_graph_is_clean(repository: Path) -> None:
+    """Normalisation is part of the convolutions, the layout changes once, and labels travel with the file."""
+    model = onnx.load(repository / "digits" / "1" / "model.onnx")
+    kinds = Counter(node.op_type for node in model.graph.node)
+    assert kinds["Conv"] == 6  # the stem, two blocks of two, and one shortcut
+    assert kinds["Transpose"] == 1
+    assert not kinds.keys() & {"BatchNormalization", "Identity", "Reshape", "Sub", "Div", "Squeeze"}
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(properties["labels"]) == [str(digit) for digit in range(10)]
+    assert "tf2onnx" in properties["producer"]
+
+
+def test_the_manifest_says_what_the_graph_costs(repository: Path) -> None:
+    """Counted by hand: a 7x7/2 stem, pooling, a block of 8 filters, and one of 16 at half the size."""
+    cost = manifest.read(repository / "digits" / "1").cost
+    stem, first = 16 * 16 * 8 * 7 * 7 * 3, 2 * 8 * 8 * 8 * 3 * 3 * 8
+    second = 4 * 4 * 16 * (3 * 3 * 8 + 3 * 3 * 16 + 8)
+    assert cost.multiply_adds == stem + first + second + 16 * 10
+    assert cost.nodes < cost.nodes_converted
+    assert 6_000 < cost.parameters < 6_500
+    assert cost.bytes == (repository / "digits" / "1" / "model.onnx").stat().st_size
+
+
+@pytest.mark.slow
+def test_variants_of_lower_precision_are_proved_too(
+    run: Path, tmp_path: Path, heldout: tuple[NDArray[np.uint8], NDArray[np.int32]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """fp16 and int8 take and give what fp32 does, lose no more accuracy than allowed, and verify again."""
+    model = tmp_path / "models" / "digits"
+    assert resnet.main(["export", str(run), "--to", str(model), "--precision", "fp32,fp16,int8", "--int8-drop=5"]) == 0
+    found = manifest.read(model / "1").certificate
+    assert [variant.name for variant in found.variants] == ["onnx", "saved_model", "onnx-fp16", "onnx-int8"]
+    full = (model / "1" / "model.onnx").stat().st_size
+    images, labels = heldout
+    for variant in found.variants[2:]:
+        path = model / "1" / variant.path
+        assert path.stat().st_size < (0.6 if variant.precision == "fp16" else 0.8) * full
+        answers = convert.load_onnx(path)(images)
+        assert answers.dtype == np.float32
+        assert np.mean(answers.argmax(axis=1) == labels) == variant.rows[-1].accuracy
+        assert found.accuracy - variant.rows[-1].accuracy <= (variant.budget.accuracy_drop or 0)
+        assert variant.speedup.keys() == {1, 32}
+        assert variant.method
+    capsys.readouterr()
+    assert resnet.main(["verify", str(model)]) == 0
+    assert "int8, allowed 5 points less accuracy" in capsys.readouterr().out
+
+
+def test_a_variant_that_loses_too_much_is_left_out(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here it is another model: the rest is published, and the exit code is 1."""
+    other = Attempt("other", lambda _, path: path.write_bytes((tmp_path / "other.onnx").read_bytes()))
+    monkeypatch.setattr(precision, "attempts", lambda *_: [other])
+    original = source.load(run)
+    kernel = original.model.get_layer("stem_conv").kernel
+    kernel.assign(-kernel.numpy())
+    convert.to_onnx(original.model, original.evidence.labels, tmp_path / "other.onnx")
+    model = tmp_path / "models" / "digits"
+    assert resnet.main(["export", str(run), "--to", str(model), "--precision", "int8"]) == 1
+    error = capsys.readouterr().err
+    assert re.search(
+        r"published without int8: the accuracy of onnx-int8 .* points below Keras'.*; 0.5 are allowed", error
+    )
+    assert [variant.name for variant in manifest.read(model / "1").certificate.variants] == ["onnx", "saved_model"]
+    assert not (model / "1" / "model.int8.onnx").exists()
+
+
+def test_int8_needs_training_images(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And an unknown precision is one sentence."""
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    (folder / "calibration.npz").unlink()
+    to = str(tmp_path / "models" / "digits")
+    assert resnet.main(["export", str(folder), "--to", to, "--precision", "int8"]) == 2
+    assert "no training images beside it to calibrate int8 with" in capsys.readouterr().err
+    assert resnet.main(["export", str(folder), "--to", to, "--precision", "fp32,fp8"]) == 2
+    assert "--precision 'fp8' is unknown" in capsys.readouterr().err
+    assert not (tmp_path / "models").exists()
 
 
 def test_each_export_is_the_next_version(run: Path, own_repository: Path) -> None:
@@ -70,12 +156,13 @@ def test_a_model_that_computes_something_else_is_not_published(
 ) -> None:
     """One weight off by a thousandth breaks the budget: exit code 1, and nothing remains."""
 
-    def to_wrong_onnx(model: keras.Model, path: Path) -> None:
+    def to_wrong_onnx(model: keras.Model, *rest: Any) -> Cost:
         kernel = model.get_layer("probabilities").kernel
         right = kernel.numpy()
         kernel.assign(right * 1.001)
-        to_onnx(model, path)
+        cost = to_onnx(model, *rest)
         kernel.assign(right)
+        return cost
 
     to_onnx = convert.to_onnx
     monkeypatch.setattr(convert, "to_onnx", to_wrong_onnx)
@@ -136,10 +223,10 @@ def two_inputs() -> keras.Model:
 MODELS: dict[str, tuple[Callable[[], keras.Model], str]] = {
     "float input": (
         lambda: model(dtype="float32"),
-        r"takes float32 \[batch, 32, 32, 3\]; a servable model takes uint8",
+        r"takes float32 \[batch, 32, 32, 3\]; a servable model takes uint8 pixels: say with --preprocess",
     ),
     "grey input": (lambda: model((32, 32, 1)), r"takes uint8 \[batch, 32, 32, 1\]"),
-    "no softmax": (lambda: model(activation="linear"), "does not end in probabilities"),
+    "no softmax": (lambda: model(activation="linear"), "does not end in probabilities.* --logits adds the softmax"),
     "one output": (lambda: model(outputs=1, activation="sigmoid"), r"gives float32 \[batch, 1\]"),
     "other classes": (lambda: model(outputs=7), "has 7 outputs, but there are 10 class names"),
     "other size": (lambda: model((16, 16, 3)), r"takes images of \[16, 16, 3\], the held-out images are \[32, 32, 3\]"),
@@ -179,20 +266,20 @@ def test_what_is_no_model_is_refused(run: Path, tmp_path: Path) -> None:
         source.load(tmp_path / "alone.keras")
 
 
-@pytest.mark.parametrize("name", ["heldout.npz", "metrics.json"])
-def test_a_broken_file_of_a_run_is_named(run: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("heldout.npz", "the evidence in .*run is broken"),
+        ("calibration.npz", "the evidence in .*run is broken"),
+        ("metrics.json", "metrics.json is broken"),
+    ],
+)
+def test_a_broken_file_of_a_run_is_named(run: Path, tmp_path: Path, name: str, message: str) -> None:
     """A copy that was cut short is one sentence."""
     folder = Path(shutil.copytree(run, tmp_path / "run"))
     (folder / name).write_bytes((folder / name).read_bytes()[:100])
-    with pytest.raises(BadInput, match=f"{name} is broken"):
+    with pytest.raises(BadInput, match=message):
         source.load(folder)
-
-
-def edit(path: Path, change: Callable[[dict[str, object]], object]) -> None:
-    """Change the manifest of a version."""
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 def test_verify_recomputes_the_certificate(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,7 +293,10 @@ def test_verify_recomputes_the_certificate(repository: Path, capsys: pytest.Capt
 def test_verify_finds_what_was_changed(own_repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A file, a figure of the certificate, or the number of a version: exit code 1; a broken manifest: 2."""
     version = own_repository / "digits" / "1"
-    edit(version / "manifest.json", lambda content: content["certificate"].update(accuracy=0.999))  # type: ignore[attr-defined]
+    edit_manifest(version, lambda content: content["certificate"].update(accuracy=0.999), forge=False)
+    assert resnet.main(["verify", str(version.parent)]) == 2
+    assert "manifest.json was edited" in capsys.readouterr().err
+    edit_manifest(version, lambda _: None)
     assert resnet.main(["verify", str(version.parent)]) == 1
     assert "gives Keras an accuracy of 99.90%" in capsys.readouterr().err
 
@@ -218,7 +308,7 @@ def test_verify_finds_what_was_changed(own_repository: Path, capsys: pytest.Capt
     assert "model.onnx is not the file that was exported" in message
     assert "labels.txt is missing" in message
 
-    (version / "manifest.json").write_text('{"format": 1}')
+    (version / "manifest.json").write_text('{"format": 2}')
     assert resnet.main(["verify", str(version.parent)]) == 2
     assert "is not a valid manifest" in capsys.readouterr().err
     assert resnet.main(["verify", str(version.parent), "--version", "4"]) == 2
@@ -227,9 +317,9 @@ def test_verify_finds_what_was_changed(own_repository: Path, capsys: pytest.Capt
     assert "holds no model version" in capsys.readouterr().err
 
 
-MANIFESTS: dict[str, tuple[Callable[[dict[str, object]], object], str]] = {
+MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "other version": (lambda content: content.update(version=2), "belongs to digits/2, not to digits/1"),
-    "other format": (lambda content: content.update(format=9), "has format 9, this version of resnet reads 1"),
+    "other format": (lambda content: content.update(format=9), "has format 9, this version of resnet reads 2"),
     "labels": (lambda content: content.update(labels=["a"]), "names 1 labels for 10 outputs"),
     "unknown field": (lambda content: content.update(extra=1), "unknown field `extra`"),
     "wrong type": (lambda content: content.update(opset="18"), r"Expected `int`, got `str` - at `\$.opset`"),
@@ -241,6 +331,6 @@ def test_a_broken_manifest_is_refused(kind: str, own_repository: Path) -> None:
     """The message names the file and what is wrong with it."""
     change, message = MANIFESTS[kind]
     version = own_repository / "digits" / "1"
-    edit(version / "manifest.json", change)
+    edit_manifest(version, change)
     with pytest.raises(BadInput, match=message):
         manifest.read(version)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from export import parity
-from export.manifest import Budget, Certificate, Parity
+from export.manifest import Budget, Certificate, Parity, Variant
 from export.parity import BudgetError, ShapeError
 
 EXPECTED = np.array([[0.7, 0.2, 0.1], [0.1, 0.5, 0.4], [0.30000, 0.34999, 0.35001]], np.float32)
+BUDGET = Budget(max_difference=1e-5)
 LABELS = np.array([0, 1, 1], np.int32)
 
 
@@ -51,12 +52,13 @@ def test_another_shape_or_dtype_is_a_failure_of_its_own(actual: np.ndarray) -> N
         compare(actual)
 
 
-def certificate(**changes: float) -> Certificate:
+def certificate(budget: Budget = BUDGET, **changes: float) -> Certificate:
     """Return a certificate that holds but for `changes` in one row."""
     good = {"max_difference": 1e-7, "mean_difference": 1e-8, "top1_agreement": 1.0, "accuracy": 0.9}
     rows = [Parity(batch_size=1, top1_disagreements=0, **good)]
     bad = [Parity(**{"batch_size": 3, "top1_disagreements": 0, **good, **changes})]  # type: ignore[arg-type]
-    return Certificate(10, "hash", 0.9, Budget(), {"onnx": rows, "saved_model": bad})
+    onnx = Variant("onnx", "model.onnx", "fp32", "", BUDGET, rows, {})
+    return Certificate(10, "hash", 0.9, [onnx, Variant("saved_model", ".", "fp32", "", budget, bad, {})])
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,22 @@ def test_a_broken_budget_is_named(changes: dict[str, float], message: str) -> No
         parity.check(certificate(**changes))
 
 
+def test_a_budget_of_accuracy_allows_other_answers_but_not_worse_ones() -> None:
+    """Half a point: 0.2 points less is within it, a point less is not, and what is no number is not."""
+    drop = Budget(accuracy_drop=0.005)
+    parity.check(certificate(drop, accuracy=0.898, max_difference=0.3, top1_disagreements=5))
+    parity.check(certificate(drop, accuracy=0.99))
+    with pytest.raises(BudgetError, match="is 89.00%, 1.00 points below Keras' 90.00%; 0.5 are allowed"):
+        parity.check(certificate(drop, accuracy=0.89))
+    with pytest.raises(BudgetError, match="is nan%"):
+        parity.check(certificate(drop, accuracy=float("nan")))
+
+
 def test_missing_evidence_does_not_hold() -> None:
-    """A certificate without a variant proves nothing."""
-    empty = Certificate(0, "hash", 0.9, Budget(), {})
+    """A certificate without a variant, a row or a budget proves nothing."""
+    empty = Certificate(0, "hash", 0.9, [])
     assert len(list(empty.violations())) == 3
+    bare = Certificate(
+        1, "hash", 0.9, [Variant(name, "", "", "", Budget(), [], {}) for name in ("onnx", "saved_model")]
+    )
+    assert [text.rpartition(" ")[2] for text in bare.violations()] == ["onnx", "budget", "saved_model", "budget"]

@@ -24,7 +24,9 @@ def test_serve_says_what_it_serves_and_ends_on_a_signal(repository: Path, number
     """The address is printed once it answers; the exit code is 0."""
     process = subprocess.Popen([*SERVE, str(repository), "--port=0"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    assert process.stdout.readline() == ("loaded digits/1 on CPUExecutionProvider, its files and certificate hold\n")
+    assert process.stdout.readline() == (
+        "loaded digits/1 in fp32 on CPUExecutionProvider, its files and certificate hold\n"
+    )
     assert process.stdout.readline().startswith("serving on 127.0.0.1:")
     process.send_signal(number)
     assert process.communicate(timeout=30)[0] == "finishing the requests under way\n"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -24,6 +24,7 @@ from serving import errors, models
 from serving.client import AsyncClient, Client
 from serving.engine import Images, Probabilities
 from serving.server import SERVICE, Limits, Server
+from tests.conftest import edit_manifest
 from tests.serving.test_batcher import GatedEngine
 
 Heldout = tuple[NDArray[np.uint8], NDArray[np.int32]]
@@ -268,8 +269,7 @@ def test_an_engine_that_fails_is_an_internal_error_without_details(
 def test_two_models_are_told_apart_by_name(repository: Path, tmp_path: Path) -> None:
     """With several models a request must name one."""
     shutil.copytree(repository / "digits", tmp_path / "numbers")
-    path = tmp_path / "numbers" / "1" / "manifest.json"
-    path.write_text(path.read_text().replace('"model": "digits"', '"model": "numbers"'))
+    edit_manifest(tmp_path / "numbers" / "1", lambda content: content.update(model="numbers"))
     loaded = [models.load(folder / "1", "cpu", 4, 16) for folder in (repository / "digits", tmp_path / "numbers")]
     image = np.zeros((1, 32, 32, 3), np.uint8)
     with Server(models.Models(loaded), "127.0.0.1", 0, Limits()) as server, Client(server.address) as client:
@@ -288,14 +288,18 @@ def test_a_port_in_use_is_refused(address: str) -> None:
 def test_a_version_that_does_not_hold_is_not_loaded(own_repository: Path) -> None:
     """A changed file, and a certificate outside its budget."""
     version = own_repository / "digits" / "1"
-    path = version / "manifest.json"
-    good = path.read_text()
-    content = json.loads(good)
-    content["certificate"]["variants"]["onnx"][0]["max_difference"] = 0.5
-    path.write_text(json.dumps(content))
+    good = (version / "manifest.json").read_text()
+
+    def worsen(content: dict[str, Any]) -> None:
+        content["certificate"]["variants"][0]["rows"][0]["max_difference"] = 0.5
+
+    edit_manifest(version, worsen, forge=False)
+    with pytest.raises(BadInput, match="manifest.json was edited: its digest differs"):
+        models.load(version, "cpu", 4, 16)
+    edit_manifest(version, worsen)
     with pytest.raises(BadInput, match="the certificate of .* does not hold, the largest difference"):
         models.load(version, "cpu", 4, 16)
-    path.write_text(good)
+    (version / "manifest.json").write_text(good)
     (version / "variables" / "variables.index").write_bytes(b"")
     with pytest.raises(BadInput, match=r"variables.index is not the file that was exported"):
         models.load(version, "cpu", 4, 16)
@@ -310,3 +314,5 @@ def test_cuda_that_is_not_there_is_refused(repository: Path) -> None:
     with pytest.raises(BadInput, match="--device cuda: this onnxruntime has no CUDA"):
         models.load(repository / "digits" / "1", "cuda", 4, 16)
     assert models.load(repository / "digits" / "1", "auto", 4, 16).engine.provider == "CPUExecutionProvider"
+    with pytest.raises(BadInput, match="has no int8 variant; export it again with --precision fp32,int8"):
+        models.load(repository / "digits" / "1", "auto", 4, 16, "int8")

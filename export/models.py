@@ -1,0 +1,106 @@
+"""Look after a model repository: what it holds, what was proved, whether it still holds, and what may go.
+
+Examples:
+  resnet models list models
+  resnet models show models/digits
+  resnet models verify models
+  resnet models prune models --keep 2
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from export import manifest, parity, repository
+from resnet import BadInput, CheckFailed
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the verbs of `resnet models` and their options."""
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="list|show|verify|prune")
+    for verb, meaning in VERBS.items():
+        action = verbs.add_parser(verb, help=meaning, description=meaning)
+        action.add_argument("folder", type=Path, metavar="REPOSITORY[/NAME]", help="a repository, or one of its models")
+        if verb == "prune":
+            action.add_argument("--keep", type=int, default=3, help="how many of the latest versions stay (default: 3)")
+        if verb == "show":
+            action.add_argument("--version", type=int, help="which version (default: the latest)")
+
+
+VERBS = {
+    "list": "print a line for every version",
+    "show": "print what one version is, and its proof",
+    "verify": "recompute the proof of every version",
+    "prune": "remove all but the latest versions, and what killed exports left",
+}
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the verb says."""
+    {"list": _list, "show": _show, "verify": _verify, "prune": _prune}[args.verb](args)
+
+
+def _models(folder: Path) -> list[Path]:
+    """Return the models of a repository, or the one model that the folder is."""
+    return [folder] if repository.versions(folder) else repository.models(folder)
+
+
+def _list(args: argparse.Namespace) -> None:
+    print(f"{'model':<24} {'input':<14} {'classes':>7}  {'accuracy':>8}  {'precision':<16}  created")
+    for model in _models(args.folder):
+        for number in repository.versions(model):
+            name = f"{model.name}/{number}"
+            try:
+                found = manifest.read(model / str(number))
+            except BadInput as error:
+                print(f"{name:<24} {error}")
+                continue
+            size = "x".join(str(side) for side in found.input.shape[1:])
+            precisions = ", ".join(dict.fromkeys(variant.precision for variant in found.certificate.variants))
+            print(
+                f"{name:<24} {size:<14} {len(found.labels):>7}  {found.certificate.accuracy:>8.2%}  {precisions:<16}  "
+                f"{found.created}"
+            )
+
+
+def _show(args: argparse.Namespace) -> None:
+    models = _models(args.folder)
+    if len(models) > 1:
+        raise BadInput(f"{args.folder} holds {len(models)} models; name one of them, as {models[0]}")
+    folder = repository.version(models[0], args.version)
+    found = manifest.read(folder)
+    print(f"{found.model}/{found.version}, exported {found.created}")
+    print(f"  input   {found.input.name}: {found.input.dtype} {found.input.shape}")
+    print(f"  output  {found.output.name}: {found.output.dtype} {found.output.shape}")
+    print(f"  labels  {', '.join(found.labels)}")
+    print(f"  files   {len(found.files)}, {sum((folder / name).stat().st_size for name in found.files) / 1e6:.1f} MB")
+    cost = found.cost
+    print(
+        f"  graph   {cost.nodes} nodes, {cost.parameters:,} parameters, {cost.multiply_adds / 1e6:,.1f} M multiply-adds"
+    )
+    print(f"  made by {', '.join(f'{name} {number}' for name, number in found.versions.items())}")
+    print(parity.describe(found.certificate))
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from export.verify import verify
+
+    failed = []
+    for model in _models(args.folder):
+        for number in repository.versions(model):
+            try:
+                verify(model / str(number))
+            except (BadInput, CheckFailed) as error:
+                failed.append(f"{model.name}/{number}")
+                print(f"{model.name}/{number} does not hold: {error}")
+    if failed:
+        raise CheckFailed(f"{', '.join(failed)} cannot be verified; the reasons are above")
+
+
+def _prune(args: argparse.Namespace) -> None:
+    if args.keep < 1:
+        raise BadInput(f"--keep must be at least 1, not {args.keep}")
+    for model in _models(args.folder):
+        for path in repository.prune(model, args.keep):
+            print(f"removed {path}")
