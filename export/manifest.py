@@ -210,7 +210,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def compute_digest(self) -> str:
         """Return what `digest` should be."""
-        content = msgspec.json.encode(msgspec.structs.replace(self, digest=""), order="deterministic")
+        plain = msgspec.to_builtins(msgspec.structs.replace(self, digest=""), str_keys=True)
+        content = msgspec.json.encode(plain, order="deterministic")
         return hashlib.sha256(content).hexdigest()
 
 
