@@ -128,9 +128,9 @@ def _load_model(path: Path, file: Path) -> keras.Model:
     try:
         model = keras.models.load_model(file, compile=False)
     except Exception as error:  # Keras reports unreadable files by many types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        advice = "; an export takes the layers of Keras alone" if "Lambda" in reason or "locate class" in reason else ""
-        raise BadInput(f"{file} is not a Keras model that can be loaded ({reason}){advice}") from None
+        text = str(error).strip() or type(error).__name__
+        advice = "; an export takes the layers of Keras alone" if "Lambda" in text or "locate class" in text else ""
+        raise BadInput(f"{file} is not a Keras model that can be loaded ({text.splitlines()[0]}){advice}") from None
     if len(model.inputs) != 1 or len(model.outputs) != 1:
         raise BadInput(
             f"{file} has {len(model.inputs)} inputs and {len(model.outputs)} outputs; a classifier has one of each"

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from PIL import Image
 from export.manifest import Manifest
 from training.command import start_tensorflow
 
+os.environ["TF_XLA_FLAGS"] = ""  # the small networks of tests compile for longer than they train
 start_tensorflow()
 
 from training.model import ARCHITECTURES, Architecture  # noqa: E402  # TensorFlow comes first

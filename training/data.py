@@ -118,7 +118,8 @@ def load(name: str, image_size: int | None = None) -> Dataset:
     Args:
         name: `digits`, `cifar10`, a folder `train/CLASS/*` + `test/CLASS/*` of JPEG or PNG files, the unpacked
             `cifar-10-batches-py` folder, or an .npz file with the arrays of Keras' loaders.
-        image_size: Side in pixels to which the images of a folder are resized; None keeps their common size.
+        image_size: Side in pixels to which the images of a folder are resized, None keeps their common size; other
+            data sets keep theirs.
 
     Raises:
         BadInput: The data set is unknown, unreadable, or has fewer than two classes.
@@ -136,9 +137,6 @@ def load(name: str, image_size: int | None = None) -> Dataset:
         raise BadInput(
             f"--data {name!r} is neither a data set ({', '.join(LOADERS)}) nor a folder of images nor an .npz file"
         )
-    height, width, _ = dataset.image_shape
-    if image_size is not None and (height, width) != (image_size, image_size):
-        raise BadInput(f"--image-size is for folders of images; {name!r} has {width}x{height} pixels")
     return dataset
 
 

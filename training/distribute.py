@@ -17,7 +17,8 @@ def choose(name: str | None, batch_size: int) -> Any | None:
     """Return the tf.distribute.Strategy that shares the work of every step among several devices.
 
     Each device takes an equal part of the batch, and their gradients are summed: the result is that of one device, but
-    for the statistics of batch normalisation, which every device takes from its own part.
+    for the statistics of batch normalisation, which every device takes from its own part. Of several machines each
+    saves its own: their other weights are equal, and the model of any one is whole.
 
     Args:
         name: `mirrored` for all GPUs of this machine, `multiworker` for the machines that the environment variable

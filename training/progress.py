@@ -24,6 +24,7 @@ class Progress(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no 
         """
         super().__init__()
         self._epochs, self._images, self._steps = epochs, images, steps
+        self._bar = Bar(disable=True)  # until the first epoch begins, if one does
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:  # noqa: ARG002, D102
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

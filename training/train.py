@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import math
 import platform
 import sys
@@ -68,8 +69,13 @@ def train(
         BadInput: Data or folder cannot be used.
         CheckFailed: The loss is no longer a number; the checkpoint of the epoch before is kept.
     """
+    if tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise BadInput("--tensorboard needs a package that is not there: pip install tensorboard")
     recipe, run = settings.recipe, Run(folder)
     dataset = data.load(settings.data, settings.image_size)
+    height, width, _ = dataset.image_shape
+    if settings.image_size not in (None, height):
+        raise BadInput(f"--image-size is for folders of images; {settings.data!r} has {width}x{height} pixels")
     training, validation = _split(dataset.train, settings, strategy.num_replicas_in_sync if strategy else 1)
     run.start(settings.as_dict() | {"data_sha256": dataset.sha256}, resume)
     run.write_evidence(dataset)

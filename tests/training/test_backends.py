@@ -74,7 +74,7 @@ def test_two_devices_share_the_work(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_machines_share_the_work(tmp_path: Path) -> None:
-    """Each ends with the same history and the same weights."""
+    """Each ends with the same history and the same weights, but for what batch normalisation saw of its own images."""
     with socket.socket() as first, socket.socket() as second:
         for port in (first, second):
             port.bind(("127.0.0.1", 0))
@@ -97,9 +97,11 @@ def test_two_machines_share_the_work(tmp_path: Path) -> None:
             histories.append([(row["loss"], row["val_accuracy"]) for row in csv.DictReader(file)])
     assert histories[0] == histories[1]
     assert len(histories[0]) == 3
-    models = [keras.models.load_model(folder / "model.keras").get_weights() for folder in folders]
-    for left, right in zip(*models, strict=True):
-        np.testing.assert_array_equal(left, right)
+    models = [keras.models.load_model(folder / "model.keras") for folder in folders]
+    for left, right in zip(*(model.trainable_weights for model in models), strict=True):
+        np.testing.assert_array_equal(left.numpy(), right.numpy())
+    for left, right in zip(*(model.non_trainable_weights for model in models), strict=True):
+        np.testing.assert_allclose(left.numpy(), right.numpy(), rtol=0.2, atol=0.05)
     assert metrics(folders[0])["accuracy"] > 0.4
 
 

@@ -196,5 +196,3 @@ def test_unknown_empty_and_one_class_data_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "train" / "cat" / "1.png")
     with pytest.raises(BadInput, match="two or more classes; it has 1"):
         data.load(str(tmp_path))
-    with pytest.raises(BadInput, match="--image-size is for folders"):
-        data.load("digits", image_size=64)

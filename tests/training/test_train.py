@@ -297,6 +297,7 @@ def test_too_few_images_leave_no_run_folder(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--model", "resnet9"], "--model 'resnet9' is unknown; choose one of resnet18"),
+        (["--image-size", "64"], "--image-size is for folders of images; 'digits' has 32x32 pixels"),
         (["--distribute", "magic"], "--distribute 'magic' is unknown"),
         (["--distribute", "multiworker"], "needs TF_CONFIG"),
         (["--images", "0"], "--images must be at least 1"),
