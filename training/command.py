@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         if value is not None and value < least:
             raise BadInput(f"{option} must be at least {least}, not {value}")
 
-    start_tensorflow()
+    start_tensorflow(recipe.fuse)
     from training.distribute import choose
     from training.model import ARCHITECTURES
     from training.train import Settings, train
@@ -86,18 +86,22 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def start_tensorflow() -> None:
+def start_tensorflow(fuse: bool = False) -> None:
     """Load TensorFlow, unless Keras is to use another backend, with oneDNN's kernels and without their announcement.
 
     On CPUs without VNNI TensorFlow leaves oneDNN off. A step of ResNet-18 on 32-pixel images then takes 2.1 s in place
     of 0.35 s (batch 64, two Zen 3 cores): its own gradient of a convolution is slow where feature maps are small.
+
+    Args:
+        fuse: Let XLA fuse what is neither convolution nor matrix product. Keras composes its batch normalisation of ten
+            operations, each of which goes through memory: a step of ResNet-20 takes a third less.
     """
     if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
         return
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-    # Keras composes its batch normalisation of ten operations, each of which goes through memory: let XLA fuse those,
-    # and leave convolutions, at which it is slow, to oneDNN. A step of ResNet-20 takes a third less.
-    os.environ.setdefault("TF_XLA_FLAGS", "--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit --tf_xla_ops_to_cluster=FUSIBLE")
+    if fuse:  # convolutions, at which XLA is slow, stay with oneDNN
+        flags = "--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit --tf_xla_ops_to_cluster=FUSIBLE"
+        os.environ.setdefault("TF_XLA_FLAGS", flags)
     # TensorFlow says so in two notes of four lines, whatever its log level: on loading, and with the first tensor.
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:

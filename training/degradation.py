@@ -36,7 +36,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train the four networks, draw their errors, and print a table."""
-    start_tensorflow()
+    recipe = RECIPES[args.recipe]
+    start_tensorflow(recipe.fuse)
     from resnet import BadInput
     from training.model import ARCHITECTURES
     from training.plots import plot_errors
@@ -50,7 +51,6 @@ def run(args: argparse.Namespace) -> None:
     for name in names:
         if name not in ARCHITECTURES:
             raise BadInput(f"there is no {name!r}; `resnet family` lists the depths for --depths")
-    recipe = RECIPES[args.recipe]
     if args.epochs is not None:
         recipe = dataclasses.replace(recipe, epochs=args.epochs)
     histories, accuracies = {}, {}

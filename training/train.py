@@ -74,7 +74,7 @@ def train(
     recipe, run = settings.recipe, Run(folder)
     dataset = data.load(settings.data, settings.image_size)
     height, width, _ = dataset.image_shape
-    if settings.image_size not in (None, height):
+    if settings.image_size and (height, width) != (settings.image_size, settings.image_size):
         raise BadInput(f"--image-size is for folders of images; {settings.data!r} has {width}x{height} pixels")
     training, validation = _split(dataset.train, settings, strategy.num_replicas_in_sync if strategy else 1)
     run.start(settings.as_dict() | {"data_sha256": dataset.sha256}, resume)
