@@ -25,7 +25,7 @@ from rich.progress import track
 from benchmarks.keras_server import UNBATCHED
 from benchmarks.load import RemoteTarget, Sample, Target
 from benchmarks.process import ServerProcess, serve
-from export import convert, manifest
+from export import convert, manifest, speed
 from export.manifest import Manifest
 from export.parity import Predict, Probabilities
 from export.source import load_heldout
@@ -179,7 +179,7 @@ def _environment(about: Manifest, seconds: float, rounds: int) -> dict[str, Any]
     return {
         "model": f"{about.model}/{about.version}",
         "input": about.input.shape,
-        "cpu": _cpu(),
+        "cpu": speed.name_cpu(),
         "cores": cores,
         # 0 is TensorFlow's word for as many as there are cores.
         "threads": {
@@ -192,13 +192,6 @@ def _environment(about: Manifest, seconds: float, rounds: int) -> dict[str, Any]
         "seconds": seconds,
         "rounds": rounds,
     }
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def _commit() -> str:

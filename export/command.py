@@ -9,6 +9,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from resnet import BadInput
@@ -36,7 +37,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--logits", action="store_true", help="append the softmax that the model lacks")
     parser.add_argument("--labels", type=Path, help="file of class names, in the order of the outputs")
-    parser.add_argument("--opset", type=int, help="operator set of the ONNX file, 13 to 18 (default: 18)")
+    parser.add_argument("--opset", type=int, help="operator set of the ONNX file, 13 to 18 (default: 17)")
+    parser.add_argument("--sign", type=Path, metavar="KEY.pem", help="sign the manifest with this Ed25519 key")
     parser.add_argument("--data", help="data set to prove the export with (default: what lies beside the model)")
 
 
@@ -50,8 +52,14 @@ def run(args: argparse.Namespace) -> None:
         if not 0 <= drops[name] <= 100:
             raise BadInput(f"--{name}-drop must be from 0 to 100 points, not {drops[name]:g}")
 
+    sign = None
+    if args.sign is not None:
+        from export import signature
+
+        sign = partial(signature.sign, key=signature.load_private(args.sign))
+
     from export import source
-    from export.convert import OPSET
+    from export.convert import NEWEST_OPSET, OPSET
     from export.export import BUDGETS, export
     from export.manifest import Budget
 
@@ -59,9 +67,9 @@ def run(args: argparse.Namespace) -> None:
         raise BadInput(f"--preprocess {args.preprocess!r} is unknown; choose one of {', '.join(source.PREPROCESSING)}")
     found = source.load(args.source, args.data, labels=args.labels, preprocess=args.preprocess, logits=args.logits)
     opset = OPSET if args.opset is None else args.opset
-    if not 13 <= opset <= OPSET:
+    if not 13 <= opset <= NEWEST_OPSET:
         raise BadInput(
-            f"--opset must be from 13, the first with weights quantized per channel, to {OPSET}, not {opset}"
+            f"--opset must be from 13, the first with weights quantized per channel, to {NEWEST_OPSET}, not {opset}"
         )
     budgets = BUDGETS | {name: Budget(accuracy_drop=points / 100) for name, points in drops.items()}
-    print(f"published {export(found, args.to, wanted, budgets, opset)}")
+    print(f"published {export(found, args.to, wanted, budgets, opset, sign)}")

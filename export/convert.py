@@ -21,7 +21,8 @@ from export.manifest import Cost, Variant
 from export.parity import Predict, Probabilities
 
 INPUT, OUTPUT = "image", "probabilities"
-OPSET = 17  # tf2onnx 1.17 converts to 18 too, but leaves a Transpose before global pooling then
+NEWEST_OPSET = 18  # that tf2onnx 1.17 converts to
+OPSET = 17  # with the newest it leaves a Transpose before global pooling
 
 # It warns that functions are traced again; with several models and batch sizes in one process they have to be.
 logging.getLogger("tensorflow").setLevel(logging.ERROR)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version as installed
 from pathlib import Path
 
@@ -33,6 +33,7 @@ def export(
     precisions: Sequence[str] = (),
     budgets: Mapping[str, Budget] = BUDGETS,
     opset: int = convert.OPSET,
+    sign: Callable[[Path], None] | None = None,
 ) -> Path:
     """Publish the next version of a model.
 
@@ -42,6 +43,7 @@ def export(
         precisions: Variants to add to those in fp32: `fp16`, `int8`.
         budgets: What each precision may differ by.
         opset: Operator set of the ONNX files.
+        sign: Called with the folder of the version once its manifest is there; see `export.signature`.
 
     Returns:
         The folder of the new version.
@@ -98,12 +100,15 @@ def export(
                 opset=opset,
                 cost=cost,
                 versions=_versions(),
+                cpu=speed.name_cpu(),
                 training=source.training,
                 files=files,
                 certificate=certificate,
             )
             triton.describe(described, target)
             described.write(staged)
+            if sign is not None:
+                sign(staged)
 
         folder = repository.publish(staged, finish)
     if refused:

@@ -57,6 +57,8 @@ class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         top1_agreement: Share of images for which both name the same class, 0 to 1.
         top1_disagreements: Images with another class although the original's two best are no tie.
         accuracy: Share of images whose class is right, 0 to 1.
+        class_agreement: `top1_agreement` among the images of each class; None for a class that none is of.
+        worst: Indices of the images with the largest differences, at most ten, the worst first.
     """
 
     batch_size: int
@@ -65,6 +67,8 @@ class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     top1_agreement: float
     top1_disagreements: int
     accuracy: float
+    class_agreement: list[float | None]
+    worst: list[int]
 
 
 class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -181,6 +185,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         opset: Operator set of the ONNX file.
         cost: What its graph costs.
         versions: Libraries that took part, by name.
+        cpu: Processor on which the certificate was made.
         training: Where the weights come from, as the run's metrics.json says; None for a model from elsewhere.
         files: SHA-256 of every other file of the version, by path inside it.
         certificate: The proof.
@@ -198,6 +203,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     opset: int
     cost: Cost
     versions: dict[str, str]
+    cpu: str
     training: dict[str, object] | None
     files: dict[str, str]
     certificate: Certificate

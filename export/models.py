@@ -12,16 +12,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import msgspec
+
 from export import manifest, parity, repository
 from resnet import BadInput, CheckFailed
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the verbs of `resnet models` and their options."""
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="list|show|verify|prune")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="|".join(VERBS))
     for verb, meaning in VERBS.items():
         action = verbs.add_parser(verb, help=meaning, description=meaning)
-        action.add_argument("folder", type=Path, metavar="REPOSITORY[/NAME]", help="a repository, or one of its models")
+        if verb != "schema":
+            action.add_argument(
+                "folder", type=Path, metavar="REPOSITORY[/NAME]", help="a repository, or one of its models"
+            )
         if verb == "prune":
             action.add_argument("--keep", type=int, default=3, help="how many of the latest versions stay (default: 3)")
         if verb == "show":
@@ -31,6 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 VERBS = {
     "list": "print a line for every version",
     "show": "print what one version is, and its proof",
+    "schema": "print the JSON Schema of manifest.json",
     "verify": "recompute the proof of every version",
     "prune": "remove all but the latest versions, and what killed exports left",
 }
@@ -38,7 +44,7 @@ VERBS = {
 
 def run(args: argparse.Namespace) -> None:
     """Do what the verb says."""
-    {"list": _list, "show": _show, "verify": _verify, "prune": _prune}[args.verb](args)
+    {"list": _list, "show": _show, "schema": _schema, "verify": _verify, "prune": _prune}[args.verb](args)
 
 
 def _models(folder: Path) -> list[Path]:
@@ -81,6 +87,11 @@ def _show(args: argparse.Namespace) -> None:
     )
     print(f"  made by {', '.join(f'{name} {number}' for name, number in found.versions.items())}")
     print(parity.describe(found.certificate))
+
+
+def _schema(_: argparse.Namespace) -> None:
+    schema = msgspec.json.encode(msgspec.json.schema(manifest.Manifest))
+    print(msgspec.json.format(schema, indent=2).decode())
 
 
 def _verify(args: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ Predict = Callable[[NDArray[np.uint8]], Probabilities]
 """From uint8 [n, height, width, 3] to float32 [n, classes]."""
 
 BATCH_SIZES = (1, 3, 64)
+WORST = 10  # images of each row that the certificate names
 
 
 class ParityError(CheckFailed):
@@ -105,6 +106,7 @@ def compare(
     difference = np.abs(expected.astype(np.float64) - actual)
     agree = expected.argmax(axis=1) == actual.argmax(axis=1)
     second, first = np.sort(expected, axis=1)[:, -2:].T
+    classes = [agree[labels == label] for label in range(expected.shape[1])]
     return Parity(
         batch_size=batch_size,
         max_difference=float(difference.max()),
@@ -112,6 +114,8 @@ def compare(
         top1_agreement=float(agree.mean()),
         top1_disagreements=int(np.sum(~agree & (first - second >= tie))),
         accuracy=_accuracy(actual, labels),
+        class_agreement=[float(found.mean()) if len(found) else None for found in classes],
+        worst=np.argsort(-difference.max(axis=1), kind="stable")[:WORST].tolist(),
     )
 
 
@@ -142,11 +146,13 @@ def describe(certificate: Certificate) -> str:
     lines = [f"  {a:<12} {b:>5}  {c:>14}  {d:>8}  {e:>10}  {f:>8}" for a, b, c, d, e, f in rows]
     lines.append(f"  on {certificate.images:,} held-out images")
     for variant in certificate.variants:
+        worst = ", ".join(str(index) for index in variant.rows[-1].worst[:3]) if variant.rows else ""
         speed = ", ".join(f"{times:.1f}x at batch size {size}" for size, times in variant.speedup.items())
         lines.append(
             f"  {variant.name:<12} {variant.precision}, allowed {variant.budget}"
             + (f"; {variant.method}" if variant.method else "")
             + (f"; speed {speed}" if speed else "")
+            + (f"; furthest off on images {worst}" if worst else "")
         )
     return "\n".join(lines)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import statistics
 import time
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,14 @@ def compare(baseline: Predict, other: Predict, images: NDArray[np.uint8]) -> dic
         slow, quick = (statistics.median(seconds) for seconds in times)
         found[size] = round(slow / quick, 2)
     return found
+
+
+def name_cpu() -> str:
+    """Return the name of this machine's processor, as Linux gives it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def _time(predict: Predict, batch: NDArray[np.uint8]) -> float:

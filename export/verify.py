@@ -15,13 +15,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `resnet verify`."""
     parser.add_argument("model", type=Path, metavar="REPOSITORY/NAME", help="the model to verify")
     parser.add_argument("--version", type=int, help="which version (default: the latest)")
+    parser.add_argument("--trust", type=Path, metavar="KEY.pem", help="also demand a signature by this public key")
 
 
 def run(args: argparse.Namespace) -> None:
     """Verify one version, and say what holds."""
     from export import repository
 
-    verify(repository.version(args.model, args.version))
+    folder = repository.version(args.model, args.version)
+    if args.trust is not None:
+        from export import signature
+
+        signature.check(folder, signature.load_public(args.trust))
+        print(f"{folder} is signed by {args.trust}")
+    verify(folder)
 
 
 def verify(folder: Path) -> None:

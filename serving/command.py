@@ -32,6 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=("fp32", "fp16", "int8"),
         help="which of the exported variants answers (default: fp32)",
     )
+    parser.add_argument("--trust", type=Path, metavar="KEY.pem", help="serve only what is signed by this public key")
     parser.add_argument("--max-batch", type=int, default=32, metavar="N", help="images in one batch (default: 32)")
     parser.add_argument("--max-queue", type=int, default=1024, metavar="N", help="images that may wait (default: 1024)")
     parser.add_argument("--max-images", type=int, default=256, metavar="N", help="images in one request (default: 256)")
@@ -58,9 +59,16 @@ def run(args: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
 
+    key = None
+    if args.trust is not None:
+        from export import signature
+
+        key = signature.load_public(args.trust)
     loaded = []
     for folder in repository.models(args.repository):
         version = repository.latest(folder)
+        if key is not None:
+            signature.check(version, key)
         model = models.load(version, args.device, args.max_batch, args.max_queue, args.precision)
         which = f"{model.name}/{model.version} in {args.precision} on {model.engine.provider}"
         print(f"loaded {which}, its files and certificate hold", flush=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +147,37 @@ def test_int8_needs_training_images(run: Path, tmp_path: Path, capsys: pytest.Ca
     assert resnet.main(["export", str(folder), "--to", to, "--precision", "fp32,fp8"]) == 2
     assert "--precision 'fp8' is unknown" in capsys.readouterr().err
     assert not (tmp_path / "models").exists()
+
+
+WITHOUT_OUR_CODE = {
+    "onnx": """
+import onnxruntime
+session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+answers = session.run(["probabilities"], {"image": images})[0]
+""",
+    "saved_model": """
+import tensorflow as tf
+answers = tf.saved_model.load(".").signatures["serving_default"](image=tf.constant(images))["probabilities"].numpy()
+""",
+}
+
+
+@pytest.mark.slow
+def test_the_files_need_none_of_our_code(
+    repository: Path, heldout: tuple[NDArray[np.uint8], NDArray[np.int32]], tmp_path: Path
+) -> None:
+    """TensorFlow and onnxruntime alone, in processes of their own, answer as the original does."""
+    version = repository / "digits" / "1"
+    expected = convert.load_keras(version / "model.keras")(heldout[0])
+    for name, body in WITHOUT_OUR_CODE.items():
+        target = tmp_path / f"{name}.npy"
+        script = (
+            f"import sys, numpy as np\nimages = np.load('heldout.npz')['images']\n{body}\n"
+            f"assert not sys.modules.keys() & {{'resnet', 'export', 'training', 'serving'}}\n"
+            f"np.save({str(target)!r}, answers)"
+        )
+        subprocess.run([sys.executable, "-Ic", script], cwd=version, check=True)
+        np.testing.assert_allclose(np.load(target), expected, atol=1e-5)
 
 
 def test_each_export_is_the_next_version(run: Path, own_repository: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -35,6 +36,20 @@ def test_differences_are_the_largest_and_the_mean_of_all_probabilities() -> None
     assert found.max_difference == pytest.approx(0.09, abs=1e-6)
     assert found.mean_difference == pytest.approx(0.02, abs=1e-6)
     assert found.top1_disagreements == 0
+    assert found.worst == [0, 1, 2]
+
+
+def test_classes_and_the_worst_images_are_named() -> None:
+    """Class 1 has two images, of which one is answered otherwise; class 2 has none."""
+    actual = EXPECTED.copy()
+    actual[1] = [0.1, 0.4, 0.5]
+    found = compare(actual)
+    assert found.class_agreement == [1.0, 0.5, None]
+    assert found.worst == [1, 0, 2]
+    many = np.tile(EXPECTED, (5, 1))
+    later = many.copy()
+    later[11] += 0.01
+    assert parity.compare(many, later, np.tile(LABELS, 5), 3, 1e-3).worst == [11, *range(9)]
 
 
 def test_another_class_counts_unless_the_original_was_a_tie() -> None:
@@ -55,8 +70,8 @@ def test_another_shape_or_dtype_is_a_failure_of_its_own(actual: np.ndarray) -> N
 def certificate(budget: Budget = BUDGET, **changes: float) -> Certificate:
     """Return a certificate that holds but for `changes` in one row."""
     good = {"max_difference": 1e-7, "mean_difference": 1e-8, "top1_agreement": 1.0, "accuracy": 0.9}
-    rows = [Parity(batch_size=1, top1_disagreements=0, **good)]
-    bad = [Parity(**{"batch_size": 3, "top1_disagreements": 0, **good, **changes})]  # type: ignore[arg-type]
+    row = Parity(batch_size=1, top1_disagreements=0, class_agreement=[1.0], worst=[0], **good)
+    rows, bad = [row], [msgspec.structs.replace(row, batch_size=3, **changes)]
     onnx = Variant("onnx", "model.onnx", "fp32", "", BUDGET, rows, {})
     return Certificate(10, "hash", 0.9, [onnx, Variant("saved_model", ".", "fp32", "", budget, bad, {})])
 
