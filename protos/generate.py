@@ -17,7 +17,13 @@ OUTPUTS = ("--python_out=.", "--mypy_out=quiet:.", "--grpc_python_out=.", "--myp
 def generate(root: Path) -> int:
     """Compile every .proto file of `root/protos`; return protoc's exit code."""
     sources = sorted(path.relative_to(root).as_posix() for path in (root / "protos").glob("*.proto"))
-    return int(protoc.main(["protoc", "-I.", *OUTPUTS, *sources]))
+    code = int(protoc.main(["protoc", "-I.", *OUTPUTS, *sources]))
+    for path in sorted((root / "protos").glob("*_pb2.py")):  # protoc knows no pool but the default
+        text = path.read_text("utf-8").replace(
+            "from google.protobuf import descriptor_pool as _descriptor_pool\n", "import protos as _protos\n"
+        )
+        path.write_text(text.replace("_descriptor_pool.Default()", "_protos.POOL"), "utf-8")
+    return code
 
 
 if __name__ == "__main__":

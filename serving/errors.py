@@ -8,6 +8,7 @@
 | Unavailable      | UNAVAILABLE         | try again, perhaps elsewhere: no server, or it ends |
 | DeadlineExceeded | DEADLINE_EXCEEDED   | allow more time                                     |
 | Cancelled        | CANCELLED           | nothing: the caller went away                       |
+| Unsupported      | UNIMPLEMENTED       | do without it: the protocol has it, the server not  |
 | InternalError    | INTERNAL            | look into the server's log                          |
 """
 
@@ -74,6 +75,12 @@ class Cancelled(ServingError):
     """The caller went away."""
 
     code = grpc.StatusCode.CANCELLED
+
+
+class Unsupported(ServingError):
+    """The protocol has this, the server does not."""
+
+    code = grpc.StatusCode.UNIMPLEMENTED
 
 
 class InternalError(ServingError):

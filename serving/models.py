@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,9 @@ from export import manifest as manifests
 from export.manifest import Manifest
 from resnet import BadInput
 from serving.batcher import Batcher
-from serving.engine import Device, Engine, OnnxEngine
+from serving.engine import Device, Engine, Images, OnnxEngine, Probabilities
 from serving.errors import InvalidRequest, NotFound
+from serving.statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Model:
     manifest: Manifest
     engine: Engine
     batcher: Batcher
+    statistics: Statistics
+    precision: str = "fp32"
 
     @property
     def name(self) -> str:
@@ -67,14 +70,22 @@ def load(folder: Path, device: Device, max_batch: int, max_queue: int, precision
     variant = manifest.certificate.find("onnx" if precision == "fp32" else f"onnx-{precision}")
     if variant is None or variant.path not in manifest.files:
         raise BadInput(f"{folder} has no {precision} variant; export it again with --precision fp32,{precision}")
-    return start(manifest, OnnxEngine(folder / variant.path, manifest, device), max_batch, max_queue)
+    return start(manifest, OnnxEngine(folder / variant.path, manifest, device), max_batch, max_queue, precision)
 
 
-def start(manifest: Manifest, engine: Engine, max_batch: int, max_queue: int) -> Model:
+def start(manifest: Manifest, engine: Engine, max_batch: int, max_queue: int, precision: str = "fp32") -> Model:
     """Put an engine behind a batcher, once it has run the smallest and the largest batch."""
     for size in (1, max_batch):
         engine.run(np.zeros((size, *manifest.input.shape[1:]), np.uint8))
-    return Model(manifest, engine, Batcher(engine.run, max_batch, max_queue))
+    statistics = Statistics()
+
+    def run(images: Images) -> Probabilities:
+        started = time.perf_counter_ns()
+        probabilities = engine.run(images)
+        statistics.batch(len(images), time.perf_counter_ns() - started)
+        return probabilities
+
+    return Model(manifest, engine, Batcher(run, max_batch, max_queue), statistics, precision)
 
 
 class Models:
@@ -104,6 +115,10 @@ class Models:
         if version not in (0, model.version):
             raise NotFound(f"version {version} of model {model.name!r} is not served; version {model.version} is")
         return model
+
+    def __iter__(self) -> Iterator[Model]:
+        """Yield each model, by name."""
+        return iter(self._models.values())
 
     def close(self) -> None:
         """Refuse further requests; those that wait are still computed."""

@@ -1,4 +1,4 @@
-"""The gRPC server: the classifier, health and reflection on one port."""
+"""The gRPC server: every protocol, health and reflection on one port."""
 
 from __future__ import annotations
 
@@ -8,16 +8,28 @@ from dataclasses import dataclass
 from typing import Self
 
 import grpc
+from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from protos import classifier_pb2 as pb
+from protos import POOL, classifier_pb2, inference_pb2
 from protos.classifier_pb2_grpc import add_ClassifierServicer_to_server
+from protos.inference_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
 from resnet import BadInput
+from serving.inference import InferenceServicer
+from serving.intake import Intake
 from serving.models import Models
 from serving.servicer import Servicer
 
-SERVICE = pb.DESCRIPTOR.services_by_name["Classifier"].full_name
+SERVICE = classifier_pb2.DESCRIPTOR.services_by_name["Classifier"].full_name
+SERVICES = (SERVICE, inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name)
+
+
+def _describe() -> DescriptorPool:
+    """Return our pool with what gRPC itself adds to a server: reflection looks into one pool only."""
+    for file in (health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR):
+        POOL.AddSerializedFile(file.serialized_pb)
+    return POOL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +63,8 @@ class Server:
             BadInput: The port cannot be had.
         """
         self._models = models
+        self.ready = False
+        """Whether requests are taken."""
         self._server = grpc.server(
             ThreadPoolExecutor(limits.max_calls, thread_name_prefix="call"),
             maximum_concurrent_rpcs=limits.max_calls,
@@ -60,10 +74,14 @@ class Server:
                 ("grpc.max_send_message_length", -1),
             ],
         )
-        add_ClassifierServicer_to_server(Servicer(models, limits.max_images), self._server)
+        intake = Intake(limits.max_images)
+        add_ClassifierServicer_to_server(Servicer(models, intake), self._server)
+        add_GRPCInferenceServiceServicer_to_server(InferenceServicer(models, intake, self), self._server)
         self._health = health.HealthServicer(experimental_non_blocking=True)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        reflection.enable_server_reflection(
+            (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server, pool=_describe()
+        )
         try:
             bound = self._server.add_insecure_port(f"{host}:{port}")
         except RuntimeError:
@@ -72,7 +90,8 @@ class Server:
             ) from None
         self.address = f"{host}:{bound}"
         self._server.start()
-        for service in ("", SERVICE):
+        self.ready = True
+        for service in ("", *SERVICES):
             self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
     def stop(self, grace_seconds: float) -> None:
@@ -82,6 +101,7 @@ class Server:
             grace_seconds: How long those under way may take before they are cut off.
         """
         end = time.monotonic() + grace_seconds
+        self.ready = False
         self._health.enter_graceful_shutdown()
         # While work is under way, new requests on open connections are refused as UNAVAILABLE, which clients take
         # elsewhere; gRPC's own stop would cancel some of them.

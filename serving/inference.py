@@ -1,0 +1,315 @@
+"""`inference.GRPCInferenceService`, the Open Inference Protocol (KServe v2) with Triton's extensions.
+
+A model has one input, which takes three forms by its datatype: UINT8 and FP32 pixels of 0 to 255,
+[n, height, width, 3], and BYTES, [n] encoded images. Answers are always in `raw_output_contents`: tritonclient reads
+nothing else.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from typing import Protocol
+
+import grpc
+import numpy as np
+from google.protobuf import text_format
+
+from export import triton
+from protos import inference_pb2 as pb
+from protos.inference_pb2_grpc import GRPCInferenceServiceServicer
+from serving.calls import find_deadline, tells_failures, to_serving_error
+from serving.engine import Images, Probabilities
+from serving.errors import InvalidRequest, NotFound, Unavailable, Unsupported
+from serving.intake import Intake
+from serving.models import Model, Models
+from serving.statistics import Duration
+
+EXTENSIONS = ("classification", "binary_tensor_data", "model_configuration", "parameters", "statistics")
+DATATYPES = {"uint8": "UINT8", "float32": "FP32"}
+PLATFORM = "onnxruntime_onnx"  # Triton's name of it
+
+
+class Readiness(Protocol):
+    """Says whether requests are taken."""
+
+    ready: bool
+
+
+class InferenceServicer(GRPCInferenceServiceServicer):
+    """Answers the clients of Triton and KServe."""
+
+    def __init__(self, models: Models, intake: Intake, server: Readiness) -> None:
+        """Serve `models`, to requests that `intake` takes."""
+        self._models, self._intake, self._server = models, intake, server
+
+    def ServerLive(self, request: pb.ServerLiveRequest, context: grpc.ServicerContext) -> pb.ServerLiveResponse:  # noqa: ARG002
+        """Say that the server runs."""
+        return pb.ServerLiveResponse(live=True)
+
+    def ServerReady(self, request: pb.ServerReadyRequest, context: grpc.ServicerContext) -> pb.ServerReadyResponse:  # noqa: ARG002
+        """Say whether it takes requests."""
+        return pb.ServerReadyResponse(ready=self._server.ready)
+
+    @tells_failures
+    def ModelReady(self, request: pb.ModelReadyRequest, context: grpc.ServicerContext) -> pb.ModelReadyResponse:  # noqa: ARG002
+        """Say whether a model takes requests; one that is not there is an error."""
+        self._find(request.name, request.version)
+        return pb.ModelReadyResponse(ready=self._server.ready)
+
+    def ServerMetadata(
+        self,
+        request: pb.ServerMetadataRequest,  # noqa: ARG002
+        context: grpc.ServicerContext,  # noqa: ARG002
+    ) -> pb.ServerMetadataResponse:
+        """Name the server, its version, and the extensions that it has."""
+        return pb.ServerMetadataResponse(name="resnet", version=version("resnet"), extensions=EXTENSIONS)
+
+    @tells_failures
+    def ModelMetadata(
+        self,
+        request: pb.ModelMetadataRequest,
+        context: grpc.ServicerContext,  # noqa: ARG002
+    ) -> pb.ModelMetadataResponse:
+        """Describe what a model takes and gives, and what was proved of it."""
+        model = self._find(request.name, request.version)
+        manifest = model.manifest
+        tensors = [
+            pb.ModelMetadataResponse.TensorMetadata(
+                name=spec.name, datatype=DATATYPES[spec.dtype], shape=[-1, *spec.shape[1:]]
+            )
+            for spec in (manifest.input, manifest.output)
+        ]
+        return pb.ModelMetadataResponse(
+            name=model.name,
+            versions=[str(model.version)],
+            platform=PLATFORM,
+            inputs=tensors[:1],
+            outputs=tensors[1:],
+            properties={
+                "certificate.images": str(manifest.certificate.images),
+                "certificate.accuracy": f"{manifest.certificate.accuracy:.6f}",
+                "certificate.max_difference": f"{_max_difference(model):.3g}",
+                "manifest.digest": manifest.digest,
+                "precision": model.precision,
+            },
+        )
+
+    @tells_failures
+    def ModelConfig(self, request: pb.ModelConfigRequest, context: grpc.ServicerContext) -> pb.ModelConfigResponse:  # noqa: ARG002
+        """Return what config.pbtxt says to Triton, with this server's limit."""
+        model = self._find(request.name, request.version)
+        config = text_format.Parse(triton.config(model.manifest), pb.ModelConfig())
+        config.platform, config.max_batch_size = PLATFORM, self._intake.max_images
+        return pb.ModelConfigResponse(config=config)
+
+    @tells_failures
+    def ModelStatistics(
+        self,
+        request: pb.ModelStatisticsRequest,
+        context: grpc.ServicerContext,  # noqa: ARG002
+    ) -> pb.ModelStatisticsResponse:
+        """Count requests, images and batches of one model, or of all, since they were loaded."""
+        chosen = [self._find(request.name, request.version)] if request.name else self._models
+        return pb.ModelStatisticsResponse(model_stats=[_count(model) for model in chosen])
+
+    @tells_failures
+    def RepositoryIndex(
+        self,
+        request: pb.RepositoryIndexRequest,
+        context: grpc.ServicerContext,  # noqa: ARG002
+    ) -> pb.RepositoryIndexResponse:
+        """List the models that are served."""
+        if request.repository_name:
+            raise Unsupported("there is one repository, which has no name: leave repository_name empty")
+        return pb.RepositoryIndexResponse(
+            models=[
+                pb.RepositoryIndexResponse.ModelIndex(name=model.name, version=str(model.version), state="READY")
+                for model in self._models
+            ]
+        )
+
+    @tells_failures
+    def ModelInfer(self, request: pb.ModelInferRequest, context: grpc.ServicerContext) -> pb.ModelInferResponse:
+        """Answer one request."""
+        return self._infer(request, context)
+
+    def ModelStreamInfer(
+        self, request_iterator: Iterable[pb.ModelInferRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.ModelStreamInferResponse]:
+        """Answer requests as they come, in their order; one that fails does not end the stream.
+
+        Its error is a message of the stream, unless the client asked with the header `triton_grpc_error: true` for it
+        to become the status of the call.
+        """
+        ends = ("triton_grpc_error", "true") in {(key, value) for key, value in context.invocation_metadata()}
+        for request in request_iterator:
+            try:
+                response = self._infer(request, context)
+            except Exception as error:
+                refusal = to_serving_error(error)
+                if ends:
+                    context.abort(refusal.code, str(refusal))
+                failed = pb.ModelInferResponse(model_name=request.model_name, id=request.id)
+                failed.parameters["triton_final_response"].bool_param = True
+                yield pb.ModelStreamInferResponse(error_message=str(refusal), infer_response=failed)
+            else:
+                response.parameters["triton_final_response"].bool_param = True
+                yield pb.ModelStreamInferResponse(infer_response=response)
+
+    def _infer(self, request: pb.ModelInferRequest, context: grpc.ServicerContext) -> pb.ModelInferResponse:
+        deadline = min(find_deadline(context), _find_timeout(request))
+        model = self._find(request.model_name, request.model_version)
+        with model.statistics.request() as record:
+            top_k = _find_outputs(request, model)
+            images = self._images(request, model)
+            record.decoded()
+            record.answer = model.batcher.submit(images, deadline, context.is_active)
+            return _respond(request, model, record.answer.probabilities, top_k)
+
+    def _find(self, name: str, version: str) -> Model:
+        if version and not (version.isascii() and version.isdecimal()):
+            raise InvalidRequest(f"the version {version!r} is no number; leave it empty for the latest")
+        if not self._server.ready:
+            raise Unavailable("the server is shutting down")
+        if version and not int(version):
+            raise NotFound(f"there is no version 0 of model {name!r}; versions begin with 1")
+        return self._models.find(name, int(version or 0))
+
+    def _images(self, request: pb.ModelInferRequest, model: Model) -> Images:
+        """Return the pixels of the one input, in whichever form they came."""
+        wanted = model.manifest.input.name
+        names = [tensor.name for tensor in request.inputs]
+        if names != [wanted]:
+            raise InvalidRequest(f"model {model.name!r} takes one input, {wanted!r}; the request has {names}")
+        (tensor,) = request.inputs
+        if "shared_memory_region" in tensor.parameters:
+            raise Unsupported("this server reads no shared memory; send the tensor in the request")
+        raw = request.raw_input_contents
+        if raw and tensor.HasField("contents"):
+            raise InvalidRequest(f"contents must not be set beside raw_input_contents, for input {wanted!r}")
+        if len(raw) > 1:
+            raise InvalidRequest(f"raw_input_contents has {len(raw)} entries for one input")
+        shape = list(tensor.shape)
+        match tensor.datatype:
+            case "BYTES":
+                files = _split(raw[0]) if raw else list(tensor.contents.bytes_contents)
+                if shape not in ([len(files)], [len(files), 1]):
+                    raise InvalidRequest(f"input {wanted!r} has the shape {shape}, but {len(files)} encoded images")
+                return self._intake.decode(files, model)
+            case "UINT8":
+                data = raw[0] if raw else _pack(tensor.contents.uint_contents)
+                return self._intake.read(data, shape, "uint8", model)
+            case "FP32":
+                data = raw[0] if raw else np.array(tensor.contents.fp32_contents, "<f4").tobytes()
+                return self._intake.read(data, shape, "float32", model)
+            case other:
+                raise InvalidRequest(f"input {wanted!r} is UINT8, FP32 or BYTES, not {other!r}")
+
+
+def _find_timeout(request: pb.ModelInferRequest) -> float:
+    """Return when the parameter `timeout`, in microseconds, ends the wait; 0 is never."""
+    if "timeout" not in request.parameters:
+        return float("inf")
+    parameter = request.parameters["timeout"]
+    kind = parameter.WhichOneof("parameter_choice")
+    if kind not in ("int64_param", "uint64_param") or getattr(parameter, kind) < 0:
+        raise InvalidRequest("the parameter timeout is a number of microseconds, int64 and not negative")
+    microseconds = getattr(parameter, kind)
+    return time.monotonic() + microseconds / 1e6 if microseconds else float("inf")
+
+
+def _find_outputs(request: pb.ModelInferRequest, model: Model) -> int:
+    """Return how many classes the extension `classification` asks for; 0 asks for the probabilities."""
+    wanted, classes = model.manifest.output.name, len(model.manifest.labels)
+    names = [output.name for output in request.outputs]
+    if names not in ([], [wanted]):
+        raise InvalidRequest(f"model {model.name!r} has one output, {wanted!r}; the request asks for {names}")
+    parameters = request.outputs[0].parameters if request.outputs else {}
+    if "shared_memory_region" in parameters:
+        raise Unsupported("this server writes no shared memory; take the tensor from the response")
+    if "classification" not in parameters:
+        return 0
+    count = parameters["classification"].int64_param
+    if not count >= 1:
+        raise InvalidRequest(f"the parameter classification is a number of classes, at least 1, not {count}")
+    return min(count, classes)
+
+
+def _respond(
+    request: pb.ModelInferRequest, model: Model, probabilities: Probabilities, top_k: int
+) -> pb.ModelInferResponse:
+    if top_k:
+        best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
+        labels = model.manifest.labels
+        texts = [
+            f"{row[index]:f}:{index}:{labels[index]}".encode()
+            for row, indices in zip(probabilities, best, strict=True)
+            for index in indices
+        ]
+        datatype, shape, raw = "BYTES", best.shape, b"".join(struct.pack("<I", len(text)) + text for text in texts)
+    else:
+        datatype, shape, raw = "FP32", probabilities.shape, probabilities.astype("<f4", copy=False).tobytes()
+    return pb.ModelInferResponse(
+        model_name=model.name,
+        model_version=str(model.version),
+        id=request.id,
+        outputs=[
+            pb.ModelInferResponse.InferOutputTensor(name=model.manifest.output.name, datatype=datatype, shape=shape)
+        ],
+        raw_output_contents=[raw],
+    )
+
+
+def _split(raw: bytes) -> list[bytes]:
+    """Take a BYTES tensor apart: each element is its length, 4 bytes little-endian, and its bytes."""
+    found, at = [], 0
+    while at < len(raw):
+        if at + 4 > len(raw) or (end := at + 4 + struct.unpack_from("<I", raw, at)[0]) > len(raw):
+            raise InvalidRequest(f"the BYTES tensor is cut off: an element begins at byte {at} of {len(raw)}")
+        found.append(raw[at + 4 : end])
+        at = end
+    return found
+
+
+def _pack(values: Iterable[int]) -> bytes:
+    try:
+        return bytes(values)
+    except ValueError:
+        raise InvalidRequest("uint_contents has a value above 255, which is no UINT8") from None
+
+
+def _max_difference(model: Model) -> float:
+    name = "onnx" if model.precision == "fp32" else f"onnx-{model.precision}"
+    variant = model.manifest.certificate.find(name)
+    return max((row.max_difference for row in variant.rows), default=0.0) if variant else 0.0
+
+
+def _count(model: Model) -> pb.ModelStatistics:
+    found = model.statistics
+    with found.lock:
+        return pb.ModelStatistics(
+            name=model.name,
+            version=str(model.version),
+            last_inference=found.last_ms,
+            inference_count=found.images,
+            execution_count=sum(batch.count for batch in found.batches.values()),
+            inference_stats=pb.InferStatistics(
+                success=_total(found.success),
+                fail=_total(found.fail),
+                queue=_total(found.queue),
+                compute_input=_total(found.decode),
+                compute_infer=_total(found.compute),
+                compute_output=_total(found.respond),
+            ),
+            batch_stats=[
+                pb.InferBatchStatistics(batch_size=size, compute_infer=_total(batch))
+                for size, batch in sorted(found.batches.items())
+            ],
+        )
+
+
+def _total(duration: Duration) -> pb.StatisticDuration:
+    return pb.StatisticDuration(count=duration.count, ns=duration.ns)

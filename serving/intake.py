@@ -1,0 +1,72 @@
+"""Images as requests carry them, checked and unpacked: the same for every protocol."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from serving.engine import Images
+from serving.errors import InvalidRequest
+from serving.models import Model
+from training.images import InvalidImage, decode
+
+
+class Intake:
+    """Takes the images of requests in."""
+
+    def __init__(self, max_images: int) -> None:
+        """Take at most `max_images` images per request."""
+        self.max_images = max_images
+
+    def decode(self, files: Sequence[bytes], model: Model) -> Images:
+        """Return the pixels of encoded images, resized to what the model takes: uint8 [n, height, width, 3].
+
+        Raises:
+            InvalidRequest: There are none or too many, or one is no image.
+        """
+        self._check_count(len(files))
+        height, width, _ = model.image_shape
+        return np.stack([_decode(data, index, (height, width)) for index, data in enumerate(files)])
+
+    def read(self, data: bytes, shape: Sequence[int], dtype: str, model: Model) -> Images:
+        """Return the pixels of a tensor: uint8 [n, height, width, 3].
+
+        Args:
+            data: Its values, row-major, little-endian.
+            shape: [n, height, width, 3], as the model takes it.
+            dtype: Of its values, NumPy's name: `uint8`, or `float32` for pixels of 0 to 255, which are rounded.
+            model: The model.
+
+        Raises:
+            InvalidRequest: The shape is not the model's, there are too many images, data is missing or left over, or a
+                value is no pixel.
+        """
+        if len(shape) != 4 or tuple(shape[1:]) != model.image_shape:
+            wanted = ", ".join(map(str, model.image_shape))
+            raise InvalidRequest(f"the tensor's shape is {list(shape)}, model {model.name!r} takes [images, {wanted}]")
+        self._check_count(shape[0])
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if len(data) != size:
+            raise InvalidRequest(f"the tensor's data has {len(data)} bytes, its shape {list(shape)} needs {size}")
+        values = np.frombuffer(data, np.dtype(dtype).newbyteorder("<")).reshape(shape)
+        if dtype == "uint8":
+            return values
+        if not np.all((values >= 0) & (values <= 255)):  # which NaN is not
+            raise InvalidRequest("the tensor's values are not pixels: they must be from 0 to 255")
+        pixels: Images = np.rint(values).astype(np.uint8)
+        return pixels
+
+    def _check_count(self, count: int) -> None:
+        if count < 1:
+            raise InvalidRequest("the request holds no images")
+        if count > self.max_images:
+            raise InvalidRequest(f"the request holds {count} images, more than the {self.max_images} allowed; split it")
+
+
+def _decode(data: bytes, index: int, size: tuple[int, int]) -> Images:
+    try:
+        return decode(data, size)
+    except InvalidImage as error:
+        raise InvalidRequest(f"image {index} {error}", image=index) from None

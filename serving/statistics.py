@@ -1,0 +1,96 @@
+"""What a model has answered so far, and where the time went."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from serving.batcher import Answer
+
+
+@dataclass
+class Duration:
+    """How often something happened, and how long it took in all, in nanoseconds."""
+
+    count: int = 0
+    ns: int = 0
+
+    def add(self, ns: int) -> None:
+        """Count it once more."""
+        self.count += 1
+        self.ns += ns
+
+
+class Request:
+    """One request under way; whoever answers it fills in what became of it."""
+
+    def __init__(self) -> None:
+        self._arrived = time.perf_counter_ns()
+        self.decode_ns = 0
+        self.answer: Answer | None = None
+
+    def decoded(self) -> None:
+        """Note that its images are unpacked."""
+        self.decode_ns = self.elapsed_ns()
+
+    def elapsed_ns(self) -> int:
+        """Return the time since it arrived."""
+        return time.perf_counter_ns() - self._arrived
+
+
+@dataclass
+class Statistics:
+    """Of one model version, since it was loaded.
+
+    Attributes:
+        images: Images answered.
+        success: Requests answered, from unpacking to packing.
+        fail: Requests refused or failed.
+        queue: Of the answered, the wait for the engine.
+        decode: Of the answered, unpacking.
+        compute: Of the answered, the batch that they were in.
+        respond: Of the answered, the rest: packing, and waking up.
+        batches: Calls of the engine, by number of images.
+        last_ms: When the last request was answered, milliseconds since 1970.
+    """
+
+    images: int = 0
+    success: Duration = field(default_factory=Duration)
+    fail: Duration = field(default_factory=Duration)
+    queue: Duration = field(default_factory=Duration)
+    decode: Duration = field(default_factory=Duration)
+    compute: Duration = field(default_factory=Duration)
+    respond: Duration = field(default_factory=Duration)
+    batches: dict[int, Duration] = field(default_factory=lambda: defaultdict(Duration))
+    last_ms: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @contextmanager
+    def request(self) -> Iterator[Request]:
+        """Count the request that is answered within the block, as failed if an exception leaves it."""
+        request = Request()
+        try:
+            yield request
+        except BaseException:
+            with self.lock:
+                self.fail.add(request.elapsed_ns())
+            raise
+        total, answer = request.elapsed_ns(), request.answer
+        assert answer is not None, "a request that ends well has an answer"
+        with self.lock:
+            self.images += len(answer.probabilities)
+            self.success.add(total)
+            self.queue.add(answer.queue_ns)
+            self.decode.add(request.decode_ns)
+            self.compute.add(answer.compute_ns)
+            self.respond.add(max(0, total - answer.queue_ns - request.decode_ns - answer.compute_ns))
+            self.last_ms = time.time_ns() // 1_000_000
+
+    def batch(self, images: int, ns: int) -> None:
+        """Count a call of the engine."""
+        with self.lock:
+            self.batches[images].add(ns)
