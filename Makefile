@@ -11,6 +11,8 @@ install: .venv/installed
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --group dev --editable '.[all]'
+	# TensorFlow Serving's client, for tests; its dependency `tensorflow` would overwrite tensorflow-cpu.
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps tensorflow-serving-api==2.21.0
 	touch $@
 
 demo: install

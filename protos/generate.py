@@ -7,6 +7,7 @@ needs no compiler; CI runs this and fails when it changes a file.
 from __future__ import annotations
 
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 from grpc_tools import protoc
@@ -17,7 +18,7 @@ OUTPUTS = ("--python_out=.", "--mypy_out=quiet:.", "--grpc_python_out=.", "--myp
 def generate(root: Path) -> int:
     """Compile every .proto file of `root/protos`; return protoc's exit code."""
     sources = sorted(path.relative_to(root).as_posix() for path in (root / "protos").glob("*.proto"))
-    code = int(protoc.main(["protoc", "-I.", *OUTPUTS, *sources]))
+    code = int(protoc.main(["protoc", "-I.", f"-I{files('grpc_tools') / '_proto'}", *OUTPUTS, *sources]))
     for path in sorted((root / "protos").glob("*_pb2.py")):  # protoc knows no pool but the default
         text = path.read_text("utf-8").replace(
             "from google.protobuf import descriptor_pool as _descriptor_pool\n", "import protos as _protos\n"

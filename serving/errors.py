@@ -1,15 +1,16 @@
 """Why a request was not answered, on both sides of the wire: the one table of errors and gRPC status codes.
 
-| error            | status              | what to do                                          |
-|------------------|---------------------|-----------------------------------------------------|
-| InvalidRequest   | INVALID_ARGUMENT    | mend the request                                    |
-| NotFound         | NOT_FOUND           | ask for a model and version that the server has     |
-| Overloaded       | RESOURCE_EXHAUSTED  | try again after `retry_ms`, or send fewer images    |
-| Unavailable      | UNAVAILABLE         | try again, perhaps elsewhere: no server, or it ends |
-| DeadlineExceeded | DEADLINE_EXCEEDED   | allow more time                                     |
-| Cancelled        | CANCELLED           | nothing: the caller went away                       |
-| Unsupported      | UNIMPLEMENTED       | do without it: the protocol has it, the server not  |
-| InternalError    | INTERNAL            | look into the server's log                          |
+| error              | status              | what to do                                          |
+|--------------------|---------------------|-----------------------------------------------------|
+| InvalidRequest     | INVALID_ARGUMENT    | mend the request                                    |
+| NotFound           | NOT_FOUND           | ask for a model and version that the server has     |
+| Overloaded         | RESOURCE_EXHAUSTED  | try again after `retry_ms`, or send fewer images    |
+| Unavailable        | UNAVAILABLE         | try again, perhaps elsewhere: no server, or it ends |
+| DeadlineExceeded   | DEADLINE_EXCEEDED   | allow more time                                     |
+| Cancelled          | CANCELLED           | nothing: the caller went away                       |
+| FailedPrecondition | FAILED_PRECONDITION | name a signature that the model has                 |
+| Unsupported        | UNIMPLEMENTED       | do without it: the protocol has it, the server not  |
+| InternalError      | INTERNAL            | look into the server's log                          |
 """
 
 from __future__ import annotations
@@ -75,6 +76,12 @@ class Cancelled(ServingError):
     """The caller went away."""
 
     code = grpc.StatusCode.CANCELLED
+
+
+class FailedPrecondition(ServingError):
+    """The request asks for what this model does not have, as TensorFlow Serving tells it."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
 
 
 class Unsupported(ServingError):

@@ -23,7 +23,7 @@ from protos.inference_pb2_grpc import GRPCInferenceServiceServicer
 from serving.calls import find_deadline, tells_failures, to_serving_error
 from serving.engine import Images, Probabilities
 from serving.errors import InvalidRequest, NotFound, Unavailable, Unsupported
-from serving.intake import Intake
+from serving.intake import Intake, to_bytes
 from serving.models import Model, Models
 from serving.statistics import Duration
 
@@ -200,7 +200,7 @@ class InferenceServicer(GRPCInferenceServiceServicer):
                     raise InvalidRequest(f"input {wanted!r} has the shape {shape}, but {len(files)} encoded images")
                 return self._intake.decode(files, model)
             case "UINT8":
-                data = raw[0] if raw else _pack(tensor.contents.uint_contents)
+                data = raw[0] if raw else to_bytes(tensor.contents.uint_contents)
                 return self._intake.read(data, shape, "uint8", model)
             case "FP32":
                 data = raw[0] if raw else np.array(tensor.contents.fp32_contents, "<f4").tobytes()
@@ -272,13 +272,6 @@ def _split(raw: bytes) -> list[bytes]:
         found.append(raw[at + 4 : end])
         at = end
     return found
-
-
-def _pack(values: Iterable[int]) -> bytes:
-    try:
-        return bytes(values)
-    except ValueError:
-        raise InvalidRequest("uint_contents has a value above 255, which is no UINT8") from None
 
 
 def _max_difference(model: Model) -> float:

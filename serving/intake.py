@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -63,6 +63,18 @@ class Intake:
             raise InvalidRequest("the request holds no images")
         if count > self.max_images:
             raise InvalidRequest(f"the request holds {count} images, more than the {self.max_images} allowed; split it")
+
+
+def to_bytes(values: Iterable[int]) -> bytes:
+    """Return numbers as bytes.
+
+    Raises:
+        InvalidRequest: One is no uint8.
+    """
+    try:
+        return bytes(values)
+    except ValueError:
+        raise InvalidRequest("the tensor has a value that is no uint8: they are from 0 to 255") from None
 
 
 def _decode(data: bytes, index: int, size: tuple[int, int]) -> Images:

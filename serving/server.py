@@ -12,17 +12,26 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from protos import POOL, classifier_pb2, inference_pb2
+from protos import POOL, classifier_pb2, inference_pb2, tensorflow_serving_pb2
 from protos.classifier_pb2_grpc import add_ClassifierServicer_to_server
 from protos.inference_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
+from protos.tensorflow_serving_pb2_grpc import (
+    add_ModelServiceServicer_to_server,
+    add_PredictionServiceServicer_to_server,
+)
 from resnet import BadInput
 from serving.inference import InferenceServicer
 from serving.intake import Intake
 from serving.models import Models
+from serving.prediction import ModelServicer, PredictionServicer
 from serving.servicer import Servicer
 
 SERVICE = classifier_pb2.DESCRIPTOR.services_by_name["Classifier"].full_name
-SERVICES = (SERVICE, inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name)
+SERVICES = tuple(
+    service.full_name
+    for file in (classifier_pb2.DESCRIPTOR, inference_pb2.DESCRIPTOR, tensorflow_serving_pb2.DESCRIPTOR)
+    for service in file.services_by_name.values()
+)
 
 
 def _describe() -> DescriptorPool:
@@ -77,6 +86,8 @@ class Server:
         intake = Intake(limits.max_images)
         add_ClassifierServicer_to_server(Servicer(models, intake), self._server)
         add_GRPCInferenceServiceServicer_to_server(InferenceServicer(models, intake, self), self._server)
+        add_PredictionServiceServicer_to_server(PredictionServicer(models, intake), self._server)
+        add_ModelServiceServicer_to_server(ModelServicer(models), self._server)
         self._health = health.HealthServicer(experimental_non_blocking=True)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(

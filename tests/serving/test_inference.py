@@ -237,7 +237,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "a byte of 256": (
         {"inputs": [image(contents={"uint_contents": [256] * 3072})]},
         "INVALID_ARGUMENT",
-        "has a value above 255",
+        "has a value that is no uint8",
     ),
     "cut BYTES": (
         {"inputs": [image("BYTES", (1,))], "raw_input_contents": [b"\xff\0\0\0abc"]},

@@ -1,0 +1,176 @@
+"""`tensorflow.serving.PredictionService` and `ModelService`, for the clients of TensorFlow Serving; without TensorFlow.
+
+A model has the signature `serving_default`, with its one input as DT_UINT8 or DT_FLOAT pixels of 0 to 255,
+[n, height, width, 3], or as DT_STRING, [n] encoded images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import grpc
+import numpy as np
+
+from export.manifest import TensorSpec
+from protos import tensorflow_pb2 as tf
+from protos import tensorflow_serving_pb2 as pb
+from protos.tensorflow_serving_pb2_grpc import ModelServiceServicer, PredictionServiceServicer
+from serving.calls import find_deadline, tells_failures
+from serving.engine import Images
+from serving.errors import FailedPrecondition, InvalidRequest, Unsupported
+from serving.intake import Intake, to_bytes
+from serving.models import Model, Models
+
+SIGNATURE, SIGNATURE_DEF, METHOD = "serving_default", "signature_def", "tensorflow/serving/predict"
+TYPES = {"uint8": tf.DT_UINT8, "float32": tf.DT_FLOAT}
+
+
+class PredictionServicer(PredictionServiceServicer):
+    """Answers Predict and GetModelMetadata."""
+
+    def __init__(self, models: Models, intake: Intake) -> None:
+        """Serve `models`, to requests that `intake` takes."""
+        self._models, self._intake = models, intake
+
+    @tells_failures
+    def Predict(self, request: pb.PredictRequest, context: grpc.ServicerContext) -> pb.PredictResponse:
+        """Answer one request."""
+        deadline = find_deadline(context)
+        model = _find(self._models, request.model_spec)
+        with model.statistics.request() as record:
+            output = model.manifest.output.name
+            if list(request.output_filter) not in ([], [output]):
+                raise InvalidRequest(f"model {model.name!r} has one output, {output!r}; output_filter names others")
+            images = self._images(request, model)
+            record.decoded()
+            record.answer = model.batcher.submit(images, deadline, context.is_active)
+            probabilities = record.answer.probabilities
+            found = tf.TensorProto(
+                dtype=tf.DT_FLOAT,
+                tensor_shape=_shape(probabilities.shape),
+                float_val=probabilities.ravel().tolist(),
+            )
+            return pb.PredictResponse(outputs={output: found}, model_spec=_specify(model))
+
+    @tells_failures
+    def GetModelMetadata(
+        self,
+        request: pb.GetModelMetadataRequest,
+        context: grpc.ServicerContext,  # noqa: ARG002
+    ) -> pb.GetModelMetadataResponse:
+        """Describe the signature of a model."""
+        if list(request.metadata_field) != [SIGNATURE_DEF]:
+            raise InvalidRequest(f"metadata_field must be [{SIGNATURE_DEF!r}], not {list(request.metadata_field)}")
+        model = _find(self._models, request.model_spec)
+        taken, given = model.manifest.input, model.manifest.output
+        signature = tf.SignatureDef(
+            inputs={taken.name: _describe(taken)}, outputs={given.name: _describe(given)}, method_name=METHOD
+        )
+        response = pb.GetModelMetadataResponse(model_spec=_specify(model))
+        response.metadata[SIGNATURE_DEF].Pack(pb.SignatureDefMap(signature_def={SIGNATURE: signature}))
+        return response
+
+    @tells_failures
+    def Classify(self, request: pb.ClassificationRequest, context: grpc.ServicerContext) -> pb.ClassificationResponse:  # noqa: ARG002
+        """Refuse."""
+        raise Unsupported("Classify takes tf.Example records, which hold no images; call Predict")
+
+    @tells_failures
+    def Regress(self, request: pb.RegressionRequest, context: grpc.ServicerContext) -> pb.RegressionResponse:  # noqa: ARG002
+        """Refuse."""
+        raise Unsupported("the models are classifiers; call Predict")
+
+    @tells_failures
+    def MultiInference(
+        self,
+        request: pb.MultiInferenceRequest,  # noqa: ARG002
+        context: grpc.ServicerContext,  # noqa: ARG002
+    ) -> pb.MultiInferenceResponse:
+        """Refuse."""
+        raise Unsupported("MultiInference takes tf.Example records, which hold no images; call Predict")
+
+    def _images(self, request: pb.PredictRequest, model: Model) -> Images:
+        """Return the pixels of the one input, in whichever form they came."""
+        wanted = model.manifest.input.name
+        if list(request.inputs) != [wanted]:
+            raise InvalidRequest(
+                f"model {model.name!r} takes one input, {wanted!r}; the request has {sorted(request.inputs)}"
+            )
+        tensor = request.inputs[wanted]
+        shape = [axis.size for axis in tensor.tensor_shape.dim]
+        # One value stands for all, but only where the shape is one that the intake takes.
+        fits = tuple(shape[1:]) == model.image_shape and 0 < shape[0] <= self._intake.max_images
+        size = math.prod(shape) if fits else 0
+        match tensor.dtype:
+            case tf.DT_STRING:
+                files = list(tensor.string_val)
+                if shape != [len(files)]:
+                    raise InvalidRequest(f"input {wanted!r} has the shape {shape}, but {len(files)} encoded images")
+                return self._intake.decode(files, model)
+            case tf.DT_UINT8:
+                data = tensor.tensor_content or _repeat(to_bytes(tensor.int_val), 1, size)
+                return self._intake.read(data, shape, "uint8", model)
+            case tf.DT_FLOAT:
+                values = np.array(tensor.float_val, "<f4").tobytes()
+                return self._intake.read(tensor.tensor_content or _repeat(values, 4, size), shape, "float32", model)
+            case other:
+                raise InvalidRequest(f"input {wanted!r} is DT_UINT8, DT_FLOAT or DT_STRING, not of dtype {other}")
+
+
+class ModelServicer(ModelServiceServicer):
+    """Answers GetModelStatus."""
+
+    def __init__(self, models: Models) -> None:
+        """Tell of `models`."""
+        self._models = models
+
+    @tells_failures
+    def GetModelStatus(
+        self,
+        request: pb.GetModelStatusRequest,
+        context: grpc.ServicerContext,  # noqa: ARG002
+    ) -> pb.GetModelStatusResponse:
+        """Say that a model is served."""
+        model = _find(self._models, request.model_spec)
+        status = pb.ModelVersionStatus(
+            version=model.version, state=pb.ModelVersionStatus.AVAILABLE, status=pb.StatusProto()
+        )
+        return pb.GetModelStatusResponse(model_version_status=[status])
+
+
+def _find(models: Models, spec: pb.ModelSpec) -> Model:
+    if spec.signature_name not in ("", SIGNATURE):
+        raise FailedPrecondition(f"there is no signature {spec.signature_name!r}; models have {SIGNATURE!r}")
+    match spec.WhichOneof("version_choice"):
+        case "version":
+            number = spec.version.value
+            if number < 1:
+                raise InvalidRequest(f"the version is {number}; versions begin with 1, and none means the latest")
+            return models.find(spec.name, number)
+        case "version_label":
+            # perf_analyzer writes the number of a version here.
+            if not (spec.version_label.isascii() and spec.version_label.isdecimal() and int(spec.version_label)):
+                raise InvalidRequest(f"there is no version label {spec.version_label!r}; name a version by its number")
+            return models.find(spec.name, int(spec.version_label))
+        case _:
+            return models.find(spec.name, 0)
+
+
+def _specify(model: Model) -> pb.ModelSpec:
+    spec = pb.ModelSpec(name=model.name, signature_name=SIGNATURE)
+    spec.version.value = model.version
+    return spec
+
+
+def _describe(spec: TensorSpec) -> tf.TensorInfo:
+    return tf.TensorInfo(name=f"{spec.name}:0", dtype=TYPES[spec.dtype], tensor_shape=_shape(spec.shape))
+
+
+def _shape(sizes: Sequence[int]) -> tf.TensorShapeProto:
+    return tf.TensorShapeProto(dim=[tf.TensorShapeProto.Dim(size=size) for size in sizes])
+
+
+def _repeat(data: bytes, item: int, size: int) -> bytes:
+    """Return copies for `size` values if `data` holds just one, of `item` bytes; else `data` as it is."""
+    return data * size if len(data) == item and size else data
