@@ -1,5 +1,7 @@
 """Answer classification requests over gRPC, with the latest version of every model in a repository.
 
+A new version takes over as soon as it is loaded and checked; SIGHUP looks for one at once.
+
 Examples:
   resnet serve models
   resnet serve models --port 0 --device cuda
@@ -37,6 +39,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-queue", type=int, default=1024, metavar="N", help="images that may wait (default: 1024)")
     parser.add_argument("--max-images", type=int, default=256, metavar="N", help="images in one request (default: 256)")
     parser.add_argument(
+        "--watch",
+        type=float,
+        default=5,
+        metavar="S",
+        help="seconds between looks for new versions; 0 looks on SIGHUP only (default: 5)",
+    )
+    parser.add_argument(
         "--grace", type=float, default=30, metavar="S", help="seconds to finish on SIGTERM (default: 30)"
     )
 
@@ -46,38 +55,53 @@ def run(args: argparse.Namespace) -> None:
     from export import repository
     from serving import models
     from serving.server import Limits, Server
+    from serving.watcher import Watcher
 
     for option in ("max_batch", "max_queue", "max_images"):
         if getattr(args, option) < 1:
             raise BadInput(f"--{option.replace('_', '-')} must be at least 1, not {getattr(args, option)}")
     if not 0 <= args.port <= 65535:
         raise BadInput(f"--port must be 0 to 65535, not {args.port}")
+    if not 0 <= args.watch < threading.TIMEOUT_MAX:
+        raise BadInput(f"--watch must not be negative, but is {args.watch}")
     if args.grace < 0:
         raise BadInput(f"--grace must not be negative, but is {args.grace}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    stop = threading.Event()
+    stop, wake = threading.Event(), threading.Event()
+
+    def end(*_: object) -> None:
+        stop.set()
+        wake.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, end)
+    signal.signal(signal.SIGHUP, lambda *_: wake.set())
 
     key = None
     if args.trust is not None:
         from export import signature
 
         key = signature.load_public(args.trust)
-    loaded = []
-    for folder in repository.models(args.repository):
-        version = repository.latest(folder)
+
+    def load(version: Path) -> models.Model:
         if key is not None:
             signature.check(version, key)
         model = models.load(version, args.device, args.max_batch, args.max_queue, args.precision)
         which = f"{model.name}/{model.version} in {args.precision} on {model.engine.provider}"
         print(f"loaded {which}, its files and certificate hold", flush=True)
-        loaded.append(model)
+        return model
+
+    served = models.Models([load(repository.latest(folder)) for folder in repository.models(args.repository)])
+    watcher = Watcher(args.repository, served, load)
     # What the queue could never hold is too large, not a matter of trying again.
     limits = Limits(max_images=min(args.max_images, args.max_queue))
-    server = Server(models.Models(loaded), args.host, args.port, limits)
+    server = Server(served, args.host, args.port, limits)
     print(f"serving on {server.address}", flush=True)
-    stop.wait()
+    while not stop.is_set():
+        wake.wait(args.watch or None)
+        wake.clear()
+        if not stop.is_set():
+            watcher.scan()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # a second one does not wait
     print("finishing the requests under way", flush=True)

@@ -121,15 +121,17 @@ class InferenceServicer(GRPCInferenceServiceServicer):
         request: pb.RepositoryIndexRequest,
         context: grpc.ServicerContext,  # noqa: ARG002
     ) -> pb.RepositoryIndexResponse:
-        """List the models that are served."""
+        """List the models that are served, and versions that are not, with the reason."""
         if request.repository_name:
             raise Unsupported("there is one repository, which has no name: leave repository_name empty")
-        return pb.RepositoryIndexResponse(
-            models=[
-                pb.RepositoryIndexResponse.ModelIndex(name=model.name, version=str(model.version), state="READY")
-                for model in self._models
+        index = pb.RepositoryIndexResponse.ModelIndex
+        found = [index(name=model.name, version=str(model.version), state="READY") for model in self._models]
+        if not request.ready:
+            found += [
+                index(name=refusal.name, version=str(refusal.version), state="UNAVAILABLE", reason=refusal.reason)
+                for refusal in self._models.refusals
             ]
-        )
+        return pb.RepositoryIndexResponse(models=found)
 
     @tells_failures
     def ModelInfer(self, request: pb.ModelInferRequest, context: grpc.ServicerContext) -> pb.ModelInferResponse:

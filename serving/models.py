@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -88,12 +90,24 @@ def start(manifest: Manifest, engine: Engine, max_batch: int, max_queue: int, pr
     return Model(manifest, engine, Batcher(run, max_batch, max_queue), statistics, precision)
 
 
+class Refusal(NamedTuple):
+    """A version that is in the repository and is not served, and why."""
+
+    name: str
+    version: int
+    reason: str
+
+
 class Models:
-    """The models of a server, by name."""
+    """The models of a server, by name. Requests read it while versions come and go."""
 
     def __init__(self, models: Iterable[Model]) -> None:
         """Hold one version of each model."""
+        self._lock = threading.Lock()
+        # Replaced whole, never changed: whoever reads it needs no lock.
         self._models = {model.name: model for model in models}
+        self._refusals: dict[str, Refusal] = {}
+        self._retired: list[Batcher] = []
 
     def find(self, name: str, version: int) -> Model:
         """Return the model that a request names.
@@ -106,10 +120,11 @@ class Models:
             InvalidRequest: No name was given although there are several models.
             NotFound: There is no such model or version.
         """
-        names = ", ".join(self._models)
-        if not name and len(self._models) > 1:
+        models = self._models
+        names = ", ".join(models) or "none"
+        if not name and len(models) > 1:
             raise InvalidRequest(f"name one of the models {names}")
-        model = self._models.get(name) if name else next(iter(self._models.values()))
+        model = models.get(name) if name else next(iter(models.values()), None)
         if model is None:
             raise NotFound(f"there is no model {name!r}; this server has {names}")
         if version not in (0, model.version):
@@ -120,6 +135,39 @@ class Models:
         """Yield each model, by name."""
         return iter(self._models.values())
 
+    @property
+    def refusals(self) -> list[Refusal]:
+        """Versions that the repository has and that are not served."""
+        return list(self._refusals.values())
+
+    def serves(self, name: str, version: int) -> bool:
+        """Say whether this version is the one that is served."""
+        model = self._models.get(name)
+        return model is not None and model.version == version
+
+    def has_refused(self, name: str, version: int) -> bool:
+        """Say whether this version was refused."""
+        return name in self._refusals and self._refusals[name].version == version
+
+    def put(self, model: Model) -> None:
+        """Serve this version from now on, in place of another; requests that have found that one end with it."""
+        with self._lock:
+            self._retire(model.name)
+            self._models = self._models | {model.name: model}
+            self._refusals.pop(model.name, None)
+
+    def remove(self, name: str) -> None:
+        """Serve this model no longer; requests that have found it are answered."""
+        with self._lock:
+            self._retire(name)
+            self._models = {key: model for key, model in self._models.items() if key != name}
+            self._refusals.pop(name, None)
+
+    def refuse(self, name: str, version: int, reason: str) -> None:
+        """Note why a version is not served."""
+        with self._lock:
+            self._refusals[name] = Refusal(name, version, reason)
+
     def close(self) -> None:
         """Refuse further requests; those that wait are still computed."""
         for model in self._models.values():
@@ -128,5 +176,13 @@ class Models:
     def drain(self, seconds: float) -> None:
         """Wait for the requests under way, for at most so long."""
         end = time.monotonic() + seconds
-        for model in self._models.values():
-            model.batcher.drain(end - time.monotonic())
+        with self._lock:
+            batchers = [*self._retired, *(model.batcher for model in self._models.values())]
+        for batcher in batchers:
+            batcher.drain(max(0.0, end - time.monotonic()))
+
+    def _retire(self, name: str) -> None:
+        """Remember what is still computing for requests that began with it; a batcher has no thread to stop."""
+        self._retired = [batcher for batcher in self._retired if not batcher.drain(0)]
+        if name in self._models:
+            self._retired.append(self._models[name].batcher)
