@@ -26,6 +26,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="interface to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8001, help="port; 0 takes a free one (default: 8001)")
     parser.add_argument(
+        "--metrics-port", type=int, metavar="N", help="also serve Prometheus metrics over HTTP; 0 takes a free port"
+    )
+    parser.add_argument(
         "--device", default="auto", choices=("auto", "cuda", "cpu"), help="what computes (default: auto)"
     )
     parser.add_argument(
@@ -60,8 +63,10 @@ def run(args: argparse.Namespace) -> None:
     for option in ("max_batch", "max_queue", "max_images"):
         if getattr(args, option) < 1:
             raise BadInput(f"--{option.replace('_', '-')} must be at least 1, not {getattr(args, option)}")
-    if not 0 <= args.port <= 65535:
-        raise BadInput(f"--port must be 0 to 65535, not {args.port}")
+    for option in ("port", "metrics_port"):
+        port = getattr(args, option)
+        if port is not None and not 0 <= port <= 65535:
+            raise BadInput(f"--{option.replace('_', '-')} must be 0 to 65535, not {port}")
     if not 0 <= args.watch < threading.TIMEOUT_MAX:
         raise BadInput(f"--watch must not be negative, but is {args.watch}")
     if args.grace < 0:
@@ -96,6 +101,11 @@ def run(args: argparse.Namespace) -> None:
     # What the queue could never hold is too large, not a matter of trying again.
     limits = Limits(max_images=min(args.max_images, args.max_queue))
     server = Server(served, args.host, args.port, limits)
+    if args.metrics_port is not None:
+        from serving.metrics import MetricsServer
+
+        metrics = MetricsServer(served, args.host, args.metrics_port)  # its thread ends with the process
+        print(f"metrics on http://{metrics.address}/metrics", flush=True)
     print(f"serving on {server.address}", flush=True)
     while not stop.is_set():
         wake.wait(args.watch or None)

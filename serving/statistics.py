@@ -4,25 +4,38 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict
+from bisect import bisect_left
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from serving.batcher import Answer
+from serving.errors import ServingError
+
+# Upper bounds of the buckets of a histogram: from 0.1 ms to 10 s, three a decade.
+BOUNDS_NS = (*(digit * 10**power for power in range(5, 10) for digit in (1, 2, 5)), 10**10)
 
 
 @dataclass
 class Duration:
-    """How often something happened, and how long it took in all, in nanoseconds."""
+    """How often something happened, and how long it took in all, in nanoseconds.
+
+    Attributes:
+        count: How often.
+        ns: How long in all.
+        buckets: How often it took at most each of `BOUNDS_NS` and more than the one before; the last is beyond all.
+    """
 
     count: int = 0
     ns: int = 0
+    buckets: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS_NS) + 1))
 
     def add(self, ns: int) -> None:
         """Count it once more."""
         self.count += 1
         self.ns += ns
+        self.buckets[bisect_left(BOUNDS_NS, ns)] += 1
 
 
 class Request:
@@ -55,6 +68,7 @@ class Statistics:
         compute: Of the answered, the batch that they were in.
         respond: Of the answered, the rest: packing, and waking up.
         batches: Calls of the engine, by number of images.
+        codes: Requests, by the name of their gRPC status.
         last_ms: When the last request was answered, milliseconds since 1970.
     """
 
@@ -66,6 +80,7 @@ class Statistics:
     compute: Duration = field(default_factory=Duration)
     respond: Duration = field(default_factory=Duration)
     batches: dict[int, Duration] = field(default_factory=lambda: defaultdict(Duration))
+    codes: Counter[str] = field(default_factory=Counter)
     last_ms: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -75,15 +90,17 @@ class Statistics:
         request = Request()
         try:
             yield request
-        except BaseException:
+        except BaseException as error:
             with self.lock:
                 self.fail.add(request.elapsed_ns())
+                self.codes[error.code.name if isinstance(error, ServingError) else "INTERNAL"] += 1
             raise
         total, answer = request.elapsed_ns(), request.answer
         assert answer is not None, "a request that ends well has an answer"
         with self.lock:
             self.images += len(answer.probabilities)
             self.success.add(total)
+            self.codes["OK"] += 1
             self.queue.add(answer.queue_ns)
             self.decode.add(request.decode_ns)
             self.compute.add(answer.compute_ns)

@@ -1,0 +1,131 @@
+"""The page that Prometheus reads. Its figures are those of `serving.statistics`, no second count.
+
+| metric                      | labels                                      | what it is                                           |
+|-----------------------------|---------------------------------------------|------------------------------------------------------|
+| resnet_requests_total       | model, version, code                        | requests, by gRPC status                             |
+| resnet_images_total         | model, version                              | images answered                                      |
+| resnet_request_seconds      | model, version                              | histogram: answered requests, unpacking to packing   |
+| resnet_queue_seconds        | model, version                              | histogram: of these, the wait for the engine         |
+| resnet_compute_seconds      | model, version                              | histogram: of these, the batch they were in          |
+| resnet_batch_images         | model, version                              | histogram: images of each call of the engine         |
+| resnet_queued_images        | model, version                              | images that wait now                                 |
+| resnet_model_info           | model, version, precision, provider, digest | 1, for each model that is served                     |
+| resnet_certificate_accuracy | model, version                              | share of held-out images that the original has right |
+| resnet_refused_info         | model, version                              | 1, for each version that was refused                 |
+| resnet_build_info           | version, onnxruntime                        | 1                                                    |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from threading import Thread
+from typing import Self
+from wsgiref.simple_server import WSGIServer
+
+import onnxruntime
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from resnet import BadInput
+from serving.models import Models
+from serving.statistics import BOUNDS_NS, Duration
+
+LABELS = ("model", "version")
+BATCH_BOUNDS = tuple(2**power for power in range(9))  # 1 to 256 images
+
+
+class MetricsServer:
+    """Answers GET /metrics from when it is made until `close`; as a context manager, until the end of the block."""
+
+    def __init__(self, models: Models, host: str, port: int) -> None:
+        """Listen on a port.
+
+        Args:
+            models: What is served.
+            host: Name or address of an interface.
+            port: 0 takes a free one; see the attribute `address`.
+
+        Raises:
+            BadInput: The port cannot be had.
+        """
+        registry = CollectorRegistry()
+        registry.register(_ModelsCollector(models))
+        self._server: WSGIServer
+        self._thread: Thread
+        try:
+            self._server, self._thread = start_http_server(port, host, registry)
+        except OSError as error:
+            raise BadInput(
+                f"{host}:{port} cannot be listened on ({error.strerror}); choose another with --metrics-port"
+            ) from None
+        self.address = f"{host}:{self._server.server_port}"
+
+    def close(self) -> None:
+        """Listen no longer."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _ModelsCollector(Collector):
+    def __init__(self, models: Models) -> None:
+        self._models = models
+
+    def collect(self) -> Iterable[Metric]:
+        requests = CounterMetricFamily("resnet_requests", "Requests, by gRPC status", labels=(*LABELS, "code"))
+        images = CounterMetricFamily("resnet_images", "Images answered", labels=LABELS)
+        total = HistogramMetricFamily("resnet_request_seconds", "Answered requests", labels=LABELS)
+        queue = HistogramMetricFamily("resnet_queue_seconds", "Waits for the engine", labels=LABELS)
+        compute = HistogramMetricFamily("resnet_compute_seconds", "Batches that requests were in", labels=LABELS)
+        batches = HistogramMetricFamily("resnet_batch_images", "Images of each call of the engine", labels=LABELS)
+        queued = GaugeMetricFamily("resnet_queued_images", "Images that wait now", labels=LABELS)
+        accuracy = GaugeMetricFamily("resnet_certificate_accuracy", "Accuracy of the original", labels=LABELS)
+        about = GaugeMetricFamily(
+            "resnet_model_info", "Models that are served", labels=(*LABELS, "precision", "provider", "digest")
+        )
+        for model in self._models:
+            names, found = [model.name, str(model.version)], model.statistics
+            with found.lock:
+                for code, count in found.codes.items():
+                    requests.add_metric([*names, code], count)
+                images.add_metric(names, found.images)
+                for family, duration in ((total, found.success), (queue, found.queue), (compute, found.compute)):
+                    family.add_metric(names, list(_seconds(duration)), duration.ns / 1e9)
+                sizes = {size: batch.count for size, batch in found.batches.items()}
+            batches.add_metric(names, list(_sizes(sizes)), sum(size * count for size, count in sizes.items()))
+            queued.add_metric(names, model.batcher.queued)
+            accuracy.add_metric(names, model.manifest.certificate.accuracy)
+            about.add_metric([*names, model.precision, model.engine.provider, model.manifest.digest], 1)
+        refused = GaugeMetricFamily("resnet_refused_info", "Versions that were refused", labels=LABELS)
+        for refusal in self._models.refusals:
+            refused.add_metric([refusal.name, str(refusal.version)], 1)
+        build = GaugeMetricFamily("resnet_build_info", "This server", labels=("version", "onnxruntime"))
+        build.add_metric([version("resnet"), onnxruntime.__version__], 1)
+        return (requests, images, total, queue, compute, batches, queued, accuracy, about, refused, build)
+
+
+def _seconds(duration: Duration) -> Iterator[tuple[str, int]]:
+    """Yield the buckets of a histogram, each with all that is below its bound."""
+    below = 0
+    for bound, count in zip((*BOUNDS_NS, None), duration.buckets, strict=True):
+        below += count
+        yield ("+Inf" if bound is None else repr(bound / 1e9)), below
+
+
+def _sizes(counts: dict[int, int]) -> Iterator[tuple[str, int]]:
+    for bound in BATCH_BOUNDS:
+        yield repr(float(bound)), sum(count for size, count in counts.items() if size <= bound)
+    yield "+Inf", sum(counts.values())
