@@ -1,18 +1,18 @@
-"""The page that Prometheus reads. Its figures are those of `serving.statistics`, no second count.
+"""The page that Prometheus reads, by `model` and `version`. The figures are those of `serving.statistics`.
 
-| metric                      | labels                                      | what it is                                           |
-|-----------------------------|---------------------------------------------|------------------------------------------------------|
-| resnet_requests_total       | model, version, code                        | requests, by gRPC status                             |
-| resnet_images_total         | model, version                              | images answered                                      |
-| resnet_request_seconds      | model, version                              | histogram: answered requests, unpacking to packing   |
-| resnet_queue_seconds        | model, version                              | histogram: of these, the wait for the engine         |
-| resnet_compute_seconds      | model, version                              | histogram: of these, the batch they were in          |
-| resnet_batch_images         | model, version                              | histogram: images of each call of the engine         |
-| resnet_queued_images        | model, version                              | images that wait now                                 |
-| resnet_model_info           | model, version, precision, provider, digest | 1, for each model that is served                     |
-| resnet_certificate_accuracy | model, version                              | share of held-out images that the original has right |
-| resnet_refused_info         | model, version                              | 1, for each version that was refused                 |
-| resnet_build_info           | version, onnxruntime                        | 1                                                    |
+| metric                      | what it is                                                   |
+|-----------------------------|--------------------------------------------------------------|
+| resnet_requests_total       | requests, by gRPC status (`code`)                            |
+| resnet_images_total         | images answered                                              |
+| resnet_request_seconds      | histogram: answered requests, from unpacking to packing      |
+| resnet_queue_seconds        | histogram: of these, the wait for the engine                 |
+| resnet_compute_seconds      | histogram: of these, the batch they were in                  |
+| resnet_batch_images         | histogram: images of each call of the engine                 |
+| resnet_queued_images        | images that wait now                                         |
+| resnet_model_info           | 1 for what is served, with `precision`, `provider`, `digest` |
+| resnet_certificate_accuracy | share of the held-out images that the original has right     |
+| resnet_refused_info         | 1 for each version that was refused                          |
+| resnet_build_info           | 1, with `version` and `onnxruntime`, and no other label      |
 """
 
 from __future__ import annotations
