@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from resnet import BadInput
-from serving.client import DEFAULT_SERVER, Answer, Client
+from serving.client import DEFAULT_SERVER, Answer, Client, Tls
 from serving.errors import InvalidRequest, ServingError, Unavailable
+from serving.security import read_file, read_token
 
 REQUEST_IMAGES = 32
 REQUEST_BYTES = 16 * 2**20
@@ -40,12 +41,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--version", type=int, default=0, help="version of the model (default: the latest)")
     parser.add_argument("--top-k", type=int, default=3, metavar="K", help="classes to show for each image (default: 3)")
     parser.add_argument("--timeout", type=float, default=30, metavar="S", help="seconds for one request (default: 30)")
+    parser.add_argument("--tls-ca", type=Path, metavar="FILE", help="encrypt; the server's certificate is of this CA")
+    parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="show the server this certificate")
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="give the token in this file")
     parser.add_argument("--json", action="store_true", help="print a JSON array, one object an image")
 
 
 def run(args: argparse.Namespace) -> None:
     """Classify all files and print a table or JSON; files that are no images are named at the end."""
-    with Client(args.server) as client:
+    if (args.tls_cert is None) != (args.tls_key is None) or (args.tls_cert and not args.tls_ca):
+        raise BadInput("--tls-cert and --tls-key belong together, and need --tls-ca")
+    authority, certificate, key = (
+        None if path is None else read_file(path) for path in (args.tls_ca, args.tls_cert, args.tls_key)
+    )
+    tls = Tls(authority, certificate, key) if authority else None
+    with Client(args.server, tls=tls, token=read_token(args.token_file) if args.token_file else None) as client:
         try:
             results = [result for files in _requests(args.images) for result in _classify(client, files, args)]
         except Unavailable as error:

@@ -60,13 +60,42 @@ class Answer:
     batch_size: int
 
 
+@dataclass(frozen=True)
+class Tls:
+    """What a client knows of certificates, in PEM.
+
+    Attributes:
+        authority: Certificate of the authority that the server's is of; None trusts those that gRPC knows.
+        certificate: The client's own, where the server asks for one.
+        key: Its private key.
+    """
+
+    authority: bytes | None = None
+    certificate: bytes | None = None
+    key: bytes | None = None
+
+    def to_credentials(self) -> grpc.ChannelCredentials:
+        """Return this as gRPC takes it."""
+        return grpc.ssl_channel_credentials(self.authority, self.key, self.certificate)
+
+
 class Client:
     """A connection to a server, for use from any number of threads."""
 
-    def __init__(self, server: str = DEFAULT_SERVER) -> None:
-        """Prepare a connection to HOST:PORT; it is made with the first call."""
-        self._channel = grpc.insecure_channel(server, UNLIMITED)
-        self._stub = ClassifierStub(self._channel)
+    def __init__(self, server: str = DEFAULT_SERVER, *, tls: Tls | None = None, token: str | None = None) -> None:
+        """Prepare a connection; it is made with the first call.
+
+        Args:
+            server: HOST:PORT.
+            tls: How to encrypt; None is open text.
+            token: What the server asks callers for.
+        """
+        self._channel = (
+            grpc.secure_channel(server, tls.to_credentials(), UNLIMITED)
+            if tls
+            else grpc.insecure_channel(server, UNLIMITED)
+        )
+        self._stub, self._metadata = ClassifierStub(self._channel), _authorize(token)
 
     def classify(
         self, images: Images, *, top_k: int = 0, model: str = "", version: int = 0, timeout: float | None = 30
@@ -84,7 +113,8 @@ class Client:
             ServingError: One of those in `serving.errors`.
         """
         try:
-            return _answer(self._stub.Classify(_request(images, top_k, model, version), timeout=timeout))
+            request = _request(images, top_k, model, version)
+            return _answer(self._stub.Classify(request, timeout=timeout, metadata=self._metadata))
         except grpc.RpcError as error:
             raise from_rpc(error) from None
 
@@ -102,17 +132,22 @@ class Client:
 class AsyncClient:
     """A connection to a server, for use within one event loop."""
 
-    def __init__(self, server: str = DEFAULT_SERVER) -> None:
-        """Prepare a connection to HOST:PORT; it is made with the first call."""
-        self._channel = grpc.aio.insecure_channel(server, UNLIMITED)
-        self._stub = ClassifierStub(self._channel)
+    def __init__(self, server: str = DEFAULT_SERVER, *, tls: Tls | None = None, token: str | None = None) -> None:
+        """Prepare a connection; arguments are those of `Client`."""
+        self._channel = (
+            grpc.aio.secure_channel(server, tls.to_credentials(), UNLIMITED)
+            if tls
+            else grpc.aio.insecure_channel(server, UNLIMITED)
+        )
+        self._stub, self._metadata = ClassifierStub(self._channel), _authorize(token)
 
     async def classify(
         self, images: Images, *, top_k: int = 0, model: str = "", version: int = 0, timeout: float | None = 30
     ) -> Answer:
         """Classify images; arguments, result and errors are those of `Client.classify`."""
         try:
-            return _answer(await self._stub.Classify(_request(images, top_k, model, version), timeout=timeout))
+            request = _request(images, top_k, model, version)
+            return _answer(await self._stub.Classify(request, timeout=timeout, metadata=self._metadata))
         except grpc.RpcError as error:
             raise from_rpc(error) from None
 
@@ -125,6 +160,10 @@ class AsyncClient:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+
+def _authorize(token: str | None) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {token}"),) if token else ()
 
 
 def _request(images: Images, top_k: int, model: str, version: int) -> pb.ClassifyRequest:

@@ -41,6 +41,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-batch", type=int, default=32, metavar="N", help="images in one batch (default: 32)")
     parser.add_argument("--max-queue", type=int, default=1024, metavar="N", help="images that may wait (default: 1024)")
     parser.add_argument("--max-images", type=int, default=256, metavar="N", help="images in one request (default: 256)")
+    parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="encrypt, with this certificate in PEM")
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key")
+    parser.add_argument("--tls-client-ca", type=Path, metavar="FILE", help="ask clients for certificates of this CA")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="ask callers for the token in this file")
     parser.add_argument(
         "--watch",
         type=float,
@@ -56,32 +60,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain."""
     from export import repository
-    from serving import models
+    from serving import models, security
     from serving.server import Limits, Server
     from serving.watcher import Watcher
 
-    for option in ("max_batch", "max_queue", "max_images"):
-        if getattr(args, option) < 1:
-            raise BadInput(f"--{option.replace('_', '-')} must be at least 1, not {getattr(args, option)}")
-    for option in ("port", "metrics_port"):
-        port = getattr(args, option)
-        if port is not None and not 0 <= port <= 65535:
-            raise BadInput(f"--{option.replace('_', '-')} must be 0 to 65535, not {port}")
-    if not 0 <= args.watch < threading.TIMEOUT_MAX:
-        raise BadInput(f"--watch must not be negative, but is {args.watch}")
-    if args.grace < 0:
-        raise BadInput(f"--grace must not be negative, but is {args.grace}")
+    _check(args)
+    stop, wake = _listen()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    stop, wake = threading.Event(), threading.Event()
-
-    def end(*_: object) -> None:
-        stop.set()
-        wake.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
-    signal.signal(signal.SIGHUP, lambda *_: wake.set())
-
+    tls = security.Tls(args.tls_cert, args.tls_key, args.tls_client_ca) if args.tls_cert else None
+    token = security.read_token(args.token_file) if args.token_file else None
+    security.warn_if_open(args.host, tls, token)
     key = None
     if args.trust is not None:
         from export import signature
@@ -100,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     watcher = Watcher(args.repository, served, load)
     # What the queue could never hold is too large, not a matter of trying again.
     limits = Limits(max_images=min(args.max_images, args.max_queue))
-    server = Server(served, args.host, args.port, limits)
+    server = Server(served, args.host, args.port, limits, tls, token)
     if args.metrics_port is not None:
         from serving.metrics import MetricsServer
 
@@ -112,7 +100,37 @@ def run(args: argparse.Namespace) -> None:
         wake.clear()
         if not stop.is_set():
             watcher.scan()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)  # a second one does not wait
     print("finishing the requests under way", flush=True)
     server.stop(args.grace)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse numbers out of range and options that belong together."""
+    for option in ("max_batch", "max_queue", "max_images"):
+        if getattr(args, option) < 1:
+            raise BadInput(f"--{option.replace('_', '-')} must be at least 1, not {getattr(args, option)}")
+    for option in ("port", "metrics_port"):
+        port = getattr(args, option)
+        if port is not None and not 0 <= port <= 65535:
+            raise BadInput(f"--{option.replace('_', '-')} must be 0 to 65535, not {port}")
+    if not 0 <= args.watch < threading.TIMEOUT_MAX:
+        raise BadInput(f"--watch must not be negative, but is {args.watch}")
+    if args.grace < 0:
+        raise BadInput(f"--grace must not be negative, but is {args.grace}")
+    if (args.tls_cert is None) != (args.tls_key is None) or (args.tls_client_ca and args.tls_cert is None):
+        raise BadInput("--tls-cert and --tls-key belong together, and --tls-client-ca needs both")
+
+
+def _listen() -> tuple[threading.Event, threading.Event]:
+    """Return events that are set by SIGTERM or Ctrl-C, and by these or SIGHUP."""
+    stop, wake = threading.Event(), threading.Event()
+
+    def end(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one does not wait
+        stop.set()
+        wake.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    signal.signal(signal.SIGHUP, lambda *_: wake.set())
+    return stop, wake

@@ -8,6 +8,7 @@
 | Unavailable        | UNAVAILABLE         | try again, perhaps elsewhere: no server, or it ends |
 | DeadlineExceeded   | DEADLINE_EXCEEDED   | allow more time                                     |
 | Cancelled          | CANCELLED           | nothing: the caller went away                       |
+| Unauthenticated    | UNAUTHENTICATED     | give the server's token                             |
 | FailedPrecondition | FAILED_PRECONDITION | name a signature that the model has                 |
 | Unsupported        | UNIMPLEMENTED       | do without it: the protocol has it, the server not  |
 | InternalError      | INTERNAL            | look into the server's log                          |
@@ -76,6 +77,12 @@ class Cancelled(ServingError):
     """The caller went away."""
 
     code = grpc.StatusCode.CANCELLED
+
+
+class Unauthenticated(ServingError):
+    """The server wants a token, and the caller gave none, or another."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
 
 
 class FailedPrecondition(ServingError):

@@ -24,6 +24,7 @@ from serving.inference import InferenceServicer
 from serving.intake import Intake
 from serving.models import Models
 from serving.prediction import ModelServicer, PredictionServicer
+from serving.security import Tls, TokenInterceptor
 from serving.servicer import Servicer
 
 SERVICE = classifier_pb2.DESCRIPTOR.services_by_name["Classifier"].full_name
@@ -59,7 +60,15 @@ class Limits:
 class Server:
     """Serves models from when it is made until `stop`; as a context manager, until the end of the block."""
 
-    def __init__(self, models: Models, host: str, port: int, limits: Limits) -> None:
+    def __init__(
+        self,
+        models: Models,
+        host: str,
+        port: int,
+        limits: Limits,
+        tls: Tls | None = None,
+        token: str | None = None,
+    ) -> None:
         """Listen on a port, and answer.
 
         Args:
@@ -67,15 +76,18 @@ class Server:
             host: Name or address of an interface.
             port: 0 takes a free one; see the attribute `address`.
             limits: What to take on.
+            tls: Certificate and key; None is open text.
+            token: What callers must give; None lets everybody ask.
 
         Raises:
-            BadInput: The port cannot be had.
+            BadInput: The port cannot be had, or a file of `tls` cannot be read or used.
         """
         self._models = models
         self.ready = False
         """Whether requests are taken."""
         self._server = grpc.server(
             ThreadPoolExecutor(limits.max_calls, thread_name_prefix="call"),
+            interceptors=[TokenInterceptor(token)] if token else [],
             maximum_concurrent_rpcs=limits.max_calls,
             options=[
                 ("grpc.so_reuseport", 0),  # otherwise two servers may share a port, each with half of the requests
@@ -94,7 +106,11 @@ class Server:
             (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server, pool=_describe()
         )
         try:
-            bound = self._server.add_insecure_port(f"{host}:{port}")
+            bound = (
+                self._server.add_secure_port(f"{host}:{port}", tls.to_credentials())
+                if tls
+                else self._server.add_insecure_port(f"{host}:{port}")
+            )
         except RuntimeError:
             raise BadInput(
                 f"{host}:{port} cannot be listened on; is the port in use? Choose another with --port"

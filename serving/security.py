@@ -1,0 +1,138 @@
+"""Who may ask, and who may listen in: TLS whose files may be replaced under way, client certificates, and a token."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from resnet import BadInput
+
+OPEN = ("/grpc.health.v1.Health/",)  # probes have no token, and learn no more than whether the server is up
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tls:
+    """PEM files.
+
+    Attributes:
+        certificate: The server's, with those that link it to its authority.
+        key: The server's private key.
+        client_authority: Clients must have a certificate of it; None asks for none.
+    """
+
+    certificate: Path
+    key: Path
+    client_authority: Path | None = None
+
+    def to_credentials(self) -> grpc.ServerCredentials:
+        """Return credentials that follow the files: whoever connects after they were replaced meets the new ones.
+
+        Raises:
+            BadInput: A file cannot be read.
+        """
+        state = self._stamp()
+        configuration = self._read()
+
+        def fetch() -> grpc.ServerCertificateConfiguration | None:
+            nonlocal state
+            try:
+                stamp = self._stamp()
+                if stamp == state:
+                    return None
+                renewed = self._read()
+            except BadInput as error:
+                log.error("the certificate stays: %s", error)
+                return None
+            log.info("the certificate was renewed")
+            state = stamp
+            return renewed
+
+        return grpc.dynamic_ssl_server_credentials(
+            configuration,
+            fetch,  # type: ignore[arg-type]  # None, says gRPC, leaves all as it is
+            require_client_authentication=self.client_authority is not None,
+        )
+
+    def _files(self) -> list[Path]:
+        return [path for path in (self.certificate, self.key, self.client_authority) if path is not None]
+
+    def _stamp(self) -> list[int]:
+        try:
+            return [path.stat().st_mtime_ns for path in self._files()]
+        except OSError as error:
+            raise BadInput(f"{error.filename} cannot be read ({error.strerror})") from None
+
+    def _read(self) -> grpc.ServerCertificateConfiguration:
+        contents = [read_file(path) for path in self._files()]
+        authority = contents[2] if self.client_authority is not None else None
+        return grpc.ssl_server_certificate_configuration([(contents[1], contents[0])], authority)
+
+
+def read_file(path: Path) -> bytes:
+    """Return the content of a file.
+
+    Raises:
+        BadInput: It cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror})") from None
+
+
+def read_token(path: Path) -> str:
+    """Return the token that a file holds, its only line.
+
+    Raises:
+        BadInput: It cannot be read, or holds no token.
+    """
+    token = read_file(path).decode("ascii", "replace").strip()
+    if not token or not token.isprintable() or " " in token or not token.isascii():
+        raise BadInput(f"{path} holds no token: it must be one line of ASCII letters, digits and signs")
+    return token
+
+
+class TokenInterceptor(grpc.ServerInterceptor):
+    """Refuses calls that do not carry `authorization: Bearer TOKEN`; health checks need none."""
+
+    def __init__(self, token: str) -> None:
+        """Demand `token`."""
+        self._expected = f"Bearer {token}".encode()
+
+    def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Any], details: grpc.HandlerCallDetails
+    ) -> Any:
+        """Pass a call on, or answer UNAUTHENTICATED."""
+        handler = continuation(details)
+        if handler is None or details.method.startswith(OPEN):
+            return handler
+        given = next((value for key, value in details.invocation_metadata if key == "authorization"), "")
+        if hmac.compare_digest(given.encode() if isinstance(given, str) else given, self._expected):
+            return handler
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(_refuse)
+        return grpc.unary_unary_rpc_method_handler(_refuse)
+
+
+def _refuse(_: Any, context: grpc.ServicerContext) -> Any:
+    return context.abort(
+        grpc.StatusCode.UNAUTHENTICATED, "this server wants a token, in the metadata `authorization: Bearer TOKEN`"
+    )
+
+
+def warn_if_open(host: str, tls: Tls | None, token: str | None) -> None:
+    """Say in the log what strangers could do."""
+    if host in ("localhost", "::1", "[::1]") or host.startswith(("127.", "unix:")):
+        return
+    if tls is None:
+        log.warning("anybody on the way to %s can read what is asked and answered; --tls-cert encrypts it", host)
+    if token is None and (tls is None or tls.client_authority is None):
+        log.warning("anybody who reaches %s can ask; --token-file or --tls-client-ca say who may", host)

@@ -1,0 +1,183 @@
+"""A server that encrypts, that asks for certificates, and that asks for a token."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import grpc
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from numpy.typing import NDArray
+
+import resnet
+from serving import client, models
+from serving.client import Client
+from serving.errors import Unauthenticated, Unavailable
+from serving.security import Tls
+from serving.server import Limits, Server
+
+Images = NDArray[np.uint8]
+IMAGE: Images = np.zeros((1, 32, 32, 3), np.uint8)
+
+
+class Pair(NamedTuple):
+    """A certificate and its key."""
+
+    certificate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey
+
+    def pem(self) -> tuple[bytes, bytes]:
+        """Return both as files hold them."""
+        return self.certificate.public_bytes(serialization.Encoding.PEM), self.key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+
+    def write(self, folder: Path, name: str) -> tuple[Path, Path]:
+        """Write both, and return where they are."""
+        paths = folder / f"{name}.crt", folder / f"{name}.key"
+        for path, content in zip(paths, self.pem(), strict=True):
+            path.write_bytes(content)
+        return paths
+
+
+def issue(name: str, authority: Pair | None = None) -> Pair:
+    """Return a certificate for this machine, of an authority or of itself."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.datetime.now(datetime.UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(authority.certificate.subject if authority else subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=authority is None, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+    )
+    return Pair(builder.sign(authority.key if authority else key, hashes.SHA256()), key)
+
+
+@pytest.fixture
+def serve(repository: Path) -> Callable[..., Server]:
+    """Starts a server of the digits."""
+
+    def start(tls: Tls | None = None, token: str | None = None) -> Server:
+        served = models.Models([models.load(repository / "digits" / "1", "cpu", max_batch=8, max_queue=64)])
+        return Server(served, "127.0.0.1", 0, Limits(), tls, token)
+
+    return start
+
+
+def trust(authority: Pair, own: Pair | None = None) -> client.Tls:
+    """Return what a client knows."""
+    certificate, key = own.pem() if own else (None, None)
+    return client.Tls(authority.pem()[0], certificate, key)
+
+
+def test_an_encrypted_server_is_reached_by_those_who_trust_it(serve: Callable[..., Server], tmp_path: Path) -> None:
+    """Not in open text, and not by those who trust another authority; new files count for the next connection."""
+    first, second = issue("first"), issue("second")
+    certificate, key = issue("server", first).write(tmp_path, "server")
+    with serve(Tls(certificate, key)) as server:
+
+        def reaches(authority: Pair | None) -> bool:
+            with Client(server.address, tls=authority and trust(authority)) as connection:
+                try:
+                    return bool(connection.classify(IMAGE, timeout=20).images)
+                except Unavailable:
+                    return False
+
+        assert [reaches(authority) for authority in (first, second, None)] == [True, False, False]
+        issue("server", second).write(tmp_path, "server")
+        assert [reaches(authority) for authority in (first, second)] == [False, True]
+        key.write_text("broken")
+        os.utime(key, (1, 1))  # another time, however fast this was
+        certificate.unlink()
+        assert reaches(second)  # a certificate that cannot be read does not replace a good one
+
+
+def test_a_server_may_ask_for_certificates(serve: Callable[..., Server], tmp_path: Path) -> None:
+    """Of its own authority."""
+    authority, stranger = issue("authority"), issue("stranger")
+    certificate, key = issue("server", authority).write(tmp_path, "server")
+    (root, _) = authority.write(tmp_path, "authority")
+    with serve(Tls(certificate, key, root)) as server:
+        with Client(server.address, tls=trust(authority, issue("client", authority))) as connection:
+            assert connection.classify(IMAGE).images
+        for own in (None, issue("client", stranger)):
+            with Client(server.address, tls=trust(authority, own)) as connection, pytest.raises(Unavailable):
+                connection.classify(IMAGE, timeout=20)
+
+
+def test_a_token_opens_every_protocol_and_health_needs_none(serve: Callable[..., Server]) -> None:
+    """Without it, or with another, calls and streams are refused."""
+    with serve(token="open-sesame") as server, grpc.insecure_channel(server.address) as channel:
+        with Client(server.address, token="open-sesame") as connection:
+            assert connection.classify(IMAGE).images
+        for token in (None, "open-sesam", "open-sesame2"):
+            with (
+                Client(server.address, token=token) as connection,
+                pytest.raises(Unauthenticated, match="token"),
+            ):
+                connection.classify(IMAGE)
+        with triton.InferenceServerClient(server.address) as other:
+            with pytest.raises(Exception, match="UNAUTHENTICATED"):
+                other.get_model_metadata("digits")
+            assert other.get_model_metadata("digits", headers={"authorization": "Bearer open-sesame"}).name == "digits"
+        stream = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
+        with pytest.raises(grpc.RpcError) as caught:
+            next(stream(iter([b""])))
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED  # type: ignore[attr-defined]
+        health = health_pb2_grpc.HealthStub(channel)
+        assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_the_command_line_classifies_with_certificates_and_token(
+    serve: Callable[..., Server],
+    tmp_path: Path,
+    png: Callable[[Images], bytes],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By files, so that no token is seen in the list of processes."""
+    authority = issue("authority")
+    root, _ = authority.write(tmp_path, "authority")
+    certificate, key = issue("server", authority).write(tmp_path, "server")
+    (tmp_path / "token").write_text("open-sesame\n")
+    (tmp_path / "zero.png").write_bytes(png(IMAGE[0]))
+    with serve(Tls(certificate, key), "open-sesame") as server:
+        arguments = ["classify", str(tmp_path / "zero.png"), "--server", server.address, "--tls-ca", str(root)]
+        assert resnet.main([*arguments, "--token-file", str(tmp_path / "token")]) == 0
+        assert "zero.png" in capsys.readouterr().out
+        assert resnet.main(arguments) == 2
+        assert "the server refused: this server wants a token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tls-cert=x"], "--tls-cert and --tls-key belong together"),
+        (["--tls-cert=nowhere", "--tls-key=nowhere"], "nowhere cannot be read"),
+        (["--tls-client-ca=x"], "--tls-client-ca needs both"),
+        (["--token-file=nowhere"], "nowhere cannot be read"),
+        (["--token-file=/dev/null"], "/dev/null holds no token"),
+    ],
+)
+def test_what_cannot_be_used_is_one_sentence(
+    options: list[str], message: str, repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2."""
+    assert resnet.main(["serve", str(repository), "--port=0", *options]) == 2
+    assert message in capsys.readouterr().err
