@@ -2,9 +2,9 @@
 
   python -m benchmarks.kills demo/runs/digits
 
-Each export runs in a process of its own and is killed (SIGKILL) at a moment drawn from the time that one takes; the last
-one is left alone. After every kill all versions that can be seen must be whole: the manifest is valid, every file is there
-with its hash, the certificate holds. The last line of the output is one JSON object.
+Each export runs in a process of its own and is killed (SIGKILL) at a moment drawn from the time that one takes; the
+first and the last one are left alone. After every kill all versions that can be seen must be whole: the manifest is
+valid, every file is there with its hash, the certificate holds. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
