@@ -4,6 +4,7 @@ Examples:
   resnet models list models
   resnet models show models/digits
   resnet models verify models
+  resnet models label models/digits stable 2        (`resnet models label models/digits stable` takes it away)
   resnet models prune models --keep 2
 """
 
@@ -29,6 +30,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
             )
         if verb == "prune":
             action.add_argument("--keep", type=int, default=3, help="how many of the latest versions stay (default: 3)")
+        if verb == "label":
+            action.add_argument("label", metavar="LABEL", help="a name, as stable or canary")
+            action.add_argument("number", type=int, nargs="?", metavar="VERSION", help="which version gets it")
         if verb == "show":
             action.add_argument("--version", type=int, help="which version (default: the latest)")
 
@@ -36,20 +40,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
 VERBS = {
     "list": "print a line for every version",
     "show": "print what one version is, and its proof",
+    "label": "give a label to a version, by which clients may ask for it, or take it away",
     "schema": "print the JSON Schema of manifest.json",
     "verify": "recompute the proof of every version",
-    "prune": "remove all but the latest versions, and what killed exports left",
+    "prune": "remove all but the latest and the labelled versions, and what killed exports left",
 }
 
 
 def run(args: argparse.Namespace) -> None:
     """Do what the verb says."""
-    {"list": _list, "show": _show, "schema": _schema, "verify": _verify, "prune": _prune}[args.verb](args)
+    actions = {"list": _list, "show": _show, "label": _label, "schema": _schema, "verify": _verify, "prune": _prune}
+    actions[args.verb](args)
 
 
 def _models(folder: Path) -> list[Path]:
     """Return the models of a repository, or the one model that the folder is."""
     return [folder] if repository.versions(folder) else repository.models(folder)
+
+
+def _model(folder: Path) -> Path:
+    """Return the one model that is meant."""
+    models = _models(folder)
+    if len(models) > 1:
+        raise BadInput(f"{folder} holds {len(models)} models; name one of them, as {models[0]}")
+    return models[0]
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -64,17 +78,15 @@ def _list(args: argparse.Namespace) -> None:
                 continue
             size = "x".join(str(side) for side in found.input.shape[1:])
             precisions = ", ".join(dict.fromkeys(variant.precision for variant in found.certificate.variants))
+            labels = [label for label, version in repository.labels(model).items() if version == number]
             print(
                 f"{name:<24} {size:<14} {len(found.labels):>7}  {found.certificate.accuracy:>8.2%}  {precisions:<16}  "
-                f"{found.created}"
+                f"{found.created}" + (f"  {', '.join(labels)}" if labels else "")
             )
 
 
 def _show(args: argparse.Namespace) -> None:
-    models = _models(args.folder)
-    if len(models) > 1:
-        raise BadInput(f"{args.folder} holds {len(models)} models; name one of them, as {models[0]}")
-    folder = repository.version(models[0], args.version)
+    folder = repository.version(_model(args.folder), args.version)
     found = manifest.read(folder)
     print(f"{found.model}/{found.version}, exported {found.created}")
     print(f"  input   {found.input.name}: {found.input.dtype} {found.input.shape}")
@@ -87,6 +99,16 @@ def _show(args: argparse.Namespace) -> None:
     )
     print(f"  made by {', '.join(f'{name} {number}' for name, number in found.versions.items())}")
     print(parity.describe(found.certificate))
+
+
+def _label(args: argparse.Namespace) -> None:
+    model = _model(args.folder)
+    if args.number is None:
+        repository.unlabel(model, args.label)
+        print(f"{model.name} has no {args.label} any longer")
+    else:
+        repository.label(model, args.label, args.number)
+        print(f"{model.name}/{args.number} is {args.label}")
 
 
 def _schema(_: argparse.Namespace) -> None:

@@ -24,6 +24,38 @@ def versions(model: Path) -> list[int]:
     return sorted(int(path.name) for path in model.iterdir() if path.name.isdecimal() and path.is_dir())
 
 
+def labels(model: Path) -> dict[str, int]:
+    """Return the versions that have labels, by label: each is a link in the folder of the model, as `stable -> 3`."""
+    links = [path for path in sorted(model.iterdir()) if path.is_symlink() and not path.name.isdecimal()]
+    found = {link.name: link.readlink().name for link in links if MODEL_NAME.fullmatch(link.name) and link.is_dir()}
+    return {label: int(target) for label, target in found.items() if target.isdecimal()}
+
+
+def label(model: Path, name: str, number: int) -> None:
+    """Give a label to a version, which takes it from the one that had it.
+
+    Raises:
+        BadInput: The label could be a number or part of a path, or there is no such version.
+    """
+    if not MODEL_NAME.fullmatch(name) or name.isdecimal():
+        raise BadInput(f"a label has letters, digits, dots, dashes and underscores and is no number, not {name!r}")
+    part = model / f"{STAGING}{name}"
+    part.unlink(missing_ok=True)
+    part.symlink_to(version(model, number).name)
+    part.replace(model / name)  # at once: a server sees the old version or the new one
+
+
+def unlabel(model: Path, name: str) -> None:
+    """Take a label away.
+
+    Raises:
+        BadInput: There is no such label.
+    """
+    if name not in labels(model):
+        raise BadInput(f"{model} has no label {name!r}; it has {', '.join(labels(model)) or 'none'}")
+    (model / name).unlink()
+
+
 def latest(model: Path) -> Path:
     """Return the folder of the highest version.
 
@@ -116,7 +148,7 @@ def publish(staged: Path, finish: Callable[[int], None]) -> Path:
 
 
 def prune(model: Path, keep: int) -> Iterator[Path]:
-    """Remove all but the highest versions of a model, and the staging folders of exports that were killed.
+    """Remove all but the highest versions of a model and those with labels, and what killed exports left.
 
     Args:
         model: REPOSITORY/NAME.
@@ -125,13 +157,14 @@ def prune(model: Path, keep: int) -> Iterator[Path]:
     Yields:
         Each folder that was removed.
     """
-    for number in versions(model)[:-keep]:
+    labelled = labels(model).values()
+    for number in [number for number in versions(model)[:-keep] if number not in labelled]:
         # Renamed first, so that nobody sees a version with files missing.
         hidden = Path(tempfile.mkdtemp(prefix=STAGING, dir=model))
         (model / str(number)).rename(hidden / str(number))
         shutil.rmtree(hidden)
         yield model / str(number)
-    for folder in sorted(model.glob(f"{STAGING}*")):
+    for folder in sorted(path for path in model.glob(f"{STAGING}*") if not path.is_symlink()):
         lock = _lock(folder)
         if lock is not None:
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Answer classification requests over gRPC, with the latest version of every model in a repository.
+"""Answer classification requests over gRPC, with the models of a repository: the latest version of each, or others.
 
 A new version takes over as soon as it is loaded and checked; SIGHUP looks for one at once.
 
@@ -37,6 +37,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=("fp32", "fp16", "int8"),
         help="which of the exported variants answers (default: fp32)",
     )
+    parser.add_argument(
+        "--versions",
+        default="latest",
+        metavar="POLICIES",
+        help="which versions to serve, beside those with labels: latest, latest:N, all, or numbers as 1,3; "
+        "for one model NAME=..., several with spaces between them (default: latest)",
+    )
     parser.add_argument("--trust", type=Path, metavar="KEY.pem", help="serve only what is signed by this public key")
     parser.add_argument("--max-batch", type=int, default=32, metavar="N", help="images in one batch (default: 32)")
     parser.add_argument("--max-queue", type=int, default=1024, metavar="N", help="images that may wait (default: 1024)")
@@ -59,8 +66,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain."""
-    from export import repository
-    from serving import models, security
+    from serving import models, policy, security
     from serving.server import Limits, Server
     from serving.watcher import Watcher
 
@@ -84,11 +90,12 @@ def run(args: argparse.Namespace) -> None:
         print(f"loaded {which}, its files and certificate hold", flush=True)
         return model
 
-    served = models.Models([load(repository.latest(folder)) for folder in repository.models(args.repository)])
-    watcher = Watcher(args.repository, served, load)
+    served = models.Models()
+    watcher = Watcher(args.repository, served, load, policy.parse(args.versions))
+    watcher.start()
     # What the queue could never hold is too large, not a matter of trying again.
     limits = Limits(max_images=min(args.max_images, args.max_queue))
-    server = Server(served, args.host, args.port, limits, tls, token)
+    server = Server(served, args.host, args.port, limits, tls, token, watcher)
     if args.metrics_port is not None:
         from serving.metrics import MetricsServer
 

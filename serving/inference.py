@@ -15,9 +15,10 @@ from typing import Protocol
 
 import grpc
 import numpy as np
-from google.protobuf import text_format
+from google.protobuf import json_format, text_format
 
 from export import triton
+from protos import POOL
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceServicer
 from serving.calls import find_deadline, tells_failures, to_serving_error
@@ -25,9 +26,17 @@ from serving.engine import Images, Probabilities
 from serving.errors import InvalidRequest, NotFound, Unavailable, Unsupported
 from serving.intake import Intake, to_bytes
 from serving.models import Model, Models
+from serving.policy import ALL, Policy
 from serving.statistics import Duration
 
-EXTENSIONS = ("classification", "binary_tensor_data", "model_configuration", "parameters", "statistics")
+EXTENSIONS = (
+    "classification",
+    "binary_tensor_data",
+    "model_configuration",
+    "model_repository",
+    "parameters",
+    "statistics",
+)
 DATATYPES = {"uint8": "UINT8", "float32": "FP32"}
 PLATFORM = "onnxruntime_onnx"  # Triton's name of it
 
@@ -38,12 +47,22 @@ class Readiness(Protocol):
     ready: bool
 
 
+class Repository(Protocol):
+    """Takes models up and gives them up on request; errors are those of `serving.watcher.Watcher`."""
+
+    def load(self, name: str, policy: Policy | None = None) -> None:
+        """Serve what the repository holds of a model; None leaves the choice of versions as it is."""
+
+    def unload(self, name: str) -> None:
+        """Serve a model no longer."""
+
+
 class InferenceServicer(GRPCInferenceServiceServicer):
     """Answers the clients of Triton and KServe."""
 
-    def __init__(self, models: Models, intake: Intake, server: Readiness) -> None:
-        """Serve `models`, to requests that `intake` takes."""
-        self._models, self._intake, self._server = models, intake, server
+    def __init__(self, models: Models, intake: Intake, server: Readiness, repository: Repository | None = None) -> None:
+        """Serve `models`, to requests that `intake` takes; None is a server without a repository to load from."""
+        self._models, self._intake, self._server, self._repository = models, intake, server, repository
 
     def ServerLive(self, request: pb.ServerLiveRequest, context: grpc.ServicerContext) -> pb.ServerLiveResponse:  # noqa: ARG002
         """Say that the server runs."""
@@ -84,7 +103,7 @@ class InferenceServicer(GRPCInferenceServiceServicer):
         ]
         return pb.ModelMetadataResponse(
             name=model.name,
-            versions=[str(model.version)],
+            versions=[str(number) for number in sorted(self._models.get(model.name).versions)],
             platform=PLATFORM,
             inputs=tensors[:1],
             outputs=tensors[1:],
@@ -122,16 +141,43 @@ class InferenceServicer(GRPCInferenceServiceServicer):
         context: grpc.ServicerContext,  # noqa: ARG002
     ) -> pb.RepositoryIndexResponse:
         """List the models that are served, and versions that are not, with the reason."""
-        if request.repository_name:
-            raise Unsupported("there is one repository, which has no name: leave repository_name empty")
+        _check_repository(request.repository_name)
         index = pb.RepositoryIndexResponse.ModelIndex
-        found = [index(name=model.name, version=str(model.version), state="READY") for model in self._models]
-        if not request.ready:
-            found += [
-                index(name=refusal.name, version=str(refusal.version), state="UNAVAILABLE", reason=refusal.reason)
-                for refusal in self._models.refusals
-            ]
+        found = []
+        for name in self._models.names():
+            served = self._models.get(name)
+            found += [index(name=name, version=str(number), state="READY") for number in sorted(served.versions)]
+            if not request.ready:
+                found += [
+                    index(name=name, version=str(number), state="UNAVAILABLE", reason=reason)
+                    for number, reason in sorted(served.refusals.items())
+                ]
         return pb.RepositoryIndexResponse(models=found)
+
+    @tells_failures
+    def RepositoryModelLoad(
+        self,
+        request: pb.RepositoryModelLoadRequest,
+        context: grpc.ServicerContext,  # noqa: ARG002
+    ) -> pb.RepositoryModelLoadResponse:
+        """Serve what the repository holds of a model now; the parameter `config` may choose the versions.
+
+        It is JSON, as Triton takes it, of which `version_policy` alone is known here: that is also how to roll back.
+        """
+        _check_repository(request.repository_name)
+        self._control().load(request.model_name, _find_policy(request))
+        return pb.RepositoryModelLoadResponse()
+
+    @tells_failures
+    def RepositoryModelUnload(
+        self,
+        request: pb.RepositoryModelUnloadRequest,
+        context: grpc.ServicerContext,  # noqa: ARG002
+    ) -> pb.RepositoryModelUnloadResponse:
+        """Serve a model no longer, until it is loaded again; no model depends on another here."""
+        _check_repository(request.repository_name)
+        self._control().unload(request.model_name)
+        return pb.RepositoryModelUnloadResponse()
 
     @tells_failures
     def ModelInfer(self, request: pb.ModelInferRequest, context: grpc.ServicerContext) -> pb.ModelInferResponse:
@@ -171,14 +217,22 @@ class InferenceServicer(GRPCInferenceServiceServicer):
             record.answer = model.batcher.submit(images, deadline, context.is_active)
             return _respond(request, model, record.answer.probabilities, top_k)
 
+    def _control(self) -> Repository:
+        if self._repository is None:
+            raise Unsupported("this server has no repository to load models from")
+        return self._repository
+
     def _find(self, name: str, version: str) -> Model:
-        if version and not (version.isascii() and version.isdecimal()):
-            raise InvalidRequest(f"the version {version!r} is no number; leave it empty for the latest")
+        """Return a model; `version` is a number, a label, or empty for the latest."""
         if not self._server.ready:
             raise Unavailable("the server is shutting down")
-        if version and not int(version):
+        if not version:
+            return self._models.find(name)
+        if not (version.isascii() and version.isdecimal()):
+            return self._models.find(name, label=version)
+        if not int(version):
             raise NotFound(f"there is no version 0 of model {name!r}; versions begin with 1")
-        return self._models.find(name, int(version or 0))
+        return self._models.find(name, int(version))
 
     def _images(self, request: pb.ModelInferRequest, model: Model) -> Images:
         """Return the pixels of the one input, in whichever form they came."""
@@ -209,6 +263,38 @@ class InferenceServicer(GRPCInferenceServiceServicer):
                 return self._intake.read(data, shape, "float32", model)
             case other:
                 raise InvalidRequest(f"input {wanted!r} is UINT8, FP32 or BYTES, not {other!r}")
+
+
+def _check_repository(name: str) -> None:
+    if name:
+        raise Unsupported("there is one repository, which has no name: leave repository_name empty")
+
+
+def _find_policy(request: pb.RepositoryModelLoadRequest) -> Policy | None:
+    """Return the choice of versions that a request to load a model makes, if any."""
+    unknown = sorted(request.parameters.keys() - {"config"})
+    if unknown:
+        raise Unsupported(f"this server loads what its repository holds, and takes no parameter {unknown[0]!r}")
+    if "config" not in request.parameters:
+        return None
+    config = pb.ModelConfig()
+    try:
+        json_format.Parse(request.parameters["config"].string_param, config, descriptor_pool=POOL)
+    except json_format.ParseError as error:
+        raise InvalidRequest(f"the parameter config is no model configuration in JSON: {error}") from None
+    policy = config.version_policy
+    fields = [field.name for field, _ in config.ListFields()]
+    match policy.WhichOneof("policy_choice"):
+        case "latest" if fields == ["version_policy"] and policy.latest.num_versions:
+            return Policy(latest=policy.latest.num_versions)
+        case "all" if fields == ["version_policy"]:
+            return ALL
+        case "specific" if fields == ["version_policy"] and policy.specific.versions:
+            return Policy(listed=tuple(policy.specific.versions))
+        case _:
+            raise InvalidRequest(
+                "of the parameter config this server takes version_policy alone, with latest, all or specific versions"
+            )
 
 
 def _find_timeout(request: pb.ModelInferRequest) -> float:

@@ -110,8 +110,9 @@ class _ModelsCollector(Collector):
             accuracy.add_metric(names, model.manifest.certificate.accuracy)
             about.add_metric([*names, model.precision, model.engine.provider, model.manifest.digest], 1)
         refused = GaugeMetricFamily("resnet_refused_info", "Versions that were refused", labels=LABELS)
-        for refusal in self._models.refusals:
-            refused.add_metric([refusal.name, str(refusal.version)], 1)
+        for name in self._models.names():
+            for number in self._models.get(name).refusals:
+                refused.add_metric([name, str(number)], 1)
         build = GaugeMetricFamily("resnet_build_info", "This server", labels=("version", "onnxruntime"))
         build.add_metric([version("resnet"), onnxruntime.__version__], 1)
         return (requests, images, total, queue, compute, batches, queued, accuracy, about, refused, build)

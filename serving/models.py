@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -90,99 +89,144 @@ def start(manifest: Manifest, engine: Engine, max_batch: int, max_queue: int, pr
     return Model(manifest, engine, Batcher(run, max_batch, max_queue), statistics, precision)
 
 
-class Refusal(NamedTuple):
-    """A version that is in the repository and is not served, and why."""
+@dataclass(frozen=True)
+class Served:
+    """What of one model is served; replaced whole, never changed.
 
-    name: str
-    version: int
-    reason: str
+    Attributes:
+        versions: By number.
+        labels: Numbers by label, each that of a version.
+        refusals: Why a version that the repository has is not served, by number.
+    """
+
+    versions: Mapping[int, Model] = field(default_factory=dict)
+    labels: Mapping[str, int] = field(default_factory=dict)
+    refusals: Mapping[int, str] = field(default_factory=dict)
 
 
 class Models:
-    """The models of a server, by name. Requests read it while versions come and go."""
+    """The models of a server, by name and version. Requests read it while versions come and go."""
 
-    def __init__(self, models: Iterable[Model]) -> None:
-        """Hold one version of each model."""
+    def __init__(self, models: Iterable[Model] = ()) -> None:
+        """Hold some versions."""
         self._lock = threading.Lock()
         # Replaced whole, never changed: whoever reads it needs no lock.
-        self._models = {model.name: model for model in models}
-        self._refusals: dict[str, Refusal] = {}
+        self._served: Mapping[str, Served] = {}
         self._retired: list[Batcher] = []
+        self._listeners: list[Callable[[str, bool], None]] = []
+        for model in models:
+            self.put(model)
 
-    def find(self, name: str, version: int) -> Model:
+    def find(self, name: str, version: int = 0, label: str = "") -> Model:
         """Return the model that a request names.
 
         Args:
             name: Empty where there is just one model.
-            version: 0 for the latest.
+            version: 0 for the latest, or for the one that has the label.
+            label: Empty for none.
 
         Raises:
-            InvalidRequest: No name was given although there are several models.
+            InvalidRequest: No name was given although there are several models, or no version has the label.
             NotFound: There is no such model or version.
         """
-        models = self._models
-        names = ", ".join(models) or "none"
+        models = {key: served for key, served in self._served.items() if served.versions} if not name else self._served
         if not name and len(models) > 1:
-            raise InvalidRequest(f"name one of the models {names}")
-        model = models.get(name) if name else next(iter(models.values()), None)
-        if model is None:
+            raise InvalidRequest(f"name one of the models {', '.join(models)}")
+        served = models.get(name) if name else next(iter(models.values()), None)
+        if served is None or not served.versions:
+            names = ", ".join(key for key, other in self._served.items() if other.versions) or "none"
             raise NotFound(f"there is no model {name!r}; this server has {names}")
-        if version not in (0, model.version):
-            raise NotFound(f"version {version} of model {model.name!r} is not served; version {model.version} is")
+        if label and label not in served.labels:
+            labels = ", ".join(served.labels) or "none"
+            raise InvalidRequest(f"there is no version label {label!r} of model {name!r}; its labels are: {labels}")
+        number = version or (served.labels[label] if label else max(served.versions))
+        model = served.versions.get(number)
+        if model is None:
+            numbers = ", ".join(map(str, sorted(served.versions)))
+            raise NotFound(f"version {number} of model {name!r} is not served; served are: {numbers}")
         return model
 
     def __iter__(self) -> Iterator[Model]:
-        """Yield each model, by name."""
-        return iter(self._models.values())
+        """Yield each version of each model, by name and number."""
+        for name in self.names():
+            for _, model in sorted(self.get(name).versions.items()):
+                yield model
 
-    @property
-    def refusals(self) -> list[Refusal]:
-        """Versions that the repository has and that are not served."""
-        return list(self._refusals.values())
+    def names(self) -> list[str]:
+        """Return the names of the models that have a version, served or refused."""
+        return sorted(self._served)
 
-    def serves(self, name: str, version: int) -> bool:
-        """Say whether this version is the one that is served."""
-        model = self._models.get(name)
-        return model is not None and model.version == version
+    def get(self, name: str) -> Served:
+        """Return what of a model is served or refused; nothing, if it is unknown."""
+        return self._served.get(name, Served())
 
-    def has_refused(self, name: str, version: int) -> bool:
-        """Say whether this version was refused."""
-        return name in self._refusals and self._refusals[name].version == version
+    def subscribe(self, listener: Callable[[str, bool], None]) -> None:
+        """Call `listener` with the name of a model and whether it is served: now for each, later on each change."""
+        with self._lock:
+            self._listeners.append(listener)
+            for name in self.names():
+                listener(name, bool(self.get(name).versions))
 
     def put(self, model: Model) -> None:
-        """Serve this version from now on, in place of another; requests that have found that one end with it."""
+        """Serve one more version; as the latest, if its number is the highest."""
         with self._lock:
-            self._retire(model.name)
-            self._models = self._models | {model.name: model}
-            self._refusals.pop(model.name, None)
-
-    def remove(self, name: str) -> None:
-        """Serve this model no longer; requests that have found it are answered."""
-        with self._lock:
-            self._retire(name)
-            self._models = {key: model for key, model in self._models.items() if key != name}
-            self._refusals.pop(name, None)
+            served = self.get(model.name)
+            refusals = {number: why for number, why in served.refusals.items() if number != model.version}
+            self._replace(
+                model.name,
+                replace(served, versions={**served.versions, model.version: model}, refusals=refusals),
+            )
 
     def refuse(self, name: str, version: int, reason: str) -> None:
         """Note why a version is not served."""
         with self._lock:
-            self._refusals[name] = Refusal(name, version, reason)
+            served = self.get(name)
+            self._replace(name, replace(served, refusals={**served.refusals, version: reason}))
+
+    def settle(
+        self, name: str, versions: Collection[int], labels: Mapping[str, int], known: Collection[int] = ()
+    ) -> None:
+        """Serve none of a model's versions but these, under these labels; requests that have found another end with it.
+
+        Args:
+            name: Of the model.
+            versions: Numbers; those that are not served yet stay so.
+            labels: Numbers by label; one of a version that is not served is left out.
+            known: Numbers whose refusal stays on record.
+        """
+        with self._lock:
+            served = self.get(name)
+            kept = {number: model for number, model in served.versions.items() if number in versions}
+            self._replace(
+                name,
+                Served(
+                    versions=kept,
+                    labels={label: number for label, number in labels.items() if number in kept},
+                    refusals={number: why for number, why in served.refusals.items() if number in known},
+                ),
+            )
 
     def close(self) -> None:
         """Refuse further requests; those that wait are still computed."""
-        for model in self._models.values():
+        for model in self:
             model.batcher.close()
 
     def drain(self, seconds: float) -> None:
         """Wait for the requests under way, for at most so long."""
         end = time.monotonic() + seconds
         with self._lock:
-            batchers = [*self._retired, *(model.batcher for model in self._models.values())]
+            batchers = [*self._retired, *(model.batcher for model in self)]
         for batcher in batchers:
             batcher.drain(max(0.0, end - time.monotonic()))
 
-    def _retire(self, name: str) -> None:
-        """Remember what is still computing for requests that began with it; a batcher has no thread to stop."""
-        self._retired = [batcher for batcher in self._retired if not batcher.drain(0)]
-        if name in self._models:
-            self._retired.append(self._models[name].batcher)
+    def _replace(self, name: str, served: Served) -> None:
+        """Put what is served of a model in place of what was; the lock is held."""
+        before = self.get(name)
+        # A batcher has no thread to stop: what it still computes is all there is to remember.
+        gone = [model.batcher for number, model in before.versions.items() if served.versions.get(number) is not model]
+        self._retired = [batcher for batcher in (*self._retired, *gone) if not batcher.drain(0)]
+        others = {key: value for key, value in self._served.items() if key != name}
+        self._served = {**others, name: served} if served.versions or served.refusals else others
+        if bool(before.versions) != bool(served.versions):
+            for listener in self._listeners:
+                listener(name, bool(served.versions))

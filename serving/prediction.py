@@ -131,12 +131,28 @@ class ModelServicer(ModelServiceServicer):
         request: pb.GetModelStatusRequest,
         context: grpc.ServicerContext,  # noqa: ARG002
     ) -> pb.GetModelStatusResponse:
-        """Say that a model is served."""
-        model = _find(self._models, request.model_spec)
-        status = pb.ModelVersionStatus(
-            version=model.version, state=pb.ModelVersionStatus.AVAILABLE, status=pb.StatusProto()
+        """Say which versions of a model are served and which were refused, or what became of the one that is named."""
+        spec = request.model_spec
+        served = self._models.get(spec.name)
+        chosen = served.versions.keys() | served.refusals.keys()
+        match spec.WhichOneof("version_choice"):
+            case "version":
+                chosen &= {spec.version.value}
+            case "version_label":
+                chosen &= {_find(self._models, spec).version}
+        if not chosen:
+            chosen = {_find(self._models, spec).version}  # says what is wrong
+        return pb.GetModelStatusResponse(
+            model_version_status=[_tell(number, served.refusals.get(number)) for number in sorted(chosen)]
         )
-        return pb.GetModelStatusResponse(model_version_status=[status])
+
+
+def _tell(version: int, refusal: str | None) -> pb.ModelVersionStatus:
+    state = pb.ModelVersionStatus
+    if refusal is None:
+        return state(version=version, state=state.AVAILABLE, status=pb.StatusProto())
+    status = pb.StatusProto(error_code=grpc.StatusCode.FAILED_PRECONDITION.value[0], error_message=refusal)
+    return state(version=version, state=state.END, status=status)
 
 
 def _find(models: Models, spec: pb.ModelSpec) -> Model:
@@ -149,12 +165,12 @@ def _find(models: Models, spec: pb.ModelSpec) -> Model:
                 raise InvalidRequest(f"the version is {number}; versions begin with 1, and none means the latest")
             return models.find(spec.name, number)
         case "version_label":
-            # perf_analyzer writes the number of a version here.
-            if not (spec.version_label.isascii() and spec.version_label.isdecimal() and int(spec.version_label)):
-                raise InvalidRequest(f"there is no version label {spec.version_label!r}; name a version by its number")
-            return models.find(spec.name, int(spec.version_label))
+            label = spec.version_label
+            if label.isascii() and label.isdecimal() and int(label):  # so does perf_analyzer name a version
+                return models.find(spec.name, int(label))
+            return models.find(spec.name, label=label)
         case _:
-            return models.find(spec.name, 0)
+            return models.find(spec.name)
 
 
 def _specify(model: Model) -> pb.ModelSpec:

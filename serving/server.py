@@ -20,7 +20,7 @@ from protos.tensorflow_serving_pb2_grpc import (
     add_PredictionServiceServicer_to_server,
 )
 from resnet import BadInput
-from serving.inference import InferenceServicer
+from serving.inference import InferenceServicer, Repository
 from serving.intake import Intake
 from serving.models import Models
 from serving.prediction import ModelServicer, PredictionServicer
@@ -68,6 +68,7 @@ class Server:
         limits: Limits,
         tls: Tls | None = None,
         token: str | None = None,
+        repository: Repository | None = None,
     ) -> None:
         """Listen on a port, and answer.
 
@@ -78,6 +79,7 @@ class Server:
             limits: What to take on.
             tls: Certificate and key; None is open text.
             token: What callers must give; None lets everybody ask.
+            repository: Loads and unloads models on request; None refuses to.
 
         Raises:
             BadInput: The port cannot be had, or a file of `tls` cannot be read or used.
@@ -97,7 +99,7 @@ class Server:
         )
         intake = Intake(limits.max_images)
         add_ClassifierServicer_to_server(Servicer(models, intake), self._server)
-        add_GRPCInferenceServiceServicer_to_server(InferenceServicer(models, intake, self), self._server)
+        add_GRPCInferenceServiceServicer_to_server(InferenceServicer(models, intake, self, repository), self._server)
         add_PredictionServiceServicer_to_server(PredictionServicer(models, intake), self._server)
         add_ModelServiceServicer_to_server(ModelServicer(models), self._server)
         self._health = health.HealthServicer(experimental_non_blocking=True)
@@ -119,7 +121,13 @@ class Server:
         self._server.start()
         self.ready = True
         for service in ("", *SERVICES):
-            self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+            self._tell(service, True)
+        models.subscribe(self._tell)
+
+    def _tell(self, name: str, serving: bool) -> None:
+        """Let health checks know of the server, of a service or of a model."""
+        status = health_pb2.HealthCheckResponse
+        self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
 
     def stop(self, grace_seconds: float) -> None:
         """Refuse new requests, answer those that are under way, and close.

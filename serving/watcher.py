@@ -4,58 +4,145 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from export import repository
 from resnet import BadInput
+from serving.errors import FailedPrecondition, NotFound
 from serving.models import Model, Models
+from serving.policy import Policy
 
 log = logging.getLogger(__name__)
 
 
 class Watcher:
-    """Keeps the models of a server those of a repository.
+    """Keeps the models of a server those of a repository, as far as policies choose them.
 
-    The latest version of each model is served; if that is removed, the one before it is again. A version that cannot be
-    loaded is refused, and the one that is served stays. Requests under way end with the version they began with.
+    Beside the versions that the policy of a model chooses, those with a label are served. A version that cannot be
+    loaded is refused, and the policy chooses among the others: with the latest one broken, the one before it stays.
+    Requests under way end with the version they began with.
     """
 
-    def __init__(self, folder: Path, models: Models, load: Callable[[Path], Model]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        models: Models,
+        load: Callable[[Path], Model],
+        policies: Mapping[str, Policy] | None = None,
+    ) -> None:
         """Watch nothing yet.
 
         Args:
             folder: The model repository.
             models: What is served.
             load: Loads and warms up the version in a folder.
+            policies: Which versions of a model to serve, by its name, and under the empty name for all others; None is
+                the latest of each.
         """
         self._folder, self._models, self._load = folder, models, load
+        self._policies = {"": Policy(), **(policies or {})}
+        self._unloaded: set[str] = set()
         self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Load what the repository holds.
+
+        Raises:
+            BadInput: There is none, a version does not load, or a policy chooses none of a model's versions.
+        """
+        for folder in repository.models(self._folder):
+            self._follow(folder)
+            served = self._models.get(folder.name)
+            for reason in served.refusals.values():
+                raise BadInput(reason)
+            if not served.versions:
+                found = repository.versions(folder)
+                raise BadInput(f"--versions chooses none of the versions of {folder.name}, which are {found}")
 
     def scan(self) -> None:
         """Look at the repository once, and follow what changed."""
         with self._lock:
             try:
-                found = {folder.name: repository.latest(folder) for folder in repository.models(self._folder)}
+                found = {folder.name: folder for folder in repository.models(self._folder)}
             except (BadInput, OSError) as error:  # as while a disk is mounted: what is served is not given up for that
                 log.error("the served models stay: %s", error)
                 return
-            for name, version in found.items():
-                self._follow(name, version)
-            for model in self._models:
-                if model.name not in found:
-                    log.info("%s/%d is no longer served, it was removed", model.name, model.version)
-                    self._models.remove(model.name)
+            for name, folder in found.items():
+                if name not in self._unloaded:
+                    self._follow(folder)
+            for name in self._models.names():
+                if name not in found:
+                    log.info("%s is no longer served, it was removed", name)
+                    self._models.settle(name, (), {})
+                    self._unloaded.discard(name)
 
-    def _follow(self, name: str, version: Path) -> None:
-        number = int(version.name)
-        if self._models.serves(name, number) or self._models.has_refused(name, number):
-            return
+    def load(self, name: str, policy: Policy | None = None) -> None:
+        """Serve what the repository holds of a model, and follow it from now on; versions that were refused get a try.
+
+        Args:
+            name: Of the model.
+            policy: Which versions to serve from now on; None leaves the policy as it is.
+
+        Raises:
+            NotFound: The repository has no such model.
+            FailedPrecondition: A version cannot be loaded, or the policy chooses none; what was served still is.
+        """
+        with self._lock:
+            # Looked up, never made into a path: what a request says does not reach the file system.
+            folders = {folder.name: folder for folder in repository.models(self._folder)}
+            if name not in folders:
+                raise NotFound(f"the repository has no model {name!r}; it has {', '.join(folders)}")
+            if policy is not None:
+                found = repository.versions(folders[name])
+                if not policy.choose(found):
+                    raise FailedPrecondition(f"the policy chooses none of the versions of model {name!r}: {found}")
+                self._policies[name] = policy
+            self._unloaded.discard(name)
+            before = self._models.get(name)
+            self._models.settle(name, before.versions.keys(), before.labels)
+            self._follow(folders[name])
+            served = self._models.get(name)
+            for number, reason in served.refusals.items():
+                raise FailedPrecondition(f"version {number} of model {name!r} is not served: {reason}")
+
+    def unload(self, name: str) -> None:
+        """Serve a model no longer, until it is loaded again.
+
+        Raises:
+            NotFound: It is not served.
+        """
+        with self._lock:
+            versions = self._models.get(name).versions
+            if not versions:
+                raise NotFound(f"model {name!r} is not served")
+            self._unloaded.add(name)
+            self._models.settle(name, (), {})
+            for number in versions:
+                self._models.refuse(name, number, "unloaded by request")
+            log.info("%s is no longer served, by request", name)
+
+    def _follow(self, folder: Path) -> None:
+        """Serve the versions of a model that its policy chooses, and no others."""
+        name, found, labels = folder.name, repository.versions(folder), repository.labels(folder)
+        policy = self._policies.get(name, self._policies[""])
+        while True:
+            served = self._models.get(name)
+            sound = [number for number in found if number not in served.refusals]
+            chosen = {*policy.choose(sound), *(number for number in labels.values() if number in sound)}
+            missing = chosen - served.versions.keys()
+            if not missing:
+                break
+            self._try(folder, max(missing))
+        # Where nothing holds, what was served stays.
+        self._models.settle(name, chosen or served.versions.keys(), labels, known=found)
+
+    def _try(self, folder: Path, number: int) -> None:
         try:
-            model = self._load(version)
-        except Exception as error:  # whatever it was, the old version keeps serving
-            log.error("%s/%d is not served: %s", name, number, error)
-            self._models.refuse(name, number, str(error))
+            model = self._load(folder / str(number))
+        except Exception as error:  # whatever it was, the other versions keep serving
+            log.error("%s/%d is not served: %s", folder.name, number, error)
+            self._models.refuse(folder.name, number, str(error))
         else:
             self._models.put(model)
-            log.info("%s/%d is served", name, number)
+            log.info("%s/%d is served", folder.name, number)

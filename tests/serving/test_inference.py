@@ -249,7 +249,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "INVALID_ARGUMENT",
         "image 0 ",
     ),
-    "version of letters": ({"model_version": "x"}, "INVALID_ARGUMENT", "'x' is no number"),
+    "unknown label": ({"model_version": "x"}, "INVALID_ARGUMENT", "no version label 'x' of model 'digits'"),
     "version 0": ({"model_version": "0"}, "NOT_FOUND", "versions begin with 1"),
     "unknown version": ({"model_version": "9"}, "NOT_FOUND", "version 9 of model 'digits' is not served"),
     "shared memory": (

@@ -73,7 +73,7 @@ def test_a_refused_version_is_on_the_page(served: models.Models, metrics: Metric
     """Until a good one takes its place."""
     served.refuse("digits", 2, "its files were changed")
     assert read(metrics.address)["resnet_refused_info", ""] == 1
-    served.put(next(iter(served)))
+    served.settle("digits", [1], {})
     assert ("resnet_refused_info", "") not in read(metrics.address)
 
 
