@@ -36,11 +36,11 @@ class Tracing:
     def __init__(self) -> None:
         """Send spans in batches, from a thread of its own."""
         name = Resource.create({"service.name": "resnet"}).merge(OTELResourceDetector().detect())  # variables win
-        self._provider = TracerProvider(resource=name)
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-        self._tracer = self._provider.get_tracer("resnet")
+        self.provider = TracerProvider(resource=name)
+        self.provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        self._tracer = self.provider.get_tracer("resnet")
         self.interceptor: grpc.ServerInterceptor = server_interceptor(  # type: ignore[no-untyped-call]
-            self._provider, filter_=lambda details: not details.method.startswith(QUIET)
+            self.provider, filter_=lambda details: not details.method.startswith(QUIET)
         )
         calls.log.addFilter(_name_trace)
 
@@ -51,7 +51,7 @@ class Tracing:
     def close(self) -> None:
         """Send what is left."""
         calls.log.removeFilter(_name_trace)
-        self._provider.shutdown()
+        self.provider.shutdown()
 
 
 class _ModelObserver:

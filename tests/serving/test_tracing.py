@@ -20,11 +20,14 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 import resnet
 from protos import classifier_pb2 as pb
+from protos import inference_pb2
 from protos.classifier_pb2_grpc import ClassifierStub
+from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving import models
 from serving.engine import Images
 from serving.logs import JsonFormatter
 from serving.server import Limits, Server
+from serving.statistics import Request
 from serving.tracing import Tracing
 from tests.serving.test_command import SERVE
 
@@ -132,6 +135,39 @@ def test_a_refused_call_is_a_span_whose_trace_is_in_the_log(
     assert span.status.code != Status.STATUS_CODE_OK
     (record,) = [record for record in caplog.records if record.name == "serving.calls"]
     assert json.loads(JsonFormatter().format(record))["trace_id"] == TRACE
+
+
+def test_each_request_of_a_stream_adds_its_phases(traced: tuple[Tracing, str], collector: Collector) -> None:
+    """To the one span of the call."""
+    tracing, address = traced
+    tensor = inference_pb2.ModelInferRequest.InferInputTensor(name="image", datatype="UINT8", shape=IMAGES.shape)
+    request = inference_pb2.ModelInferRequest(
+        model_name="digits", inputs=[tensor], raw_input_contents=[IMAGES.tobytes()]
+    )
+    with grpc.insecure_channel(address) as channel:
+        assert len(list(GRPCInferenceServiceStub(channel).ModelStreamInfer(iter([request] * 2)))) == 2
+    tracing.close()
+    (span,) = [span for span in collector.spans if span.kind == Span.SPAN_KIND_SERVER]
+    children = [child.name for child in collector.spans if child.parent_span_id == span.span_id]
+    assert sorted(children) == ["compute", "compute", "decode", "decode", "queue", "queue"]
+
+
+def test_phases_belong_to_the_call_that_they_began_with(collector: Collector, repository: Path) -> None:
+    """Even if they end within another."""
+    tracing = Tracing()
+    model = models.load(repository / "digits" / "1", "cpu", max_batch=1, max_queue=1)
+    tracing.follow(model)
+    observer, request = model.statistics.observer, Request()
+    assert observer is not None
+    tracer = tracing.provider.get_tracer("test")
+    request.decoded()
+    with tracer.start_as_current_span("first") as first:
+        observer.begin(request)
+        with tracer.start_as_current_span("second"):
+            observer.end(request)
+    tracing.close()
+    (phase,) = [span for span in collector.spans if span.name == "decode"]
+    assert phase.parent_span_id == first.get_span_context().span_id.to_bytes(8, "big")
 
 
 def test_probes_and_unsampled_calls_are_no_spans(traced: tuple[Tracing, str], collector: Collector) -> None:
