@@ -52,8 +52,7 @@ class ServerProcess:
         self._process.stdout.close()
 
 
-def serve(repository: Path) -> ServerProcess:
+def serve(repository: Path, *options: str) -> ServerProcess:
     """Start `resnet serve` on a free port."""
-    return ServerProcess(
-        [sys.executable, "-c", "import sys, resnet; sys.exit(resnet.main())", "serve", str(repository), "--port=0"]
-    )
+    command = [sys.executable, "-c", "import sys, resnet; sys.exit(resnet.main())"]
+    return ServerProcess([*command, "serve", str(repository), "--port=0", *options])

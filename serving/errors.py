@@ -22,9 +22,18 @@ import grpc
 
 
 class ServingError(Exception):
-    """A request that was not answered; the message says why in one sentence."""
+    """A request that was not answered; the message says why in one sentence.
+
+    Attributes:
+        request_id: What the server's log calls the request.
+        model: Name of the model that it was for, where the server came as far as to find it.
+        version: The model's version; 0 as long as there is no model.
+    """
 
     code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNKNOWN
+    request_id: str = ""
+    model: str = ""
+    version: int = 0
 
 
 class InvalidRequest(ServingError):
@@ -106,17 +115,18 @@ class InternalError(ServingError):
 ERRORS: dict[grpc.StatusCode, type[ServingError]] = {error.code: error for error in ServingError.__subclasses__()}
 PUSHBACK = "grpc-retry-pushback-ms"  # a name of gRPC's own: its retry policies wait that long
 IMAGE = "resnet-image-index"
+REQUEST_ID = "x-request-id"  # as proxies call it; a caller may choose it
 
 
 def to_trailers(error: ServingError) -> tuple[tuple[str, str], ...]:
     """Return what a status and its message do not say of an error, as trailing metadata."""
+    trailers = {REQUEST_ID: error.request_id} if error.request_id else {}
     match error:
         case Overloaded():
-            return ((PUSHBACK, str(error.retry_ms)),)
+            trailers[PUSHBACK] = str(error.retry_ms)
         case InvalidRequest(image=int(index)):
-            return ((IMAGE, str(index)),)
-        case _:
-            return ()
+            trailers[IMAGE] = str(index)
+    return tuple(trailers.items())
 
 
 def from_rpc(error: grpc.RpcError) -> ServingError:
@@ -125,7 +135,10 @@ def from_rpc(error: grpc.RpcError) -> ServingError:
     message = error.details() or f"the call failed with {error.code().name}"
     trailers: dict[str, Any] = dict(cast(Any, error.trailing_metadata()) or ())  # pairs; the types say otherwise
     if kind is Overloaded:
-        return Overloaded(message, retry_ms=int(trailers.get(PUSHBACK, 0)))
-    if kind is InvalidRequest:
-        return InvalidRequest(message, image=int(trailers[IMAGE]) if IMAGE in trailers else None)
-    return kind(message)
+        raised: ServingError = Overloaded(message, retry_ms=int(trailers.get(PUSHBACK, 0)))
+    elif kind is InvalidRequest:
+        raised = InvalidRequest(message, image=int(trailers[IMAGE]) if IMAGE in trailers else None)
+    else:
+        raised = kind(message)
+    raised.request_id = trailers.get(REQUEST_ID, "")
+    return raised

@@ -21,9 +21,9 @@ from export import triton
 from protos import POOL
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceServicer
-from serving.calls import find_deadline, tells_failures, to_serving_error
+from serving.calls import find_deadline, name_method, report, tells_failures
 from serving.engine import Images, Probabilities
-from serving.errors import InvalidRequest, NotFound, Unavailable, Unsupported
+from serving.errors import InvalidRequest, NotFound, Unavailable, Unsupported, to_trailers
 from serving.intake import Intake, to_bytes
 from serving.models import Model, Models
 from serving.policy import ALL, Policy
@@ -194,11 +194,13 @@ class InferenceServicer(GRPCInferenceServiceServicer):
         """
         ends = ("triton_grpc_error", "true") in {(key, value) for key, value in context.invocation_metadata()}
         for request in request_iterator:
+            started = time.perf_counter_ns()
             try:
                 response = self._infer(request, context)
             except Exception as error:
-                refusal = to_serving_error(error)
+                refusal = report(error, name_method(self, self.ModelStreamInfer), context, started)
                 if ends:
+                    context.set_trailing_metadata(to_trailers(refusal))
                     context.abort(refusal.code, str(refusal))
                 failed = pb.ModelInferResponse(model_name=request.model_name, id=request.id)
                 failed.parameters["triton_final_response"].bool_param = True

@@ -78,7 +78,7 @@ def start(manifest: Manifest, engine: Engine, max_batch: int, max_queue: int, pr
     """Put an engine behind a batcher, once it has run the smallest and the largest batch."""
     for size in (1, max_batch):
         engine.run(np.zeros((size, *manifest.input.shape[1:]), np.uint8))
-    statistics = Statistics()
+    statistics = Statistics(manifest.model, manifest.version)
 
     def run(images: Images) -> Probabilities:
         started = time.perf_counter_ns()

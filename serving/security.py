@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 
 from resnet import BadInput
+from serving.logs import Tally
 
 OPEN = ("/grpc.health.v1.Health/",)  # probes have no token, and learn no more than whether the server is up
 
@@ -106,6 +107,7 @@ class TokenInterceptor(grpc.ServerInterceptor):
     def __init__(self, token: str) -> None:
         """Demand `token`."""
         self._expected = f"Bearer {token}".encode()
+        self._refused = Tally(log, "refused calls without the right token: %d more, the last from %s")
 
     def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Any], details: grpc.HandlerCallDetails
@@ -118,14 +120,14 @@ class TokenInterceptor(grpc.ServerInterceptor):
         if hmac.compare_digest(given.encode() if isinstance(given, str) else given, self._expected):
             return handler
         if handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(_refuse)
-        return grpc.unary_unary_rpc_method_handler(_refuse)
+            return grpc.stream_stream_rpc_method_handler(self._refuse)
+        return grpc.unary_unary_rpc_method_handler(self._refuse)
 
-
-def _refuse(_: Any, context: grpc.ServicerContext) -> Any:
-    return context.abort(
-        grpc.StatusCode.UNAUTHENTICATED, "this server wants a token, in the metadata `authorization: Bearer TOKEN`"
-    )
+    def _refuse(self, _: Any, context: grpc.ServicerContext) -> Any:
+        self._refused.add(context.peer())
+        return context.abort(
+            grpc.StatusCode.UNAUTHENTICATED, "this server wants a token, in the metadata `authorization: Bearer TOKEN`"
+        )
 
 
 def warn_if_open(host: str, tls: Tls | None, token: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
@@ -69,6 +70,7 @@ class Server:
         tls: Tls | None = None,
         token: str | None = None,
         repository: Repository | None = None,
+        interceptors: Sequence[grpc.ServerInterceptor] = (),
     ) -> None:
         """Listen on a port, and answer.
 
@@ -80,6 +82,7 @@ class Server:
             tls: Certificate and key; None is open text.
             token: What callers must give; None lets everybody ask.
             repository: Loads and unloads models on request; None refuses to.
+            interceptors: See the calls that are let in.
 
         Raises:
             BadInput: The port cannot be had, or a file of `tls` cannot be read or used.
@@ -89,7 +92,7 @@ class Server:
         """Whether requests are taken."""
         self._server = grpc.server(
             ThreadPoolExecutor(limits.max_calls, thread_name_prefix="call"),
-            interceptors=[TokenInterceptor(token)] if token else [],
+            interceptors=[*([TokenInterceptor(token)] if token else []), *interceptors],
             maximum_concurrent_rpcs=limits.max_calls,
             options=[
                 ("grpc.so_reuseport", 0),  # otherwise two servers may share a port, each with half of the requests

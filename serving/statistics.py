@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from serving.batcher import Answer
 from serving.errors import ServingError
@@ -45,6 +46,8 @@ class Request:
         self._arrived = time.perf_counter_ns()
         self.decode_ns = 0
         self.answer: Answer | None = None
+        self.span: Any = None
+        """What an observer keeps of it."""
 
     def decoded(self) -> None:
         """Note that its images are unpacked."""
@@ -55,11 +58,25 @@ class Request:
         return time.perf_counter_ns() - self._arrived
 
 
+class Observer(Protocol):
+    """Is told of every request for a model, on the thread that answers it."""
+
+    def begin(self, request: Request) -> None:
+        """Note that a request came."""
+        ...
+
+    def end(self, request: Request) -> None:
+        """Note that it was answered, or if there is no answer, that it failed."""
+        ...
+
+
 @dataclass
 class Statistics:
     """Of one model version, since it was loaded.
 
     Attributes:
+        model: Name of the model.
+        version: Of the model.
         images: Images answered.
         success: Requests answered, from unpacking to packing.
         fail: Requests refused or failed.
@@ -70,8 +87,11 @@ class Statistics:
         batches: Calls of the engine, by number of images.
         codes: Requests, by the name of their gRPC status.
         last_ms: When the last request was answered, milliseconds since 1970.
+        observer: Is told of every request too, if there is one.
     """
 
+    model: str = ""
+    version: int = 0
     images: int = 0
     success: Duration = field(default_factory=Duration)
     fail: Duration = field(default_factory=Duration)
@@ -82,18 +102,25 @@ class Statistics:
     batches: dict[int, Duration] = field(default_factory=lambda: defaultdict(Duration))
     codes: Counter[str] = field(default_factory=Counter)
     last_ms: int = 0
+    observer: Observer | None = None
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @contextmanager
     def request(self) -> Iterator[Request]:
         """Count the request that is answered within the block, as failed if an exception leaves it."""
-        request = Request()
+        request, observer = Request(), self.observer
+        if observer:
+            observer.begin(request)
         try:
             yield request
         except BaseException as error:
             with self.lock:
                 self.fail.add(request.elapsed_ns())
                 self.codes[error.code.name if isinstance(error, ServingError) else "INTERNAL"] += 1
+            if isinstance(error, ServingError):
+                error.model, error.version = self.model, self.version
+            if observer:
+                observer.end(request)
             raise
         total, answer = request.elapsed_ns(), request.answer
         assert answer is not None, "a request that ends well has an answer"
@@ -106,6 +133,8 @@ class Statistics:
             self.compute.add(answer.compute_ns)
             self.respond.add(max(0, total - answer.queue_ns - request.decode_ns - answer.compute_ns))
             self.last_ms = time.time_ns() // 1_000_000
+        if observer:
+            observer.end(request)
 
     def batch(self, images: int, ns: int) -> None:
         """Count a call of the engine."""

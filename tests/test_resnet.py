@@ -67,11 +67,12 @@ def test_the_generated_code_fits_its_generator() -> None:
 
 @pytest.mark.slow
 def test_the_wheel_holds_all_stages(tmp_path: Path) -> None:
-    """Commands, packages, types and the .proto file."""
+    """Commands, packages, types, the .proto file and the dashboard."""
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert {"resnet.py", "protos/classifier.proto", "protos/classifier_pb2.pyi", "serving/py.typed"} < names
+    extras = {"protos/classifier.proto", "protos/classifier_pb2.pyi", "serving/dashboard.json", "serving/py.typed"}
+    assert {"resnet.py", *extras} < names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"resnet.py", *resnet.PACKAGES}

@@ -1,0 +1,271 @@
+"""What the log says of calls, and what their callers can quote."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from protos import classifier_pb2 as pb
+from protos import inference_pb2
+from protos.classifier_pb2_grpc import ClassifierStub
+from protos.inference_pb2_grpc import GRPCInferenceServiceStub
+from serving import models
+from serving.client import Client
+from serving.engine import Images, Probabilities
+from serving.errors import REQUEST_ID, InternalError, NotFound
+from serving.logs import HumanFormatter, JsonFormatter, Tally
+from serving.server import Limits, Server
+from tests.serving.test_command import SERVE
+
+CALLS = "serving.calls"
+IMAGE: Images = np.zeros((1, 32, 32, 3), np.uint8)
+
+
+class Lines(logging.Handler):
+    """Keeps what is logged, as a formatter writes it."""
+
+    def __init__(self, formatter: logging.Formatter) -> None:
+        super().__init__()
+        self.setFormatter(formatter)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one."""
+        self.texts.append(self.format(record))
+
+    def take(self) -> list[dict[str, Any]]:
+        """Return the lines since the last time, as JSON."""
+        taken, self.texts = self.texts, []
+        return [json.loads(text) for text in taken]
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture) -> Iterator[Lines]:
+    """What `--log-format json` writes about calls."""
+    caplog.set_level(logging.INFO, CALLS)
+    handler = Lines(JsonFormatter())
+    logging.getLogger(CALLS).addHandler(handler)
+    yield handler
+    logging.getLogger(CALLS).removeHandler(handler)
+
+
+def fail(address: str, *ids: str, request: pb.ClassifyRequest | None = None) -> dict[str, Any]:
+    """Ask for a model that is not there, and return the trailing metadata of the refusal."""
+    with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as caught:
+        ClassifierStub(channel).Classify(
+            request or pb.ClassifyRequest(model="cats"), metadata=[(REQUEST_ID, value) for value in ids]
+        )
+    return dict(caught.value.trailing_metadata())  # type: ignore[attr-defined]
+
+
+def test_a_failed_call_is_one_line_with_the_id_that_its_caller_sees(address: str, lines: Lines) -> None:
+    """The caller's own id if there is one, else a new one for each call."""
+    assert fail(address, "mine")[REQUEST_ID] == "mine"
+    (line,) = lines.take()
+    assert datetime.fromisoformat(line.pop("time")).tzinfo == UTC
+    assert line.pop("milliseconds") > 0
+    assert line == {
+        "level": "info",
+        "logger": CALLS,
+        "message": "there is no model 'cats'; this server has digits",
+        "request_id": "mine",
+        "method": "Classifier/Classify",
+        "code": "NOT_FOUND",
+    }
+    made = [fail(address)[REQUEST_ID] for _ in range(2)]
+    assert [line["request_id"] for line in lines.take()] == made
+    assert made[0] != made[1]
+
+
+def test_a_client_raises_the_id(address: str, lines: Lines) -> None:
+    """So that a user can quote it."""
+    with Client(address) as client, pytest.raises(NotFound) as caught:
+        client.classify(IMAGE, model="cats")
+    assert [line["request_id"] for line in lines.take()] == [caught.value.request_id]
+
+
+@pytest.mark.parametrize(
+    ("given", "logged"),
+    [("x" * 1000, "x" * 128), ("a code=OK", "acode=OK"), ("~!", "~!")],
+)
+def test_an_id_is_plain_and_short(address: str, lines: Lines, given: str, logged: str) -> None:
+    """It cannot pass for something else in a line of the log."""
+    assert fail(address, given)[REQUEST_ID] == logged
+    assert lines.take()[0]["request_id"] == logged
+
+
+def test_the_model_is_named_once_it_is_found(address: str, lines: Lines) -> None:
+    """With the version that answered."""
+    fail(address, request=pb.ClassifyRequest(model="digits"))
+    (line,) = lines.take()
+    assert (line["model"], line["version"], line["code"]) == ("digits", 1, "INVALID_ARGUMENT")
+
+
+def test_each_item_of_a_stream_that_fails_is_a_line(address: str, lines: Lines) -> None:
+    """All with the id of their call."""
+    requests = [inference_pb2.ModelInferRequest(model_name=name) for name in ("cats", "digits")]
+    with grpc.insecure_channel(address) as channel:
+        stub = GRPCInferenceServiceStub(channel)
+        assert len(list(stub.ModelStreamInfer(iter(requests), metadata=[(REQUEST_ID, "mine")]))) == 2
+    taken = lines.take()
+    assert [line["code"] for line in taken] == ["NOT_FOUND", "INVALID_ARGUMENT"]
+    assert {(line["request_id"], line["method"]) for line in taken} == {
+        ("mine", "GRPCInferenceService/ModelStreamInfer")
+    }
+
+
+def test_an_answered_call_is_a_line_at_level_debug_only(
+    address: str, lines: Lines, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With no word of its images."""
+    with Client(address) as client:
+        client.classify(IMAGE)
+        assert not lines.take()
+        caplog.set_level(logging.DEBUG, CALLS)
+        client.classify(IMAGE)
+    (line,) = lines.take()
+    assert (line["level"], line["method"], line["code"]) == ("debug", "Classifier/Classify", "OK")
+
+
+def test_a_long_message_is_cut(address: str, lines: Lines) -> None:
+    """A caller cannot fill the disk with one request."""
+    fail(address, request=pb.ClassifyRequest(model="x" * 5000))
+    assert len(lines.take()[0]["message"]) == 1000
+
+
+class Broken:
+    """An engine that fails once it has warmed up."""
+
+    provider = "fake"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def run(self, images: Images) -> Probabilities:
+        """Answer twice."""
+        self.calls += 1
+        if self.calls > 2:
+            raise RuntimeError("out of memory")
+        return np.zeros((len(images), 10), np.float32)
+
+
+def test_a_bug_leaves_its_traceback_in_the_log_and_only_an_id_with_the_caller(
+    repository: Path, lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, whichever module it is in."""
+    model = models.start(models.read_checked(repository / "digits" / "1"), Broken(), 4, 8)
+    with Server(models.Models([model]), "127.0.0.1", 0, Limits()) as server, Client(server.address) as client:
+        with pytest.raises(InternalError, match="the engine failed"):
+            client.classify(IMAGE)
+        (line,) = lines.take()
+        assert (line["level"], line["model"], line["code"]) == ("error", "digits", "INTERNAL")
+        monkeypatch.setattr(models.Models, "find", lambda *_: {}["bug"])
+        with pytest.raises(InternalError, match="the server failed") as caught:
+            client.classify(IMAGE)
+    (line,) = lines.take()
+    assert line["request_id"] == caught.value.request_id
+    assert "KeyError" in line["exception"]
+    assert "KeyError" not in str(caught.value)
+
+
+def test_a_line_for_people_has_its_fields_at_the_end_and_a_traceback_below() -> None:
+    """One line, but for the traceback."""
+    handler = Lines(HumanFormatter())
+    log = logging.Logger("some.module")
+    log.addHandler(handler)
+    log.info("plain")
+    log.error("failed", extra={"fields": {"code": "INTERNAL"}}, exc_info=ValueError("why"))
+    assert handler.texts[0].endswith(" INFO some.module: plain")
+    first, *rest = handler.texts[1].splitlines()
+    assert first.endswith(" ERROR some.module: failed code=INTERNAL")
+    assert rest == ["ValueError: why"]
+
+
+def test_refused_strangers_are_summed_up(repository: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The first is a line at once, many are no more than that."""
+    served = models.Models([models.load(repository / "digits" / "1", "cpu", max_batch=8, max_queue=64)])
+    with Server(served, "127.0.0.1", 0, Limits(), token="sesame") as server:
+        for _ in range(5):
+            fail(server.address)
+    found = [record.getMessage() for record in caplog.records if record.name == "serving.security"]
+    assert len(found) == 1
+    assert found[0].startswith("refused calls without the right token: 1 more, the last from ipv4:127.0.0.1:")
+
+
+def test_a_tally_tells_the_sum_when_the_time_is_over(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what was not told yet."""
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    tally = Tally(logging.getLogger("test"), "%d from %s", seconds=60)
+    tally.add("a")
+    for now, who in ((1.0, "b"), (59.0, "c"), (60.0, "d"), (61.0, "e")):  # noqa: B007  # the clock reads it
+        tally.add(who)
+    assert [record.getMessage() for record in caplog.records] == ["1 from a", "3 from d"]
+
+
+@pytest.mark.slow
+def test_the_server_logs_json_and_keeps_its_words(repository: Path, png: Callable[[NDArray[np.uint8]], bytes]) -> None:
+    """Stdout is as ever; Pillow's own debug lines, which quote files, are not there."""
+    command = [*SERVE, str(repository), "--port=0", "--log-format=json", "--log-level=debug", "--host=0.0.0.0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("loaded digits/1")
+    port = process.stdout.readline().removeprefix("serving on 0.0.0.0:").strip()
+    with Client(f"127.0.0.1:{port}") as client:
+        client.classify([png(IMAGE[0])])
+    process.terminate()
+    out, err = process.communicate(timeout=30)
+    assert out == "finishing the requests under way\n"
+    assert process.returncode == 0
+    lines = [json.loads(line) for line in err.splitlines()]
+    assert {line["logger"] for line in lines} == {"serving.security", CALLS}
+    assert lines[-1]["code"] == "OK"
+
+
+# The third call of the engine, after the two that warm it up, says so and never ends.
+STUCK = """
+import itertools, sys, threading, resnet
+from serving import engine
+run, calls = engine.OnnxEngine.run, itertools.count()
+def stuck(self, images):
+    if next(calls) > 1:
+        print("computing", flush=True)
+        threading.Event().wait()
+    return run(self, images)
+engine.OnnxEngine.run = stuck
+sys.exit(resnet.main(["serve", sys.argv[1], "--port=0", "--grace=600"]))
+"""
+
+
+@pytest.mark.slow
+def test_a_second_signal_does_not_wait(repository: Path) -> None:
+    """A server that would finish its requests for minutes ends at once."""
+    process = subprocess.Popen([sys.executable, "-c", STUCK, str(repository)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    address = process.stdout.readline().removeprefix("serving on ").strip()
+    with grpc.insecure_channel(address) as channel:
+        tensor = pb.Tensor(data_type=pb.DATA_TYPE_UINT8, shape=IMAGE.shape, data=IMAGE.tobytes())
+        answer = ClassifierStub(channel).Classify.future(pb.ClassifyRequest(tensor=tensor))
+        assert process.stdout.readline() == "computing\n"
+        process.terminate()
+        assert process.stdout.readline() == "finishing the requests under way\n"
+        assert not answer.done()
+        process.terminate()
+        assert process.wait(timeout=30) == -signal.SIGTERM
+    process.stdout.close()
