@@ -29,7 +29,8 @@ class Tls:
         authority: Certificate of the authority that the server's is of; None trusts those that gRPC knows.
         certificate: The client's own, where the server asks for one.
         key: Its private key.
-        name: The name in the servers' certificates; None expects the one that the client calls.
+        name: The name in the servers' certificates; None expects the one that the client calls. Where servers are
+            given as several addresses, there must be one.
     """
 
     authority: bytes | None = None
@@ -42,14 +43,15 @@ class Tls:
         return grpc.ssl_channel_credentials(self.authority, self.key, self.certificate)
 
 
-def to_target(servers: str | Sequence[str]) -> str:
+def to_target(servers: str | Sequence[str], tls: Tls | None) -> str:
     """Return servers as one target of gRPC.
 
     Args:
         servers: HOST:PORT, where the name may stand for several addresses; or several IP:PORT, all IPv4 or all IPv6.
+        tls: How to encrypt, if so.
 
     Raises:
-        ValueError: There is none, or several are not addresses of one kind.
+        ValueError: There is none, or several are not addresses of one kind, or have no name in common.
     """
     if isinstance(servers, str):
         return servers
@@ -58,6 +60,8 @@ def to_target(servers: str | Sequence[str]) -> str:
     kinds = {_find_kind(server) for server in servers}
     if len(kinds) != 1:
         raise ValueError(f"servers must be of one kind, IPv4 or IPv6, and at least one; these are {list(servers)}")
+    if tls and not tls.name:  # gRPC would look for the whole list in each certificate
+        raise ValueError("several servers are encrypted under one name: say which their certificates have")
     return f"{kinds.pop()}:{','.join(servers)}"
 
 

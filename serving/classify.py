@@ -39,18 +39,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tls-ca", type=Path, metavar="FILE", help="encrypt; the server's certificate is of this CA")
     parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="show the server this certificate")
     parser.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key")
+    parser.add_argument("--tls-name", metavar="NAME", help="the name in the certificates; several servers need it")
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="give the token in this file")
     parser.add_argument("--json", action="store_true", help="print a JSON array, one object an image")
 
 
 def run(args: argparse.Namespace) -> None:
     """Classify all files and print a table or JSON; files that are no images are named at the end."""
+    if args.tls_name and not args.tls_ca:
+        raise BadInput("--tls-name needs --tls-ca")
     if (args.tls_cert is None) != (args.tls_key is None) or (args.tls_cert and not args.tls_ca):
         raise BadInput("--tls-cert and --tls-key belong together, and need --tls-ca")
     authority, certificate, key = (
         None if path is None else read_file(path) for path in (args.tls_ca, args.tls_cert, args.tls_key)
     )
-    tls = Tls(authority, certificate, key) if authority else None
+    tls = Tls(authority, certificate, key, args.tls_name) if authority else None
     servers = args.server or [DEFAULT_SERVER]
     try:
         client = Client(servers, tls=tls, token=read_token(args.token_file) if args.token_file else None)

@@ -4,8 +4,9 @@
         answer = client.classify([Path("cat.jpg").read_bytes()])
         print(answer.images[0][0].label)
 
-Calls go to all servers in turn. Both raise the errors of `serving.errors`: its table says what each means, and which of
-them were tried again before they are raised. The timeout counts all attempts.
+Requests go to all servers in turn; a stream stays with one, as long as that answers. Both raise the errors of
+`serving.errors`: its table says what each means, and which of them are tried again before they are raised. A timeout
+counts all attempts.
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ class Client:
             retries: How often to try again what was refused or found no server, 0 to 4.
 
         Raises:
-            ValueError: `servers` or `retries` are not as above.
+            ValueError: `servers` or `retries` are not as above, or several servers have no `Tls.name`.
         """
-        target, options = to_target(servers), to_options(retries, tls)
+        target, options = to_target(servers, tls), to_options(retries, tls)
         self._channel = (
             grpc.secure_channel(target, tls.to_credentials(), options)
             if tls
@@ -168,7 +169,7 @@ class AsyncClient:
         retries: int = MAX_RETRIES,
     ) -> None:
         """Prepare a connection; arguments and errors are those of `Client`."""
-        target, options = to_target(servers), to_options(retries, tls)
+        target, options = to_target(servers, tls), to_options(retries, tls)
         self._channel = (
             grpc.aio.secure_channel(target, tls.to_credentials(), options)
             if tls
