@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos import classifier_pb2 as pb
-from serving.client import UNLIMITED
+from serving.channel import UNLIMITED
 from serving.server import SERVICE
 
 Call = Callable[[int], object]

@@ -24,29 +24,35 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _protos.POOL.AddSerializedFile(b'\n\x17protos/classifier.proto\x12\tresnet.v1\"\x9b\x01\n\x0f\x43lassifyRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12+\n\x07\x65ncoded\x18\x03 \x01(\x0b\x32\x18.resnet.v1.EncodedImagesH\x00\x12#\n\x06tensor\x18\x04 \x01(\x0b\x32\x11.resnet.v1.TensorH\x00\x12\r\n\x05top_k\x18\x05 \x01(\x05\x42\x07\n\x05input\"\x1f\n\rEncodedImages\x12\x0e\n\x06images\x18\x01 \x03(\x0c\"M\n\x06Tensor\x12&\n\tdata_type\x18\x01 \x01(\x0e\x32\x13.resnet.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x89\x01\n\x10\x43lassifyResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x32\n\x0f\x63lassifications\x18\x03 \x03(\x0b\x32\x19.resnet.v1.Classification\x12!\n\x06timing\x18\x04 \x01(\x0b\x32\x11.resnet.v1.Timing\"3\n\x0e\x43lassification\x12!\n\x07\x63lasses\x18\x01 \x03(\x0b\x32\x10.resnet.v1.Class\":\n\x05\x43lass\x12\r\n\x05label\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x05\x12\x13\n\x0bprobability\x18\x03 \x01(\x02\"U\n\x06Timing\x12\x11\n\tdecode_ns\x18\x01 \x01(\x03\x12\x10\n\x08queue_ns\x18\x02 \x01(\x03\x12\x12\n\ncompute_ns\x18\x03 \x01(\x03\x12\x12\n\nbatch_size\x18\x04 \x01(\x05*:\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\x01\x32Q\n\nClassifier\x12\x43\n\x08\x43lassify\x12\x1a.resnet.v1.ClassifyRequest\x1a\x1b.resnet.v1.ClassifyResponseb\x06proto3')
+DESCRIPTOR = _protos.POOL.AddSerializedFile(b'\n\x17protos/classifier.proto\x12\tresnet.v1\"\xc4\x01\n\x0f\x43lassifyRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12+\n\x07\x65ncoded\x18\x03 \x01(\x0b\x32\x18.resnet.v1.EncodedImagesH\x00\x12#\n\x06tensor\x18\x04 \x01(\x0b\x32\x11.resnet.v1.TensorH\x00\x12\r\n\x05top_k\x18\x05 \x01(\x05\x12\x15\n\rversion_label\x18\x06 \x01(\t\x12\x10\n\x08priority\x18\x07 \x01(\rB\x07\n\x05input\"\x1f\n\rEncodedImages\x12\x0e\n\x06images\x18\x01 \x03(\x0c\"M\n\x06Tensor\x12&\n\tdata_type\x18\x01 \x01(\x0e\x32\x13.resnet.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x89\x01\n\x10\x43lassifyResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x32\n\x0f\x63lassifications\x18\x03 \x03(\x0b\x32\x19.resnet.v1.Classification\x12!\n\x06timing\x18\x04 \x01(\x0b\x32\x11.resnet.v1.Timing\"P\n\x15\x43lassifyStreamRequest\x12\n\n\x02id\x18\x01 \x01(\x04\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.resnet.v1.ClassifyRequest\"\x87\x01\n\x16\x43lassifyStreamResponse\x12\n\n\x02id\x18\x01 \x01(\x04\x12/\n\x08response\x18\x02 \x01(\x0b\x32\x1b.resnet.v1.ClassifyResponseH\x00\x12%\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x12.resnet.v1.FailureH\x00\x42\t\n\x07outcome\"u\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x19\n\x11retry_pushback_ms\x18\x03 \x01(\x05\x12\x12\n\x05image\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x05 \x01(\tB\x08\n\x06_image\"3\n\x0e\x43lassification\x12!\n\x07\x63lasses\x18\x01 \x03(\x0b\x32\x10.resnet.v1.Class\":\n\x05\x43lass\x12\r\n\x05label\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x05\x12\x13\n\x0bprobability\x18\x03 \x01(\x02\"U\n\x06Timing\x12\x11\n\tdecode_ns\x18\x01 \x01(\x03\x12\x10\n\x08queue_ns\x18\x02 \x01(\x03\x12\x12\n\ncompute_ns\x18\x03 \x01(\x03\x12\x12\n\nbatch_size\x18\x04 \x01(\x05*:\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\x01\x32\xac\x01\n\nClassifier\x12\x43\n\x08\x43lassify\x12\x1a.resnet.v1.ClassifyRequest\x1a\x1b.resnet.v1.ClassifyResponse\x12Y\n\x0e\x43lassifyStream\x12 .resnet.v1.ClassifyStreamRequest\x1a!.resnet.v1.ClassifyStreamResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.classifier_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATATYPE']._serialized_start=648
-  _globals['_DATATYPE']._serialized_end=706
+  _globals['_DATATYPE']._serialized_start=1028
+  _globals['_DATATYPE']._serialized_end=1086
   _globals['_CLASSIFYREQUEST']._serialized_start=39
-  _globals['_CLASSIFYREQUEST']._serialized_end=194
-  _globals['_ENCODEDIMAGES']._serialized_start=196
-  _globals['_ENCODEDIMAGES']._serialized_end=227
-  _globals['_TENSOR']._serialized_start=229
-  _globals['_TENSOR']._serialized_end=306
-  _globals['_CLASSIFYRESPONSE']._serialized_start=309
-  _globals['_CLASSIFYRESPONSE']._serialized_end=446
-  _globals['_CLASSIFICATION']._serialized_start=448
-  _globals['_CLASSIFICATION']._serialized_end=499
-  _globals['_CLASS']._serialized_start=501
-  _globals['_CLASS']._serialized_end=559
-  _globals['_TIMING']._serialized_start=561
-  _globals['_TIMING']._serialized_end=646
-  _globals['_CLASSIFIER']._serialized_start=708
-  _globals['_CLASSIFIER']._serialized_end=789
+  _globals['_CLASSIFYREQUEST']._serialized_end=235
+  _globals['_ENCODEDIMAGES']._serialized_start=237
+  _globals['_ENCODEDIMAGES']._serialized_end=268
+  _globals['_TENSOR']._serialized_start=270
+  _globals['_TENSOR']._serialized_end=347
+  _globals['_CLASSIFYRESPONSE']._serialized_start=350
+  _globals['_CLASSIFYRESPONSE']._serialized_end=487
+  _globals['_CLASSIFYSTREAMREQUEST']._serialized_start=489
+  _globals['_CLASSIFYSTREAMREQUEST']._serialized_end=569
+  _globals['_CLASSIFYSTREAMRESPONSE']._serialized_start=572
+  _globals['_CLASSIFYSTREAMRESPONSE']._serialized_end=707
+  _globals['_FAILURE']._serialized_start=709
+  _globals['_FAILURE']._serialized_end=826
+  _globals['_CLASSIFICATION']._serialized_start=828
+  _globals['_CLASSIFICATION']._serialized_end=879
+  _globals['_CLASS']._serialized_start=881
+  _globals['_CLASS']._serialized_end=939
+  _globals['_TIMING']._serialized_start=941
+  _globals['_TIMING']._serialized_end=1026
+  _globals['_CLASSIFIER']._serialized_start=1089
+  _globals['_CLASSIFIER']._serialized_end=1261
 # @@protoc_insertion_point(module_scope)

@@ -40,6 +40,11 @@ class ClassifierStub(object):
                 request_serializer=protos_dot_classifier__pb2.ClassifyRequest.SerializeToString,
                 response_deserializer=protos_dot_classifier__pb2.ClassifyResponse.FromString,
                 _registered_method=True)
+        self.ClassifyStream = channel.stream_stream(
+                '/resnet.v1.Classifier/ClassifyStream',
+                request_serializer=protos_dot_classifier__pb2.ClassifyStreamRequest.SerializeToString,
+                response_deserializer=protos_dot_classifier__pb2.ClassifyStreamResponse.FromString,
+                _registered_method=True)
 
 
 class ClassifierServicer(object):
@@ -59,6 +64,19 @@ class ClassifierServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ClassifyStream(self, request_iterator, context):
+        """Classifies the images of many requests over one call. Each answer comes as soon as it is ready, in any order, with
+        the id of its request; a request that fails does not end the stream. After the client has half-closed, what is
+        under way is answered, and the call ends with OK.
+
+        The server reads at most 64 requests that it has not answered; beyond that, sending waits. The deadline is that of
+        the call, for all its requests. A server that shuts down answers what is under way and ends the call with
+        UNAVAILABLE: a request without an answer can be sent again, elsewhere.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClassifierServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -66,6 +84,11 @@ def add_ClassifierServicer_to_server(servicer, server):
                     servicer.Classify,
                     request_deserializer=protos_dot_classifier__pb2.ClassifyRequest.FromString,
                     response_serializer=protos_dot_classifier__pb2.ClassifyResponse.SerializeToString,
+            ),
+            'ClassifyStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.ClassifyStream,
+                    request_deserializer=protos_dot_classifier__pb2.ClassifyStreamRequest.FromString,
+                    response_serializer=protos_dot_classifier__pb2.ClassifyStreamResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -96,6 +119,33 @@ class Classifier(object):
             '/resnet.v1.Classifier/Classify',
             protos_dot_classifier__pb2.ClassifyRequest.SerializeToString,
             protos_dot_classifier__pb2.ClassifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ClassifyStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/resnet.v1.Classifier/ClassifyStream',
+            protos_dot_classifier__pb2.ClassifyStreamRequest.SerializeToString,
+            protos_dot_classifier__pb2.ClassifyStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

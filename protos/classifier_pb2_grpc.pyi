@@ -42,6 +42,15 @@ class ClassifierStub:
     UNAVAILABLE        the server is shutting down
     DEADLINE_EXCEEDED  the deadline passed before the images were computed
     """
+    ClassifyStream: _grpc.StreamStreamMultiCallable[_classifier_pb2.ClassifyStreamRequest, _classifier_pb2.ClassifyStreamResponse]
+    """Classifies the images of many requests over one call. Each answer comes as soon as it is ready, in any order, with
+    the id of its request; a request that fails does not end the stream. After the client has half-closed, what is
+    under way is answered, and the call ends with OK.
+
+    The server reads at most 64 requests that it has not answered; beyond that, sending waits. The deadline is that of
+    the call, for all its requests. A server that shuts down answers what is under way and ends the call with
+    UNAVAILABLE: a request without an answer can be sent again, elsewhere.
+    """
 
 @_typing.type_check_only
 class ClassifierAsyncStub(ClassifierStub):
@@ -56,6 +65,15 @@ class ClassifierAsyncStub(ClassifierStub):
     RESOURCE_EXHAUSTED the queue is full; the trailer grpc-retry-pushback-ms says when to try again
     UNAVAILABLE        the server is shutting down
     DEADLINE_EXCEEDED  the deadline passed before the images were computed
+    """
+    ClassifyStream: _aio.StreamStreamMultiCallable[_classifier_pb2.ClassifyStreamRequest, _classifier_pb2.ClassifyStreamResponse]  # type: ignore[assignment]
+    """Classifies the images of many requests over one call. Each answer comes as soon as it is ready, in any order, with
+    the id of its request; a request that fails does not end the stream. After the client has half-closed, what is
+    under way is answered, and the call ends with OK.
+
+    The server reads at most 64 requests that it has not answered; beyond that, sending waits. The deadline is that of
+    the call, for all its requests. A server that shuts down answers what is under way and ends the call with
+    UNAVAILABLE: a request without an answer can be sent again, elsewhere.
     """
 
 class ClassifierServicer(metaclass=_abc_1.ABCMeta):
@@ -74,6 +92,21 @@ class ClassifierServicer(metaclass=_abc_1.ABCMeta):
         RESOURCE_EXHAUSTED the queue is full; the trailer grpc-retry-pushback-ms says when to try again
         UNAVAILABLE        the server is shutting down
         DEADLINE_EXCEEDED  the deadline passed before the images were computed
+        """
+
+    @_abc_1.abstractmethod
+    def ClassifyStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[_classifier_pb2.ClassifyStreamRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_classifier_pb2.ClassifyStreamResponse], _abc.AsyncIterator[_classifier_pb2.ClassifyStreamResponse]]:
+        """Classifies the images of many requests over one call. Each answer comes as soon as it is ready, in any order, with
+        the id of its request; a request that fails does not end the stream. After the client has half-closed, what is
+        under way is answered, and the call ends with OK.
+
+        The server reads at most 64 requests that it has not answered; beyond that, sending waits. The deadline is that of
+        the call, for all its requests. A server that shuts down answers what is under way and ends the call with
+        UNAVAILABLE: a request without an answer can be sent again, elsewhere.
         """
 
 def add_ClassifierServicer_to_server(servicer: ClassifierServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

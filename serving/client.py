@@ -4,119 +4,129 @@
         answer = client.classify([Path("cat.jpg").read_bytes()])
         print(answer.images[0][0].label)
 
-Both raise the errors of `serving.errors`.
+Requests go to all servers in turn; a stream stays with one, as long as that answers. Both raise the errors of
+`serving.errors`: its table says what each means, and which of them are tried again before they are raised. A timeout
+counts all attempts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Self
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import aclosing
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import TYPE_CHECKING, Self
 
 import grpc
 import numpy as np
-from numpy.typing import NDArray
 
 from protos import classifier_pb2 as pb
 from protos.classifier_pb2_grpc import ClassifierStub
-from serving.errors import from_rpc
+from serving.channel import MAX_RETRIES, Tls, to_options, to_target
+from serving.errors import DeadlineExceeded, InvalidRequest, ServingError, Unavailable, from_rpc
+from serving.messages import Answer, Class, Image, Images, Question, to_answer
+from serving.window import Result, Window
 
-Images = Sequence[bytes] | NDArray[np.uint8]
-"""Files, each JPEG or PNG; or pixels, uint8 [n, height, width, 3], of the size that the model takes."""
+if TYPE_CHECKING:
+    from protos.classifier_pb2_grpc import ClassifierAsyncStub  # of the types only
+
+__all__ = ["DEFAULT_SERVER", "Answer", "AsyncClient", "Class", "Client", "Image", "Images", "Result", "Tls"]
 
 DEFAULT_SERVER = "127.0.0.1:8001"
-UNLIMITED = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
+REQUEST_IMAGES = 256  # what a server takes in one request, by default
+REQUEST_BYTES = 48 * 2**20  # of the 64 MiB that it takes
 
-
-@dataclass(frozen=True)
-class Class:
-    """One class of an image: its name, its place among the model's outputs, its probability."""
-
-    label: str
-    index: int
-    probability: float
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the server said of a request's images.
-
-    Attributes:
-        model: Name of the model that answered.
-        version: Its version.
-        images: For each image its classes, the most probable first.
-        decode_ns: Time the server took to unpack the request, in nanoseconds.
-        queue_ns: Time the images waited for the engine, in nanoseconds.
-        compute_ns: Time to compute their batch, in nanoseconds.
-        batch_size: Images in that batch, those of other requests included.
-    """
-
-    model: str
-    version: int
-    images: tuple[tuple[Class, ...], ...]
-    decode_ns: int
-    queue_ns: int
-    compute_ns: int
-    batch_size: int
-
-
-@dataclass(frozen=True)
-class Tls:
-    """What a client knows of certificates, in PEM.
-
-    Attributes:
-        authority: Certificate of the authority that the server's is of; None trusts those that gRPC knows.
-        certificate: The client's own, where the server asks for one.
-        key: Its private key.
-    """
-
-    authority: bytes | None = None
-    certificate: bytes | None = None
-    key: bytes | None = None
-
-    def to_credentials(self) -> grpc.ChannelCredentials:
-        """Return this as gRPC takes it."""
-        return grpc.ssl_channel_credentials(self.authority, self.key, self.certificate)
+Metadata = tuple[tuple[str, str], ...]
 
 
 class Client:
-    """A connection to a server, for use from any number of threads."""
+    """A connection to one or several servers, for use from any number of threads."""
 
-    def __init__(self, server: str = DEFAULT_SERVER, *, tls: Tls | None = None, token: str | None = None) -> None:
+    def __init__(
+        self,
+        servers: str | Sequence[str] = DEFAULT_SERVER,
+        *,
+        tls: Tls | None = None,
+        token: str | None = None,
+        retries: int = MAX_RETRIES,
+    ) -> None:
         """Prepare a connection; it is made with the first call.
 
         Args:
-            server: HOST:PORT.
+            servers: HOST:PORT, where the name may stand for several addresses; or several IP:PORT, of one kind.
             tls: How to encrypt; None is open text.
-            token: What the server asks callers for.
+            token: What the servers ask callers for.
+            retries: How often to try again what was refused or found no server, 0 to 4.
+
+        Raises:
+            ValueError: `servers` or `retries` are not as above, or several servers have no `Tls.name`.
         """
+        target, options = to_target(servers, tls), to_options(retries, tls)
         self._channel = (
-            grpc.secure_channel(server, tls.to_credentials(), UNLIMITED)
+            grpc.secure_channel(target, tls.to_credentials(), options)
             if tls
-            else grpc.insecure_channel(server, UNLIMITED)
+            else grpc.insecure_channel(target, options)
         )
-        self._stub, self._metadata = ClassifierStub(self._channel), _authorize(token)
+        self._stub, self._metadata, self._retries = ClassifierStub(self._channel), _authorize(token), retries
 
     def classify(
-        self, images: Images, *, top_k: int = 0, model: str = "", version: int = 0, timeout: float | None = 30
+        self, images: Images, *, top_k: int = 0, model: str = "", version: int | str = 0, timeout: float | None = 30
     ) -> Answer:
         """Classify images.
+
+        What is too much for one request goes over a stream, and becomes one answer, of one version of the model.
 
         Args:
             images: Files or pixels.
             top_k: Classes to return for each; 0 asks for 5, or all where there are fewer.
             model: Name of the model; may be empty where the server has just one.
-            version: 0 asks for the latest.
-            timeout: Seconds until the call gives up; None waits for ever.
+            version: Its number, or a label of the server's, as "stable"; 0 asks for the latest.
+            timeout: Seconds until the client gives up; None waits for ever.
 
         Raises:
             ServingError: One of those in `serving.errors`.
         """
-        try:
-            request = _request(images, top_k, model, version)
-            return _answer(self._stub.Classify(request, timeout=timeout, metadata=self._metadata))
-        except grpc.RpcError as error:
-            raise from_rpc(error) from None
+        question, deadline = Question(top_k, model, version), _find_deadline(timeout)
+        if _fits_one_request(images):
+            try:
+                request = question.to_request(images)
+                return to_answer(self._stub.Classify(request, timeout=timeout, metadata=self._metadata))
+            except grpc.RpcError as error:
+                raise from_rpc(error) from None
+        while True:
+            window = Window(question, self._retries)
+            answers = [_expect(result) for result in self._converse(window, images, deadline, None)]
+            if _are_of_one_version(answers):
+                return Answer.join(answers)
+
+    def classify_each(
+        self,
+        images: Iterable[Image],
+        *,
+        top_k: int = 0,
+        model: str = "",
+        version: int | str = 0,
+        timeout: float | None = 30,
+    ) -> Iterator[Result]:
+        """Classify any number of images, and yield what becomes of each, in their order.
+
+        They are read as the answers come in, so that neither need fit into memory. An image that is at fault does not
+        end it: the InvalidRequest that says why takes the place of its answer.
+
+        Args:
+            images: Files or pixels, one by one.
+            top_k: As in `classify`.
+            model: As in `classify`.
+            version: As in `classify`; with 0, a version that appears meanwhile answers what is asked from then on.
+            timeout: Seconds without any answer after which the client gives up; None waits for ever.
+
+        Raises:
+            ServingError: One of those in `serving.errors`; it ends the iteration.
+        """
+        window = Window(Question(top_k, model, version), self._retries)
+        return self._converse(window, images, float("inf"), timeout)
 
     def close(self) -> None:
         """Close the connection."""
@@ -128,28 +138,81 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _converse(
+        self, window: Window, images: Iterable[Image], deadline: float, patience: float | None
+    ) -> Iterator[Result]:
+        """Ask for the images over a stream, and over another where it breaks; yield the results in order."""
+        source = iter(images)
+        while not window.done:
+            window.reopen()
+            stream = _Stream(self._stub, self._metadata, deadline)
+            try:
+                while not (window.done or window.broken):
+                    while window.has_room:
+                        try:
+                            window.put(next(source))
+                        except StopIteration:
+                            window.end()
+                        stream.send(window.send())
+                    stream.send(window.send())
+                    if not window.done:
+                        pause = window.take(stream.receive(patience))
+                        yield from window.give()
+                        time.sleep(_limit(pause, deadline, patience))
+            finally:
+                stream.close(cancel=not window.done)
+
 
 class AsyncClient:
-    """A connection to a server, for use within one event loop."""
+    """A connection to one or several servers, for use within one event loop."""
 
-    def __init__(self, server: str = DEFAULT_SERVER, *, tls: Tls | None = None, token: str | None = None) -> None:
-        """Prepare a connection; arguments are those of `Client`."""
+    def __init__(
+        self,
+        servers: str | Sequence[str] = DEFAULT_SERVER,
+        *,
+        tls: Tls | None = None,
+        token: str | None = None,
+        retries: int = MAX_RETRIES,
+    ) -> None:
+        """Prepare a connection; arguments and errors are those of `Client`."""
+        target, options = to_target(servers, tls), to_options(retries, tls)
         self._channel = (
-            grpc.aio.secure_channel(server, tls.to_credentials(), UNLIMITED)
+            grpc.aio.secure_channel(target, tls.to_credentials(), options)
             if tls
-            else grpc.aio.insecure_channel(server, UNLIMITED)
+            else grpc.aio.insecure_channel(target, options)
         )
-        self._stub, self._metadata = ClassifierStub(self._channel), _authorize(token)
+        self._stub, self._metadata, self._retries = ClassifierStub(self._channel), _authorize(token), retries
 
     async def classify(
-        self, images: Images, *, top_k: int = 0, model: str = "", version: int = 0, timeout: float | None = 30
+        self, images: Images, *, top_k: int = 0, model: str = "", version: int | str = 0, timeout: float | None = 30
     ) -> Answer:
         """Classify images; arguments, result and errors are those of `Client.classify`."""
-        try:
-            request = _request(images, top_k, model, version)
-            return _answer(await self._stub.Classify(request, timeout=timeout, metadata=self._metadata))
-        except grpc.RpcError as error:
-            raise from_rpc(error) from None
+        question, deadline = Question(top_k, model, version), _find_deadline(timeout)
+        if _fits_one_request(images):
+            try:
+                request = question.to_request(images)
+                return to_answer(await self._stub.Classify(request, timeout=timeout, metadata=self._metadata))
+            except grpc.RpcError as error:
+                raise from_rpc(error) from None
+        while True:
+            window = Window(question, self._retries)
+            async with aclosing(self._converse(window, images, deadline, None)) as results:
+                answers = [_expect(result) async for result in results]
+            if _are_of_one_version(answers):
+                return Answer.join(answers)
+
+    def classify_each(
+        self,
+        images: Iterable[Image] | AsyncIterable[Image],
+        *,
+        top_k: int = 0,
+        model: str = "",
+        version: int | str = 0,
+        timeout: float | None = 30,
+    ) -> AsyncGenerator[Result, None]:
+        """Classify any number of images; arguments, results and errors are those of `Client.classify_each`."""
+        window = Window(Question(top_k, model, version), self._retries)
+        return self._converse(window, images, float("inf"), timeout)
 
     async def close(self) -> None:
         """Close the connection."""
@@ -161,34 +224,139 @@ class AsyncClient:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    async def _converse(
+        self,
+        window: Window,
+        images: Iterable[Image] | AsyncIterable[Image],
+        deadline: float,
+        patience: float | None,
+    ) -> AsyncGenerator[Result, None]:
+        """As `Client._converse`."""
+        source = aiter(images if isinstance(images, AsyncIterable) else _iterate(images))
+        while not window.done:
+            window.reopen()
+            stream = _AsyncStream(self._stub, self._metadata, deadline)
+            try:
+                while not (window.done or window.broken):
+                    while window.has_room:
+                        try:
+                            window.put(await anext(source))
+                        except StopAsyncIteration:
+                            window.end()
+                        stream.send(window.send())
+                    stream.send(window.send())
+                    if not window.done:
+                        pause = window.take(await stream.receive(patience))
+                        for result in window.give():
+                            yield result
+                        await asyncio.sleep(_limit(pause, deadline, patience))
+            finally:
+                stream.close(cancel=not window.done)
 
-def _authorize(token: str | None) -> tuple[tuple[str, str], ...]:
+
+class _Stream:
+    """A call of ClassifyStream, whose answers can be waited for as long as one likes."""
+
+    def __init__(self, stub: ClassifierStub, metadata: Metadata, deadline: float) -> None:
+        self._outbox: SimpleQueue[pb.ClassifyStreamRequest | None] = SimpleQueue()
+        self._inbox: SimpleQueue[pb.ClassifyStreamResponse | ServingError] = SimpleQueue()
+        self._call = stub.ClassifyStream(
+            iter(self._outbox.get, None), timeout=_find_timeout(deadline), metadata=metadata
+        )
+        Thread(target=self._listen, name="answers", daemon=True).start()
+
+    def send(self, requests: Iterable[pb.ClassifyStreamRequest]) -> None:
+        for request in requests:
+            self._outbox.put(request)
+
+    def receive(self, patience: float | None) -> pb.ClassifyStreamResponse | ServingError:
+        """Return the next answer, or why the call ended."""
+        try:
+            return self._inbox.get(timeout=patience)
+        except Empty:
+            raise DeadlineExceeded(f"there was no answer for {patience} seconds") from None
+
+    def close(self, cancel: bool) -> None:
+        """Half-close, for the server to end the call; or end it."""
+        self._outbox.put(None)
+        if cancel:
+            self._call.cancel()
+
+    def _listen(self) -> None:
+        try:
+            for response in self._call:
+                self._inbox.put(response)
+            self._inbox.put(_end())
+        except grpc.RpcError as error:
+            self._inbox.put(from_rpc(error))
+
+
+class _AsyncStream:
+    """As `_Stream`, for asyncio."""
+
+    def __init__(self, stub: ClassifierAsyncStub, metadata: Metadata, deadline: float) -> None:
+        self._outbox: asyncio.Queue[pb.ClassifyStreamRequest | None] = asyncio.Queue()
+        self._call = stub.ClassifyStream(self._post(), timeout=_find_timeout(deadline), metadata=metadata)
+
+    def send(self, requests: Iterable[pb.ClassifyStreamRequest]) -> None:
+        for request in requests:
+            self._outbox.put_nowait(request)
+
+    async def receive(self, patience: float | None) -> pb.ClassifyStreamResponse | ServingError:
+        try:
+            response = await asyncio.wait_for(self._call.read(), patience)
+        except TimeoutError:
+            raise DeadlineExceeded(f"there was no answer for {patience} seconds") from None
+        except grpc.RpcError as error:
+            return from_rpc(error)
+        return response if isinstance(response, pb.ClassifyStreamResponse) else _end()
+
+    def close(self, cancel: bool) -> None:
+        self._outbox.put_nowait(None)
+        if cancel:
+            self._call.cancel()
+
+    async def _post(self) -> AsyncIterator[pb.ClassifyStreamRequest]:
+        while (request := await self._outbox.get()) is not None:
+            yield request
+
+
+def _authorize(token: str | None) -> Metadata:
     return (("authorization", f"Bearer {token}"),) if token else ()
 
 
-def _request(images: Images, top_k: int, model: str, version: int) -> pb.ClassifyRequest:
-    request = pb.ClassifyRequest(model=model, version=version, top_k=top_k)
-    if not isinstance(images, np.ndarray):
-        request.encoded.images.extend(images)
-        return request
-    if images.dtype != np.uint8:
-        raise TypeError(f"pixels must be uint8, from 0 to 255, not {images.dtype}")
-    request.tensor.data_type = pb.DATA_TYPE_UINT8
-    request.tensor.shape.extend(images.shape)
-    request.tensor.data = images.tobytes()
-    return request
+def _fits_one_request(images: Images) -> bool:
+    size = images.nbytes if isinstance(images, np.ndarray) else sum(map(len, images))
+    return len(images) <= REQUEST_IMAGES and size <= REQUEST_BYTES
 
 
-def _answer(response: pb.ClassifyResponse) -> Answer:
-    return Answer(
-        model=response.model,
-        version=response.version,
-        images=tuple(
-            tuple(Class(item.label, item.index, item.probability) for item in image.classes)
-            for image in response.classifications
-        ),
-        decode_ns=response.timing.decode_ns,
-        queue_ns=response.timing.queue_ns,
-        compute_ns=response.timing.compute_ns,
-        batch_size=response.timing.batch_size,
-    )
+def _expect(result: Result) -> Answer:
+    if isinstance(result, InvalidRequest):
+        raise result
+    return result
+
+
+def _are_of_one_version(answers: Sequence[Answer]) -> bool:
+    return len({(answer.model, answer.version) for answer in answers}) == 1
+
+
+def _end() -> ServingError:
+    return Unavailable("the server ended the stream before it had answered")
+
+
+def _find_deadline(timeout: float | None) -> float:
+    return float("inf") if timeout is None else time.monotonic() + timeout
+
+
+def _find_timeout(deadline: float) -> float | None:
+    return None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
+
+
+def _limit(pause: float, deadline: float, patience: float | None) -> float:
+    """Return a pause that does not outlast the wait for an answer."""
+    return max(0.0, min(pause, deadline - time.monotonic(), float("inf") if patience is None else patience))
+
+
+async def _iterate(images: Iterable[Image]) -> AsyncIterator[Image]:
+    for image in images:
+        yield image

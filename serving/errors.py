@@ -1,17 +1,19 @@
 """Why a request was not answered, on both sides of the wire: the one table of errors and gRPC status codes.
 
-| error              | status              | what to do                                          |
-|--------------------|---------------------|-----------------------------------------------------|
-| InvalidRequest     | INVALID_ARGUMENT    | mend the request                                    |
-| NotFound           | NOT_FOUND           | ask for a model and version that the server has     |
-| Overloaded         | RESOURCE_EXHAUSTED  | try again after `retry_ms`, or send fewer images    |
-| Unavailable        | UNAVAILABLE         | try again, perhaps elsewhere: no server, or it ends |
-| DeadlineExceeded   | DEADLINE_EXCEEDED   | allow more time                                     |
-| Cancelled          | CANCELLED           | nothing: the caller went away                       |
-| Unauthenticated    | UNAUTHENTICATED     | give the server's token                             |
-| FailedPrecondition | FAILED_PRECONDITION | name a signature that the model has                 |
-| Unsupported        | UNIMPLEMENTED       | do without it: the protocol has it, the server not  |
-| InternalError      | INTERNAL            | look into the server's log                          |
+| error              | status              | what to do                                          | `Client` by itself |
+|--------------------|---------------------|-----------------------------------------------------|--------------------|
+| InvalidRequest     | INVALID_ARGUMENT    | mend the request                                    | raises             |
+| NotFound           | NOT_FOUND           | ask for a model and version that the server has     | raises             |
+| Overloaded         | RESOURCE_EXHAUSTED  | try again after `retry_ms`, or send fewer images    | retries            |
+| Unavailable        | UNAVAILABLE         | try again, perhaps elsewhere: no server, or it ends | retries            |
+| DeadlineExceeded   | DEADLINE_EXCEEDED   | allow more time                                     | raises             |
+| Cancelled          | CANCELLED           | nothing: the caller went away                       | raises             |
+| Unauthenticated    | UNAUTHENTICATED     | give the server's token                             | raises             |
+| FailedPrecondition | FAILED_PRECONDITION | name a signature that the model has                 | raises             |
+| Unsupported        | UNIMPLEMENTED       | do without it: the protocol has it, the server not  | raises             |
+| InternalError      | INTERNAL            | look into the server's log                          | raises             |
+
+A call carries what its status does not say in trailing metadata, an item of a stream in `Failure`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from __future__ import annotations
 from typing import Any, ClassVar, cast
 
 import grpc
+
+from protos import classifier_pb2 as pb
 
 
 class ServingError(Exception):
@@ -113,6 +117,7 @@ class InternalError(ServingError):
 
 
 ERRORS: dict[grpc.StatusCode, type[ServingError]] = {error.code: error for error in ServingError.__subclasses__()}
+CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 PUSHBACK = "grpc-retry-pushback-ms"  # a name of gRPC's own: its retry policies wait that long
 IMAGE = "resnet-image-index"
 REQUEST_ID = "x-request-id"  # as proxies call it; a caller may choose it
@@ -131,14 +136,38 @@ def to_trailers(error: ServingError) -> tuple[tuple[str, str], ...]:
 
 def from_rpc(error: grpc.RpcError) -> ServingError:
     """Return what a failed call raised on the server, or what kept it from getting there."""
-    kind = ERRORS.get(error.code(), ServingError)
-    message = error.details() or f"the call failed with {error.code().name}"
     trailers: dict[str, Any] = dict(cast(Any, error.trailing_metadata()) or ())  # pairs; the types say otherwise
-    if kind is Overloaded:
-        raised: ServingError = Overloaded(message, retry_ms=int(trailers.get(PUSHBACK, 0)))
-    elif kind is InvalidRequest:
-        raised = InvalidRequest(message, image=int(trailers[IMAGE]) if IMAGE in trailers else None)
-    else:
-        raised = kind(message)
+    image = int(trailers[IMAGE]) if IMAGE in trailers else None
+    raised = _restore(error.code(), error.details(), int(trailers.get(PUSHBACK, 0)), image)
     raised.request_id = trailers.get(REQUEST_ID, "")
     return raised
+
+
+def to_failure(error: ServingError) -> pb.Failure:
+    """Return an error as an item of a stream carries it."""
+    failure = pb.Failure(code=error.code.value[0], message=str(error), request_id=error.request_id)
+    match error:
+        case Overloaded():
+            failure.retry_pushback_ms = error.retry_ms
+        case InvalidRequest(image=int(index)):
+            failure.image = index
+    return failure
+
+
+def from_failure(failure: pb.Failure) -> ServingError:
+    """Return what one request of a stream raised on the server."""
+    code = CODES.get(failure.code, grpc.StatusCode.UNKNOWN)
+    image = failure.image if failure.HasField("image") else None
+    raised = _restore(code, failure.message, failure.retry_pushback_ms, image)
+    raised.request_id = failure.request_id
+    return raised
+
+
+def _restore(code: grpc.StatusCode, message: str | None, retry_ms: int, image: int | None) -> ServingError:
+    kind = ERRORS.get(code, ServingError)
+    message = message or f"the call failed with {code.name}"
+    if kind is Overloaded:
+        return Overloaded(message, retry_ms)
+    if kind is InvalidRequest:
+        return InvalidRequest(message, image)
+    return kind(message)

@@ -21,10 +21,11 @@ from export import triton
 from protos import POOL
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceServicer
+from serving.batcher import DEFAULT_PRIORITY, PRIORITIES
 from serving.calls import find_deadline, name_method, report, tells_failures
 from serving.engine import Images, Probabilities
 from serving.errors import InvalidRequest, NotFound, Unavailable, Unsupported, to_trailers
-from serving.intake import Intake, to_bytes
+from serving.intake import Intake, to_bytes, to_priority
 from serving.models import Model, Models
 from serving.policy import ALL, Policy
 from serving.statistics import Duration
@@ -35,6 +36,7 @@ EXTENSIONS = (
     "model_configuration",
     "model_repository",
     "parameters",
+    "schedule_policy",
     "statistics",
 )
 DATATYPES = {"uint8": "UINT8", "float32": "FP32"}
@@ -122,6 +124,8 @@ class InferenceServicer(GRPCInferenceServiceServicer):
         model = self._find(request.name, request.version)
         config = text_format.Parse(triton.config(model.manifest), pb.ModelConfig())
         config.platform, config.max_batch_size = PLATFORM, self._intake.max_images
+        batching = config.dynamic_batching
+        batching.priority_levels, batching.default_priority_level = len(PRIORITIES), DEFAULT_PRIORITY
         return pb.ModelConfigResponse(config=config)
 
     @tells_failures
@@ -213,10 +217,10 @@ class InferenceServicer(GRPCInferenceServiceServicer):
         deadline = min(find_deadline(context), _find_timeout(request))
         model = self._find(request.model_name, request.model_version)
         with model.statistics.request() as record:
-            top_k = _find_outputs(request, model)
+            top_k, priority = _find_outputs(request, model), to_priority(_find_number(request, "priority"))
             images = self._images(request, model)
             record.decoded()
-            record.answer = model.batcher.submit(images, deadline, context.is_active)
+            record.answer = model.batcher.submit(images, deadline, context.is_active, priority)
             return _respond(request, model, record.answer.probabilities, top_k)
 
     def _control(self) -> Repository:
@@ -301,14 +305,21 @@ def _find_policy(request: pb.RepositoryModelLoadRequest) -> Policy | None:
 
 def _find_timeout(request: pb.ModelInferRequest) -> float:
     """Return when the parameter `timeout`, in microseconds, ends the wait; 0 is never."""
-    if "timeout" not in request.parameters:
-        return float("inf")
-    parameter = request.parameters["timeout"]
-    kind = parameter.WhichOneof("parameter_choice")
-    if kind not in ("int64_param", "uint64_param") or getattr(parameter, kind) < 0:
-        raise InvalidRequest("the parameter timeout is a number of microseconds, int64 and not negative")
-    microseconds = getattr(parameter, kind)
+    microseconds = _find_number(request, "timeout")
     return time.monotonic() + microseconds / 1e6 if microseconds else float("inf")
+
+
+def _find_number(request: pb.ModelInferRequest, name: str) -> int:
+    """Return a parameter that is a number, 0 if it is not there."""
+    if name not in request.parameters:
+        return 0
+    parameter = request.parameters[name]
+    kind = parameter.WhichOneof("parameter_choice")
+    # tritonclient sends the one as int64, the other as uint64.
+    if kind not in ("int64_param", "uint64_param") or getattr(parameter, kind) < 0:
+        raise InvalidRequest(f"the parameter {name} is a number, int64 and not negative")
+    number: int = getattr(parameter, kind)
+    return number
 
 
 def _find_outputs(request: pb.ModelInferRequest, model: Model) -> int:

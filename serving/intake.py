@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from serving.batcher import DEFAULT_PRIORITY, PRIORITIES
 from serving.engine import Images
 from serving.errors import InvalidRequest
 from serving.models import Model
@@ -63,6 +64,17 @@ class Intake:
             raise InvalidRequest("the request holds no images")
         if count > self.max_images:
             raise InvalidRequest(f"the request holds {count} images, more than the {self.max_images} allowed; split it")
+
+
+def to_priority(number: int) -> int:
+    """Return the priority that a request asks for; 0 asks for none.
+
+    Raises:
+        InvalidRequest: There is no such priority.
+    """
+    if number and number not in PRIORITIES:
+        raise InvalidRequest(f"the priority is {number}; it must be {PRIORITIES[0]} to {PRIORITIES[-1]}, or 0 for none")
+    return number or DEFAULT_PRIORITY
 
 
 def to_bytes(values: Iterable[int]) -> bytes:

@@ -101,7 +101,8 @@ class Server:
             ],
         )
         intake = Intake(limits.max_images)
-        add_ClassifierServicer_to_server(Servicer(models, intake), self._server)
+        self._classifier = Servicer(models, intake)
+        add_ClassifierServicer_to_server(self._classifier, self._server)
         add_GRPCInferenceServiceServicer_to_server(InferenceServicer(models, intake, self, repository), self._server)
         add_PredictionServiceServicer_to_server(PredictionServicer(models, intake), self._server)
         add_ModelServiceServicer_to_server(ModelServicer(models), self._server)
@@ -144,6 +145,7 @@ class Server:
         # While work is under way, new requests on open connections are refused as UNAVAILABLE, which clients take
         # elsewhere; gRPC's own stop would cancel some of them.
         self._models.close()
+        self._classifier.close()
         self._models.drain(grace_seconds)
         self._server.stop(max(0.0, end - time.monotonic())).wait()
 

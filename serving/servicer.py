@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import grpc
 import numpy as np
 
 from protos import classifier_pb2 as pb
 from protos.classifier_pb2_grpc import ClassifierServicer
-from serving.batcher import Answer
+from serving.batcher import Answer, Outcome
 from serving.calls import find_deadline, tells_failures
 from serving.engine import Images
-from serving.errors import InvalidRequest
-from serving.intake import Intake
+from serving.errors import InvalidRequest, ServingError
+from serving.intake import Intake, to_priority
 from serving.models import Model, Models
+from serving.stream import Stream, Work, finish
 
 DEFAULT_TOP_K = 5
 
@@ -23,17 +26,49 @@ class Servicer(ClassifierServicer):
     def __init__(self, models: Models, intake: Intake) -> None:
         """Serve `models`, to requests that `intake` takes."""
         self._models, self._intake = models, intake
+        self._streams: set[Stream] = set()
+        self._closed = False
 
     @tells_failures
     def Classify(self, request: pb.ClassifyRequest, context: grpc.ServicerContext) -> pb.ClassifyResponse:
         """Classify the images of one request."""
         deadline = find_deadline(context)
-        model = self._models.find(request.model, request.version)
+        work = self._work(request)
+        batcher, images, priority = next(work)
+        outcome: Outcome
+        try:
+            outcome = batcher.submit(images, deadline, context.is_active, priority)
+        except ServingError as error:
+            outcome = error
+        return finish(work, outcome)
+
+    def ClassifyStream(
+        self, request_iterator: Iterator[pb.ClassifyStreamRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.ClassifyStreamResponse]:
+        """Classify the images of many requests, and answer each as soon as it is ready."""
+        stream = Stream(self._work, context)
+        self._streams.add(stream)
+        try:
+            if self._closed:
+                stream.close()
+            yield from stream.answer(request_iterator)
+        finally:
+            self._streams.discard(stream)
+
+    def close(self) -> None:
+        """End the streams, once what they have read is answered; calls end by themselves."""
+        self._closed = True
+        for stream in self._streams.copy():
+            stream.close()
+
+    def _work(self, request: pb.ClassifyRequest) -> Work:
+        """Answer one request: as a generator, because streams begin and finish it on different threads."""
+        model = self._models.find(request.model, request.version, request.version_label)
         with model.statistics.request() as record:
-            top_k = _top_k(request, model)
+            top_k, priority = _top_k(request, model), to_priority(request.priority)
             images = self._images(request, model)
             record.decoded()
-            record.answer = model.batcher.submit(images, deadline, context.is_active)
+            record.answer = yield model.batcher, images, priority
             return _respond(model, record.answer, top_k, record.decode_ns)
 
     def _images(self, request: pb.ClassifyRequest, model: Model) -> Images:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from serving.batcher import Answer, Batcher
+from serving.batcher import DEFAULT_PRIORITY, Answer, Batcher, Outcome
 from serving.engine import Images, Probabilities
 from serving.errors import Cancelled, DeadlineExceeded, InternalError, Overloaded, Unavailable
 
@@ -55,13 +56,23 @@ class Bench:
         return future
 
     def wait(
-        self, *values: int, deadline: float = float("inf"), alive: Callable[[], bool] = lambda: True
+        self,
+        *values: int,
+        deadline: float = float("inf"),
+        alive: Callable[[], bool] = lambda: True,
+        priority: int = DEFAULT_PRIORITY,
     ) -> Future[Answer]:
         """Submit a request while the engine is busy, and return once it is in the queue."""
         before = self.batcher.queued
-        future = self._pool.submit(self.batcher.submit, images(*values), deadline, alive)
+        future = self._pool.submit(self.batcher.submit, images(*values), deadline, alive, priority)
         while self.batcher.queued == before:
             time.sleep(0)  # gives way to the submitting thread
+        return future
+
+    def post(self, *values: int, alive: Callable[[], bool] = lambda: True) -> Future[Outcome]:
+        """Post a request."""
+        future: Future[Outcome] = Future()
+        self.batcher.post(images(*values), future.set_result, alive=alive)
         return future
 
     def compute(self, batches: int = 1) -> None:
@@ -200,8 +211,81 @@ def test_closing_refuses_new_requests_and_answers_old_ones(pool: ThreadPoolExecu
     assert [future.result(10).probabilities[0, 0] for future in futures] == [1, 2]
 
 
+def test_a_posted_request_holds_nobody_up(pool: ThreadPoolExecutor) -> None:
+    """One that finds the engine free is computed on another thread; those that come meanwhile are the next batch."""
+    bench = Bench(pool)
+    first = bench.post(1)
+    assert bench.engine.entered.acquire(timeout=10)
+    rest = [bench.post(2), bench.post(3, 4)]
+    assert not first.done()
+    bench.compute(2)
+    outcomes = [future.result(10) for future in (first, *rest)]
+    assert bench.engine.batches == [[1], [2, 3, 4]]
+    answers = [outcome for outcome in outcomes if isinstance(outcome, Answer)]
+    assert [answer.probabilities[:, 0].tolist() for answer in answers] == [[1], [2], [3, 4]]
+
+
+def test_posted_and_submitted_requests_share_batches(pool: ThreadPoolExecutor) -> None:
+    """The oldest leads, of whichever kind it is."""
+    bench = Bench(pool, max_batch=2)
+    posted = [bench.post(1)]
+    assert bench.engine.entered.acquire(timeout=10)
+    submitted = [bench.wait(2)]
+    posted.append(bench.post(3))
+    posted.append(bench.post(4))
+    submitted.append(bench.wait(5))
+    bench.compute(3)
+    assert [future.result(10).probabilities[0, 0] for future in submitted] == [2, 5]
+    assert all(isinstance(future.result(10), Answer) for future in posted)
+    assert bench.engine.batches == [[1], [2, 3], [4, 5]]
+
+
+def test_a_posted_request_is_refused_or_fails_like_others(pool: ThreadPoolExecutor) -> None:
+    """At once if it cannot wait; through its callback if that shows later."""
+    bench = Bench(pool, max_queue=3)
+    first = bench.post(1)
+    assert bench.engine.entered.acquire(timeout=10)
+    cancelled, last = bench.post(2, alive=lambda: False), bench.post(3)
+    with pytest.raises(Overloaded):
+        bench.post(4, 5)
+    bench.compute()
+    assert isinstance(first.result(10), Answer)
+    bench.engine.failure = ValueError("secret")
+    bench.batcher.close()
+    with pytest.raises(Unavailable):
+        bench.post(6)
+    assert not bench.batcher.drain(0)
+    bench.compute()
+    assert isinstance(cancelled.result(10), Cancelled)
+    assert isinstance(last.result(10), InternalError)
+    assert bench.batcher.drain(10)
+
+
+def test_the_thread_of_posted_requests_ends_with_the_batcher() -> None:
+    """A version that is served no longer leaves nothing behind."""
+    leaders: list[threading.Thread] = []
+
+    def run(batch: Images) -> Probabilities:
+        leaders.append(threading.current_thread())
+        return np.zeros((len(batch), 2), np.float32)
+
+    batcher = Batcher(run)
+    for _ in range(2):
+        future: Future[Outcome] = Future()
+        batcher.post(images(1), future.set_result)
+        future.result(10)
+    assert leaders[0] is leaders[1] is not threading.current_thread()
+    batcher.submit(images(1))
+    assert leaders[2] is threading.current_thread()
+    assert batcher.drain(10)
+    del batcher
+    gc.collect()
+    leaders[0].join(10)
+    assert not leaders[0].is_alive()
+
+
 def test_many_threads_get_their_own_answers(pool: ThreadPoolExecutor) -> None:
-    """2,000 requests from 16 threads, each of which checks what it gets."""
+    """2,000 requests from 16 threads, submitted and posted, each of which checks what it gets."""
 
     def run(batch: Images) -> Probabilities:
         return batch[:, 0, 0, :1].astype(np.float32)
@@ -210,7 +294,27 @@ def test_many_threads_get_their_own_answers(pool: ThreadPoolExecutor) -> None:
 
     def ask(number: int) -> bool:
         values = [number % 251] * (1 + number % 3)
-        return bool(batcher.submit(images(*values)).probabilities[:, 0].tolist() == values)
+        if number % 2:
+            answer: Outcome = batcher.submit(images(*values))
+        else:
+            future: Future[Outcome] = Future()
+            batcher.post(images(*values), future.set_result)
+            answer = future.result(10)
+        return isinstance(answer, Answer) and bool(answer.probabilities[:, 0].tolist() == values)
 
     assert all(pool.map(ask, range(2000)))
     assert batcher.queued == 0
+
+
+def test_priorities_go_first_and_equals_in_order(pool: ThreadPoolExecutor) -> None:
+    """Those that come late go before the ones that wait, if they are of a higher priority."""
+    bench = Bench(pool, max_batch=2)
+    first = bench.lead(0)
+    waiting = [bench.wait(value, priority=priority) for value, priority in ((1, 3), (2, 2), (3, 2), (4, 1))]
+    bench.compute()
+    first.result(timeout=10)
+    assert bench.engine.entered.acquire(timeout=10)
+    late = [bench.wait(value, priority=1) for value in (5, 6)]
+    bench.compute(3)
+    assert [future.result(timeout=10).probabilities[0, 0] for future in (*waiting, *late)] == [1, 2, 3, 4, 5, 6]
+    assert bench.engine.batches == [[0], [4, 2], [5, 6], [3, 1]]

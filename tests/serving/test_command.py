@@ -117,7 +117,7 @@ def test_classify_answers_what_it_can(address: str, files: list[Path], capsys: p
         (["no.png"], "no.png cannot be read: No such file"),
         (["{good}", "--model", "cats"], "the server refused: there is no model 'cats'"),
         (["{good}", "--top-k", "99"], "the server refused: top_k is 99"),
-        (["{good}", "--server", "127.0.0.1:1"], "no server answers at 127.0.0.1:1"),
+        (["{good}", "--server", "localhost:1"], "--server: 'localhost:1' is no IP:PORT; of several servers"),
     ],
 )
 def test_classify_refuses_in_one_sentence(
@@ -128,6 +128,16 @@ def test_classify_refuses_in_one_sentence(
     captured = capsys.readouterr()
     assert message in captured.err
     assert not captured.out
+
+
+def test_classify_takes_the_server_that_answers(
+    address: str, files: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of several; if there is none it says so, with exit code 2."""
+    assert classify("127.0.0.1:1", files[0], "--server", address) == 0
+    assert "00.png" in capsys.readouterr().out
+    assert classify("127.0.0.1:1", files[0]) == 2
+    assert "no server answers at 127.0.0.1:1" in capsys.readouterr().err
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_a_model_says_what_it_takes_and_what_was_proved(client: triton.Inference
     config = client.get_model_config("digits").config
     assert (config.name, config.backend, config.max_batch_size) == ("digits", "onnxruntime", 256)
     assert (list(config.input[0].dims), list(config.output[0].dims)) == ([32, 32, 3], [10])
-    assert config.HasField("dynamic_batching")
+    assert (config.dynamic_batching.priority_levels, config.dynamic_batching.default_priority_level) == (3, 2)
 
 
 def test_three_forms_of_an_image_get_one_answer(
@@ -78,7 +78,7 @@ def test_three_forms_of_an_image_get_one_answer(
     pixels = heldout[0][:5]
     files = np.array([png(image) for image in pixels], dtype=np.object_)
     for values, datatype in ((pixels, "UINT8"), (pixels.astype(np.float32), "FP32"), (files, "BYTES")):
-        result = client.infer("digits", tensor(values, datatype), request_id="seven")
+        result = client.infer("digits", tensor(values, datatype), request_id="seven", priority=1, timeout=10**7)
         np.testing.assert_allclose(result.as_numpy("probabilities"), probabilities[:5], atol=1e-5)
         response = result.get_response()
         assert (response.id, response.model_name, response.model_version) == ("seven", "digits", "1")
@@ -258,6 +258,16 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "reads no shared memory",
     ),
     "negative timeout": ({"parameters": {"timeout": {"int64_param": -1}}}, "INVALID_ARGUMENT", "timeout is a number"),
+    "priority 4": (
+        {"inputs": [image()], "raw_input_contents": [PIXELS], "parameters": {"priority": {"uint64_param": 4}}},
+        "INVALID_ARGUMENT",
+        "the priority is 4; it must be 1 to 3, or 0 for none",
+    ),
+    "priority of letters": (
+        {"parameters": {"priority": {"string_param": "x"}}},
+        "INVALID_ARGUMENT",
+        "priority is a number",
+    ),
 }
 
 

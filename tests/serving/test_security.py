@@ -94,7 +94,7 @@ def test_an_encrypted_server_is_reached_by_those_who_trust_it(serve: Callable[..
     with serve(Tls(certificate, key)) as server:
 
         def reaches(authority: Pair | None) -> bool:
-            with Client(server.address, tls=authority and trust(authority)) as connection:
+            with Client(server.address, tls=authority and trust(authority), retries=0) as connection:
                 try:
                     return bool(connection.classify(IMAGE, timeout=20).images)
                 except Unavailable:
@@ -109,6 +109,31 @@ def test_an_encrypted_server_is_reached_by_those_who_trust_it(serve: Callable[..
         assert reaches(second)  # a certificate that cannot be read does not replace a good one
 
 
+def test_several_encrypted_servers_have_one_name(
+    serve: Callable[..., Server], tmp_path: Path, png: Callable[[Images], bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which the client is told; the command line too."""
+    authority = issue("authority")
+    root, _ = authority.write(tmp_path, "authority")
+    files = Tls(*issue("server", authority).write(tmp_path, "server"))
+    (tmp_path / "zero.png").write_bytes(png(IMAGE[0]))
+    with serve(files) as first, serve(files) as second:
+        addresses = [first.address, second.address]
+        for name, reached in (("127.0.0.1", True), ("example.org", False)):
+            known = client.Tls(authority.pem()[0], name=name)
+            with Client(addresses, tls=known, retries=0) as connection:
+                if reached:
+                    assert connection.classify(IMAGE).images
+                else:
+                    with pytest.raises(Unavailable):
+                        connection.classify(IMAGE)
+        arguments = ["classify", str(tmp_path / "zero.png"), "--tls-ca", str(root), "--server", first.address]
+        assert resnet.main([*arguments, "--server", second.address, "--tls-name", "127.0.0.1"]) == 0
+        assert "zero.png" in capsys.readouterr().out
+        assert resnet.main([*arguments, "--server", second.address]) == 2
+        assert "say which their certificates have" in capsys.readouterr().err
+
+
 def test_a_server_may_ask_for_certificates(serve: Callable[..., Server], tmp_path: Path) -> None:
     """Of its own authority."""
     authority, stranger = issue("authority"), issue("stranger")
@@ -118,7 +143,8 @@ def test_a_server_may_ask_for_certificates(serve: Callable[..., Server], tmp_pat
         with Client(server.address, tls=trust(authority, issue("client", authority))) as connection:
             assert connection.classify(IMAGE).images
         for own in (None, issue("client", stranger)):
-            with Client(server.address, tls=trust(authority, own)) as connection, pytest.raises(Unavailable):
+            known = trust(authority, own)
+            with Client(server.address, tls=known, retries=0) as connection, pytest.raises(Unavailable):
                 connection.classify(IMAGE, timeout=20)
 
 

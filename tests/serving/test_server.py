@@ -239,7 +239,7 @@ def test_stopping_answers_what_is_under_way(gated: tuple[GatedEngine, models.Mod
         running = pool.submit(client.classify, np.zeros((1, 32, 32, 3), np.uint8))
         engine.entered.acquire()
         stopping = pool.submit(server.stop, 30)
-        with Client(server.address) as other:
+        with Client(server.address, retries=0) as other:
             refusal: errors.ServingError | None = None
             while not isinstance(refusal, errors.Unavailable):  # until the stop begins, requests wait in the queue
                 with pytest.raises((errors.Unavailable, errors.DeadlineExceeded, errors.Overloaded)) as caught:
