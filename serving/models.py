@@ -129,13 +129,14 @@ class Models:
             InvalidRequest: No name was given although there are several models, or no version has the label.
             NotFound: There is no such model or version.
         """
-        models = {key: served for key, served in self._served.items() if served.versions} if not name else self._served
-        if not name and len(models) > 1:
-            raise InvalidRequest(f"name one of the models {', '.join(models)}")
-        served = models.get(name) if name else next(iter(models.values()), None)
+        served = self._served.get(name)
         if served is None or not served.versions:
-            names = ", ".join(key for key, other in self._served.items() if other.versions) or "none"
-            raise NotFound(f"there is no model {name!r}; this server has {names}")
+            names = [key for key, other in self._served.items() if other.versions]
+            if name or not names:
+                raise NotFound(f"there is no model {name!r}; this server has {', '.join(names) or 'none'}")
+            if len(names) > 1:
+                raise InvalidRequest(f"name one of the models {', '.join(names)}")
+            return self.find(names[0], version, label)
         if label and label not in served.labels:
             labels = ", ".join(served.labels) or "none"
             raise InvalidRequest(f"there is no version label {label!r} of model {name!r}; its labels are: {labels}")

@@ -50,13 +50,11 @@ class Watcher:
 
         Raises:
             BadInput: There is none, a version does not load, or a policy chooses none of a model's versions.
+            CheckFailed: A version is not signed by the key that is trusted.
         """
         for folder in repository.models(self._folder):
-            self._follow(folder)
-            served = self._models.get(folder.name)
-            for reason in served.refusals.values():
-                raise BadInput(reason)
-            if not served.versions:
+            self._follow(folder, strict=True)
+            if not self._models.get(folder.name).versions:
                 found = repository.versions(folder)
                 raise BadInput(f"--versions chooses none of the versions of {folder.name}, which are {found}")
 
@@ -122,8 +120,8 @@ class Watcher:
                 self._models.refuse(name, number, "unloaded by request")
             log.info("%s is no longer served, by request", name)
 
-    def _follow(self, folder: Path) -> None:
-        """Serve the versions of a model that its policy chooses, and no others."""
+    def _follow(self, folder: Path, strict: bool = False) -> None:
+        """Serve the versions of a model that its policy chooses, and no others; `strict` raises what keeps one out."""
         name, found, labels = folder.name, repository.versions(folder), repository.labels(folder)
         policy = self._policies.get(name, self._policies[""])
         while True:
@@ -133,14 +131,17 @@ class Watcher:
             missing = chosen - served.versions.keys()
             if not missing:
                 break
-            self._try(folder, max(missing))
+            self._try(folder, max(missing), strict)
         # Where nothing holds, what was served stays.
         self._models.settle(name, chosen or served.versions.keys(), labels, known=found)
 
-    def _try(self, folder: Path, number: int) -> None:
+    def _try(self, folder: Path, number: int, strict: bool) -> None:
         try:
             model = self._load(folder / str(number))
-        except Exception as error:  # whatever it was, the other versions keep serving
+        except Exception as error:
+            if strict:
+                raise
+            # Whatever it was, the other versions keep serving.
             log.error("%s/%d is not served: %s", folder.name, number, error)
             self._models.refuse(folder.name, number, str(error))
         else:
