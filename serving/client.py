@@ -158,7 +158,7 @@ class Client:
                     if not window.done:
                         pause = window.take(stream.receive(patience))
                         yield from window.give()
-                        time.sleep(_limit(pause, deadline, patience))
+                        time.sleep(_check(pause, deadline, patience))
             finally:
                 stream.close(cancel=not window.done)
 
@@ -249,7 +249,7 @@ class AsyncClient:
                         pause = window.take(await stream.receive(patience))
                         for result in window.give():
                             yield result
-                        await asyncio.sleep(_limit(pause, deadline, patience))
+                        await asyncio.sleep(_check(pause, deadline, patience))
             finally:
                 stream.close(cancel=not window.done)
 
@@ -352,9 +352,18 @@ def _find_timeout(deadline: float) -> float | None:
     return None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
 
 
-def _limit(pause: float, deadline: float, patience: float | None) -> float:
-    """Return a pause that does not outlast the wait for an answer."""
-    return max(0.0, min(pause, deadline - time.monotonic(), float("inf") if patience is None else patience))
+def _check(pause: float, deadline: float, patience: float | None) -> float:
+    """Return a pause, in seconds, if there is time for it.
+
+    Raises:
+        DeadlineExceeded: There is not.
+    """
+    left = min(deadline - time.monotonic(), float("inf") if patience is None else patience)
+    if pause and pause >= left:
+        raise DeadlineExceeded(
+            f"the server takes nothing more for {pause:.3f} s, and the time to wait ends before that"
+        )
+    return pause
 
 
 async def _iterate(images: Iterable[Image]) -> AsyncIterator[Image]:

@@ -221,6 +221,10 @@ def test_a_stream_is_read_ahead_so_far(repository: Path) -> None:
         talk.send(*(ask(number, number % 250) for number in range(4 * READ_AHEAD)))
         talk.half_close()
         server.await_queued(READ_AHEAD - 1)
+        with Talk(server.address) as other:  # a hundred round trips, in which it could read on
+            for number in range(100):
+                other.send(pb.ClassifyStreamRequest(id=number, request=pb.ClassifyRequest(top_k=99)))
+                other.receive()
         server.engine.gate.release(4 * READ_AHEAD)
         answers = list(talk.call)
     assert {answer.id: read_values(answer) for answer in answers} == {
