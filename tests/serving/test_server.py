@@ -217,7 +217,7 @@ def test_a_request_that_was_given_up_is_never_computed(gated: tuple[GatedEngine,
         stub = ClassifierStub(channel)
         running = pool.submit(stub.Classify, GOOD)
         engine.entered.acquire()
-        late = stub.Classify.future(GOOD, timeout=0.3)
+        late = stub.Classify.future(GOOD, timeout=2)  # time enough to be queued
         cancelled = stub.Classify.future(GOOD)
         while model.batcher.queued < 2:
             pass
