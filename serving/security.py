@@ -1,4 +1,4 @@
-"""Who may ask, and who may listen in: TLS whose files may be replaced under way, client certificates, and a token."""
+"""Who may ask, and who may listen in: TLS whose files may be replaced under way, client certificates, and tokens."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from typing import Any
 import grpc
 
 from resnet import BadInput
+from serving.guard import refuse
 
 OPEN = ("/grpc.health.v1.Health/",)  # probes have no token, and learn no more than whether the server is up
+# What changes the server for all others. Who is allowed to ask is not thereby allowed to do this.
+ADMIN = tuple(f"/inference.GRPCInferenceService/RepositoryModel{verb}" for verb in ("Load", "Unload"))
+NO_ADMIN = "this server loads and unloads no models by request: it was started without a token for administrators"
 
 log = logging.getLogger(__name__)
 
@@ -101,31 +105,41 @@ def read_token(path: Path) -> str:
 
 
 class TokenInterceptor(grpc.ServerInterceptor):
-    """Refuses calls that do not carry `authorization: Bearer TOKEN`; health checks need none."""
+    """Refuses calls that do not carry `authorization: Bearer TOKEN`; health checks need none.
 
-    def __init__(self, token: str) -> None:
-        """Demand `token`."""
-        self._expected = f"Bearer {token}".encode()
+    The token of administrators opens every method, the other one all but those in `ADMIN`.
+    """
+
+    def __init__(self, token: str | None, admin_token: str | None = None) -> None:
+        """Demand `token`, where it is not None, and of administrators `admin_token`."""
+        self._callers, self._admins = _expect(token), _expect(admin_token)
 
     def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Any], details: grpc.HandlerCallDetails
     ) -> Any:
-        """Pass a call on, or answer UNAUTHENTICATED."""
-        handler = continuation(details)
-        if handler is None or details.method.startswith(OPEN):
-            return handler
+        """Pass a call on, or answer UNAUTHENTICATED or PERMISSION_DENIED."""
+        for_admins = details.method in ADMIN and bool(self._admins)
+        if details.method.startswith(OPEN) or not (self._callers or for_admins):
+            return continuation(details)
         given = next((value for key, value in details.invocation_metadata if key == "authorization"), "")
-        if hmac.compare_digest(given.encode() if isinstance(given, str) else given, self._expected):
-            return handler
-        if handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(_refuse)
-        return grpc.unary_unary_rpc_method_handler(_refuse)
+        given = given.encode() if isinstance(given, str) else given
+        if _holds(given, self._admins) or (not for_admins and _holds(given, self._callers)):
+            return continuation(details)
+        if for_admins and _holds(given, self._callers):
+            return refuse(grpc.StatusCode.PERMISSION_DENIED, "this method wants the token for administrators")
+        whose = " for administrators" if for_admins else ""
+        return refuse(
+            grpc.StatusCode.UNAUTHENTICATED,
+            f"this server wants a token{whose}, in the metadata `authorization: Bearer TOKEN`",
+        )
 
 
-def _refuse(_: Any, context: grpc.ServicerContext) -> Any:
-    return context.abort(
-        grpc.StatusCode.UNAUTHENTICATED, "this server wants a token, in the metadata `authorization: Bearer TOKEN`"
-    )
+def _expect(token: str | None) -> bytes:
+    return f"Bearer {token}".encode() if token else b""
+
+
+def _holds(given: bytes, expected: bytes) -> bool:
+    return bool(expected) and hmac.compare_digest(given, expected)
 
 
 def warn_if_open(host: str, tls: Tls | None, token: str | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import grpc
 from google.protobuf.descriptor_pool import DescriptorPool
@@ -20,12 +20,14 @@ from protos.tensorflow_serving_pb2_grpc import (
     add_PredictionServiceServicer_to_server,
 )
 from resnet import BadInput
+from serving.guard import Guard
 from serving.inference import InferenceServicer
 from serving.intake import Intake
 from serving.models import Models
 from serving.prediction import ModelServicer, PredictionServicer
-from serving.security import Tls, TokenInterceptor
+from serving.security import ADMIN, NO_ADMIN, Tls, TokenInterceptor
 from serving.servicer import Servicer
+from training.images import MAX_PIXELS
 
 SERVICE = classifier_pb2.DESCRIPTOR.services_by_name["Classifier"].full_name
 SERVICES = tuple(
@@ -46,15 +48,75 @@ def _describe() -> DescriptorPool:
 class Limits:
     """What a server takes on.
 
+    At worst its memory holds `max_calls` requests of `max_message_bytes`, and about twelve bytes for each of
+    `max_unpacked_pixels`. Where strangers can ask, lower the first two, or give out tokens.
+
     Attributes:
-        max_images: Images in one request.
-        max_message_bytes: Size of one request.
-        max_calls: Calls at a time; each has a thread while it runs, a further one is refused.
+        max_images: Images in one request. 256 of 224x224 pixels make 38 MB.
+        max_image_pixels: Pixels of one encoded image, looked up before it is unpacked. 64 million, the decoder's own
+            limit, are a few more than phones take.
+        max_request_pixels: Pixels of all encoded images of one request, for a small file may have many. 512 million
+            are seconds of work, and eight of the largest images.
+        max_unpacked_pixels: Pixels of encoded images that are unpacked at a time, of all requests together; further
+            images wait, small ones excepted. 128 million are at most 1.5 GB.
+        max_message_bytes: Size of one request, 64 MiB.
+        max_metadata_bytes: Size of a request's headers, as HTTP/2 counts it: 16 KiB hold any token.
+        max_calls: Calls at a time, streams included; each has a thread while it runs, a further one is refused. 256
+            are a queue's worth.
+        max_streams: Calls at a time on one connection, half of `max_calls`: further ones wait in the client, and no
+            connection takes all.
+        max_connections: Connections at a time, 512; further ones are closed. That is half of the usual limit of open
+            files.
+        handshake_seconds: How long a new connection may take over TLS and its first frame, 10 s: who connects and says
+            nothing holds a connection no longer.
+        idle_seconds: When a connection without calls is closed, an hour; clients open another one unseen. Those of
+            gRPC close theirs after half an hour.
+        keepalive_seconds: How long a connection may be silent before the server asks whether its client is still
+            there, one minute: the streams of the dead hold threads.
+        keepalive_timeout_seconds: How long it waits for the answer, 20 s.
+        min_ping_seconds: How often a client may ask the same of the server, every 10 s: gRPC's own 5 minutes break
+            off clients with common settings.
+        max_ping_strikes: Pings above that before the connection is closed, 2.
     """
 
     max_images: int = 256
+    max_image_pixels: int = MAX_PIXELS
+    max_request_pixels: int = 8 * MAX_PIXELS
+    max_unpacked_pixels: int = 2 * MAX_PIXELS
     max_message_bytes: int = 64 * 2**20
+    max_metadata_bytes: int = 16 * 2**10
     max_calls: int = 256
+    max_streams: int = 128
+    max_connections: int = 512
+    handshake_seconds: float = 10
+    idle_seconds: float = 3600
+    keepalive_seconds: float = 60
+    keepalive_timeout_seconds: float = 20
+    min_ping_seconds: float = 10
+    max_ping_strikes: int = 2
+
+    def to_options(self) -> list[tuple[str, int]]:
+        """Return what gRPC itself has to know of this."""
+        return [
+            ("grpc.max_receive_message_length", self.max_message_bytes),
+            # Between these two gRPC would refuse at random.
+            ("grpc.max_metadata_size", self.max_metadata_bytes),
+            ("grpc.absolute_max_metadata_size", self.max_metadata_bytes),
+            ("grpc.max_concurrent_streams", self.max_streams),
+            ("grpc.max_allowed_incoming_connections", self.max_connections),
+            ("grpc.server_handshake_timeout_ms", int(self.handshake_seconds * 1000)),
+            ("grpc.max_connection_idle_ms", int(self.idle_seconds * 1000)),
+            ("grpc.keepalive_time_ms", int(self.keepalive_seconds * 1000)),
+            ("grpc.keepalive_timeout_ms", int(self.keepalive_timeout_seconds * 1000)),
+            (
+                "grpc.http2.ping_timeout_ms",
+                int(self.keepalive_timeout_seconds * 1000),
+            ),  # the longer one of these counts
+            ("grpc.http2.min_ping_interval_without_data_ms", int(self.min_ping_seconds * 1000)),
+            # Otherwise connections without calls are never asked, and may ask every two hours.
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.max_ping_strikes", self.max_ping_strikes),
+        ]
 
 
 class Server:
@@ -68,6 +130,7 @@ class Server:
         limits: Limits,
         tls: Tls | None = None,
         token: str | None = None,
+        admin_token: str | None = None,
     ) -> None:
         """Listen on a port, and answer.
 
@@ -78,6 +141,7 @@ class Server:
             limits: What to take on.
             tls: Certificate and key; None is open text.
             token: What callers must give; None lets everybody ask.
+            admin_token: What those must give who load and unload models; None lets nobody.
 
         Raises:
             BadInput: The port cannot be had, or a file of `tls` cannot be read or used.
@@ -87,23 +151,26 @@ class Server:
         """Whether requests are taken."""
         self._server = grpc.server(
             ThreadPoolExecutor(limits.max_calls, thread_name_prefix="call"),
-            interceptors=[TokenInterceptor(token)] if token else [],
+            interceptors=[TokenInterceptor(token, admin_token)] if token or admin_token else [],
             maximum_concurrent_rpcs=limits.max_calls,
             options=[
                 ("grpc.so_reuseport", 0),  # otherwise two servers may share a port, each with half of the requests
-                ("grpc.max_receive_message_length", limits.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
+                *limits.to_options(),
             ],
         )
-        intake = Intake(limits.max_images)
-        add_ClassifierServicer_to_server(Servicer(models, intake), self._server)
-        add_GRPCInferenceServiceServicer_to_server(InferenceServicer(models, intake, self), self._server)
-        add_PredictionServiceServicer_to_server(PredictionServicer(models, intake), self._server)
-        add_ModelServiceServicer_to_server(ModelServicer(models), self._server)
+        intake = Intake(
+            limits.max_images, limits.max_image_pixels, limits.max_request_pixels, limits.max_unpacked_pixels
+        )
+        guard: Any = Guard(self._server, () if admin_token else ADMIN, NO_ADMIN)
+        add_ClassifierServicer_to_server(Servicer(models, intake), guard)
+        add_GRPCInferenceServiceServicer_to_server(InferenceServicer(models, intake, self), guard)
+        add_PredictionServiceServicer_to_server(PredictionServicer(models, intake), guard)
+        add_ModelServiceServicer_to_server(ModelServicer(models), guard)
         self._health = health.HealthServicer(experimental_non_blocking=True)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, guard)
         reflection.enable_server_reflection(
-            (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server, pool=_describe()
+            (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), guard, pool=_describe()
         )
         try:
             bound = (

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from numpy.typing import NDArray
 
 import resnet
+from benchmarks.certificates import Pair, issue
 from serving import client, models
 from serving.client import Client
 from serving.errors import Unauthenticated, Unavailable
@@ -29,45 +23,6 @@ from serving.server import Limits, Server
 
 Images = NDArray[np.uint8]
 IMAGE: Images = np.zeros((1, 32, 32, 3), np.uint8)
-
-
-class Pair(NamedTuple):
-    """A certificate and its key."""
-
-    certificate: x509.Certificate
-    key: ec.EllipticCurvePrivateKey
-
-    def pem(self) -> tuple[bytes, bytes]:
-        """Return both as files hold them."""
-        return self.certificate.public_bytes(serialization.Encoding.PEM), self.key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-
-    def write(self, folder: Path, name: str) -> tuple[Path, Path]:
-        """Write both, and return where they are."""
-        paths = folder / f"{name}.crt", folder / f"{name}.key"
-        for path, content in zip(paths, self.pem(), strict=True):
-            path.write_bytes(content)
-        return paths
-
-
-def issue(name: str, authority: Pair | None = None) -> Pair:
-    """Return a certificate for this machine, of an authority or of itself."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    now = datetime.datetime.now(datetime.UTC)
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(authority.certificate.subject if authority else subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.BasicConstraints(ca=authority is None, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-    )
-    return Pair(builder.sign(authority.key if authority else key, hashes.SHA256()), key)
 
 
 @pytest.fixture
