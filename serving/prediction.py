@@ -150,9 +150,10 @@ def _find(models: Models, spec: pb.ModelSpec) -> Model:
             return models.find(spec.name, number)
         case "version_label":
             # perf_analyzer writes the number of a version here.
-            if not (spec.version_label.isascii() and spec.version_label.isdecimal() and int(spec.version_label)):
-                raise InvalidRequest(f"there is no version label {spec.version_label!r}; name a version by its number")
-            return models.find(spec.name, int(spec.version_label))
+            label = spec.version_label
+            if not (label.isascii() and label.isdecimal() and len(label) < 20 and int(label)):
+                raise InvalidRequest(f"there is no version label {label!r}; name a version by its number")
+            return models.find(spec.name, int(label))
         case _:
             return models.find(spec.name, 0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,16 @@ def read_token(path: Path) -> str:
     if not token or not token.isprintable() or " " in token or not token.isascii():
         raise BadInput(f"{path} holds no token: it must be one line of ASCII letters, digits and signs")
     return token
+
+
+def intercept(token: str | None, admin_token: str | None) -> list[grpc.ServerInterceptor]:
+    """Return what asks calls for tokens: nothing where there are none, for it would cost every call a little."""
+    return [TokenInterceptor(token, admin_token)] if token or admin_token else []
+
+
+def closed(admin_token: str | None) -> Collection[str]:
+    """Return the methods that nobody may call: where there is no token for administrators, theirs."""
+    return () if admin_token else ADMIN
 
 
 class TokenInterceptor(grpc.ServerInterceptor):

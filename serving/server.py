@@ -25,7 +25,7 @@ from serving.inference import InferenceServicer
 from serving.intake import Intake
 from serving.models import Models
 from serving.prediction import ModelServicer, PredictionServicer
-from serving.security import ADMIN, NO_ADMIN, Tls, TokenInterceptor
+from serving.security import NO_ADMIN, Tls, closed, intercept
 from serving.servicer import Servicer
 from training.images import MAX_PIXELS
 
@@ -151,7 +151,7 @@ class Server:
         """Whether requests are taken."""
         self._server = grpc.server(
             ThreadPoolExecutor(limits.max_calls, thread_name_prefix="call"),
-            interceptors=[TokenInterceptor(token, admin_token)] if token or admin_token else [],
+            interceptors=intercept(token, admin_token),
             maximum_concurrent_rpcs=limits.max_calls,
             options=[
                 ("grpc.so_reuseport", 0),  # otherwise two servers may share a port, each with half of the requests
@@ -162,12 +162,14 @@ class Server:
         intake = Intake(
             limits.max_images, limits.max_image_pixels, limits.max_request_pixels, limits.max_unpacked_pixels
         )
-        guard: Any = Guard(self._server, () if admin_token else ADMIN, NO_ADMIN)
+        guard: Any = Guard(self._server, closed(admin_token), NO_ADMIN)
         add_ClassifierServicer_to_server(Servicer(models, intake), guard)
         add_GRPCInferenceServiceServicer_to_server(InferenceServicer(models, intake, self), guard)
         add_PredictionServiceServicer_to_server(PredictionServicer(models, intake), guard)
         add_ModelServiceServicer_to_server(ModelServicer(models), guard)
-        self._health = health.HealthServicer(experimental_non_blocking=True)
+        # Each watch has a thread, as every call. The other kind needs none, but never closes the stream of one that its
+        # client cancels; in the end the connection has no more to give.
+        self._health = health.HealthServicer(experimental_non_blocking=False)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, guard)
         reflection.enable_server_reflection(
             (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), guard, pool=_describe()

@@ -24,7 +24,7 @@ MAX_SCANS = 200
 
 # Pillow takes memory in blocks. Those of 16 MB, its default, stay with the process: twice as much while many threads
 # decode large images, and gigabytes afterwards. Above 32 MB the C library gives each back to the system at once.
-Image.core.set_block_size(64 * 2**20)
+Image.core.set_block_size(64 * 2**20)  # type: ignore[attr-defined]  # documented, but not declared
 
 
 class InvalidImage(ValueError):

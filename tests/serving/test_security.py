@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -18,7 +20,8 @@ from benchmarks.certificates import Pair, issue
 from serving import client, models
 from serving.client import Client
 from serving.errors import Unauthenticated, Unavailable
-from serving.security import Tls
+from serving.guard import Guard
+from serving.security import ADMIN, NO_ADMIN, Tls, closed, intercept
 from serving.server import Limits, Server
 
 Images = NDArray[np.uint8]
@@ -29,9 +32,9 @@ IMAGE: Images = np.zeros((1, 32, 32, 3), np.uint8)
 def serve(repository: Path) -> Callable[..., Server]:
     """Starts a server of the digits."""
 
-    def start(tls: Tls | None = None, token: str | None = None) -> Server:
+    def start(tls: Tls | None = None, token: str | None = None, admin_token: str | None = None) -> Server:
         served = models.Models([models.load(repository / "digits" / "1", "cpu", max_batch=8, max_queue=64)])
-        return Server(served, "127.0.0.1", 0, Limits(), tls, token)
+        return Server(served, "127.0.0.1", 0, Limits(), tls, token, admin_token)
 
     return start
 
@@ -65,16 +68,18 @@ def test_an_encrypted_server_is_reached_by_those_who_trust_it(serve: Callable[..
 
 
 def test_a_server_may_ask_for_certificates(serve: Callable[..., Server], tmp_path: Path) -> None:
-    """Of its own authority."""
+    """Of its own authority, and still valid."""
     authority, stranger = issue("authority"), issue("stranger")
     certificate, key = issue("server", authority).write(tmp_path, "server")
     (root, _) = authority.write(tmp_path, "authority")
     with serve(Tls(certificate, key, root)) as server:
         with Client(server.address, tls=trust(authority, issue("client", authority))) as connection:
             assert connection.classify(IMAGE).images
-        for own in (None, issue("client", stranger)):
+        for own in (None, issue("client", stranger), issue("client", authority, days=-1)):
             with Client(server.address, tls=trust(authority, own)) as connection, pytest.raises(Unavailable):
                 connection.classify(IMAGE, timeout=20)
+        with Client(server.address, tls=trust(authority, issue("client", authority))) as connection:
+            assert connection.classify(IMAGE).images
 
 
 def test_a_token_opens_every_protocol_and_health_needs_none(serve: Callable[..., Server]) -> None:
@@ -98,6 +103,82 @@ def test_a_token_opens_every_protocol_and_health_needs_none(serve: Callable[...,
         assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED  # type: ignore[attr-defined]
         health = health_pb2_grpc.HealthStub(channel)
         assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+
+
+LOAD, UNLOAD, INDEX = ADMIN[0], ADMIN[1], "/inference.GRPCInferenceService/RepositoryIndex"
+
+
+def ask(address: str, path: str, token: str | None) -> str:
+    """Return the status of a call with an empty request."""
+    with grpc.insecure_channel(address) as channel:
+        call: Any = channel.unary_unary(path)
+        metadata = [("authorization", f"Bearer {token}")] if token else []
+        try:
+            call(b"", metadata=metadata)
+        except grpc.RpcError as error:
+            return str(error.code().name)  # type: ignore[attr-defined]
+        return "OK"
+
+
+@pytest.fixture
+def repositories() -> Iterator[Callable[..., str]]:
+    """Starts servers of nothing but the methods of model repositories, which answer everything."""
+    servers: list[grpc.Server] = []
+
+    def start(token: str | None, admin_token: str | None) -> str:
+        server = grpc.server(ThreadPoolExecutor(2), interceptors=intercept(token, admin_token))
+        answer = grpc.unary_unary_rpc_method_handler(lambda _, __: b"", request_deserializer=bytes)
+        names = [path.rpartition("/")[2] for path in (LOAD, UNLOAD, INDEX)]
+        guard = Guard(server, closed(admin_token), NO_ADMIN)
+        guard.add_registered_method_handlers("inference.GRPCInferenceService", dict.fromkeys(names, answer))
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        servers.append(server)
+        return f"127.0.0.1:{port}"
+
+    yield start
+    for server in servers:
+        server.stop(0)
+
+
+@pytest.mark.parametrize(
+    ("token", "admin_token", "given", "load", "index"),
+    [
+        # Nobody loads models where nobody was made an administrator, not even from the same machine.
+        (None, None, None, "PERMISSION_DENIED", "OK"),
+        (None, None, "a", "PERMISSION_DENIED", "OK"),
+        ("t", None, None, "UNAUTHENTICATED", "UNAUTHENTICATED"),
+        ("t", None, "t", "PERMISSION_DENIED", "OK"),
+        (None, "a", None, "UNAUTHENTICATED", "OK"),
+        (None, "a", "t", "UNAUTHENTICATED", "OK"),
+        (None, "a", "a", "OK", "OK"),
+        ("t", "a", None, "UNAUTHENTICATED", "UNAUTHENTICATED"),
+        ("t", "a", "x", "UNAUTHENTICATED", "UNAUTHENTICATED"),
+        ("t", "a", "t", "PERMISSION_DENIED", "OK"),
+        ("t", "a", "a", "OK", "OK"),
+    ],
+)
+def test_models_are_loaded_by_administrators_only(
+    token: str | None,
+    admin_token: str | None,
+    given: str | None,
+    load: str,
+    index: str,
+    repositories: Callable[..., str],
+) -> None:
+    """What is there may be read by all who may ask."""
+    address = repositories(token, admin_token)
+    assert [ask(address, path, given) for path in (LOAD, UNLOAD, INDEX)] == [load, load, index]
+
+
+def test_a_server_has_administrators(serve: Callable[..., Server]) -> None:
+    """Their token is asked for before all else, and opens what the other one opens."""
+    with serve(token="open-sesame", admin_token="open-wide") as server:
+        for token, code in ((None, "UNAUTHENTICATED"), ("open-sesame", "PERMISSION_DENIED")):
+            assert ask(server.address, LOAD, token) == code
+        assert ask(server.address, LOAD, "open-wide") not in ("UNAUTHENTICATED", "PERMISSION_DENIED")
+        with Client(server.address, token="open-wide") as connection:
+            assert connection.classify(IMAGE).images
 
 
 def test_the_command_line_classifies_with_certificates_and_token(
