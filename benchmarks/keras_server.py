@@ -16,7 +16,8 @@ import numpy as np
 
 from serving import models
 from serving.engine import Images, Probabilities
-from serving.server import Limits, Server
+from serving.limits import Limits
+from serving.server import Server
 
 UNBATCHED = "unbatched"
 

@@ -41,6 +41,11 @@ class ServerProcess:
         self._reader.join()
         raise BadInput(f"the server did not start: {''.join(self._errors).strip() or ' '.join(self._command)}")
 
+    @property
+    def pid(self) -> int:
+        """The number of the process."""
+        return self._process.pid
+
     def __enter__(self) -> Self:
         return self
 

@@ -12,6 +12,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import signal
 import threading
 from collections.abc import Callable
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
 def serve(config: Config) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain."""
     from serving import logs, models, policy, security
-    from serving.server import Limits, Server
+    from serving.server import Server
     from serving.watcher import Watcher
 
     stop, wake = _listen()
@@ -51,7 +52,9 @@ def serve(config: Config) -> None:
     tls = None
     if config.tls_cert and config.tls_key:
         tls = security.Tls(config.tls_cert, config.tls_key, config.tls_client_ca)
-    token = security.read_token(config.token_file) if config.token_file else None
+    token, admin_token = (
+        security.read_token(path) if path else None for path in (config.token_file, config.admin_token_file)
+    )
     security.warn_if_open(config.host, tls, token)
     tracing = _start_tracing() if config.trace else None
     load = _loader(config, tracing)
@@ -59,9 +62,9 @@ def serve(config: Config) -> None:
     watcher = Watcher(config.repository, served, load, policy.parse(config.versions))
     watcher.start()
     # What the queue could never hold is too large, not a matter of trying again.
-    limits = Limits(max_images=min(config.max_images, config.max_queue))
+    limits = dataclasses.replace(config, max_images=min(config.max_images, config.max_queue))
     interceptors = [tracing.interceptor] if tracing else []
-    server = Server(served, config.host, config.port, limits, tls, token, watcher, interceptors)
+    server = Server(served, config.host, config.port, limits, tls, token, admin_token, watcher, interceptors)
     _show_metrics(config, served)
     print(f"serving on {server.address}", flush=True)
     while not stop.is_set():

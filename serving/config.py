@@ -22,6 +22,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from resnet import BadInput
+from serving.limits import Limits, option
 
 PREFIX = "RESNET_"
 FILE_VARIABLE = "RESNET_CONFIG"
@@ -37,16 +38,8 @@ class Origin(NamedTuple):
         return f"{self.kind}: {self.name}"
 
 
-def option(default: Any, meaning: str, low: float = -math.inf, high: float = math.inf) -> Any:
-    """Declare an option, with what `resnet serve --help` says of it and the least and largest value.
-
-    One whose default is MISSING must be given, and is a positional argument on the command line.
-    """
-    return dataclasses.field(default=default, metadata={"help": meaning, "low": low, "high": high})
-
-
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Limits):
     """Everything that decides how to serve. `origins` says of each value that is no default where it came from.
 
     Raises:
@@ -69,11 +62,13 @@ class Config:
     trust: Path | None = option(None, "serve only what is signed by this public key, in PEM")
     max_batch: int = option(32, "images in one batch", low=1)
     max_queue: int = option(1024, "images that may wait", low=1)
-    max_images: int = option(256, "images in one request", low=1)
     tls_cert: Path | None = option(None, "encrypt, with this certificate in PEM")
     tls_key: Path | None = option(None, "its private key")
     tls_client_ca: Path | None = option(None, "ask clients for certificates of this CA")
     token_file: Path | None = option(None, "ask callers for the token in this file")
+    admin_token_file: Path | None = option(
+        None, "ask whoever loads or unloads models by request for the token in this file; without it only a server for this machine obeys"
+    )
     watch: float = option(
         5.0, "seconds between looks for new versions; 0 looks on SIGHUP only", low=0, high=threading.TIMEOUT_MAX
     )

@@ -24,6 +24,8 @@ import grpc
 
 from protos import classifier_pb2 as pb
 
+MAX_MESSAGE = 500  # characters; of up to twelve bytes on the wire, and clients take 8 KB
+
 
 class ServingError(Exception):
     """A request that was not answered; the message says why in one sentence.
@@ -38,6 +40,11 @@ class ServingError(Exception):
     request_id: str = ""
     model: str = ""
     version: int = 0
+
+    def __str__(self) -> str:
+        """Return the message, cut where it quotes so much of a request that no client would take it as a header."""
+        message = super().__str__()
+        return message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}..."
 
 
 class InvalidRequest(ServingError):

@@ -234,7 +234,7 @@ class InferenceServicer(GRPCInferenceServiceServicer):
             raise Unavailable("the server is shutting down")
         if not version:
             return self._models.find(name)
-        if not (version.isascii() and version.isdecimal()):
+        if not (version.isascii() and version.isdecimal() and len(version) < 20):  # Python refuses 4301 digits
             return self._models.find(name, label=version)
         if not int(version):
             raise NotFound(f"there is no version 0 of model {name!r}; versions begin with 1")

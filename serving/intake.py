@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 
@@ -11,25 +13,38 @@ from serving.batcher import DEFAULT_PRIORITY, PRIORITIES
 from serving.engine import Images
 from serving.errors import InvalidRequest
 from serving.models import Model
-from training.images import InvalidImage, decode
+from training.images import MAX_PIXELS, InvalidImage, decode
+
+SMALL_PIXELS = 2**18  # of 512x512: a few MB while it is unpacked, which every call may have at the same time
+
+Admit = Callable[[int], AbstractContextManager[object]]
 
 
 class Intake:
     """Takes the images of requests in."""
 
-    def __init__(self, max_images: int) -> None:
-        """Take at most `max_images` images per request."""
+    def __init__(
+        self,
+        max_images: int,
+        max_image_pixels: int = MAX_PIXELS,
+        max_request_pixels: int = 8 * MAX_PIXELS,
+        max_pixels: int = 2 * MAX_PIXELS,
+    ) -> None:
+        """Set the limits; they are those of `serving.server.Limits`."""
         self.max_images = max_images
+        self._max_image_pixels, self._max_request_pixels = max_image_pixels, max_request_pixels
+        self._room = Room(max_pixels)
 
     def decode(self, files: Sequence[bytes], model: Model) -> Images:
         """Return the pixels of encoded images, resized to what the model takes: uint8 [n, height, width, 3].
 
         Raises:
-            InvalidRequest: There are none or too many, or one is no image.
+            InvalidRequest: There are none or too many, one is no image, or they have too many pixels.
         """
         self._check_count(len(files))
         height, width, _ = model.image_shape
-        return np.stack([_decode(data, index, (height, width)) for index, data in enumerate(files)])
+        admit = self._count_pixels()
+        return np.stack([self._decode(data, index, (height, width), admit) for index, data in enumerate(files)])
 
     def read(self, data: bytes, shape: Sequence[int], dtype: str, model: Model) -> Images:
         """Return the pixels of a tensor: uint8 [n, height, width, 3].
@@ -65,6 +80,50 @@ class Intake:
         if count > self.max_images:
             raise InvalidRequest(f"the request holds {count} images, more than the {self.max_images} allowed; split it")
 
+    def _count_pixels(self) -> Admit:
+        """Return what admits the images of one request, each before it is unpacked."""
+        left = self._max_request_pixels
+
+        def admit(pixels: int) -> AbstractContextManager[object]:
+            nonlocal left
+            left -= pixels
+            if left < 0:
+                raise InvalidRequest(
+                    f"the request's images have more than the {self._max_request_pixels:,} pixels allowed; split it"
+                )
+            return self._room.take(pixels) if pixels > SMALL_PIXELS else nullcontext()
+
+        return admit
+
+    def _decode(self, data: bytes, index: int, size: tuple[int, int], admit: Admit) -> Images:
+        try:
+            return decode(data, size, max_pixels=self._max_image_pixels, admit=admit)
+        except InvalidImage as error:
+            raise InvalidRequest(f"image {index} {error}", image=index) from None
+
+
+class Room:
+    """Memory for so many pixels, which threads share; who finds too little left waits."""
+
+    def __init__(self, pixels: int) -> None:
+        """Begin with all of it free."""
+        self._pixels = self._free = pixels
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def take(self, pixels: int) -> Iterator[None]:
+        """Hold room for an image; one that is larger than the room takes all of it."""
+        taken = min(pixels, self._pixels)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= taken)
+            self._free -= taken
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += taken
+                self._changed.notify_all()
+
 
 def to_priority(number: int) -> int:
     """Return the priority that a request asks for; 0 asks for none.
@@ -87,10 +146,3 @@ def to_bytes(values: Iterable[int]) -> bytes:
         return bytes(values)
     except ValueError:
         raise InvalidRequest("the tensor has a value that is no uint8: they are from 0 to 255") from None
-
-
-def _decode(data: bytes, index: int, size: tuple[int, int]) -> Images:
-    try:
-        return decode(data, size)
-    except InvalidImage as error:
-        raise InvalidRequest(f"image {index} {error}", image=index) from None

@@ -166,7 +166,8 @@ def _find(models: Models, spec: pb.ModelSpec) -> Model:
             return models.find(spec.name, number)
         case "version_label":
             label = spec.version_label
-            if label.isascii() and label.isdecimal() and int(label):  # so does perf_analyzer name a version
+            # So does perf_analyzer name a version; Python refuses 4301 digits.
+            if label.isascii() and label.isdecimal() and len(label) < 20 and int(label):
                 return models.find(spec.name, int(label))
             return models.find(spec.name, label=label)
         case _:

@@ -1,10 +1,10 @@
-"""Who may ask, and who may listen in: TLS whose files may be replaced under way, client certificates, and a token."""
+"""Who may ask, and who may listen in: TLS whose files may be replaced under way, client certificates, and tokens."""
 
 from __future__ import annotations
 
 import hmac
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,13 @@ from typing import Any
 import grpc
 
 from resnet import BadInput
+from serving.guard import refuse
 from serving.logs import Tally
 
 OPEN = ("/grpc.health.v1.Health/",)  # probes have no token, and learn no more than whether the server is up
+# What changes the server for all others. Who is allowed to ask is not thereby allowed to do this.
+ADMIN = tuple(f"/inference.GRPCInferenceService/RepositoryModel{verb}" for verb in ("Load", "Unload"))
+NO_ADMIN = "this server loads and unloads no models by request: it was started without a token for administrators"
 
 log = logging.getLogger(__name__)
 
@@ -101,38 +105,68 @@ def read_token(path: Path) -> str:
     return token
 
 
-class TokenInterceptor(grpc.ServerInterceptor):
-    """Refuses calls that do not carry `authorization: Bearer TOKEN`; health checks need none."""
+def intercept(token: str | None, admin_token: str | None) -> list[grpc.ServerInterceptor]:
+    """Return what asks calls for tokens: nothing where there are none, for it would cost every call a little."""
+    return [TokenInterceptor(token, admin_token)] if token or admin_token else []
 
-    def __init__(self, token: str) -> None:
-        """Demand `token`."""
-        self._expected = f"Bearer {token}".encode()
+
+def closed(host: str, token: str | None, admin_token: str | None) -> Collection[str]:
+    """Return the methods that nobody may call: those for administrators, where there is no token for them.
+
+    A server for this machine only, which asks nobody for a token, leaves them open to whoever is on it.
+    """
+    return () if admin_token or (token is None and is_local(host)) else ADMIN
+
+
+class TokenInterceptor(grpc.ServerInterceptor):
+    """Refuses calls that do not carry `authorization: Bearer TOKEN`; health checks need none.
+
+    The token of administrators opens every method, the other one all but those in `ADMIN`.
+    """
+
+    def __init__(self, token: str | None, admin_token: str | None = None) -> None:
+        """Demand `token`, where it is not None, and of administrators `admin_token`."""
+        self._callers, self._admins = _expect(token), _expect(admin_token)
         self._refused = Tally(log, "refused calls without the right token: %d more, the last from %s")
 
     def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Any], details: grpc.HandlerCallDetails
     ) -> Any:
-        """Pass a call on, or answer UNAUTHENTICATED."""
-        handler = continuation(details)
-        if handler is None or details.method.startswith(OPEN):
-            return handler
+        """Pass a call on, or answer UNAUTHENTICATED or PERMISSION_DENIED."""
+        for_admins = details.method in ADMIN and bool(self._admins)
+        if details.method.startswith(OPEN) or not (self._callers or for_admins):
+            return continuation(details)
         given = next((value for key, value in details.invocation_metadata if key == "authorization"), "")
-        if hmac.compare_digest(given.encode() if isinstance(given, str) else given, self._expected):
-            return handler
-        if handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(self._refuse)
-        return grpc.unary_unary_rpc_method_handler(self._refuse)
-
-    def _refuse(self, _: Any, context: grpc.ServicerContext) -> Any:
-        self._refused.add(context.peer())
-        return context.abort(
-            grpc.StatusCode.UNAUTHENTICATED, "this server wants a token, in the metadata `authorization: Bearer TOKEN`"
+        given = given.encode() if isinstance(given, str) else given
+        if _holds(given, self._admins) or (not for_admins and _holds(given, self._callers)):
+            return continuation(details)
+        if for_admins and _holds(given, self._callers):
+            code, reason = grpc.StatusCode.PERMISSION_DENIED, "this method wants the token for administrators"
+            return refuse(code, reason, self._refused.add)
+        whose = " for administrators" if for_admins else ""
+        return refuse(
+            grpc.StatusCode.UNAUTHENTICATED,
+            f"this server wants a token{whose}, in the metadata `authorization: Bearer TOKEN`",
+            self._refused.add,
         )
+
+
+def _expect(token: str | None) -> bytes:
+    return f"Bearer {token}".encode() if token else b""
+
+
+def _holds(given: bytes, expected: bytes) -> bool:
+    return bool(expected) and hmac.compare_digest(given, expected)
+
+
+def is_local(host: str) -> bool:
+    """Say whether a server that listens on `host` is reached from this machine only."""
+    return host in ("localhost", "::1", "[::1]") or host.startswith(("127.", "unix:"))
 
 
 def warn_if_open(host: str, tls: Tls | None, token: str | None) -> None:
     """Say in the log what strangers could do."""
-    if host in ("localhost", "::1", "[::1]") or host.startswith(("127.", "unix:")):
+    if is_local(host):
         return
     if tls is None:
         log.warning("anybody on the way to %s can read what is asked and answered; --tls-cert encrypts it", host)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import grpc
 from google.protobuf.descriptor_pool import DescriptorPool
@@ -21,11 +20,13 @@ from protos.tensorflow_serving_pb2_grpc import (
     add_PredictionServiceServicer_to_server,
 )
 from resnet import BadInput
+from serving.guard import Guard
 from serving.inference import InferenceServicer, Repository
 from serving.intake import Intake
+from serving.limits import Limits
 from serving.models import Models
 from serving.prediction import ModelServicer, PredictionServicer
-from serving.security import Tls, TokenInterceptor
+from serving.security import NO_ADMIN, Tls, closed, intercept
 from serving.servicer import Servicer
 
 SERVICE = classifier_pb2.DESCRIPTOR.services_by_name["Classifier"].full_name
@@ -43,21 +44,6 @@ def _describe() -> DescriptorPool:
     return POOL
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a server takes on.
-
-    Attributes:
-        max_images: Images in one request.
-        max_message_bytes: Size of one request.
-        max_calls: Calls at a time; each has a thread while it runs, a further one is refused.
-    """
-
-    max_images: int = 256
-    max_message_bytes: int = 64 * 2**20
-    max_calls: int = 256
-
-
 class Server:
     """Serves models from when it is made until `stop`; as a context manager, until the end of the block."""
 
@@ -69,6 +55,7 @@ class Server:
         limits: Limits,
         tls: Tls | None = None,
         token: str | None = None,
+        admin_token: str | None = None,
         repository: Repository | None = None,
         interceptors: Sequence[grpc.ServerInterceptor] = (),
     ) -> None:
@@ -81,6 +68,8 @@ class Server:
             limits: What to take on.
             tls: Certificate and key; None is open text.
             token: What callers must give; None lets everybody ask.
+            admin_token: What those must give who load and unload models; None lets nobody, but for those on this
+                machine of a server that listens on it alone and has no `token`.
             repository: Loads and unloads models on request; None refuses to.
             interceptors: See the calls that are let in.
 
@@ -92,24 +81,29 @@ class Server:
         """Whether requests are taken."""
         self._server = grpc.server(
             ThreadPoolExecutor(limits.max_calls, thread_name_prefix="call"),
-            interceptors=[*([TokenInterceptor(token)] if token else []), *interceptors],
+            interceptors=[*intercept(token, admin_token), *interceptors],
             maximum_concurrent_rpcs=limits.max_calls,
             options=[
                 ("grpc.so_reuseport", 0),  # otherwise two servers may share a port, each with half of the requests
-                ("grpc.max_receive_message_length", limits.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
+                *limits.to_options(),
             ],
         )
-        intake = Intake(limits.max_images)
+        intake = Intake(
+            limits.max_images, limits.max_image_pixels, limits.max_request_pixels, limits.max_unpacked_pixels
+        )
+        guard: Any = Guard(self._server, closed(host, token, admin_token), NO_ADMIN)
         self._classifier = Servicer(models, intake)
-        add_ClassifierServicer_to_server(self._classifier, self._server)
-        add_GRPCInferenceServiceServicer_to_server(InferenceServicer(models, intake, self, repository), self._server)
-        add_PredictionServiceServicer_to_server(PredictionServicer(models, intake), self._server)
-        add_ModelServiceServicer_to_server(ModelServicer(models), self._server)
-        self._health = health.HealthServicer(experimental_non_blocking=True)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        add_ClassifierServicer_to_server(self._classifier, guard)
+        add_GRPCInferenceServiceServicer_to_server(InferenceServicer(models, intake, self, repository), guard)
+        add_PredictionServiceServicer_to_server(PredictionServicer(models, intake), guard)
+        add_ModelServiceServicer_to_server(ModelServicer(models), guard)
+        # Each watch has a thread, as every call. The other kind needs none, but never closes the stream of one that its
+        # client cancels; in the end the connection has no more to give.
+        self._health = health.HealthServicer(experimental_non_blocking=False)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, guard)
         reflection.enable_server_reflection(
-            (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server, pool=_describe()
+            (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), guard, pool=_describe()
         )
         try:
             bound = (

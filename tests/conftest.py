@@ -106,7 +106,8 @@ def probabilities(repository: Path, heldout: tuple[NDArray[np.uint8], NDArray[np
 def address(repository: Path) -> Iterator[str]:
     """A server of the model repository, on a free port."""
     from serving import models
-    from serving.server import Limits, Server
+    from serving.limits import Limits
+    from serving.server import Server
 
     model = models.load(repository / "digits" / "1", "cpu", max_batch=32, max_queue=1024)
     with Server(models.Models([model]), "127.0.0.1", 0, Limits()) as server:

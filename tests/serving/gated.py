@@ -14,8 +14,9 @@ from export import manifest
 from protos import classifier_pb2 as pb
 from serving import models
 from serving.engine import Images, Probabilities
+from serving.limits import Limits
 from serving.models import Model
-from serving.server import Limits, Server
+from serving.server import Server
 from tests.serving.test_batcher import GatedEngine
 
 

@@ -34,7 +34,8 @@ from serving.errors import (
     to_failure,
     to_trailers,
 )
-from serving.server import Limits, Server
+from serving.limits import Limits
+from serving.server import Server
 from serving.window import PORTION_IMAGES, PORTIONS
 from tests.serving import gated
 from tests.serving.gated import pixels

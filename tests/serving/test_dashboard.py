@@ -15,8 +15,9 @@ import pytest
 
 from serving import models
 from serving.client import Client
+from serving.limits import Limits
 from serving.metrics import MetricsServer
-from serving.server import Limits, Server
+from serving.server import Server
 
 METRIC = re.compile(r"\bresnet_\w+")
 

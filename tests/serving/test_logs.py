@@ -26,8 +26,9 @@ from serving import models
 from serving.client import Client
 from serving.engine import Images, Probabilities
 from serving.errors import REQUEST_ID, InternalError, NotFound
+from serving.limits import Limits
 from serving.logs import HumanFormatter, JsonFormatter, Tally
-from serving.server import Limits, Server
+from serving.server import Server
 from tests.serving.test_command import SERVE
 
 CALLS = "serving.calls"

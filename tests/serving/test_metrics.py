@@ -16,8 +16,9 @@ from resnet import BadInput
 from serving import models
 from serving.client import Client
 from serving.errors import InvalidRequest
+from serving.limits import Limits
 from serving.metrics import MetricsServer
-from serving.server import Limits, Server
+from serving.server import Server
 
 Heldout = tuple[NDArray[np.uint8], NDArray[np.int32]]
 

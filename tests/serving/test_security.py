@@ -2,81 +2,40 @@
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from numpy.typing import NDArray
 
 import resnet
+from benchmarks.certificates import Pair, issue
 from serving import client, models
 from serving.client import Client
 from serving.errors import Unauthenticated, Unavailable
-from serving.security import Tls
-from serving.server import Limits, Server
+from serving.guard import Guard
+from serving.limits import Limits
+from serving.security import ADMIN, NO_ADMIN, Tls, closed, intercept
+from serving.server import Server
 
 Images = NDArray[np.uint8]
 IMAGE: Images = np.zeros((1, 32, 32, 3), np.uint8)
-
-
-class Pair(NamedTuple):
-    """A certificate and its key."""
-
-    certificate: x509.Certificate
-    key: ec.EllipticCurvePrivateKey
-
-    def pem(self) -> tuple[bytes, bytes]:
-        """Return both as files hold them."""
-        return self.certificate.public_bytes(serialization.Encoding.PEM), self.key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-
-    def write(self, folder: Path, name: str) -> tuple[Path, Path]:
-        """Write both, and return where they are."""
-        paths = folder / f"{name}.crt", folder / f"{name}.key"
-        for path, content in zip(paths, self.pem(), strict=True):
-            path.write_bytes(content)
-        return paths
-
-
-def issue(name: str, authority: Pair | None = None) -> Pair:
-    """Return a certificate for this machine, of an authority or of itself."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    now = datetime.datetime.now(datetime.UTC)
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(authority.certificate.subject if authority else subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.BasicConstraints(ca=authority is None, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-    )
-    return Pair(builder.sign(authority.key if authority else key, hashes.SHA256()), key)
 
 
 @pytest.fixture
 def serve(repository: Path) -> Callable[..., Server]:
     """Starts a server of the digits."""
 
-    def start(tls: Tls | None = None, token: str | None = None) -> Server:
+    def start(tls: Tls | None = None, token: str | None = None, admin_token: str | None = None) -> Server:
         served = models.Models([models.load(repository / "digits" / "1", "cpu", max_batch=8, max_queue=64)])
-        return Server(served, "127.0.0.1", 0, Limits(), tls, token)
+        return Server(served, "127.0.0.1", 0, Limits(), tls, token, admin_token)
 
     return start
 
@@ -135,17 +94,19 @@ def test_several_encrypted_servers_have_one_name(
 
 
 def test_a_server_may_ask_for_certificates(serve: Callable[..., Server], tmp_path: Path) -> None:
-    """Of its own authority."""
+    """Of its own authority, and still valid."""
     authority, stranger = issue("authority"), issue("stranger")
     certificate, key = issue("server", authority).write(tmp_path, "server")
     (root, _) = authority.write(tmp_path, "authority")
     with serve(Tls(certificate, key, root)) as server:
         with Client(server.address, tls=trust(authority, issue("client", authority))) as connection:
             assert connection.classify(IMAGE).images
-        for own in (None, issue("client", stranger)):
+        for own in (None, issue("client", stranger), issue("client", authority, days=-1)):
             known = trust(authority, own)
             with Client(server.address, tls=known, retries=0) as connection, pytest.raises(Unavailable):
                 connection.classify(IMAGE, timeout=20)
+        with Client(server.address, tls=trust(authority, issue("client", authority))) as connection:
+            assert connection.classify(IMAGE).images
 
 
 def test_a_token_opens_every_protocol_and_health_needs_none(serve: Callable[..., Server]) -> None:
@@ -169,6 +130,90 @@ def test_a_token_opens_every_protocol_and_health_needs_none(serve: Callable[...,
         assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED  # type: ignore[attr-defined]
         health = health_pb2_grpc.HealthStub(channel)
         assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+
+
+LOAD, UNLOAD, INDEX = ADMIN[0], ADMIN[1], "/inference.GRPCInferenceService/RepositoryIndex"
+
+
+def ask(address: str, path: str, token: str | None) -> str:
+    """Return the status of a call with an empty request."""
+    with grpc.insecure_channel(address) as channel:
+        call: Any = channel.unary_unary(path)
+        metadata = [("authorization", f"Bearer {token}")] if token else []
+        try:
+            call(b"", metadata=metadata)
+        except grpc.RpcError as error:
+            return str(error.code().name)  # type: ignore[attr-defined]
+        return "OK"
+
+
+@pytest.fixture
+def repositories() -> Iterator[Callable[..., str]]:
+    """Starts servers of nothing but the methods of model repositories, which answer everything."""
+    servers: list[grpc.Server] = []
+
+    def start(token: str | None, admin_token: str | None, host: str) -> str:
+        server = grpc.server(ThreadPoolExecutor(2), interceptors=intercept(token, admin_token))
+        answer = grpc.unary_unary_rpc_method_handler(lambda _, __: b"", request_deserializer=bytes)
+        names = [path.rpartition("/")[2] for path in (LOAD, UNLOAD, INDEX)]
+        guard = Guard(server, closed(host, token, admin_token), NO_ADMIN)
+        guard.add_registered_method_handlers("inference.GRPCInferenceService", dict.fromkeys(names, answer))
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        servers.append(server)
+        return f"127.0.0.1:{port}"
+
+    yield start
+    for server in servers:
+        server.stop(0)
+
+
+@pytest.mark.parametrize(
+    ("token", "admin_token", "given", "load", "index"),
+    [
+        # Nobody loads models where nobody was made an administrator.
+        (None, None, None, "PERMISSION_DENIED", "OK"),
+        (None, None, "a", "PERMISSION_DENIED", "OK"),
+        ("t", None, None, "UNAUTHENTICATED", "UNAUTHENTICATED"),
+        ("t", None, "t", "PERMISSION_DENIED", "OK"),
+        (None, "a", None, "UNAUTHENTICATED", "OK"),
+        (None, "a", "t", "UNAUTHENTICATED", "OK"),
+        (None, "a", "a", "OK", "OK"),
+        ("t", "a", None, "UNAUTHENTICATED", "UNAUTHENTICATED"),
+        ("t", "a", "x", "UNAUTHENTICATED", "UNAUTHENTICATED"),
+        ("t", "a", "t", "PERMISSION_DENIED", "OK"),
+        ("t", "a", "a", "OK", "OK"),
+    ],
+)
+def test_models_are_loaded_by_administrators_only(
+    token: str | None,
+    admin_token: str | None,
+    given: str | None,
+    load: str,
+    index: str,
+    repositories: Callable[..., str],
+) -> None:
+    """What is there may be read by all who may ask."""
+    address = repositories(token, admin_token, "0.0.0.0")
+    assert [ask(address, path, given) for path in (LOAD, UNLOAD, INDEX)] == [load, load, index]
+
+
+@pytest.mark.parametrize(("token", "load"), [(None, "OK"), ("t", "PERMISSION_DENIED")])
+def test_whoever_is_on_the_machine_of_a_private_server_is_its_administrator(
+    token: str | None, load: str, repositories: Callable[..., str]
+) -> None:
+    """Unless it asks for a token: then that is not enough."""
+    assert ask(repositories(token, None, "127.0.0.1"), LOAD, token) == load
+
+
+def test_a_server_has_administrators(serve: Callable[..., Server]) -> None:
+    """Their token is asked for before all else, and opens what the other one opens."""
+    with serve(token="open-sesame", admin_token="open-wide") as server:
+        for token, code in ((None, "UNAUTHENTICATED"), ("open-sesame", "PERMISSION_DENIED")):
+            assert ask(server.address, LOAD, token) == code
+        assert ask(server.address, LOAD, "open-wide") not in ("UNAUTHENTICATED", "PERMISSION_DENIED")
+        with Client(server.address, token="open-wide") as connection:
+            assert connection.classify(IMAGE).images
 
 
 def test_the_command_line_classifies_with_certificates_and_token(

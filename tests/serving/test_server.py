@@ -23,7 +23,8 @@ from resnet import BadInput
 from serving import errors, models
 from serving.client import AsyncClient, Client
 from serving.engine import Images, Probabilities
-from serving.server import SERVICE, Limits, Server
+from serving.limits import Limits
+from serving.server import SERVICE, Server
 from tests.conftest import edit_manifest
 from tests.serving.test_batcher import GatedEngine
 

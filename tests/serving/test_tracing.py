@@ -25,8 +25,9 @@ from protos.classifier_pb2_grpc import ClassifierStub
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving import models
 from serving.engine import Images
+from serving.limits import Limits
 from serving.logs import JsonFormatter
-from serving.server import Limits, Server
+from serving.server import Server
 from serving.statistics import Request
 from serving.tracing import Tracing
 from tests.serving.test_command import SERVE

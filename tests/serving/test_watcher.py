@@ -25,8 +25,9 @@ from export import repository as repositories
 from resnet import BadInput
 from serving import models, policy
 from serving.client import Client
+from serving.limits import Limits
 from serving.policy import ALL, Policy
-from serving.server import Limits, Server
+from serving.server import Server
 from serving.watcher import Watcher
 from tests.conftest import edit_manifest
 from tests.serving.test_command import SERVE

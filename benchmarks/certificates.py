@@ -1,0 +1,52 @@
+"""Certificates for a minute: of an authority, of a stranger, and one that has expired."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+from pathlib import Path
+from typing import NamedTuple
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+
+class Pair(NamedTuple):
+    """A certificate and its key."""
+
+    certificate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey
+
+    def pem(self) -> tuple[bytes, bytes]:
+        """Return both as files hold them."""
+        return self.certificate.public_bytes(serialization.Encoding.PEM), self.key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+
+    def write(self, folder: Path, name: str) -> tuple[Path, Path]:
+        """Write both, and return where they are."""
+        paths = folder / f"{name}.crt", folder / f"{name}.key"
+        for path, content in zip(paths, self.pem(), strict=True):
+            path.write_bytes(content)
+        return paths
+
+
+def issue(name: str, authority: Pair | None = None, days: float = 1) -> Pair:
+    """Return a certificate for this machine, of an authority or of itself, that ends in so many days."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.datetime.now(datetime.UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(authority.certificate.subject if authority else subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=2))
+        .not_valid_after(now + datetime.timedelta(days=days))
+        .add_extension(x509.BasicConstraints(ca=authority is None, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+    )
+    return Pair(builder.sign(authority.key if authority else key, hashes.SHA256()), key)
