@@ -67,7 +67,8 @@ class Config(Limits):
     tls_client_ca: Path | None = option(None, "ask clients for certificates of this CA")
     token_file: Path | None = option(None, "ask callers for the token in this file")
     admin_token_file: Path | None = option(
-        None, "ask whoever loads or unloads models by request for the token in this file; without it only a server for this machine obeys"
+        None,
+        "ask whoever loads or unloads models by request for the token in this file; without it only a server for this machine obeys",
     )
     watch: float = option(
         5.0, "seconds between looks for new versions; 0 looks on SIGHUP only", low=0, high=threading.TIMEOUT_MAX
