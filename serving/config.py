@@ -68,7 +68,8 @@ class Config(Limits):
     token_file: Path | None = option(None, "ask callers for the token in this file")
     admin_token_file: Path | None = option(
         None,
-        "ask whoever loads or unloads models by request for the token in this file; without it only a server for this machine obeys",
+        "ask whoever loads or unloads models by request for the token in this file; "
+        "without it, a server for more than this machine, or with --token-file, refuses to",
     )
     watch: float = option(
         5.0, "seconds between looks for new versions; 0 looks on SIGHUP only", low=0, high=threading.TIMEOUT_MAX
