@@ -53,6 +53,15 @@ class Wire:
         except ConnectionError:
             return
 
+    def await_answers(self, count: int) -> None:
+        """Read until so many streams have had a message: until then a server may not have taken them on."""
+        waiting = count
+        for frame in self.frames():
+            waiting -= frame.kind == DATA
+            if not waiting:
+                return
+        raise ConnectionError("the connection was closed")
+
     def close(self) -> None:
         """Close the connection."""
         self._socket.close()

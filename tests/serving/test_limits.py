@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from benchmarks import wire
 from benchmarks.bombs import draw
-from benchmarks.wire import Wire, explain_goaway, pack_headers
+from benchmarks.wire import Wire, explain_goaway, pack_headers, pack_message
 from protos import POOL, inference_pb2
 from protos import classifier_pb2 as pb
 from serving import models
@@ -152,16 +152,15 @@ def test_a_connection_has_so_many_streams(serve: Callable[..., str]) -> None:
 
 def test_there_are_so_many_calls(serve: Callable[..., str]) -> None:
     """One more is refused, until one ends: also by its client's death."""
-    address = serve(max_calls=2)
-    with grpc.insecure_channel(address) as channel, Wire(address) as connection:
-        for number in range(2):
-            connection.send(wire.HEADERS, wire.END_HEADERS, 2 * number + 1, pack_headers(STREAM))
-        while (answer := finish(channel, CLASSIFY, GOOD))[0] == "OK":
-            pass  # what was opened is not there at once
-        assert answer == ("RESOURCE_EXHAUSTED", "Concurrent RPC limit exceeded!")
-        connection.close()
+    with grpc.insecure_channel(address := serve(max_calls=2)) as channel:
+        with Wire(address) as connection:
+            for stream in (1, 3):
+                connection.send(wire.HEADERS, wire.END_HEADERS, stream, pack_headers(STREAM))
+                connection.send(wire.DATA, 0, stream, pack_message(b""))
+            connection.await_answers(2)
+            assert finish(channel, CLASSIFY, GOOD) == ("RESOURCE_EXHAUSTED", "Concurrent RPC limit exceeded!")
         while finish(channel, CLASSIFY, GOOD)[0] != "OK":
-            pass
+            pass  # the server learns of it in a moment
 
 
 def test_there_are_so_many_connections(serve: Callable[..., str]) -> None:
