@@ -14,8 +14,6 @@ import time
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-LONGEST = 1000  # characters of a message: a sentence may quote what the caller sent
-
 
 def start(style: Literal["human", "json"], level: str) -> None:
     """Log to stderr from now on: from this server what is at least `level`, from libraries what is at least info."""
@@ -31,7 +29,7 @@ def start(style: Literal["human", "json"], level: str) -> None:
 def log_fields(log: logging.Logger, level: int, message: str, error: Exception | None = None, **fields: Any) -> None:
     """Log a message with what is known beside it; fields that are empty are left out."""
     known = {name: value for name, value in fields.items() if value not in ("", None)}
-    log.log(level, "%s", message[:LONGEST], exc_info=error, extra={"fields": known})
+    log.log(level, "%s", message, exc_info=error, extra={"fields": known})
 
 
 class HumanFormatter(logging.Formatter):

@@ -25,7 +25,7 @@ from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving import models
 from serving.client import Client
 from serving.engine import Images, Probabilities
-from serving.errors import REQUEST_ID, InternalError, NotFound
+from serving.errors import MAX_MESSAGE, REQUEST_ID, InternalError, NotFound
 from serving.limits import Limits
 from serving.logs import HumanFormatter, JsonFormatter, Tally
 from serving.server import Server
@@ -142,9 +142,9 @@ def test_an_answered_call_is_a_line_at_level_debug_only(
 
 
 def test_a_long_message_is_cut(address: str, lines: Lines) -> None:
-    """A caller cannot fill the disk with one request."""
+    """As its sentence is on the wire: a caller cannot fill the disk with one request."""
     fail(address, request=pb.ClassifyRequest(model="x" * 5000))
-    assert len(lines.take()[0]["message"]) == 1000
+    assert len(lines.take()[0]["message"]) == MAX_MESSAGE + len("...")
 
 
 class Broken:
