@@ -14,6 +14,7 @@ import asyncio
 import io
 import queue
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -139,7 +140,9 @@ def _triton_infer(subject: _Subject) -> Iterator[tuple[str, Callable[[], str]]]:
 
     def callback() -> str:
         answers: queue.Queue[Any] = queue.Queue()
-        client.async_infer(name, subject.tensor(pixels[:1], "UINT8"), lambda *found: answers.put(found))
+        client.async_infer(
+            name, subject.tensor(pixels[:1], "UINT8"), lambda result, error: answers.put((result, error))
+        )
         result, error = answers.get(timeout=30)
         return _expect(error is None and result.as_numpy(subject.output).shape == (1, subject.classes), "a callback")
 
@@ -152,7 +155,7 @@ def _triton_infer(subject: _Subject) -> Iterator[tuple[str, Callable[[], str]]]:
 
     def stream() -> str:
         answers: queue.Queue[Any] = queue.Queue()
-        client.start_stream(lambda *found: answers.put(found))
+        client.start_stream(lambda result, error: answers.put((result, error)))
         for model, identity in ((name, "a"), ("no-such-model", "b"), (name, "c")):
             client.async_stream_infer(model, subject.tensor(pixels[:1], "UINT8"), request_id=identity)
         first, failure, last = (answers.get(timeout=30) for _ in range(3))
@@ -309,4 +312,7 @@ def _grpc(subject: _Subject) -> Iterator[Check]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except CheckFailed as error:
+        sys.exit(f"error: {error}")

@@ -147,14 +147,6 @@ def test_a_bad_request_has_its_code_and_one_sentence(kind: str, address: str) ->
         assert len(stub.Classify(GOOD).classifications) == 1
 
 
-def test_garbage_on_the_wire_does_not_harm_the_server(address: str) -> None:
-    """Bytes that are no request get an error."""
-    with grpc.insecure_channel(address) as channel:
-        with pytest.raises(grpc.RpcError):
-            channel.unary_unary(f"/{SERVICE}/Classify")(b"\xff\xff\xff")
-        assert ClassifierStub(channel).Classify(GOOD).version == 1
-
-
 def test_the_image_at_fault_is_told_by_its_index(client: Client, png: Callable[[NDArray[np.uint8]], bytes]) -> None:
     """In the message for people, and as a number for programs."""
     good = png(np.zeros((32, 32, 3), np.uint8))
