@@ -216,8 +216,8 @@ def test_a_server_that_stops_answers_and_ends_its_streams(server: Gated, talk: T
 
 
 def test_a_stream_is_read_ahead_so_far(repository: Path) -> None:
-    """The queue would refuse one request more; none is refused, however fast the client sends."""
-    with gated.start(repository, max_batch=1, max_queue=READ_AHEAD - 1) as server, Talk(server.address) as talk:
+    """The queue takes no more than that; none is refused, however fast the client sends."""
+    with gated.start(repository, max_batch=1, max_queue=READ_AHEAD) as server, Talk(server.address) as talk:
         talk.send(*(ask(number, number % 250) for number in range(4 * READ_AHEAD)))
         talk.half_close()
         server.await_queued(READ_AHEAD - 1)
