@@ -14,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -143,4 +144,7 @@ class _Witness:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except CheckFailed as error:
+        sys.exit(f"error: {error}")

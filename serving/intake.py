@@ -30,7 +30,7 @@ class Intake:
         max_request_pixels: int = 8 * MAX_PIXELS,
         max_pixels: int = 2 * MAX_PIXELS,
     ) -> None:
-        """Set the limits; they are those of `serving.server.Limits`."""
+        """Set the limits; they are those of `serving.limits.Limits`."""
         self.max_images = max_images
         self._max_image_pixels, self._max_request_pixels = max_image_pixels, max_request_pixels
         self._room = Room(max_pixels)
