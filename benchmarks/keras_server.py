@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from serving import models
+from serving.batching import Batching
 from serving.engine import Images, Probabilities
 from serving.limits import Limits
 from serving.server import Server
@@ -46,8 +47,8 @@ def main() -> None:
     engine = KerasEngine(args.version / "model.keras")
     about = models.read_checked(args.version)
     served = [
-        models.start(about, engine, max_batch=32, max_queue=1024),
-        models.start(msgspec.structs.replace(about, model=UNBATCHED), engine, max_batch=1, max_queue=1024),
+        models.start(about, engine, Batching()),
+        models.start(msgspec.structs.replace(about, model=UNBATCHED), engine, Batching(max_batch=1)),
     ]
     with Server(models.Models(served), "127.0.0.1", 0, Limits()) as server:
         print(f"serving on {server.address}", flush=True)

@@ -177,7 +177,7 @@ def start(folder: Path, kind: str, temporary: Path) -> Iterator[tuple[Target, in
 
 def serve(folder: str, kind: str, temporary: str) -> None:
     """Serve until SIGTERM: `open` with tokens, `impatient` with short times, `tls` with certificates."""
-    loaded = [models.load(repository.latest(name), "cpu", 32, 1024) for name in repository.models(Path(folder))]
+    loaded = [models.load(repository.latest(name), "cpu") for name in repository.models(Path(folder))]
     paths = [Path(temporary) / name for name in ("server.crt", "server.key", "authority.crt")]
     server = Server(
         models.Models(loaded),

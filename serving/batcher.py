@@ -1,9 +1,11 @@
 """Continuous batching: each time the engine is free, whatever waits becomes the next batch.
 
-There is no timer. Whoever finds the engine free leads: it takes the batch, runs it and hands the lead to the first of
-the requests that came meanwhile. A request whose caller waits (`submit`) leads on the caller's thread: a lone one
-changes no thread, and under load the running batch is the timer that fills the next one. A request that no thread waits
-for (`post`) is led by one thread of the batcher's own, which is not there before the first of them.
+There is no timer, unless one is asked for. A thread leads as long as there is work: it takes a batch, computes it, and
+takes the next. It answers a batch by itself when nothing waits, so that a lone request changes threads once; else
+another thread answers while the engine goes on, because the engine is what there is least of.
+
+What is let in is decided by what it costs. The queue is bounded in images and in milliseconds of work, and a request
+that could not be answered in time is refused at once.
 """
 
 from __future__ import annotations
@@ -19,8 +21,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from serving.batching import Batching
+from serving.cost import CostCurve
 from serving.engine import Images, Probabilities
 from serving.errors import Cancelled, DeadlineExceeded, InternalError, Overloaded, ServingError, Unavailable
+from serving.goal import Goal
 
 PRIORITIES, DEFAULT_PRIORITY = (1, 2, 3), 2  # 1 comes first
 
@@ -47,19 +52,14 @@ Outcome = Answer | ServingError
 
 
 class _Job:
-    """One waiting request: `done` takes what becomes of it; `lead` has somebody lead, once it is the first in line."""
+    """One waiting request: `done` takes what becomes of it."""
 
-    __slots__ = ("alive", "arrived", "deadline", "done", "images", "lead")
+    __slots__ = ("alive", "arrived", "deadline", "done", "images")
 
     def __init__(
-        self,
-        images: Images,
-        deadline: float,
-        alive: Callable[[], bool],
-        done: Callable[[Outcome], None],
-        lead: Callable[[], object],
+        self, images: Images, deadline: float, alive: Callable[[], bool], done: Callable[[Outcome], None]
     ) -> None:
-        self.images, self.deadline, self.alive, self.done, self.lead = images, deadline, alive, done, lead
+        self.images, self.deadline, self.alive, self.done = images, deadline, alive, done
         self.arrived = time.perf_counter_ns()
 
     def refusal(self) -> ServingError | None:
@@ -72,27 +72,41 @@ class _Job:
 
 
 class Batcher:
-    """Runs the requests of many threads through one engine, in batches: by priority, and then in order of arrival."""
+    """Runs the requests of many callers through one engine, in batches: by priority, and then in order of arrival."""
 
-    def __init__(self, run: Callable[[Images], Probabilities], max_batch: int = 32, max_queue: int = 1024) -> None:
+    def __init__(
+        self,
+        run: Callable[[Images], Probabilities],
+        batching: Batching = Batching(),
+        curve: CostCurve | None = None,
+        lanes: int = 1,
+    ) -> None:
         """Start empty.
 
         Args:
-            run: Maps uint8 [n, height, width, 3] to float32 [n, classes]; called by one thread at a time.
-            max_batch: Images up to which requests share a call of `run`; one that has more is computed alone.
-            max_queue: Images that may wait; a request that would go beyond is refused at once.
+            run: Maps uint8 [n, height, width, 3] to float32 [n, classes].
+            batching: How to work. A request with more images than a batch is computed alone.
+            curve: What a batch costs, as far as it is known; every batch adds to it.
+            lanes: Calls of `run` that may be under way at a time, each on a thread of its own.
         """
-        self._run, self._max_batch, self._max_queue = run, max_batch, max_queue
+        self._run, self._lanes, self._max_queue = run, lanes, batching.max_queue
+        self._max_queue_ns, self._linger_ns = batching.max_queue_ms * 1e6, batching.linger_ms * 1e6
+        self.curve = curve or CostCurve()
+        """What batches cost."""
+        self._max_batch = self.curve.best(batching.max_batch)
+        self._goal = Goal(batching.target_p99_ms, self.curve) if batching.target_p99_ms else None
         self._lock = threading.Lock()
-        self._idle = threading.Condition(self._lock)
+        self._idle, self._came = threading.Condition(self._lock), threading.Condition(self._lock)
         self._queue: list[tuple[int, int, _Job]] = []  # a heap: by priority, then as they came
         self._numbers = itertools.count()
         self.queued = 0
         """Images that wait now."""
-        self._led = False  # whether some thread leads
+        self._leads = 0
+        self._answering = 0  # batches
+        self._free_ns = 0  # when the batches under way will be done, on the clock of arrivals
         self._closed = False
-        self._ns_per_image = 0.0
-        self._own = ThreadPoolExecutor(1, thread_name_prefix="lead")  # its thread ends with the batcher
+        self._leaders = ThreadPoolExecutor(lanes, thread_name_prefix="lead")  # their threads end with the batcher
+        self._answerer = ThreadPoolExecutor(1, thread_name_prefix="answer")
 
     def submit(
         self,
@@ -101,7 +115,7 @@ class Batcher:
         alive: Callable[[], bool] = lambda: True,
         priority: int = DEFAULT_PRIORITY,
     ) -> Answer:
-        """Compute the images of one request, and wait for it.
+        """Have the images of one request computed, and wait for it.
 
         Args:
             images: uint8 [n, height, width, 3], at least one.
@@ -110,9 +124,10 @@ class Batcher:
             priority: One of `PRIORITIES`: as long as others wait, a lower number goes before a higher one.
 
         Raises:
-            Overloaded: The queue is full.
+            Overloaded: The queue is full, or too long for the deadline or the latency that is the goal.
             Unavailable: The batcher was closed.
-            DeadlineExceeded: The deadline passed while the request waited; nothing was computed.
+            DeadlineExceeded: The deadline is too near for the computation alone, or passed while the request waited;
+                nothing was computed.
             Cancelled: `alive` said no; nothing was computed.
             InternalError: The engine failed on the batch.
         """
@@ -125,13 +140,11 @@ class Batcher:
             outcome = result
             turn.release()
 
-        self._enqueue(_Job(images, deadline, alive, done, lead=turn.release), priority)
+        self.post(images, done, deadline, alive, priority)
         turn.acquire()
-        while outcome is None:  # it is to lead; more than once, if others of a higher priority fill the batch
-            self._lead()
-            turn.acquire()
         if isinstance(outcome, Answer):
             return outcome
+        assert outcome is not None
         raise outcome
 
     def post(
@@ -153,80 +166,99 @@ class Batcher:
             priority: As in `submit`.
 
         Raises:
-            Overloaded: The queue is full.
+            Overloaded: As in `submit`.
             Unavailable: The batcher was closed.
+            DeadlineExceeded: The deadline is too near for the computation alone.
         """
-        self._enqueue(_Job(images, deadline, alive, done, lead=self._lead_apart), priority)
+        job = _Job(images, deadline, alive, done)
+        with self._lock:
+            self._admit(job)
+            heapq.heappush(self._queue, (priority, next(self._numbers), job))
+            self.queued += len(images)
+            leads = self._leads < self._lanes
+            self._leads += leads
+            if self._linger_ns:
+                self._came.notify_all()
+        if leads:
+            self._leaders.submit(self._lead)
 
     def close(self) -> None:
         """Refuse further requests; those that wait are still computed."""
         with self._lock:
             self._closed = True
+            self._came.notify_all()  # nobody is to be waited for
 
     def drain(self, seconds: float) -> bool:
         """Wait until nothing is computed and nothing waits; return whether it came to that within `seconds`."""
         with self._lock:
-            return self._idle.wait_for(lambda: not self._led, seconds)
+            return self._idle.wait_for(lambda: not self._leads and not self._answering, seconds)
 
-    def _enqueue(self, job: _Job, priority: int) -> None:
-        with self._lock:
-            if self._closed:
-                raise Unavailable("the server is shutting down")
-            if self.queued + len(job.images) > self._max_queue:
-                wait_ms = 1 + int(self.queued * self._ns_per_image / 1e6)
-                raise Overloaded(
-                    f"{self.queued} images are waiting, {len(job.images)} more would exceed the "
-                    f"{self._max_queue} allowed",
-                    retry_ms=wait_ms,
-                )
-            heapq.heappush(self._queue, (priority, next(self._numbers), job))
-            self.queued += len(job.images)
-            leads, self._led = not self._led, True
-        if leads:
-            job.lead()
+    def _admit(self, job: _Job) -> None:
+        """Raise what keeps a request out, if anything does."""
+        if self._closed:
+            raise Unavailable("the server is shutting down")
+        images, wait_ns = len(job.images), self._wait_ns(job.arrived)
+        retry_ms = 1 + int(wait_ns / 1e6)
+        if self.queued + images > self._max_queue:
+            raise Overloaded(
+                f"{self.queued} images are waiting, {images} more would exceed the {self._max_queue} allowed", retry_ms
+            )
+        if not self._leads:
+            return  # an idle engine turns nothing down: what a batch really takes, only a batch can tell
+        if wait_ns > self._max_queue_ns:
+            allowed = f"{self._max_queue_ns / 1e6:g} ms"
+            raise Overloaded(f"{wait_ns / 1e6:.0f} ms of work are waiting, more than the {allowed} allowed", retry_ms)
+        own_ns = self.curve.ns(images)
+        if self._goal and wait_ns + own_ns > self._goal.allowed_ns:
+            raise Overloaded(
+                f"the answer would take {(wait_ns + own_ns) / 1e6:.0f} ms, too long for the server's goal", retry_ms
+            )
+        if job.deadline == float("inf"):
+            return
+        left_ns = (job.deadline - time.monotonic()) * 1e9
+        if own_ns > left_ns:
+            raise DeadlineExceeded(f"to compute takes {own_ns / 1e6:.0f} ms, {max(0, left_ns) / 1e6:.0f} ms are left")
+        if wait_ns + own_ns > left_ns:
+            raise Overloaded(
+                f"the answer would take {(wait_ns + own_ns) / 1e6:.0f} ms, {left_ns / 1e6:.0f} ms are left", retry_ms
+            )
 
-    def _lead_apart(self) -> None:
-        self._own.submit(self._lead)
+    def _wait_ns(self, now: int) -> float:
+        """Return how long what is there already will keep the engine."""
+        full, rest = divmod(self.queued, self._max_batch)
+        waiting = full * self.curve.ns(self._max_batch) + (self.curve.ns(rest) if rest else 0)
+        return (waiting + max(0, self._free_ns - now)) / self._lanes
 
     def _lead(self) -> None:
-        """Compute one batch, then pass the lead on."""
-        batch, refused = self._take()
-        started = time.perf_counter_ns()
-        try:
+        """Compute batches as long as there are requests."""
+        while True:
+            batch, refused = self._take()
+            if not batch and not refused:
+                return
+            started = time.perf_counter_ns()
             probabilities = self._compute(batch)
-        except Exception:
-            log.exception("the engine failed on a batch of %d requests", len(batch))
-            probabilities = None
-        finished = time.perf_counter_ns()
-        # The next batch starts before this one's answers are built: the engine is what there is least of.
-        with self._lock:
-            if batch:
-                self._ns_per_image = (finished - started) / sum(len(job.images) for job in batch)
-            first = self._queue[0][-1] if self._queue else None
-            if first is None:
-                self._led = False
-                self._idle.notify_all()
-        if first is not None:
-            first.lead()
-        for job, error in refused:
-            job.done(error)
-        size = sum(len(job.images) for job in batch)
-        start = 0
-        for job in batch:
-            stop = start + len(job.images)
-            if probabilities is None:
-                job.done(InternalError("the engine failed; the server's log has the details"))
+            took = time.perf_counter_ns() - started
+            answer = (batch, refused, probabilities, started, took)
+            with self._lock:
+                others = bool(self._queue or self._answering)  # also keeps the order of answers
+                self._answering += 1
+            if others:
+                self._answerer.submit(self._answer, *answer)
             else:
-                job.done(Answer(probabilities[start:stop], started - job.arrived, finished - started, size))
-            start = stop
+                self._answer(*answer)
 
     def _take(self) -> tuple[list[_Job], list[tuple[_Job, ServingError]]]:
-        """Take whole requests from the queue, up to `max_batch` images, leaving out those nobody waits for."""
+        """Take whole requests from the queue, up to a batch, leaving out those nobody waits for; give up the lead if
+        there are none.
+        """
         batch: list[_Job] = []
         refused: list[tuple[_Job, ServingError]] = []
         size = 0
         with self._lock:
-            while self._queue and (not batch or size + len(self._queue[0][-1].images) <= self._max_batch):
+            limit = min(self._max_batch, self._goal.batch) if self._goal else self._max_batch
+            if self._linger_ns:
+                self._linger(limit)
+            while self._queue and (not batch or size + len(self._queue[0][-1].images) <= limit):
                 _, _, job = heapq.heappop(self._queue)
                 self.queued -= len(job.images)
                 error = job.refusal()
@@ -235,13 +267,59 @@ class Batcher:
                 else:
                     batch.append(job)
                     size += len(job.images)
+            if batch:
+                self._free_ns = time.perf_counter_ns() + int(self.curve.ns(size))
+            elif not refused:
+                self._leads -= 1
+                self._idle.notify_all()
         return batch, refused
 
+    def _linger(self, limit: int) -> None:
+        """Wait for a full batch, as long as the first of those that wait may be kept waiting; the lock is held."""
+        while self._queue and self.queued < limit and not self._closed:
+            left = self._linger_ns - (time.perf_counter_ns() - min(job.arrived for _, _, job in self._queue))
+            if left <= 0:
+                return
+            self._came.wait(left / 1e9)
+
     def _compute(self, batch: list[_Job]) -> Probabilities | None:
+        """Return the probabilities of a batch; None if there are none because the engine failed."""
         if not batch:
             return None
-        images = batch[0].images if len(batch) == 1 else np.concatenate([job.images for job in batch])
-        probabilities = self._run(images)
-        if len(probabilities) != len(images):
-            raise RuntimeError(f"the engine returned {len(probabilities)} rows for {len(images)} images")
+        try:
+            images = batch[0].images if len(batch) == 1 else np.concatenate([job.images for job in batch])
+            probabilities = self._run(images)
+            if len(probabilities) != len(images):
+                raise RuntimeError(f"the engine returned {len(probabilities)} rows for {len(images)} images")
+        except Exception:
+            log.exception("the engine failed on a batch of %d requests", len(batch))
+            return None
         return probabilities
+
+    def _answer(
+        self,
+        batch: list[_Job],
+        refused: list[tuple[_Job, ServingError]],
+        probabilities: Probabilities | None,
+        started: int,
+        took: int,
+    ) -> None:
+        """Tell those whose requests were taken what became of them."""
+        for job, error in refused:
+            job.done(error)
+        size = sum(len(job.images) for job in batch)
+        if probabilities is not None:
+            self.curve.learn(size, took)
+        start = 0
+        for job in batch:
+            stop = start + len(job.images)
+            if probabilities is None:
+                job.done(InternalError("the engine failed; the server's log has the details"))
+            else:
+                job.done(Answer(probabilities[start:stop], started - job.arrived, took, size))
+                if self._goal:
+                    self._goal.learn(started - job.arrived + took)
+            start = stop
+        with self._lock:
+            self._answering -= 1
+            self._idle.notify_all()

@@ -1,4 +1,9 @@
-"""What every call has in common, whichever protocol it speaks: how long it may take, and how a failure is told."""
+"""What every call has in common, whichever protocol it speaks: how long it may take, and how a failure is told.
+
+What is computed for a request is `Work`: a generator that checks the request, yields the `Job` for the batcher, takes
+its answer and returns the response. So the same lines serve whoever waits for the answer on a thread of his own, and
+whoever is told of it on another.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +11,62 @@ import functools
 import logging
 import secrets
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple, TypeVar
 
 import grpc
 
+from serving.batcher import DEFAULT_PRIORITY, Answer, Batcher, Outcome
+from serving.engine import Images
 from serving.errors import REQUEST_ID, InternalError, ServingError, to_trailers
 from serving.logs import log_fields
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
+Response = TypeVar("Response")
 
 LONGEST_ID = 128
 
 log = logging.getLogger(__name__)
+
+
+class Job(NamedTuple):
+    """What is to be computed for a request; the attributes are those of `Batcher.submit`."""
+
+    batcher: Batcher
+    images: Images
+    deadline: float = float("inf")
+    priority: int = DEFAULT_PRIORITY
+
+
+Work = Generator[Job, Answer, Response]
+
+
+def finish(work: Work[Response], outcome: Outcome) -> Response:
+    """Give work its answer, or the error that took its place, and return the response.
+
+    Raises:
+        ServingError: The error.
+    """
+    try:
+        if isinstance(outcome, Answer):
+            work.send(outcome)
+        else:
+            work.throw(outcome)
+    except StopIteration as end:
+        response: Response = end.value
+        return response
+    raise AssertionError("a request is computed once")
+
+
+def answer(work: Work[Response], context: grpc.ServicerContext) -> Response:
+    """Do all of some work, and wait for it."""
+    job = next(work)
+    outcome: Outcome
+    try:
+        outcome = job.batcher.submit(job.images, job.deadline, context.is_active, job.priority)
+    except ServingError as error:
+        outcome = error
+    return finish(work, outcome)
 
 
 def tells_failures(handler: Handler) -> Handler:
@@ -32,8 +80,7 @@ def tells_failures(handler: Handler) -> Handler:
         except Exception as error:
             refusal = report(error, name_method(servicer, handler), context, started)
         else:
-            if log.isEnabledFor(logging.DEBUG):
-                _log(logging.DEBUG, "answered", name_method(servicer, handler), "OK", find_request_id(context), started)
+            log_answered(name_method(servicer, handler), context, started)
             return response
         context.set_trailing_metadata(to_trailers(refusal))
         return context.abort(refusal.code, str(refusal))
@@ -68,6 +115,12 @@ def report(error: Exception, method: str, context: grpc.ServicerContext, started
         version=refusal.version or None,
     )
     return refusal
+
+
+def log_answered(method: str, context: grpc.ServicerContext, started: int) -> None:
+    """Log that a request was answered, where that is of interest; the arguments are those of `report`."""
+    if log.isEnabledFor(logging.DEBUG):
+        _log(logging.DEBUG, "answered", method, "OK", find_request_id(context), started)
 
 
 def name_method(servicer: object, handler: Callable[..., Any]) -> str:

@@ -22,6 +22,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from resnet import BadInput
+from serving.batching import Batching
 from serving.limits import Limits, option
 
 PREFIX = "RESNET_"
@@ -39,7 +40,7 @@ class Origin(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Limits):
+class Config(Limits, Batching):
     """Everything that decides how to serve. `origins` says of each value that is no default where it came from.
 
     Raises:
@@ -60,8 +61,6 @@ class Config(Limits):
         "for one model behind NAME=, several with spaces between them",
     )
     trust: Path | None = option(None, "serve only what is signed by this public key, in PEM")
-    max_batch: int = option(32, "images in one batch", low=1)
-    max_queue: int = option(1024, "images that may wait", low=1)
     tls_cert: Path | None = option(None, "encrypt, with this certificate in PEM")
     tls_key: Path | None = option(None, "its private key")
     tls_client_ca: Path | None = option(None, "ask clients for certificates of this CA")

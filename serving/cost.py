@@ -6,6 +6,7 @@ import threading
 from bisect import bisect_left, insort
 from collections.abc import Mapping
 
+NEARLY = 1.05  # is within the noise of measuring
 WEIGHT = 0.2  # of the newest batch: five batches ago counts for a third
 
 
@@ -39,6 +40,14 @@ class CostCurve:
             below = self._sizes[at - 1]
             share = (images - below) / (above - below)
             return self._ns[below] + share * (self._ns[above] - self._ns[below])
+
+    def best(self, most: int) -> int:
+        """Return the smallest known size at which an image costs nearly the least; `most` where nothing is known.
+
+        Beyond it requests would wait for each other and nothing be won.
+        """
+        each = {size: ns / size for size, ns in self.points().items() if size <= most}
+        return min((size for size in each if each[size] <= NEARLY * min(each.values())), default=most)
 
     def learn(self, images: int, ns: float) -> None:
         """Take in what a batch has taken."""

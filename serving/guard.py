@@ -14,6 +14,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 MALFORMED = object()  # in the place of a message that could not be parsed
+NO_MESSAGE = "the request cannot be parsed: it is no message of this method's type"
 
 
 class Guard:
@@ -65,7 +66,8 @@ def _check_messages(handler: Any) -> Any:
     check = _check_stream if handler.request_streaming else _check
     kinds = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
     parse = functools.partial(_parse, handler.request_deserializer)
-    checked = {kind: check(getattr(handler, kind)) for kind in kinds if getattr(handler, kind)}
+    methods = {kind: getattr(handler, kind) for kind in kinds if getattr(handler, kind)}
+    checked = {kind: check(method) for kind, method in methods.items()}
     return handler._replace(request_deserializer=parse, **checked)
 
 
@@ -77,7 +79,7 @@ def _parse(deserialize: Callable[[bytes], object], data: bytes) -> object:
 
 
 def _check(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)  # gRPC finds attributes on some
+    @functools.wraps(method)  # gRPC finds attributes on some, and `serving.events` too
     def call(request: object, context: grpc.ServicerContext, *more: object) -> Any:
         if request is MALFORMED:
             _abort(context)
@@ -101,6 +103,4 @@ def _check_stream(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _abort(context: grpc.ServicerContext) -> None:
-    context.abort(
-        grpc.StatusCode.INVALID_ARGUMENT, "the request cannot be parsed: it is no message of this method's type"
-    )
+    context.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)

@@ -22,9 +22,10 @@ from protos import POOL
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceServicer
 from serving.batcher import DEFAULT_PRIORITY, PRIORITIES
-from serving.calls import find_deadline, name_method, report, tells_failures
+from serving.calls import Job, Work, answer, find_deadline, name_method, report, tells_failures
 from serving.engine import Images, Probabilities
 from serving.errors import InvalidRequest, NotFound, Unavailable, Unsupported, to_trailers
+from serving.events import computed
 from serving.intake import Intake, to_bytes, to_priority
 from serving.models import Model, Models
 from serving.policy import ALL, Policy
@@ -183,8 +184,8 @@ class InferenceServicer(GRPCInferenceServiceServicer):
         self._control().unload(request.model_name)
         return pb.RepositoryModelUnloadResponse()
 
-    @tells_failures
-    def ModelInfer(self, request: pb.ModelInferRequest, context: grpc.ServicerContext) -> pb.ModelInferResponse:
+    @computed(unpacks=lambda request: any(tensor.datatype == "BYTES" for tensor in request.inputs))
+    def ModelInfer(self, request: pb.ModelInferRequest, context: grpc.ServicerContext) -> Work[pb.ModelInferResponse]:
         """Answer one request."""
         return self._infer(request, context)
 
@@ -200,7 +201,7 @@ class InferenceServicer(GRPCInferenceServiceServicer):
         for request in request_iterator:
             started = time.perf_counter_ns()
             try:
-                response = self._infer(request, context)
+                response = answer(self._infer(request, context), context)
             except Exception as error:
                 refusal = report(error, name_method(self, self.ModelStreamInfer), context, started)
                 if ends:
@@ -213,14 +214,14 @@ class InferenceServicer(GRPCInferenceServiceServicer):
                 response.parameters["triton_final_response"].bool_param = True
                 yield pb.ModelStreamInferResponse(infer_response=response)
 
-    def _infer(self, request: pb.ModelInferRequest, context: grpc.ServicerContext) -> pb.ModelInferResponse:
+    def _infer(self, request: pb.ModelInferRequest, context: grpc.ServicerContext) -> Work[pb.ModelInferResponse]:
         deadline = min(find_deadline(context), _find_timeout(request))
         model = self._find(request.model_name, request.model_version)
         with model.statistics.request() as record:
             top_k, priority = _find_outputs(request, model), to_priority(_find_number(request, "priority"))
             images = self._images(request, model)
             record.decoded()
-            record.answer = model.batcher.submit(images, deadline, context.is_active, priority)
+            record.answer = yield Job(model.batcher, images, deadline, priority)
             return _respond(request, model, record.answer.probabilities, top_k)
 
     def _control(self) -> Repository:

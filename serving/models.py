@@ -14,6 +14,8 @@ from export import manifest as manifests
 from export.manifest import Manifest
 from resnet import BadInput
 from serving.batcher import Batcher
+from serving.batching import Batching
+from serving.cost import CostCurve
 from serving.engine import Device, Engine, Images, OnnxEngine, Probabilities
 from serving.errors import InvalidRequest, NotFound
 from serving.statistics import Statistics
@@ -60,7 +62,7 @@ def read_checked(folder: Path) -> Manifest:
     return manifest
 
 
-def load(folder: Path, device: Device, max_batch: int, max_queue: int, precision: str = "fp32") -> Model:
+def load(folder: Path, device: Device, batching: Batching = Batching(), precision: str = "fp32") -> Model:
     """Load, check and warm up the version in `folder`.
 
     Raises:
@@ -71,12 +73,26 @@ def load(folder: Path, device: Device, max_batch: int, max_queue: int, precision
     variant = manifest.certificate.find("onnx" if precision == "fp32" else f"onnx-{precision}")
     if variant is None or variant.path not in manifest.files:
         raise BadInput(f"{folder} has no {precision} variant; export it again with --precision fp32,{precision}")
-    return start(manifest, OnnxEngine(folder / variant.path, manifest, device), max_batch, max_queue, precision)
+    return start(manifest, OnnxEngine(folder / variant.path, manifest, device), batching, precision)
 
 
-def start(manifest: Manifest, engine: Engine, max_batch: int, max_queue: int, precision: str = "fp32") -> Model:
-    """Put an engine behind a batcher, once it has run the smallest and the largest batch."""
-    for size in (1, max_batch):
+def start(
+    manifest: Manifest,
+    engine: Engine,
+    batching: Batching = Batching(),
+    precision: str = "fp32",
+    curve: CostCurve | None = None,
+) -> Model:
+    """Put an engine behind a batcher, once it has run the smallest and the largest batch.
+
+    Args:
+        manifest: What the engine computes.
+        engine: Computes it.
+        batching: How requests become batches.
+        precision: That of the engine.
+        curve: What its batches cost, if that was measured.
+    """
+    for size in (1, batching.max_batch):
         engine.run(np.zeros((size, *manifest.input.shape[1:]), np.uint8))
     statistics = Statistics(manifest.model, manifest.version)
 
@@ -86,7 +102,7 @@ def start(manifest: Manifest, engine: Engine, max_batch: int, max_queue: int, pr
         statistics.batch(len(images), time.perf_counter_ns() - started)
         return probabilities
 
-    return Model(manifest, engine, Batcher(run, max_batch, max_queue), statistics, precision)
+    return Model(manifest, engine, Batcher(run, batching, curve), statistics, precision)
 
 
 @dataclass(frozen=True)

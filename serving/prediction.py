@@ -16,9 +16,10 @@ from export.manifest import TensorSpec
 from protos import tensorflow_pb2 as tf
 from protos import tensorflow_serving_pb2 as pb
 from protos.tensorflow_serving_pb2_grpc import ModelServiceServicer, PredictionServiceServicer
-from serving.calls import find_deadline, tells_failures
+from serving.calls import Job, Work, find_deadline, tells_failures
 from serving.engine import Images
 from serving.errors import FailedPrecondition, InvalidRequest, Unsupported
+from serving.events import computed
 from serving.intake import Intake, to_bytes
 from serving.models import Model, Models
 
@@ -33,8 +34,8 @@ class PredictionServicer(PredictionServiceServicer):
         """Serve `models`, to requests that `intake` takes."""
         self._models, self._intake = models, intake
 
-    @tells_failures
-    def Predict(self, request: pb.PredictRequest, context: grpc.ServicerContext) -> pb.PredictResponse:
+    @computed(unpacks=lambda request: any(tensor.dtype == tf.DT_STRING for tensor in request.inputs.values()))
+    def Predict(self, request: pb.PredictRequest, context: grpc.ServicerContext) -> Work[pb.PredictResponse]:
         """Answer one request."""
         deadline = find_deadline(context)
         model = _find(self._models, request.model_spec)
@@ -44,7 +45,7 @@ class PredictionServicer(PredictionServiceServicer):
                 raise InvalidRequest(f"model {model.name!r} has one output, {output!r}; output_filter names others")
             images = self._images(request, model)
             record.decoded()
-            record.answer = model.batcher.submit(images, deadline, context.is_active)
+            record.answer = yield Job(model.batcher, images, deadline)
             probabilities = record.answer.probabilities
             found = tf.TensorProto(
                 dtype=tf.DT_FLOAT,

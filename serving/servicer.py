@@ -9,13 +9,14 @@ import numpy as np
 
 from protos import classifier_pb2 as pb
 from protos.classifier_pb2_grpc import ClassifierServicer
-from serving.batcher import Answer, Outcome
-from serving.calls import find_deadline, tells_failures
+from serving.batcher import Answer
+from serving.calls import Job, Work, find_deadline
 from serving.engine import Images
-from serving.errors import InvalidRequest, ServingError
+from serving.errors import InvalidRequest
+from serving.events import computed
 from serving.intake import Intake, to_priority
 from serving.models import Model, Models
-from serving.stream import Stream, Work, finish
+from serving.stream import Stream
 
 DEFAULT_TOP_K = 5
 
@@ -29,18 +30,10 @@ class Servicer(ClassifierServicer):
         self._streams: set[Stream] = set()
         self._closed = False
 
-    @tells_failures
-    def Classify(self, request: pb.ClassifyRequest, context: grpc.ServicerContext) -> pb.ClassifyResponse:
+    @computed(unpacks=lambda request: request.WhichOneof("input") == "encoded")
+    def Classify(self, request: pb.ClassifyRequest, context: grpc.ServicerContext) -> Work[pb.ClassifyResponse]:
         """Classify the images of one request."""
-        deadline = find_deadline(context)
-        work = self._work(request)
-        batcher, images, priority = next(work)
-        outcome: Outcome
-        try:
-            outcome = batcher.submit(images, deadline, context.is_active, priority)
-        except ServingError as error:
-            outcome = error
-        return finish(work, outcome)
+        return self._work(request, find_deadline(context))
 
     def ClassifyStream(
         self, request_iterator: Iterator[pb.ClassifyStreamRequest], context: grpc.ServicerContext
@@ -61,14 +54,14 @@ class Servicer(ClassifierServicer):
         for stream in self._streams.copy():
             stream.close()
 
-    def _work(self, request: pb.ClassifyRequest) -> Work:
-        """Answer one request: as a generator, because streams begin and finish it on different threads."""
+    def _work(self, request: pb.ClassifyRequest, deadline: float) -> Work[pb.ClassifyResponse]:
+        """Answer one request."""
         model = self._models.find(request.model, request.version, request.version_label)
         with model.statistics.request() as record:
             top_k, priority = _top_k(request, model), to_priority(request.priority)
             images = self._images(request, model)
             record.decoded()
-            record.answer = yield model.batcher, images, priority
+            record.answer = yield Job(model.batcher, images, deadline, priority)
             return _respond(model, record.answer, top_k, record.decode_ns)
 
     def _images(self, request: pb.ClassifyRequest, model: Model) -> Images:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextvars
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -17,43 +17,24 @@ from queue import Empty, SimpleQueue
 import grpc
 
 from protos import classifier_pb2 as pb
-from serving.batcher import Answer, Batcher, Outcome
-from serving.calls import find_deadline, report
-from serving.engine import Images
+from serving.batcher import Outcome
+from serving.calls import Work, find_deadline, finish, report
 from serving.errors import InvalidRequest, ServingError, Unavailable, to_failure
 
 METHOD = "Classifier/ClassifyStream"
 READ_AHEAD = 64  # requests that are read and not answered; the .proto tells clients
 
-Work = Generator[tuple[Batcher, Images, int], Answer, pb.ClassifyResponse]
-"""One request: yields what is to be computed and its priority, takes the answer, and returns the response."""
-
-
-def finish(work: Work, outcome: Outcome) -> pb.ClassifyResponse:
-    """Give the work its answer, or the error that took its place, and return the response.
-
-    Raises:
-        ServingError: The error.
-    """
-    try:
-        if isinstance(outcome, Answer):
-            work.send(outcome)
-        else:
-            work.throw(outcome)
-    except StopIteration as end:
-        response: pb.ClassifyResponse = end.value
-        return response
-    raise AssertionError("a request is computed once")
-
 
 class Stream:
     """A stream while it is open."""
 
-    def __init__(self, begin: Callable[[pb.ClassifyRequest], Work], context: grpc.ServicerContext) -> None:
+    def __init__(
+        self, begin: Callable[[pb.ClassifyRequest, float], Work[pb.ClassifyResponse]], context: grpc.ServicerContext
+    ) -> None:
         """Read nothing yet.
 
         Args:
-            begin: Begins the work of one request.
+            begin: Begins the work of one request, which has a deadline, in seconds of `time.monotonic`.
             context: The call.
         """
         self._begin, self._context = begin, context
@@ -106,8 +87,8 @@ class Stream:
         try:
             if identity in self._computing:
                 raise InvalidRequest(f"id {identity} is that of a request without an answer; choose another")
-            work = self._begin(request)
-            batcher, images, priority = next(work)
+            work = self._begin(request, self._deadline)
+            job = next(work)
         except Exception as error:
             self._put(partial(self._refuse, identity, error, started))
             return
@@ -117,11 +98,13 @@ class Stream:
 
         self._computing.add(identity)
         try:
-            batcher.post(images, done, self._deadline, self._context.is_active, priority)
+            job.batcher.post(job.images, done, job.deadline, self._context.is_active, job.priority)
         except ServingError as error:
             done(error)
 
-    def _respond(self, identity: int, work: Work, outcome: Outcome, started: int) -> pb.ClassifyStreamResponse:
+    def _respond(
+        self, identity: int, work: Work[pb.ClassifyResponse], outcome: Outcome, started: int
+    ) -> pb.ClassifyStreamResponse:
         self._computing.discard(identity)
         try:
             return pb.ClassifyStreamResponse(id=identity, response=finish(work, outcome))

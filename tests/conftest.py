@@ -109,7 +109,7 @@ def address(repository: Path) -> Iterator[str]:
     from serving.limits import Limits
     from serving.server import Server
 
-    model = models.load(repository / "digits" / "1", "cpu", max_batch=32, max_queue=1024)
+    model = models.load(repository / "digits" / "1", "cpu")
     with Server(models.Models([model]), "127.0.0.1", 0, Limits()) as server:
         yield server.address
 

@@ -13,6 +13,7 @@ import numpy as np
 from export import manifest
 from protos import classifier_pb2 as pb
 from serving import models
+from serving.batching import Batching
 from serving.engine import Images, Probabilities
 from serving.limits import Limits
 from serving.models import Model
@@ -63,7 +64,7 @@ def start(repository: Path, max_batch: int = 2, max_queue: int = 2) -> Iterator[
     engine = GatedEngine()
     engine.gate.release(2)
     about = manifest.read(repository / "digits" / "1")
-    model = models.start(about, Wide(engine), max_batch, max_queue)
+    model = models.start(about, Wide(engine), Batching(max_batch=max_batch, max_queue=max_queue))
     for _ in range(2):
         engine.entered.acquire()
     engine.batches.clear()

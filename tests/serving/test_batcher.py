@@ -7,11 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 
 from serving.batcher import DEFAULT_PRIORITY, Answer, Batcher, Outcome
+from serving.batching import Batching
+from serving.cost import CostCurve
 from serving.engine import Images, Probabilities
 from serving.errors import Cancelled, DeadlineExceeded, InternalError, Overloaded, Unavailable
 
@@ -44,9 +47,10 @@ def images(*values: int) -> Images:
 class Bench:
     """A batcher over a gated engine, and threads that submit to it in a known order."""
 
-    def __init__(self, pool: ThreadPoolExecutor, max_batch: int = 4, max_queue: int = 8) -> None:
+    def __init__(self, pool: ThreadPoolExecutor, curve: CostCurve | None = None, **batching: float) -> None:
         self.engine = GatedEngine()
-        self.batcher = Batcher(self.engine.run, max_batch, max_queue)
+        options: dict[str, Any] = {"max_batch": 4, "max_queue": 8, "max_queue_ms": float("inf"), **batching}
+        self.batcher = Batcher(self.engine.run, Batching(**options), curve)
         self._pool = pool
 
     def lead(self, *values: int) -> Future[Answer]:
@@ -87,16 +91,25 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield threads
 
 
-def test_a_lone_request_is_computed_on_its_own_thread() -> None:
-    """No hand-over between threads, and the answer says what it cost."""
+def test_a_lone_request_is_answered_by_the_thread_that_computed_it() -> None:
+    """One change of threads, and the answer says what it cost."""
     threads: list[int] = []
+    outcomes: list[Outcome] = []
 
     def run(batch: Images) -> Probabilities:
         threads.append(threading.get_ident())
         return np.zeros((len(batch), 2), np.float32)
 
-    answer = Batcher(run).submit(images(1, 2))
-    assert threads == [threading.get_ident()]
+    def done(outcome: Outcome) -> None:
+        threads.append(threading.get_ident())
+        outcomes.append(outcome)
+
+    batcher = Batcher(run)
+    batcher.post(images(1, 2), done)
+    assert batcher.drain(10)
+    assert threads[0] == threads[1] != threading.get_ident()
+    (answer,) = outcomes
+    assert isinstance(answer, Answer)
     assert answer.probabilities.shape == (2, 2)
     assert answer.batch_size == 2
     assert answer.compute_ns > 0
@@ -140,8 +153,11 @@ def test_work_that_nobody_waits_for_is_dropped(pool: ThreadPoolExecutor) -> None
     bench = Bench(pool)
     first = bench.lead(1)
     cancelled = bench.wait(2, alive=lambda: False)
-    expired = bench.wait(3, deadline=time.monotonic())
+    deadline = time.monotonic() + 0.5
+    expired = bench.wait(3, deadline=deadline)
     last = bench.wait(4)
+    while time.monotonic() <= deadline:
+        time.sleep(0)
     bench.compute(2)
     assert last.result(10).batch_size == first.result(10).batch_size == 1
     assert bench.engine.batches == [[1], [4]]
@@ -261,7 +277,7 @@ def test_a_posted_request_is_refused_or_fails_like_others(pool: ThreadPoolExecut
     assert bench.batcher.drain(10)
 
 
-def test_the_thread_of_posted_requests_ends_with_the_batcher() -> None:
+def test_the_threads_of_a_batcher_end_with_it() -> None:
     """A version that is served no longer leaves nothing behind."""
     leaders: list[threading.Thread] = []
 
@@ -275,8 +291,6 @@ def test_the_thread_of_posted_requests_ends_with_the_batcher() -> None:
         batcher.post(images(1), future.set_result)
         future.result(10)
     assert leaders[0] is leaders[1] is not threading.current_thread()
-    batcher.submit(images(1))
-    assert leaders[2] is threading.current_thread()
     assert batcher.drain(10)
     del batcher
     gc.collect()
@@ -290,7 +304,7 @@ def test_many_threads_get_their_own_answers(pool: ThreadPoolExecutor) -> None:
     def run(batch: Images) -> Probabilities:
         return batch[:, 0, 0, :1].astype(np.float32)
 
-    batcher = Batcher(run, max_batch=8, max_queue=100)
+    batcher = Batcher(run, Batching(max_batch=8, max_queue=100))
 
     def ask(number: int) -> bool:
         values = [number % 251] * (1 + number % 3)
@@ -318,3 +332,93 @@ def test_priorities_go_first_and_equals_in_order(pool: ThreadPoolExecutor) -> No
     bench.compute(3)
     assert [future.result(timeout=10).probabilities[0, 0] for future in (*waiting, *late)] == [1, 2, 3, 4, 5, 6]
     assert bench.engine.batches == [[0], [4, 2], [5, 6], [3, 1]]
+
+
+HOUR, HOUR_MS = 3600, 3.6e6
+HOUR_EACH = {1: 3.6e12, 2: 7.2e12, 4: 14.4e12}  # so long that the time the test takes does not count
+
+
+def test_the_queue_is_bounded_in_milliseconds_of_work(pool: ThreadPoolExecutor) -> None:
+    """What is under way counts too; the caller learns when to come again."""
+    bench = Bench(pool, CostCurve(HOUR_EACH), max_queue_ms=1.5 * HOUR_MS)
+    futures = [bench.lead(1), bench.wait(2)]
+    with pytest.raises(Overloaded, match="ms of work are waiting, more than the 5.4e[+]06 ms allowed") as refusal:
+        bench.batcher.submit(images(3))
+    assert 1.9 * HOUR_MS < refusal.value.retry_ms <= 2 * HOUR_MS
+    bench.compute(2)
+    for future in futures:
+        future.result(10)
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_once(pool: ThreadPoolExecutor) -> None:
+    """As DeadlineExceeded where the computation alone would take too long; as Overloaded where the others are to blame,
+    which another server may not have.
+    """
+    bench = Bench(pool, CostCurve(HOUR_EACH))
+    futures = [bench.lead(1), bench.wait(2, 3)]
+    with pytest.raises(DeadlineExceeded, match="to compute takes 14400000 ms, 12[56]..... ms are left"):
+        bench.batcher.submit(images(4, 5, 6, 7), deadline=time.monotonic() + 3.5 * HOUR)
+    with pytest.raises(Overloaded, match="the answer would take 14[34]..... ms, [89]...... ms are left"):
+        bench.batcher.submit(images(4), deadline=time.monotonic() + 2.5 * HOUR)
+    futures.append(bench.wait(8, deadline=time.monotonic() + 5 * HOUR))
+    bench.compute(3)
+    assert [len(future.result(10).probabilities) for future in futures] == [1, 2, 1]
+
+
+def test_an_idle_engine_turns_nothing_down(pool: ThreadPoolExecutor) -> None:
+    """Whatever its last batch took: else one that stalled would keep all later requests out."""
+    bench = Bench(pool, CostCurve({1: 3600e9}), max_queue_ms=1)
+    first = bench.lead(1)
+    bench.compute()
+    assert first.result(10).batch_size == 1
+    again = bench.lead(2)
+    bench.compute()
+    assert again.result(10).batch_size == 1
+
+
+def test_a_batch_is_no_larger_than_pays(pool: ThreadPoolExecutor) -> None:
+    """Where an image costs the same in any batch, requests do not wait for each other."""
+    bench = Bench(pool, CostCurve(HOUR_EACH))
+    futures = [bench.lead(1), bench.wait(2), bench.wait(3)]
+    bench.compute(3)
+    assert [future.result(10).batch_size for future in futures] == [1, 1, 1]
+
+
+def test_who_lingers_waits_for_a_full_batch(pool: ThreadPoolExecutor) -> None:
+    """For an hour, if need be; but not once the batcher is closed."""
+    bench = Bench(pool, linger_ms=3.6e6)
+    first = bench.post(1)
+    futures = [first, bench.post(2), bench.post(3, 4)]
+    bench.compute()
+    assert [outcome.batch_size for future in futures if isinstance(outcome := future.result(10), Answer)] == [4] * 3
+    last = bench.post(5)
+    bench.batcher.close()
+    bench.compute()
+    assert isinstance(last.result(10), Answer)
+
+
+def test_several_lanes_run_at_a_time() -> None:
+    """Two batches that wait for each other are both computed."""
+    meeting = threading.Barrier(2)
+
+    def run(batch: Images) -> Probabilities:
+        meeting.wait(10)
+        return np.zeros((len(batch), 2), np.float32)
+
+    batcher = Batcher(run, Batching(max_batch=1), lanes=2)
+    futures: list[Future[Outcome]] = [Future() for _ in range(6)]
+    for future in futures:
+        batcher.post(images(1), future.set_result)
+    assert all(isinstance(future.result(10), Answer) for future in futures)
+    assert batcher.drain(10)
+
+
+def test_a_latency_goal_refuses_what_would_miss_it(pool: ThreadPoolExecutor) -> None:
+    """And keeps batches to half of it, so that one that is under way does not spoil it."""
+    curve = CostCurve({1: 3.6e12, 2: 4.3e12, 4: 7.2e12})
+    bench = Bench(pool, curve, target_p99_ms=3.3 * HOUR_MS)
+    futures = [bench.lead(1), bench.wait(2), bench.wait(3)]  # an hour for the first, 1.2 for the others
+    with pytest.raises(Overloaded, match="the answer would take .* ms, too long for the server's goal"):
+        bench.batcher.submit(images(4, 5))
+    bench.compute(2)
+    assert [future.result(10).batch_size for future in futures] == [1, 2, 2]

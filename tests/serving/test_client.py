@@ -22,7 +22,9 @@ from benchmarks.process import serve
 from protos import classifier_pb2 as pb
 from protos.classifier_pb2_grpc import ClassifierServicer, add_ClassifierServicer_to_server
 from serving import models
+from serving.batching import Batching
 from serving.client import Answer, AsyncClient, Client, Result, Tls
+from serving.cost import CostCurve
 from serving.errors import (
     DeadlineExceeded,
     InternalError,
@@ -50,7 +52,7 @@ def start(repository: Path) -> Iterator[Callable[..., tuple[Server, models.Model
     servers: list[Server] = []
 
     def begin(max_queue: int = 1024) -> tuple[Server, models.Model]:
-        model = models.load(repository / "digits" / "1", "cpu", max_batch=32, max_queue=max_queue)
+        model = models.load(repository / "digits" / "1", "cpu", Batching(max_queue=max_queue))
         servers.append(Server(models.Models([model]), "127.0.0.1", 0, Limits()))
         return servers[-1], model
 
@@ -206,7 +208,7 @@ def full(repository: Path) -> Iterator[gated.Gated]:
         server.engine.entered.acquire()
         waiting = pool.submit(client.classify, pixels(2, 3))
         server.await_queued(2)
-        server.model.batcher._ns_per_image = 3e8
+        server.model.batcher.curve = CostCurve({2: 6e8})
         yield server
         server.engine.gate.release(100)
         assert (len(running.result().images), len(waiting.result().images)) == (1, 2)
@@ -245,7 +247,7 @@ def test_a_refused_stream_is_tried_again_when_the_server_says(full: gated.Gated)
 
 def test_the_deadline_counts_all_attempts(full: gated.Gated) -> None:
     """A pause that would outlast it is cut short."""
-    full.model.batcher._ns_per_image = 1e12
+    full.model.batcher.curve = CostCurve({2: 2e12})
     with Client(full.address) as client:
         with pytest.raises(DeadlineExceeded):
             client.classify(pixels(4), timeout=0.3)

@@ -43,7 +43,7 @@ def serve(repository: Path) -> Iterator[Callable[..., str]]:
     servers: list[Server] = []
 
     def start(**limits: Any) -> str:
-        served = models.Models([models.load(repository / "digits" / "1", "cpu", max_batch=8, max_queue=64)])
+        served = models.Models([models.load(repository / "digits" / "1", "cpu")])
         servers.append(Server(served, "127.0.0.1", 0, Limits(**limits)))
         return servers[-1].address
 

@@ -167,7 +167,7 @@ def test_a_bug_leaves_its_traceback_in_the_log_and_only_an_id_with_the_caller(
     repository: Path, lines: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once, whichever module it is in."""
-    model = models.start(models.read_checked(repository / "digits" / "1"), Broken(), 4, 8)
+    model = models.start(models.read_checked(repository / "digits" / "1"), Broken())
     with Server(models.Models([model]), "127.0.0.1", 0, Limits()) as server, Client(server.address) as client:
         with pytest.raises(InternalError, match="the engine failed"):
             client.classify(IMAGE)
@@ -197,7 +197,7 @@ def test_a_line_for_people_has_its_fields_at_the_end_and_a_traceback_below() -> 
 
 def test_refused_strangers_are_summed_up(repository: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The first is a line at once, many are no more than that."""
-    served = models.Models([models.load(repository / "digits" / "1", "cpu", max_batch=8, max_queue=64)])
+    served = models.Models([models.load(repository / "digits" / "1", "cpu")])
     with Server(served, "127.0.0.1", 0, Limits(), token="sesame") as server:
         for _ in range(5):
             fail(server.address)

@@ -26,7 +26,7 @@ Heldout = tuple[NDArray[np.uint8], NDArray[np.int32]]
 @pytest.fixture
 def served(repository: Path) -> models.Models:
     """A model that nobody has asked yet."""
-    return models.Models([models.load(repository / "digits" / "1", "cpu", max_batch=32, max_queue=1024)])
+    return models.Models([models.load(repository / "digits" / "1", "cpu")])
 
 
 @pytest.fixture

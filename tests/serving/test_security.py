@@ -34,7 +34,7 @@ def serve(repository: Path) -> Callable[..., Server]:
     """Starts a server of the digits."""
 
     def start(tls: Tls | None = None, token: str | None = None, admin_token: str | None = None) -> Server:
-        served = models.Models([models.load(repository / "digits" / "1", "cpu", max_batch=8, max_queue=64)])
+        served = models.Models([models.load(repository / "digits" / "1", "cpu")])
         return Server(served, "127.0.0.1", 0, Limits(), tls, token, admin_token)
 
     return start

@@ -176,7 +176,7 @@ def gated(repository: Path) -> Iterator[tuple[GatedEngine, models.Model, Server]
             return np.repeat(engine.run(images), 10, axis=1)
 
     engine.gate.release(2)
-    model = models.start(about, Wide(), max_batch=2, max_queue=2)
+    model = models.start(about, Wide())
     for _ in range(2):
         engine.entered.acquire()
     engine.batches.clear()
@@ -263,7 +263,7 @@ def test_two_models_are_told_apart_by_name(repository: Path, tmp_path: Path) -> 
     """With several models a request must name one."""
     shutil.copytree(repository / "digits", tmp_path / "numbers")
     edit_manifest(tmp_path / "numbers" / "1", lambda content: content.update(model="numbers"))
-    loaded = [models.load(folder / "1", "cpu", 4, 16) for folder in (repository / "digits", tmp_path / "numbers")]
+    loaded = [models.load(folder / "1", "cpu") for folder in (repository / "digits", tmp_path / "numbers")]
     image = np.zeros((1, 32, 32, 3), np.uint8)
     with Server(models.Models(loaded), "127.0.0.1", 0, Limits()) as server, Client(server.address) as client:
         assert client.classify(image, model="numbers").model == "numbers"
@@ -288,14 +288,14 @@ def test_a_version_that_does_not_hold_is_not_loaded(own_repository: Path) -> Non
 
     edit_manifest(version, worsen, forge=False)
     with pytest.raises(BadInput, match="manifest.json was edited: its digest differs"):
-        models.load(version, "cpu", 4, 16)
+        models.load(version, "cpu")
     edit_manifest(version, worsen)
     with pytest.raises(BadInput, match="the certificate of .* does not hold, the largest difference"):
-        models.load(version, "cpu", 4, 16)
+        models.load(version, "cpu")
     (version / "manifest.json").write_text(good)
     (version / "variables" / "variables.index").write_bytes(b"")
     with pytest.raises(BadInput, match=r"variables.index is not the file that was exported"):
-        models.load(version, "cpu", 4, 16)
+        models.load(version, "cpu")
 
 
 def test_cuda_that_is_not_there_is_refused(repository: Path) -> None:
@@ -305,7 +305,7 @@ def test_cuda_that_is_not_there_is_refused(repository: Path) -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
     with pytest.raises(BadInput, match="--device cuda: this onnxruntime has no CUDA"):
-        models.load(repository / "digits" / "1", "cuda", 4, 16)
-    assert models.load(repository / "digits" / "1", "auto", 4, 16).engine.provider == "CPUExecutionProvider"
+        models.load(repository / "digits" / "1", "cuda")
+    assert models.load(repository / "digits" / "1", "auto").engine.provider == "CPUExecutionProvider"
     with pytest.raises(BadInput, match="has no int8 variant; export it again with --precision fp32,int8"):
-        models.load(repository / "digits" / "1", "auto", 4, 16, "int8")
+        models.load(repository / "digits" / "1", "auto", precision="int8")

@@ -80,7 +80,7 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
 def traced(collector: Collector, repository: Path) -> Iterator[tuple[Tracing, str]]:  # noqa: ARG001  # listens first
     """A server that is traced, and its address."""
     tracing = Tracing()
-    model = models.load(repository / "digits" / "1", "cpu", max_batch=32, max_queue=1024)
+    model = models.load(repository / "digits" / "1", "cpu")
     tracing.follow(model)
     with Server(models.Models([model]), "127.0.0.1", 0, Limits(), interceptors=[tracing.interceptor]) as server:
         yield tracing, server.address
@@ -156,7 +156,7 @@ def test_each_request_of_a_stream_adds_its_phases(traced: tuple[Tracing, str], c
 def test_phases_belong_to_the_call_that_they_began_with(collector: Collector, repository: Path) -> None:
     """Even if they end within another."""
     tracing = Tracing()
-    model = models.load(repository / "digits" / "1", "cpu", max_batch=1, max_queue=1)
+    model = models.load(repository / "digits" / "1", "cpu")
     tracing.follow(model)
     observer, request = model.statistics.observer, Request()
     assert observer is not None

@@ -47,7 +47,7 @@ class Watched:
     """A server of a repository, which is looked at on demand."""
 
     def __init__(self, repository: Path) -> None:
-        load = partial(models.load, device="cpu", max_batch=32, max_queue=1024)
+        load = partial(models.load, device="cpu")
         self.models = models.Models([load(repository / "digits" / "1")])
         self.watcher = Watcher(repository, self.models, load, {"pinned": Policy(listed=(1, 3))})
         self.repository = repository

@@ -1,0 +1,155 @@
+"""Unary calls that hold no thread: gRPC's own thread takes the request in, and whoever computed its batch answers.
+
+grpcio's server gives every call a thread of a pool, which waits for the message, and then for the batch. The changes of
+threads cost several times what the call does. `Events` is what a method names in place of that pool: it hears when the
+message is there, and leaves what is to be computed with the batcher. The asyncio server lies between the two.
+
+grpcio has the place for it, `experimental_thread_pool`, but no public way to answer from elsewhere: this module, and no
+other, uses what grpcio keeps to itself. Where a release of grpcio lacks any of it, calls have a thread each, as usual.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import grpc
+from grpc import _server
+from grpc._cython import cygrpc  # type: ignore[attr-defined]
+
+from serving.batcher import Outcome
+from serving.calls import Work, answer, finish, log_answered, name_method, report, tells_failures
+from serving.errors import ServingError, to_trailers
+from serving.guard import MALFORMED, NO_MESSAGE
+
+SUPPORTED = all(
+    hasattr(_server, name) for name in ("_Context", "_RECEIVE_MESSAGE_TOKEN", "_receive_message", "_status")
+)
+
+Begin = Callable[[Any, Any, grpc.ServicerContext], Work[Any]]
+
+log = logging.getLogger(__name__)
+
+
+def computed(unpacks: Callable[[Any], bool]) -> Callable[[Begin], Callable[[Any, Any, grpc.ServicerContext], Any]]:
+    """Decorate the method of a servicer that returns `Work`, to be the method that gRPC calls.
+
+    Args:
+        unpacks: Says of a request whether it holds encoded images: to unpack them takes too long for gRPC's own thread.
+    """
+
+    def decorate(begin: Begin) -> Callable[[Any, Any, grpc.ServicerContext], Any]:
+        @tells_failures
+        @functools.wraps(begin)
+        def call(servicer: Any, request: Any, context: grpc.ServicerContext) -> Any:
+            return answer(begin(servicer, request, context), context)
+
+        if SUPPORTED:
+            call.__dict__.update(experimental_thread_pool=EVENTS, begin=begin, unpacks=unpacks)
+        return call
+
+    return decorate
+
+
+class Events(ThreadPoolExecutor):
+    """Takes the place of the pool of threads that would answer calls; its own threads only unpack images."""
+
+    def submit(self, _run: Any, _respond: Any, event: Any, state: Any, method: Any, *rest: Any) -> Future[None]:  # type: ignore[override]
+        """Begin a call.
+
+        Args:
+            _run: Would run the next in the call's context.
+            _respond: Would wait for the request, and answer it.
+            event: The call, as it came.
+            state: What gRPC knows of it; locked.
+            method: Made by `computed`.
+            rest: What would wait for the request; what parses it; what serializes the response.
+
+        Returns:
+            What is done when the call is: gRPC counts the calls under way by it.
+        """
+        _, parse, serialize = rest
+        call = _UnaryCall(event, state, method, serialize)
+        take = _server._receive_message(state, event.call, parse)
+
+        def receive(received: Any) -> Any:
+            result = take(received)
+            request, state.request = state.request, None
+            try:
+                if request is None:  # its client went away, or sent none
+                    call.abort(grpc.StatusCode.UNIMPLEMENTED, "a call of this method has exactly one request")
+                elif request is MALFORMED:
+                    call.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
+                elif method.unpacks(request):
+                    super(Events, self).submit(call.begin, request)
+                else:
+                    call.begin(request)
+            except Exception:  # would end gRPC's own thread, and with it the server
+                log.exception("a call could not be taken in")
+            return result
+
+        event.call.start_server_batch((cygrpc.ReceiveMessageOperation(0),), receive)
+        state.due.add(_server._RECEIVE_MESSAGE_TOKEN)
+        return call.over
+
+
+EVENTS = Events(len(os.sched_getaffinity(0)), thread_name_prefix="unpack")
+
+
+class _UnaryCall:
+    """A call under way."""
+
+    def __init__(self, event: Any, state: Any, method: Any, serialize: Callable[[Any], bytes]) -> None:
+        self._event, self._state, self._method, self._serialize = event, state, method, serialize
+        self._servicer = method.__wrapped__.__self__  # within the guard
+        self._context = _server._Context(event, state, None)
+        self._started = time.perf_counter_ns()
+        self.over: Future[None] = Future()
+
+    def begin(self, request: Any) -> None:
+        """Leave what is to be computed with the batcher."""
+        try:
+            self._work = self._method.begin(self._servicer, request, self._context)
+            job = next(self._work)
+        except Exception as error:
+            self._refuse(error)
+            return
+        try:
+            job.batcher.post(job.images, self._finish, job.deadline, self._context.is_active, job.priority)
+        except ServingError as error:
+            self._finish(error)
+
+    def _finish(self, outcome: Outcome) -> None:
+        try:
+            response = self._serialize(finish(self._work, outcome))
+        except Exception as error:
+            self._refuse(error)
+        else:
+            log_answered(self._name(), self._context, self._started)
+            self._send(response)
+
+    def _refuse(self, error: Exception) -> None:
+        refusal = report(error, self._name(), self._context, self._started)
+        self._context.set_trailing_metadata(to_trailers(refusal))
+        self.abort(refusal.code, str(refusal))
+
+    def abort(self, code: grpc.StatusCode, details: str) -> None:
+        """End the call with a status."""
+        self._context.set_code(code)
+        self._context.set_details(details)
+        self._send(None)
+
+    def _send(self, response: bytes | None) -> None:
+        """Send the response, if there is one, and the status; both go nowhere if the client is gone."""
+        try:
+            _server._status(self._event, self._state, response)
+        finally:
+            self.over.set_result(None)
+
+    def _name(self) -> str:
+        return name_method(self._servicer, self._method)
