@@ -21,6 +21,7 @@ from protos import classifier_pb2 as pb
 from protos.classifier_pb2_grpc import ClassifierStub
 from resnet import BadInput
 from serving import errors, models
+from serving.batching import Batching
 from serving.client import AsyncClient, Client
 from serving.engine import Images, Probabilities
 from serving.limits import Limits
@@ -176,7 +177,7 @@ def gated(repository: Path) -> Iterator[tuple[GatedEngine, models.Model, Server]
             return np.repeat(engine.run(images), 10, axis=1)
 
     engine.gate.release(2)
-    model = models.start(about, Wide())
+    model = models.start(about, Wide(), Batching(max_batch=2, max_queue=2))
     for _ in range(2):
         engine.entered.acquire()
     engine.batches.clear()

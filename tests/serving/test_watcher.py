@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -303,12 +304,13 @@ def test_reloads_under_load_fail_no_request(
     for number in range(2, 22):
         add(watched.repository, number)
         watched.watcher.scan()
+        while not problems and not any(number in versions[-1:] for versions in seen):
+            time.sleep(0)  # gives way to the callers
     stop.set()
     for thread in threads:
         thread.join()
     assert not problems
     assert all(versions == sorted(versions) for versions in seen)
-    assert len({version for versions in seen for version in versions}) > 10
 
 
 def test_a_signal_looks_for_versions_at_once(own_repository: Path) -> None:
