@@ -15,8 +15,8 @@ import numpy as np
 from export import manifest as manifests
 from export.manifest import Manifest, Variant
 from resnet import BadInput
-from serving.batcher import Batcher
 from serving import tuning
+from serving.batcher import Batcher
 from serving.cost import CostCurve
 from serving.engine import CPU, Device, Engine, Images, OnnxEngine, Probabilities
 from serving.errors import InvalidRequest, NotFound
@@ -102,8 +102,8 @@ def load(
         return start(manifest, engine, max_batch, max_queue, precision)
     ways = list_ways(runtime)
     found, _ = tuning.tune(folder, manifest, variant, max_batch, ways if tune else ways[:1])
-    for refusal in found.refusals.values():
-        log.warning("%s/%d: %s", manifest.model, manifest.version, refusal)
+    for name, why in found.refusals.items():
+        log.warning("%s/%d is not computed by %s: %s", manifest.model, manifest.version, name, why)
     engine = found.build(folder / variant.path, manifest)
     return start(manifest, engine, max_batch, max_queue, precision, found.curve(), str(found))
 

@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> None:
     found, cached = tuning.tune(folder, manifest, variant, args.max_batch, choice, args.again)
     print(f"{manifest.model}/{manifest.version} in {args.precision} on {found.setting.cpu}, {count_cores()} cores")
     print(describe(found))
-    for refusal in found.refusals.values():
-        print(f"  not used: {refusal}")
+    for name, why in found.refusals.items():
+        print(f"  {name} is not used: {why}")
     print(f"{'measured before' if cached else 'measured now'}: {found.setting.path}")
 
 

@@ -1,8 +1,8 @@
 """Finding out how this machine computes a model fastest: measured once, kept in the user's cache folder.
 
-Every way of `serving.ways` computes batches of 1, 2, 4, ... images in turn, for a few seconds; for each size the fastest
-is chosen, if it is clearly faster than the simpler ones. What they took is the first cost curve of the model. OpenVINO is
-not what the export proved: it is held against the version's certificate before it is chosen.
+Every way of `serving.ways` computes batches of 1, 2, 4, ... images in turn, for a few seconds. For each size the
+fastest is chosen, if it is clearly faster than the simpler ones; what it took is the first cost curve of the model.
+OpenVINO is not what the export proved: it is held against the certificate of the version before it is chosen.
 
 A version that appears while others are served is measured beside their load. `resnet tune` does it beforehand, or again
 where the machine was busy.
@@ -292,7 +292,7 @@ def _read(setting: Setting) -> Tuning | None:
     path = setting.path
     try:
         known = msgspec.json.decode(path.read_bytes(), type=Tuning)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, msgspec.DecodeError) as error:
         log.warning("%s cannot be used (%s); the model is measured again", path, error)
