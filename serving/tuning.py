@@ -33,8 +33,8 @@ from serving.engine import Engine, Images, OnnxEngine, Probabilities, SizedEngin
 from serving.ways import Way, describe
 
 FORMAT = 1
-ROUNDS, SECONDS = 15, 3.0  # of measuring, whichever ends first, after one round that warms up
-SLOW_NS = 250_000_000  # a batch that takes so long costs in proportion when it is larger
+WARM_UP_SECONDS = 1.0  # after which no larger batches are tried: they cost in proportion
+ROUNDS, SECONDS = 15, 3.0  # of measuring, whichever ends first
 MARGIN, RUNTIME_MARGIN = 0.05, 0.10  # by which another way, and one of another runtime, must be faster
 PROOF_IMAGES = 256  # at each batch size
 
@@ -141,7 +141,7 @@ def measure(
     """Return the least nanoseconds that each engine took for a batch, by its number of images.
 
     A round runs all sizes and engines in turn, so that what else the machine does meets all of them, and sizes change
-    as they do while serving. The least counts: others only ever add to it. Sizes above a slow one are left out.
+    as they do while serving. The least counts: others only ever add to it. Of a slow model large batches are left out.
 
     Args:
         engines: Any number.
@@ -157,12 +157,14 @@ def measure(
             times.append(clock() - started)
         return times
 
-    end = clock() + int(SECONDS * 1e9)
     kept: list[Images] = []
+    end = clock() + int(WARM_UP_SECONDS * 1e9)
     for batch in batches:  # the first run of a size allocates its memory
+        run(batch)
         kept.append(batch)
-        if max(run(batch)) > SLOW_NS:
+        if clock() > end:
             break
+    end = clock() + int(SECONDS * 1e9)
     least = {len(batch): run(batch) for batch in kept}
     for _ in range(1, ROUNDS):
         if clock() > end:

@@ -1,8 +1,9 @@
 """The ways to compute a batch on the CPU: by which library, in how many shares at a time, each by how many threads.
 
 All of them run the same file, so that they differ in speed and in rounding alone. The threads are always one for each
-core. What a way costs in memory is the weights once for each session: a session of one thread may be run by many
-callers at a time and is there once, as is a compiled model of OpenVINO; other shares have a session each.
+core. In memory a way costs the weights once for each session. A session of one thread may be run by many callers at a
+time and is there once, as is a compiled model of OpenVINO; other shares have a session each. While they are compared,
+all ways are loaded.
 """
 
 from __future__ import annotations

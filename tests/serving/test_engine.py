@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from serving import models
-from serving.engine import Engine, Images, OnnxEngine, Probabilities, SizedEngine, SplitEngine
+from serving.engine import Engine, Images, OnnxEngine, Probabilities, SizedEngine, SplitEngine, count_cores
 from serving.openvino import OpenvinoEngine
 from serving.ways import Way, list_ways
 
@@ -54,6 +55,20 @@ def pixels(count: int) -> Images:
 
 
 @pytest.mark.parametrize(
+    ("content", "cores"),
+    [("max 100000", 4), ("200000 100000", 2), ("150000 100000", 2), ("1000 100000", 1), ("6400000 100000", 4), ("", 4)],
+)
+def test_a_container_counts_the_cores_of_its_quota(
+    content: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of one is one; those that the process is not bound to do not count, nor does a quota that is none."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    (tmp_path / "cpu.max").write_text(content)
+    assert count_cores(tmp_path / "cpu.max") == cores
+    assert count_cores(tmp_path / "nowhere") == 4
+
+
+@pytest.mark.parametrize(
     ("count", "shares"),
     [(1, [1, 0, 0]), (2, [1, 1, 0]), (3, [1, 1, 1]), (4, [2, 2, 0]), (5, [2, 2, 1]), (33, [11, 11, 11])],
 )
@@ -90,7 +105,7 @@ def test_the_size_decides_which_engine_computes() -> None:
     assert sized.provider == "test"
 
 
-@pytest.mark.parametrize("way", [way for way in list_ways("onnxruntime", cores=4) if way != Way("onnxruntime", 1, 4)])
+@pytest.mark.parametrize("way", list_ways("onnxruntime", cores=4))
 def test_every_way_computes_the_same(way: Way, repository: Path) -> None:
     """As one session on one thread does, for all sizes of batches, but for rounding."""
     manifest = models.read_checked(repository / VERSION)

@@ -65,17 +65,17 @@ def test_the_least_of_all_rounds_but_the_first_counts() -> None:
 def test_measuring_ends_when_its_time_is_up() -> None:
     """After the round that is under way; there is always one."""
     clock = Clock()
-    engine = Scripted(clock, int(tuning.SECONDS * 0.4e9))
+    engine = Scripted(clock, 0, int(tuning.SECONDS * 0.4e9))
     measure([engine], batches(1), clock)
-    assert len(engine.batches) == 3
-    slow = Scripted(clock, int(tuning.SECONDS * 1e9))
-    assert measure([slow], batches(1), clock) == {1: [int(tuning.SECONDS * 1e9)]}
+    assert len(engine.batches) == 1 + 3
+    slow = Scripted(clock, 0, int(tuning.SECONDS * 2e9))
+    assert measure([slow], batches(1), clock) == {1: [int(tuning.SECONDS * 2e9)]}
 
 
-def test_sizes_above_a_slow_one_are_left_out() -> None:
-    """They cost in proportion."""
+def test_a_slow_model_is_measured_with_small_batches() -> None:
+    """Larger ones cost in proportion."""
     clock = Clock()
-    engine = Scripted(clock, tuning.SLOW_NS, tuning.SLOW_NS + 1)
+    engine = Scripted(clock, int(tuning.WARM_UP_SECONDS * 0.6e9))
     assert list(measure([engine], batches(1, 2, 4, 8), clock)) == [1, 2]
     assert 4 not in engine.batches
 
