@@ -7,6 +7,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
+
 from export.manifest import Manifest
 from resnet import BadInput
 from serving.engine import Images, Probabilities
@@ -35,7 +37,7 @@ class OpenvinoEngine:
             threads: Of each stream.
 
         Raises:
-            BadInput: The file cannot be loaded.
+            BadInput: The file cannot be run.
         """
         import openvino
 
@@ -47,14 +49,15 @@ class OpenvinoEngine:
             # Threads that are bound to cores could not give way to those that receive requests.
             "ENABLE_CPU_PINNING": False,
         }
-        try:
-            model = openvino.Core().compile_model(path, "CPU", options)
-        except RuntimeError as error:
-            raise BadInput(f"{path} cannot be loaded by OpenVINO: {error}") from None
         self._input, self._output = manifest.input.name, manifest.output.name
         self._idle: SimpleQueue[Any] = SimpleQueue()  # of requests, as OpenVINO calls what one thread computes with
-        for _ in range(streams):
-            self._idle.put(model.create_infer_request())
+        try:
+            model = openvino.Core().compile_model(path, "CPU", options)
+            for _ in range(streams):
+                self._idle.put(model.create_infer_request())
+            self.run(np.zeros((1, *manifest.input.shape[1:]), np.uint8))
+        except RuntimeError as error:
+            raise BadInput(f"{path} cannot be run by OpenVINO: {error}") from None
 
     def run(self, images: Images) -> Probabilities:
         """Map uint8 [n, height, width, 3] to float32 [n, classes]."""

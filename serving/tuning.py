@@ -1,4 +1,4 @@
-"""Finding out how this machine computes a model fastest: measured once, kept in the user's cache folder.
+"""Finding out how this machine's CPU computes a model fastest: measured once, kept in the user's cache folder.
 
 Every way of `serving.ways` computes batches of 1, 2, 4, ... images in turn, for a few seconds. For each size the
 fastest is chosen, if it is clearly faster than the simpler ones; what it took is the first cost curve of the model.
@@ -24,7 +24,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from export import parity
-from export.manifest import Certificate, Manifest, Variant
+from export.manifest import Budget, Certificate, Manifest, Variant
 from export.speed import name_cpu
 from resnet import BadInput
 from serving import openvino
@@ -47,6 +47,7 @@ class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         format: Version of this format.
         model: SHA-256 of the file.
+        budget: What its answers may differ by.
         cpu: Name of the processor.
         ways: Those to choose from; they tell how many cores there are.
         max_batch: The largest batch.
@@ -55,6 +56,7 @@ class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     format: int
     model: str
+    budget: Budget
     cpu: str
     ways: list[Way]
     max_batch: int
@@ -126,7 +128,8 @@ def tune(
         BadInput: The only runtime that may be used cannot load the file, or answers outside of the certified budget.
     """
     versions = {"onnxruntime": onnxruntime.__version__, "openvino": openvino.find_version()}
-    setting = Setting(FORMAT, manifest.files[variant.path], name_cpu(), ways, max_batch, versions)
+    model = manifest.files[variant.path]
+    setting = Setting(FORMAT, model, variant.budget, name_cpu(), ways, max_batch, versions)
     known = None if again else _read(setting)
     if known is not None:
         return Found(known, cached=True)

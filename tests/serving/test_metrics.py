@@ -70,6 +70,18 @@ def test_the_page_agrees_with_what_was_asked(served: models.Models, metrics: Met
     assert found["resnet_model_info", ""] == found["resnet_build_info", ""] == 1
 
 
+def test_costs_of_batches_are_on_the_page(repository: Path) -> None:
+    """Of the sizes that were measured at load, and how they are computed."""
+    model = models.load(repository / "digits" / "1", "cpu", max_batch=4, max_queue=16, tune=True)
+    with MetricsServer(models.Models([model]), "127.0.0.1", 0) as server, urlopen(f"http://{server.address}") as page:
+        text = page.read().decode()
+    for images in (1, 2, 4):
+        ns = model.curve.ns(images)
+        assert f'resnet_batch_cost_seconds{{images="{images}",model="digits",version="1"}} {ns / 1e9}\n' in text
+    assert f'plan="{model.plan}"' in text
+    assert 'images="8"' not in text
+
+
 def test_a_refused_version_is_on_the_page(served: models.Models, metrics: MetricsServer) -> None:
     """Until a good one takes its place."""
     served.refuse("digits", 2, "its files were changed")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import resnet
-from export.manifest import Manifest
+from export.manifest import Budget, Manifest
 from resnet import BadInput
 from serving import models, openvino, tuning
 from serving.engine import Images, OnnxEngine, Probabilities
@@ -193,7 +193,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(
 def test_users_without_a_home_have_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in containers whose user nobody knows."""
     monkeypatch.delenv("XDG_CACHE_HOME")
-    setting = tuning.Setting(1, "", "", [], 1, {})
+    setting = tuning.Setting(1, "", Budget(), "", [], 1, {})
     monkeypatch.setattr(Path, "home", lambda: Path("/home/me"))
     assert setting.path.parent == Path("/home/me/.cache/resnet/tuning")
 
@@ -278,12 +278,12 @@ def test_a_runtime_that_cannot_load_a_model_is_left_out(
     """If it alone may be used, that is an error."""
 
     def fail(*_: object) -> None:
-        raise BadInput("model.onnx cannot be loaded by OpenVINO: an operator is missing")
+        raise BadInput("model.onnx cannot be run by OpenVINO: an operator is missing")
 
     monkeypatch.setattr(fake, "__init__", fail)
     found = find(version, ways=[ONE, TWO, OTHER]).tuning
     assert [*found.ways, *found.refusals] == [ONE, TWO, "openvino"]
-    with pytest.raises(BadInput, match=r"choose another --runtime: model\.onnx cannot be loaded by OpenVINO"):
+    with pytest.raises(BadInput, match=r"choose another --runtime: model\.onnx cannot be run by OpenVINO"):
         find(version, ways=[OTHER])
 
 
