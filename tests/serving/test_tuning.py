@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import msgspec
@@ -251,6 +252,7 @@ def test_openvino_is_chosen_where_it_is_faster_and_the_same(fake: type[FakeOpenv
     for tuned in (True, False):
         model = models.load(version, "auto", 4, 16, runtime="openvino", tune=tuned)
         assert model.engine.provider == fake.provider
+    assert re.fullmatch(r"1 x \d+ threads of OpenVINO", model.plan)
     assert (
         models.load(version, "cpu", 4, 16, runtime="onnxruntime", tune=True).engine.provider == "CPUExecutionProvider"
     )
