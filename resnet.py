@@ -42,6 +42,7 @@ COMMANDS = {
     "verify": Command("export.verify", "export", "recompute the proof of an exported model"),
     "models": Command("export.models", "export", "list, show, verify and prune the models of a repository"),
     "serve": Command("serving.command", "serving", "answer classification requests over gRPC"),
+    "tune": Command("serving.tune", "serving", "measure how this machine's CPU computes a model fastest"),
     "classify": Command("serving.classify", "serving", "classify image files through a running server"),
     "bench": Command("benchmarks.command", "all", "measure a served model against the Keras original"),
     "demo": Command("benchmarks.demo", "all", "all of the above, small, on handwritten digits"),

@@ -94,10 +94,11 @@ def _loader(config: Config, tracing: Tracing | None) -> Callable[[Path], Model]:
     def load(version: Path) -> Model:
         if key is not None:
             signature.check(version, key)
-        model = models.load(version, config.device, config, config.precision)
+        model = models.load(version, config.device, config, config.precision, config.runtime, config.tune)
         if tracing:
             tracing.follow(model)
         which = f"{model.name}/{model.version} in {config.precision} on {model.engine.provider}"
+        which += f" ({model.plan})" if model.plan else ""
         print(f"loaded {which}, its files and certificate hold", flush=True)
         return model
 

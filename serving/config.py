@@ -79,6 +79,14 @@ class Config(Limits, Batching):
         "info", "the least that is logged; debug tells of every call, info of those that failed"
     )
     trace: bool = option(False, "send OpenTelemetry traces where the variables OTEL_* say")
+    runtime: Literal["auto", "onnxruntime", "openvino"] = option(
+        "auto", "what runs a model on the CPU; auto takes OpenVINO where it is installed, proved and faster"
+    )
+    tune: bool = option(
+        True,
+        "measure for a few seconds how to compute a model fastest on this machine, once; not so, one thread for "
+        "each core computes each batch",
+    )
     origins: Mapping[str, Origin] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:

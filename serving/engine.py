@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, Protocol, get_args
 
@@ -18,6 +22,7 @@ Images = NDArray[np.uint8]
 Probabilities = NDArray[np.float32]
 Device = Literal["auto", "cuda", "cpu"]
 DEVICES: tuple[Device, ...] = get_args(Device)
+CPU = "CPUExecutionProvider"
 
 log = logging.getLogger(__name__)
 
@@ -33,23 +38,40 @@ class Engine(Protocol):
         ...
 
 
-class OnnxEngine:
-    """An ONNX model in onnxruntime, on the GPU or the CPU."""
+def count_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Return how many cores this process may use: those that it is bound to, or what its container's quota comes to.
 
-    def __init__(self, path: Path, manifest: Manifest, device: Device = "auto") -> None:
+    With a thread for each core of a large machine, a container that may use two would be halted most of the time.
+    """
+    bound = len(os.sched_getaffinity(0))
+    try:
+        limit, period = quota.read_text().split()
+        return min(bound, math.ceil(int(limit) / int(period)))
+    except (OSError, ValueError):  # no such file, or `max` in it
+        return bound
+
+
+class OnnxEngine:
+    """An ONNX model in onnxruntime, on the GPU or the CPU; several threads may run it at a time."""
+
+    def __init__(
+        self, path: Path, manifest: Manifest, device: Device = "auto", threads_per_batch: int | None = None
+    ) -> None:
         """Load a model.
 
         Args:
             path: The ONNX file.
             manifest: Names its input and output.
             device: `cuda` insists on the GPU, `cpu` on the CPU, `auto` takes the GPU where there is one.
+            threads_per_batch: That compute a batch on the CPU, the caller's among them; None is one for each core.
 
         Raises:
             BadInput: `cuda` was asked for and is not to be had, or the file cannot be loaded.
         """
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = len(os.sched_getaffinity(0))
-        # Threads that spin for the next batch would take the cores from the threads that receive it.
+        options.intra_op_num_threads = threads_per_batch or count_cores()
+        # Threads that spin for the next batch would take the cores from the threads that receive it: however they are
+        # grouped, there is one of them for each core.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             session = onnxruntime.InferenceSession(path, options, providers=_providers(device))
@@ -67,14 +89,46 @@ class OnnxEngine:
         return result
 
 
+class SplitEngine:
+    """Cuts each batch into equal shares and computes them side by side: the first on the caller's thread, each other on
+    a thread of its own. Pixels are not copied, probabilities once.
+    """
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        """Give a share to each of these, at least two; one that is there several times is run by as many threads."""
+        self.provider = engines[0].provider
+        self._engine, *self._others = engines
+        self._threads = ThreadPoolExecutor(len(self._others), thread_name_prefix="share")  # they end with the engine
+
+    def run(self, images: Images) -> Probabilities:
+        """Map uint8 [n, height, width, 3] to float32 [n, classes]."""
+        size = -(-len(images) // (1 + len(self._others)))
+        first, *rest = (images[start : start + size] for start in range(0, len(images), size))
+        others = [self._threads.submit(engine.run, share) for engine, share in zip(self._others, rest, strict=False)]
+        probabilities = self._engine.run(first)
+        return np.concatenate([probabilities, *(other.result() for other in others)]) if others else probabilities
+
+
+class SizedEngine:
+    """Has each batch computed by the engine for its size."""
+
+    def __init__(self, engines: Mapping[int, Engine]) -> None:
+        """Take engines by the largest batch that each is for, ascending; the last one takes larger ones too."""
+        self._sizes, self._engines = list(engines), list(engines.values())
+        self.provider = " and ".join(dict.fromkeys(engine.provider for engine in self._engines))
+
+    def run(self, images: Images) -> Probabilities:
+        """Map uint8 [n, height, width, 3] to float32 [n, classes]."""
+        return self._engines[bisect_left(self._sizes, min(len(images), self._sizes[-1]))].run(images)
+
+
 def _providers(device: Device) -> list[str | tuple[str, dict[str, str]]]:
-    cpu = "CPUExecutionProvider"
     if device == "cpu":
-        return [cpu]
+        return [CPU]
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         if device == "cuda":
             raise BadInput("--device cuda: this onnxruntime has no CUDA; install resnet with its extra 'serving-gpu'")
-        return [cpu]
+        return [CPU]
     onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
     # A search over all algorithms for every new batch size would stall requests for about a second each.
-    return [("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"}), cpu]
+    return [("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"}), CPU]

@@ -1,18 +1,19 @@
 """The page that Prometheus reads, by `model` and `version`. The figures are those of `serving.statistics`.
 
-| metric                      | what it is                                                   |
-|-----------------------------|--------------------------------------------------------------|
-| resnet_requests_total       | requests, by gRPC status (`code`)                            |
-| resnet_images_total         | images answered                                              |
-| resnet_request_seconds      | histogram: answered requests, from unpacking to packing      |
-| resnet_queue_seconds        | histogram: of these, the wait for the engine                 |
-| resnet_compute_seconds      | histogram: of these, the batch they were in                  |
-| resnet_batch_images         | histogram: images of each call of the engine                 |
-| resnet_queued_images        | images that wait now                                         |
-| resnet_model_info           | 1 for what is served, with `precision`, `provider`, `digest` |
-| resnet_certificate_accuracy | share of the held-out images that the original has right     |
-| resnet_refused_info         | 1 for each version that was refused                          |
-| resnet_build_info           | 1, with `version` and `onnxruntime`, and no other label      |
+| metric                      | what it is                                                           |
+|-----------------------------|----------------------------------------------------------------------|
+| resnet_requests_total       | requests, by gRPC status (`code`)                                    |
+| resnet_images_total         | images answered                                                      |
+| resnet_request_seconds      | histogram: answered requests, from unpacking to packing              |
+| resnet_queue_seconds        | histogram: of these, the wait for the engine                         |
+| resnet_compute_seconds      | histogram: of these, the batch they were in                          |
+| resnet_batch_images         | histogram: images of each call of the engine                         |
+| resnet_queued_images        | images that wait now                                                 |
+| resnet_batch_cost_seconds   | what a batch takes, by its number of `images`                        |
+| resnet_model_info           | 1 for what is served, with `precision`, `provider`, `plan`, `digest` |
+| resnet_certificate_accuracy | share of the held-out images that the original has right             |
+| resnet_refused_info         | 1 for each version that was refused                                  |
+| resnet_build_info           | 1, with `version` and `onnxruntime`, and no other label              |
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from resnet import BadInput
+from serving.cost import CostCurve
 from serving.models import Models
 from serving.statistics import BOUNDS_NS, Duration
 
@@ -92,9 +94,10 @@ class _ModelsCollector(Collector):
         compute = HistogramMetricFamily("resnet_compute_seconds", "Batches that requests were in", labels=LABELS)
         batches = HistogramMetricFamily("resnet_batch_images", "Images of each call of the engine", labels=LABELS)
         queued = GaugeMetricFamily("resnet_queued_images", "Images that wait now", labels=LABELS)
+        costs = GaugeMetricFamily("resnet_batch_cost_seconds", "What a batch takes", labels=(*LABELS, "images"))
         accuracy = GaugeMetricFamily("resnet_certificate_accuracy", "Accuracy of the original", labels=LABELS)
         about = GaugeMetricFamily(
-            "resnet_model_info", "Models that are served", labels=(*LABELS, "precision", "provider", "digest")
+            "resnet_model_info", "Models that are served", labels=(*LABELS, "precision", "provider", "plan", "digest")
         )
         for model in self._models:
             names, found = [model.name, str(model.version)], model.statistics
@@ -107,15 +110,17 @@ class _ModelsCollector(Collector):
                 sizes = {size: batch.count for size, batch in found.batches.items()}
             batches.add_metric(names, list(_sizes(sizes)), sum(size * count for size, count in sizes.items()))
             queued.add_metric(names, model.batcher.queued)
+            for size, ns in _costs(model.batcher.curve):
+                costs.add_metric([*names, str(size)], ns / 1e9)
             accuracy.add_metric(names, model.manifest.certificate.accuracy)
-            about.add_metric([*names, model.precision, model.engine.provider, model.manifest.digest], 1)
+            about.add_metric([*names, model.precision, model.engine.provider, model.plan, model.manifest.digest], 1)
         refused = GaugeMetricFamily("resnet_refused_info", "Versions that were refused", labels=LABELS)
         for name in self._models.names():
             for number in self._models.get(name).refusals:
                 refused.add_metric([name, str(number)], 1)
         build = GaugeMetricFamily("resnet_build_info", "This server", labels=("version", "onnxruntime"))
         build.add_metric([version("resnet"), onnxruntime.__version__], 1)
-        return (requests, images, total, queue, compute, batches, queued, accuracy, about, refused, build)
+        return (requests, images, total, queue, compute, batches, queued, costs, accuracy, about, refused, build)
 
 
 def _seconds(duration: Duration) -> Iterator[tuple[str, int]]:
@@ -124,6 +129,14 @@ def _seconds(duration: Duration) -> Iterator[tuple[str, int]]:
     for bound, count in zip((*BOUNDS_NS, None), duration.buckets, strict=True):
         below += count
         yield ("+Inf" if bound is None else repr(bound / 1e9)), below
+
+
+def _costs(curve: CostCurve) -> Iterator[tuple[int, float]]:
+    """Yield nanoseconds by images, up to the largest batch that is known: a few points of what may be hundreds."""
+    largest = max(curve.points(), default=0)
+    for size in BATCH_BOUNDS:
+        if size <= largest:
+            yield size, curve.ns(size)
 
 
 def _sizes(counts: dict[int, int]) -> Iterator[tuple[str, int]]:

@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from export import manifest as manifests
-from export.manifest import Manifest
+from export.manifest import Manifest, Variant
 from resnet import BadInput
+from serving import tuning
 from serving.batcher import Batcher
 from serving.batching import Batching
 from serving.cost import CostCurve
-from serving.engine import Device, Engine, Images, OnnxEngine, Probabilities
+from serving.engine import CPU, Device, Engine, Images, OnnxEngine, Probabilities
 from serving.errors import InvalidRequest, NotFound
 from serving.statistics import Statistics
+from serving.ways import Runtime, list_ways
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Model:
-    """One version of a model, ready to answer."""
+    """One version of a model, ready to answer; `plan` says in words how its batches are computed."""
 
     manifest: Manifest
     engine: Engine
     batcher: Batcher
     statistics: Statistics
     precision: str = "fp32"
+    plan: str = ""
 
     @property
     def name(self) -> str:
@@ -62,18 +69,53 @@ def read_checked(folder: Path) -> Manifest:
     return manifest
 
 
-def load(folder: Path, device: Device, batching: Batching = Batching(), precision: str = "fp32") -> Model:
+def load(
+    folder: Path,
+    device: Device,
+    batching: Batching = Batching(),
+    precision: str = "fp32",
+    runtime: Literal["auto", Runtime] = "auto",
+    tune: bool = False,
+) -> Model:
     """Load, check and warm up the version in `folder`.
 
+    Args:
+        folder: REPOSITORY/NAME/VERSION.
+        device: What computes.
+        batching: How requests become batches.
+        precision: Which variant answers.
+        runtime: What runs it on the CPU; `auto` is onnxruntime, and with `tune` what is faster.
+        tune: Compute as was measured to be fastest on this machine, in place of each batch by one thread for each core.
+
     Raises:
-        BadInput: It is not what was exported and proved, it was not exported in this precision, or the device is not to
-            be had.
+        BadInput: It is not what was exported and proved, it was not exported in this precision, or the device or the
+            runtime is not to be had.
     """
     manifest = read_checked(folder)
+    variant = find_variant(folder, manifest, precision)
+    if runtime == "openvino" and device == "cuda":
+        raise BadInput("--runtime openvino computes on the CPU; leave out --device cuda")
+    engine: Engine = OnnxEngine(folder / variant.path, manifest, "cpu" if runtime == "openvino" else device)
+    if engine.provider != CPU or not (tune or runtime == "openvino"):
+        return start(manifest, engine, batching, precision)
+    ways = list_ways(runtime)
+    found, _ = tuning.tune(folder, manifest, variant, batching.max_batch, ways if tune else ways[:1])
+    for name, why in found.refusals.items():
+        log.warning("%s/%d is not computed by %s: %s", manifest.model, manifest.version, name, why)
+    engine = found.build(folder / variant.path, manifest)
+    return start(manifest, engine, batching, precision, found.curve(), str(found))
+
+
+def find_variant(folder: Path, manifest: Manifest, precision: str) -> Variant:
+    """Return the ONNX file of a precision.
+
+    Raises:
+        BadInput: It was not exported in this precision.
+    """
     variant = manifest.certificate.find("onnx" if precision == "fp32" else f"onnx-{precision}")
     if variant is None or variant.path not in manifest.files:
         raise BadInput(f"{folder} has no {precision} variant; export it again with --precision fp32,{precision}")
-    return start(manifest, OnnxEngine(folder / variant.path, manifest, device), batching, precision)
+    return variant
 
 
 def start(
@@ -82,6 +124,7 @@ def start(
     batching: Batching = Batching(),
     precision: str = "fp32",
     curve: CostCurve | None = None,
+    plan: str = "",
 ) -> Model:
     """Put an engine behind a batcher, once it has run the smallest and the largest batch.
 
@@ -91,6 +134,7 @@ def start(
         batching: How requests become batches.
         precision: That of the engine.
         curve: What its batches cost, if that was measured.
+        plan: How it computes, for people.
     """
     for size in (1, batching.max_batch):
         engine.run(np.zeros((size, *manifest.input.shape[1:]), np.uint8))
@@ -102,7 +146,7 @@ def start(
         statistics.batch(len(images), time.perf_counter_ns() - started)
         return probabilities
 
-    return Model(manifest, engine, Batcher(run, batching, curve), statistics, precision)
+    return Model(manifest, engine, Batcher(run, batching, curve), statistics, precision, plan)
 
 
 @dataclass(frozen=True)

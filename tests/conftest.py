@@ -57,6 +57,15 @@ def tiny() -> Iterator[str]:
         yield "tiny"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Have what is measured kept in a folder of its own, not in that of whoever runs the tests; return the folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Path:
     """A finished run folder."""

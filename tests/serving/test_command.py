@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -24,9 +25,8 @@ def test_serve_says_what_it_serves_and_ends_on_a_signal(repository: Path, number
     """The address is printed once it answers; the exit code is 0."""
     process = subprocess.Popen([*SERVE, str(repository), "--port=0"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    assert process.stdout.readline() == (
-        "loaded digits/1 in fp32 on CPUExecutionProvider, its files and certificate hold\n"
-    )
+    loaded = r"loaded digits/1 in fp32 on CPUExecutionProvider \(\d+ x \d+ threads.*\), its files and certificate hold"
+    assert re.fullmatch(loaded, process.stdout.readline().rstrip())
     assert process.stdout.readline().startswith("serving on 127.0.0.1:")
     process.send_signal(number)
     assert process.communicate(timeout=30)[0] == "finishing the requests under way\n"
@@ -52,6 +52,7 @@ print([name for name in ("tensorflow", "keras", "onnx", "matplotlib", "sklearn")
         (["{models}", "--port", "{used}"], "is the port in use"),
         (["{models}", "--host", "256.0.0.1", "--port", "0"], "256.0.0.1:0 cannot be listened on"),
         (["{models}", "--device", "cuda"], "--device cuda"),
+        (["{models}", "--device", "cuda", "--runtime", "openvino"], "--runtime openvino computes on the CPU"),
     ],
 )
 def test_serve_refuses_what_it_cannot_do(

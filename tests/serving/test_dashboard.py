@@ -32,7 +32,7 @@ def dashboard() -> dict[str, Any]:
 @pytest.fixture
 def page(repository: Path) -> Iterator[str]:
     """What Prometheus reads of a server that has answered, and has refused a version."""
-    served = models.Models([models.load(repository / "digits" / "1", "cpu")])
+    served = models.Models([models.load(repository / "digits" / "1", "cpu", tune=True)])
     served.refuse("digits", 2, "its files were changed")
     with Server(served, "127.0.0.1", 0, Limits()) as server, Client(server.address) as client:
         client.classify(np.zeros((1, 32, 32, 3), np.uint8))

@@ -249,7 +249,7 @@ def stuck(self, images):
         threading.Event().wait()
     return run(self, images)
 engine.OnnxEngine.run = stuck
-sys.exit(resnet.main(["serve", sys.argv[1], "--port=0", "--grace=600"]))
+sys.exit(resnet.main(["serve", sys.argv[1], "--port=0", "--grace=600", "--no-tune"]))
 """
 
 

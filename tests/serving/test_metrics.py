@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import resnet
 from resnet import BadInput
 from serving import models
+from serving.batching import Batching
 from serving.client import Client
 from serving.errors import InvalidRequest
 from serving.limits import Limits
@@ -68,6 +69,18 @@ def test_the_page_agrees_with_what_was_asked(served: models.Models, metrics: Met
     assert found["resnet_batch_images_sum", ""] == 45
     assert found["resnet_queued_images", ""] == 0
     assert found["resnet_model_info", ""] == found["resnet_build_info", ""] == 1
+
+
+def test_costs_of_batches_are_on_the_page(repository: Path) -> None:
+    """Of the sizes that were measured at load, and how they are computed."""
+    model = models.load(repository / "digits" / "1", "cpu", Batching(max_batch=4), tune=True)
+    with MetricsServer(models.Models([model]), "127.0.0.1", 0) as server, urlopen(f"http://{server.address}") as page:
+        text = page.read().decode()
+    for images in (1, 2, 4):
+        ns = model.batcher.curve.ns(images)
+        assert f'resnet_batch_cost_seconds{{images="{images}",model="digits",version="1"}} {ns / 1e9}\n' in text
+    assert f'plan="{model.plan}"' in text
+    assert 'images="8"' not in text
 
 
 def test_a_refused_version_is_on_the_page(served: models.Models, metrics: MetricsServer) -> None:

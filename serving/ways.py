@@ -1,0 +1,72 @@
+"""The ways to compute a batch on the CPU: by which library, in how many shares at a time, each by how many threads.
+
+All of them run the same file, so that they differ in speed and in rounding alone. The threads are always one for each
+core. In memory a way costs the weights once for each session. A session of one thread may be run by many callers at a
+time and is there once, as is a compiled model of OpenVINO; other shares have a session each. While they are compared,
+all ways are loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Literal, get_args
+
+import msgspec
+
+from export.manifest import Manifest
+from resnet import BadInput
+from serving import openvino
+from serving.engine import Engine, OnnxEngine, SplitEngine, count_cores
+
+Runtime = Literal["onnxruntime", "openvino"]
+RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
+MOST_SHARES = 4  # beside one for each core: each of them needs a session of its own
+
+
+class Way(msgspec.Struct, frozen=True):
+    """Computes a batch in `shares` equal parts at a time, each by `threads` threads of a runtime."""
+
+    runtime: Runtime
+    shares: int
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.shares} x {self.threads} threads" + (" of OpenVINO" if self.runtime == "openvino" else "")
+
+    def build(self, path: Path, manifest: Manifest) -> Engine:
+        """Return an engine that computes so.
+
+        Raises:
+            BadInput: The runtime cannot load the file.
+        """
+        if self.runtime == "openvino":
+            engines: list[Engine] = [openvino.OpenvinoEngine(path, manifest, self.shares, self.threads)] * self.shares
+        elif self.threads == 1:
+            engines = [OnnxEngine(path, manifest, "cpu", 1)] * self.shares
+        else:
+            engines = [OnnxEngine(path, manifest, "cpu", self.threads) for _ in range(self.shares)]
+        return SplitEngine(engines) if self.shares > 1 else engines[0]
+
+
+def list_ways(runtime: Literal["auto", Runtime] = "auto", cores: int | None = None) -> list[Way]:
+    """Return the ways of a runtime, or of all that are installed, the simplest first.
+
+    Raises:
+        BadInput: The runtime is not installed.
+    """
+    cores = cores or count_cores()
+    installed = [name for name in RUNTIMES if name != "openvino" or openvino.find_version() is not None]
+    if runtime not in ("auto", *installed):
+        raise BadInput(f"--runtime {runtime}: it is not installed; install resnet with its extra '{runtime}'")
+    shares = sorted({count for count in (1, 2, MOST_SHARES) if count <= cores} | {cores})
+    return [Way(name, count, cores // count) for name in installed if runtime in ("auto", name) for count in shares]
+
+
+def describe(plan: Mapping[int, Way]) -> str:
+    """Return in words which way is for which batches, given the largest batch of each, ascending."""
+    groups = [(str(way), max(size for size, _ in group)) for way, group in groupby(plan.items(), lambda item: item[1])]
+    *below, (last, _) = groups
+    parts = [f"{way} to {size} image{'s' if size > 1 else ''}" for way, size in below]
+    return ", ".join([*parts, f"{last} above" if below else last])

@@ -1,0 +1,130 @@
+"""Engines that are made of others, and that all of them compute the same."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from serving import models
+from serving.engine import Engine, Images, OnnxEngine, Probabilities, SizedEngine, SplitEngine, count_cores
+from serving.openvino import OpenvinoEngine
+from serving.ways import Way, list_ways
+
+VERSION = Path("digits", "1")
+
+
+class Echo:
+    """Answers each image with its first value, and remembers the sizes of its batches."""
+
+    provider = "test"
+
+    def __init__(self, barrier: threading.Barrier | None = None) -> None:
+        self.batches: list[int] = []
+        self._barrier = barrier
+
+    def run(self, images: Images) -> Probabilities:
+        """Compute once as many others do."""
+        self.batches.append(len(images))
+        if self._barrier is not None:
+            self._barrier.wait(timeout=10)
+        return images[:, 0, 0, :1].astype(np.float32)
+
+
+class Broken:
+    """Cannot compute."""
+
+    provider = "test"
+
+    def run(self, images: Images) -> Probabilities:
+        """Fail."""
+        raise RuntimeError(f"no memory for {len(images)} images")
+
+
+def number(count: int) -> Images:
+    """Return images that can be told apart."""
+    return np.arange(count, dtype=np.uint8).reshape(-1, 1, 1, 1) * np.ones((1, 2, 2, 3), np.uint8)
+
+
+def pixels(count: int) -> Images:
+    """Return images of noise, as the digits' model takes them."""
+    return np.random.default_rng(count).integers(0, 256, (count, 32, 32, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("content", "cores"),
+    [("max 100000", 4), ("200000 100000", 2), ("150000 100000", 2), ("1000 100000", 1), ("6400000 100000", 4), ("", 4)],
+)
+def test_a_container_counts_the_cores_of_its_quota(
+    content: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of one is one; those that the process is not bound to do not count, nor does a quota that is none."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    (tmp_path / "cpu.max").write_text(content)
+    assert count_cores(tmp_path / "cpu.max") == cores
+    assert count_cores(tmp_path / "nowhere") == 4
+
+
+@pytest.mark.parametrize(
+    ("count", "shares"),
+    [(1, [1, 0, 0]), (2, [1, 1, 0]), (3, [1, 1, 1]), (4, [2, 2, 0]), (5, [2, 2, 1]), (33, [11, 11, 11])],
+)
+def test_a_batch_is_cut_into_equal_shares(count: int, shares: list[int]) -> None:
+    """The answers are in the order of the images."""
+    engines = [Echo() for _ in range(3)]
+    assert SplitEngine(engines).run(number(count))[:, 0].tolist() == list(range(count))
+    assert [sum(engine.batches) for engine in engines] == shares
+
+
+def test_shares_are_computed_side_by_side() -> None:
+    """One engine that is there twice is run by two threads at a time; each waits for the other."""
+    engine = Echo(threading.Barrier(2))
+    split = SplitEngine([engine, engine])
+    for _ in range(3):
+        assert split.run(number(4))[:, 0].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("engines", [[Echo(), Broken()], [Broken(), Echo()]])
+def test_a_share_that_fails_fails_the_batch(engines: list[Engine]) -> None:
+    """Whichever thread it was on; the next batch is computed if it can be."""
+    split = SplitEngine(engines)
+    with pytest.raises(RuntimeError, match="no memory for 2 images"):
+        split.run(number(4))
+
+
+def test_the_size_decides_which_engine_computes() -> None:
+    """The last one takes what is larger than all."""
+    engines = [Echo(), Echo(), Echo()]
+    sized = SizedEngine(dict(zip((1, 4, 8), engines, strict=True)))
+    for count in (1, 2, 4, 5, 8, 9, 100):
+        sized.run(number(count))
+    assert [engine.batches for engine in engines] == [[1], [2, 4], [5, 8, 9, 100]]
+    assert sized.provider == "test"
+
+
+@pytest.mark.parametrize("way", list_ways("onnxruntime", cores=4))
+def test_every_way_computes_the_same(way: Way, repository: Path) -> None:
+    """As one session on one thread does, for all sizes of batches, but for rounding."""
+    manifest = models.read_checked(repository / VERSION)
+    path = repository / VERSION / "model.onnx"
+    plain, engine = OnnxEngine(path, manifest, "cpu", 1), way.build(path, manifest)
+    for count in range(1, 34):
+        images = pixels(count)
+        np.testing.assert_allclose(engine.run(images), plain.run(images), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shares", [1, 2])
+def test_openvino_computes_the_same(shares: int, repository: Path) -> None:
+    """Where it is installed, within what the certificate allows; also of pixels that may not be written."""
+    pytest.importorskip("openvino")
+    manifest = models.read_checked(repository / VERSION)
+    path = repository / VERSION / "model.onnx"
+    plain, engine = OnnxEngine(path, manifest, "cpu", 1), Way("openvino", shares, 1).build(path, manifest)
+    assert engine.provider == OpenvinoEngine.provider
+    for count in range(1, 34):
+        images = pixels(count)
+        images.flags.writeable = False
+        np.testing.assert_allclose(engine.run(images), plain.run(images), rtol=0, atol=1e-5)
