@@ -32,9 +32,10 @@ from export.manifest import Manifest
 from resnet import BadInput
 from serving.buffers import Buffers, count_devices
 from serving.cost import CostCurve
-from serving.engine import Engine, Images, Probabilities
+from serving.engine import Device, Engine, Images, Probabilities
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+NAMES = {"cuda": "CUDA", "tensorrt": "TensorRT"}
 TRIALS = 5  # of each bucket when an engine starts
 RUNS_TO_CAPTURE = 3  # the first allocates, the second is recorded, the third shows that the record holds
 
@@ -62,6 +63,23 @@ class Tactics(NamedTuple):
 QUICK = Tactics()
 
 
+def choose(path: Path, manifest: Manifest, device: Device, max_batch: int) -> Engine | None:
+    """Load a model on the GPUs, or return None for the CPU: where it was asked for, or `auto` finds no GPU that works.
+
+    Raises:
+        BadInput: The GPU was asked for and is not to be had.
+    """
+    if device == "cpu" or (device == "auto" and PROVIDERS["cuda"] not in onnxruntime.get_available_providers()):
+        return None
+    try:
+        return load(path, manifest, "cuda" if device == "auto" else device, max_batch)
+    except BadInput as error:
+        if device != "auto":
+            raise BadInput(f"--device {device}: {error}") from None
+        log.warning("%s is computed on the CPU: %s", path, error)
+        return None
+
+
 def load(path: Path, manifest: Manifest, device: Gpu, max_batch: int, tactics: Tactics = QUICK) -> Engine:
     """Load a model on every GPU that this process may use, and run each bucket there.
 
@@ -76,7 +94,7 @@ def load(path: Path, manifest: Manifest, device: Gpu, max_batch: int, tactics: T
         BadInput: There is no GPU, its libraries are missing or do not start, or the model does not fit.
     """
     if PROVIDERS[device] not in onnxruntime.get_available_providers():
-        raise BadInput(f"this onnxruntime has no {PROVIDERS[device]}; install resnet with its extra 'serving-gpu'")
+        raise BadInput(f"this onnxruntime has no {NAMES[device]}; install resnet with its extra 'serving-gpu'")
     devices = range(count_devices())
     if not devices:
         raise BadInput("there is no GPU that CUDA could use; look at what nvidia-smi and CUDA_VISIBLE_DEVICES say")

@@ -233,7 +233,7 @@ def test_a_provider_that_is_asked_for_and_not_got_is_an_error(machine: Machine, 
     with pytest.raises(BadInput, match=f"could not start {cuda.PROVIDERS[device]} and would use"):
         cuda.load(path, about(), device, 8)
     machine.providers.remove(cuda.PROVIDERS[device])
-    with pytest.raises(BadInput, match=f"this onnxruntime has no {cuda.PROVIDERS[device]}"):
+    with pytest.raises(BadInput, match=f"this onnxruntime has no {cuda.NAMES[device]}"):
         cuda.load(path, about(), device, 8)
 
 
@@ -317,3 +317,20 @@ def test_a_batcher_serves_with_it(machine: Machine, path: Path) -> None:
         for request, answer in zip(requests, callers.map(batcher.submit, requests), strict=True):
             np.testing.assert_array_equal(answer.probabilities, compute(request))
     assert len({run.thread for run in machine.runs}) == 1
+
+
+def test_auto_takes_the_gpu_where_it_works(machine: Machine, path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Otherwise the CPU, and the log says why; who names the GPU gets it or an error."""
+    assert cuda.choose(path, about(), "cpu", 8) is None
+    engine = cuda.choose(path, about(), "auto", 8)
+    assert engine is not None
+    assert engine.provider == "CUDAExecutionProvider"
+    machine.starts.remove("CUDAExecutionProvider")
+    assert cuda.choose(path, about(), "auto", 8) is None
+    assert "is computed on the CPU: onnxruntime could not start" in caplog.text
+    with pytest.raises(BadInput, match="--device cuda: onnxruntime could not start"):
+        cuda.choose(path, about(), "cuda", 8)
+    caplog.clear()
+    machine.providers.remove("CUDAExecutionProvider")
+    assert cuda.choose(path, about(), "auto", 8) is None
+    assert not caplog.records  # a build for the CPU is no surprise
