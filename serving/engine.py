@@ -16,7 +16,7 @@ from resnet import BadInput
 
 Images = NDArray[np.uint8]
 Probabilities = NDArray[np.float32]
-Device = Literal["auto", "cuda", "cpu"]
+Device = Literal["auto", "cuda", "tensorrt", "cpu"]
 DEVICES: tuple[Device, ...] = get_args(Device)
 
 log = logging.getLogger(__name__)
@@ -34,30 +34,27 @@ class Engine(Protocol):
 
 
 class OnnxEngine:
-    """An ONNX model in onnxruntime, on the GPU or the CPU."""
+    """An ONNX model in onnxruntime, on the CPU."""
 
-    def __init__(self, path: Path, manifest: Manifest, device: Device = "auto") -> None:
+    def __init__(self, path: Path, manifest: Manifest) -> None:
         """Load a model.
 
         Args:
             path: The ONNX file.
             manifest: Names its input and output.
-            device: `cuda` insists on the GPU, `cpu` on the CPU, `auto` takes the GPU where there is one.
 
         Raises:
-            BadInput: `cuda` was asked for and is not to be had, or the file cannot be loaded.
+            BadInput: The file cannot be loaded.
         """
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = len(os.sched_getaffinity(0))
         # Threads that spin for the next batch would take the cores from the threads that receive it.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            session = onnxruntime.InferenceSession(path, options, providers=_providers(device))
+            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions have no common base below Exception
             raise BadInput(f"{path} cannot be loaded by onnxruntime: {error}") from None
         self.provider = str(session.get_providers()[0])
-        if device == "cuda" and self.provider != "CUDAExecutionProvider":
-            raise BadInput(f"--device cuda: onnxruntime could not start CUDA and would run {path} on the CPU")
         self._session = session
         self._input, self._outputs = manifest.input.name, [manifest.output.name]
 
@@ -65,16 +62,3 @@ class OnnxEngine:
         """Map uint8 [n, height, width, 3] to float32 [n, classes]."""
         result: Probabilities = self._session.run(self._outputs, {self._input: images})[0]
         return result
-
-
-def _providers(device: Device) -> list[str | tuple[str, dict[str, str]]]:
-    cpu = "CPUExecutionProvider"
-    if device == "cpu":
-        return [cpu]
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        if device == "cuda":
-            raise BadInput("--device cuda: this onnxruntime has no CUDA; install resnet with its extra 'serving-gpu'")
-        return [cpu]
-    onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
-    # A search over all algorithms for every new batch size would stall requests for about a second each.
-    return [("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"}), cpu]

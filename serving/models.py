@@ -13,6 +13,7 @@ import numpy as np
 from export import manifest as manifests
 from export.manifest import Manifest
 from resnet import BadInput
+from serving import cuda
 from serving.batcher import Batcher
 from serving.engine import Device, Engine, Images, OnnxEngine, Probabilities
 from serving.errors import InvalidRequest, NotFound
@@ -71,7 +72,9 @@ def load(folder: Path, device: Device, max_batch: int, max_queue: int, precision
     variant = manifest.certificate.find("onnx" if precision == "fp32" else f"onnx-{precision}")
     if variant is None or variant.path not in manifest.files:
         raise BadInput(f"{folder} has no {precision} variant; export it again with --precision fp32,{precision}")
-    return start(manifest, OnnxEngine(folder / variant.path, manifest, device), max_batch, max_queue, precision)
+    path = folder / variant.path
+    engine = cuda.choose(path, manifest, device, max_batch) or OnnxEngine(path, manifest)
+    return start(manifest, engine, max_batch, max_queue, precision)
 
 
 def start(manifest: Manifest, engine: Engine, max_batch: int, max_queue: int, precision: str = "fp32") -> Model:
