@@ -33,7 +33,7 @@ take the wheel of onnxruntime-gpu, 256 MB, apart, here for Python 3.12, and put 
   export PYTHONPATH=$PWD/site
   export LD_LIBRARY_PATH=$(python -c "import glob, nvidia; print(':'.join(glob.glob(nvidia.__path__[0] + '/*/lib')))")
 
-The last line is for CUDA libraries that pip installed in another folder than the wheel: onnxruntime looks beside itself.
+The last line is for CUDA libraries that pip has put into another folder: onnxruntime looks beside itself.
 
 Without a GPU, --device cpu shows that the script works.
 """
@@ -111,6 +111,8 @@ class RawLoop:
             onnxruntime.preload_dlls()
         try:
             self._open(path, about, batches, device, graphs)
+        except BadInput:
+            raise
         except Exception as error:  # onnxruntime's exceptions have no common base below Exception
             if not graphs:
                 raise BadInput(f"{path} cannot be loaded by onnxruntime: {error}") from None

@@ -32,7 +32,7 @@ from export.manifest import Manifest
 from resnet import BadInput
 from serving.buffers import Buffers, count_devices
 from serving.cost import CostCurve
-from serving.engine import Device, Engine, Images, Probabilities
+from serving.engine import Device, Images, Probabilities
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 NAMES = {"cuda": "CUDA", "tensorrt": "TensorRT"}
@@ -63,7 +63,7 @@ class Tactics(NamedTuple):
 QUICK = Tactics()
 
 
-def choose(path: Path, manifest: Manifest, device: Device, max_batch: int) -> Engine | None:
+def choose(path: Path, manifest: Manifest, device: Device, max_batch: int) -> CudaEngine | EnginePool | None:
     """Load a model on the GPUs, or return None for the CPU: where it was asked for, or `auto` finds no GPU that works.
 
     Raises:
@@ -80,7 +80,9 @@ def choose(path: Path, manifest: Manifest, device: Device, max_batch: int) -> En
         return None
 
 
-def load(path: Path, manifest: Manifest, device: Gpu, max_batch: int, tactics: Tactics = QUICK) -> Engine:
+def load(
+    path: Path, manifest: Manifest, device: Gpu, max_batch: int, tactics: Tactics = QUICK
+) -> CudaEngine | EnginePool:
     """Load a model on every GPU that this process may use, and run each bucket there.
 
     Args:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnxruntime
 from numpy.typing import NDArray
 
 SUCCESS, FAILURE = 0, 2
@@ -169,6 +170,31 @@ class OnnxRuntime:
 
     def InferenceSession(self, *args: Any, **options: Any) -> Session:
         return Session(self._machine, *args, **options)
+
+
+class CpuSession(onnxruntime.InferenceSession):
+    """A session of the real onnxruntime that takes the CPU for the GPU, where all addresses are the host's."""
+
+    def __init__(self, *args: Any, providers: list[Any], **options: Any) -> None:
+        super().__init__(*args, providers=providers[-1:], **options)
+
+    def get_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider", *super().get_providers()]
+
+    def io_binding(self) -> CpuBinding:
+        return CpuBinding(self)
+
+
+class CpuBinding(onnxruntime.IOBinding):
+    """A binding of such a session."""
+
+    def bind_input(self, name: str, kind: str, *place: Any) -> None:
+        assert kind == "cuda"
+        super().bind_input(name, "cpu", *place)
+
+    def bind_output(self, name: str, kind: str, *place: Any) -> None:
+        assert kind == "cuda"
+        super().bind_output(name, "cpu", *place)
 
 
 class SessionOptions:

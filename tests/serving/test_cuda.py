@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
+from export import manifest
 from export.manifest import Budget, Certificate, Cost, Manifest, Preprocessing, TensorSpec, Variant
+from export.repository import models as list_models
 from resnet import BadInput
 from serving import buffers, cuda, models
 from serving.batcher import Batcher
 from serving.cuda import CudaEngine, EnginePool, Tactics
-from tests.serving.fake_gpu import CLASSES, Machine, compute
+from tests.serving.fake_gpu import CLASSES, CpuSession, Machine, compute
 
 PLAIN = Tactics(graphs=False, overlap=False)
 SHAPE = (4, 3, 3)
@@ -259,6 +262,7 @@ def test_tensorrt_keeps_its_engines_in_the_repository(
     options = machine.sessions[0]["TensorrtExecutionProvider"]
     folder = path.parents[2] / ".cache" / "tensorrt" / "cafe"
     assert folder.is_dir()
+    assert list_models(path.parents[2]) == [path.parents[1]]
     assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == str(folder)
     assert options["trt_fp16_enable"] == half
     assert options["trt_profile_min_shapes"] == "image:1x4x3x3"
@@ -317,6 +321,25 @@ def test_a_batcher_serves_with_it(machine: Machine, path: Path) -> None:
         for request, answer in zip(requests, callers.map(batcher.submit, requests), strict=True):
             np.testing.assert_array_equal(answer.probabilities, compute(request))
     assert len({run.thread for run in machine.runs}) == 1
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_onnxruntime_itself_takes_what_it_is_given(
+    machine: Machine,
+    repository: Path,
+    heldout: tuple[NDArray[np.uint8], NDArray[np.int32]],
+    probabilities: NDArray[np.float32],
+    overlap: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sessions, bindings and runs are its own here, only on the CPU: a real model answers as Keras does."""
+    monkeypatch.setattr(onnxruntime, "InferenceSession", CpuSession)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: machine.providers)
+    monkeypatch.setattr(cuda, "onnxruntime", onnxruntime)
+    version = repository / "digits" / "1"
+    engine = cuda.load(version / "model.onnx", manifest.read(version), "cuda", 8, Tactics(overlap=overlap))
+    for images in (1, 3, 8, 21):
+        np.testing.assert_allclose(engine.run(heldout[0][:images]), probabilities[:images], atol=1e-5)
 
 
 def test_auto_takes_the_gpu_where_it_works(machine: Machine, path: Path, caplog: pytest.LogCaptureFixture) -> None:
