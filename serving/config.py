@@ -53,7 +53,9 @@ class Config(Limits, Batching):
     metrics_port: int | None = option(
         None, "also serve Prometheus metrics over HTTP; 0 takes a free port", low=0, high=65535
     )
-    device: Literal["auto", "cuda", "cpu"] = option("auto", "what computes")
+    device: Literal["auto", "cuda", "tensorrt", "cpu"] = option(
+        "auto", "what computes: every GPU that CUDA_VISIBLE_DEVICES leaves, by CUDA or TensorRT, or the CPU"
+    )
     precision: Literal["fp32", "fp16", "int8"] = option("fp32", "which of the exported variants answers")
     versions: str = option(
         "latest",

@@ -20,7 +20,7 @@ from resnet import BadInput
 
 Images = NDArray[np.uint8]
 Probabilities = NDArray[np.float32]
-Device = Literal["auto", "cuda", "cpu"]
+Device = Literal["auto", "cuda", "tensorrt", "cpu"]
 DEVICES: tuple[Device, ...] = get_args(Device)
 CPU = "CPUExecutionProvider"
 
@@ -52,21 +52,18 @@ def count_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
 
 
 class OnnxEngine:
-    """An ONNX model in onnxruntime, on the GPU or the CPU; several threads may run it at a time."""
+    """An ONNX model in onnxruntime, on the CPU; several threads may run it at a time."""
 
-    def __init__(
-        self, path: Path, manifest: Manifest, device: Device = "auto", threads_per_batch: int | None = None
-    ) -> None:
+    def __init__(self, path: Path, manifest: Manifest, threads_per_batch: int | None = None) -> None:
         """Load a model.
 
         Args:
             path: The ONNX file.
             manifest: Names its input and output.
-            device: `cuda` insists on the GPU, `cpu` on the CPU, `auto` takes the GPU where there is one.
-            threads_per_batch: That compute a batch on the CPU, the caller's among them; None is one for each core.
+            threads_per_batch: That compute a batch, the caller's among them; None is one for each core.
 
         Raises:
-            BadInput: `cuda` was asked for and is not to be had, or the file cannot be loaded.
+            BadInput: The file cannot be loaded.
         """
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads_per_batch or count_cores()
@@ -74,12 +71,10 @@ class OnnxEngine:
         # grouped, there is one of them for each core.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            session = onnxruntime.InferenceSession(path, options, providers=_providers(device))
+            session = onnxruntime.InferenceSession(path, options, providers=[CPU])
         except Exception as error:  # onnxruntime's exceptions have no common base below Exception
             raise BadInput(f"{path} cannot be loaded by onnxruntime: {error}") from None
         self.provider = str(session.get_providers()[0])
-        if device == "cuda" and self.provider != "CUDAExecutionProvider":
-            raise BadInput(f"--device cuda: onnxruntime could not start CUDA and would run {path} on the CPU")
         self._session = session
         self._input, self._outputs = manifest.input.name, [manifest.output.name]
 
@@ -120,15 +115,3 @@ class SizedEngine:
     def run(self, images: Images) -> Probabilities:
         """Map uint8 [n, height, width, 3] to float32 [n, classes]."""
         return self._engines[bisect_left(self._sizes, min(len(images), self._sizes[-1]))].run(images)
-
-
-def _providers(device: Device) -> list[str | tuple[str, dict[str, str]]]:
-    if device == "cpu":
-        return [CPU]
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        if device == "cuda":
-            raise BadInput("--device cuda: this onnxruntime has no CUDA; install resnet with its extra 'serving-gpu'")
-        return [CPU]
-    onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
-    # A search over all algorithms for every new batch size would stall requests for about a second each.
-    return [("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"}), CPU]

@@ -15,11 +15,11 @@ import numpy as np
 from export import manifest as manifests
 from export.manifest import Manifest, Variant
 from resnet import BadInput
-from serving import tuning
+from serving import cuda, tuning
 from serving.batcher import Batcher
 from serving.batching import Batching
 from serving.cost import CostCurve
-from serving.engine import CPU, Device, Engine, Images, OnnxEngine, Probabilities
+from serving.engine import Device, Engine, Images, OnnxEngine, Probabilities
 from serving.errors import InvalidRequest, NotFound
 from serving.statistics import Statistics
 from serving.ways import Runtime, list_ways
@@ -93,17 +93,19 @@ def load(
     """
     manifest = read_checked(folder)
     variant = find_variant(folder, manifest, precision)
-    if runtime == "openvino" and device == "cuda":
-        raise BadInput("--runtime openvino computes on the CPU; leave out --device cuda")
-    engine: Engine = OnnxEngine(folder / variant.path, manifest, "cpu" if runtime == "openvino" else device)
-    if engine.provider != CPU or not (tune or runtime == "openvino"):
-        return start(manifest, engine, batching, precision)
+    path = folder / variant.path
+    if runtime == "openvino" and device in ("cuda", "tensorrt"):
+        raise BadInput(f"--runtime openvino computes on the CPU; leave out --device {device}")
+    gpu = None if runtime == "openvino" else cuda.choose(path, manifest, device, batching.max_batch)
+    if gpu:
+        return start(manifest, gpu, batching, precision, gpu.curve, lanes=gpu.lanes)
+    if not (tune or runtime == "openvino"):
+        return start(manifest, OnnxEngine(path, manifest), batching, precision)
     ways = list_ways(runtime)
     found, _ = tuning.tune(folder, manifest, variant, batching.max_batch, ways if tune else ways[:1])
     for name, why in found.refusals.items():
         log.warning("%s/%d is not computed by %s: %s", manifest.model, manifest.version, name, why)
-    engine = found.build(folder / variant.path, manifest)
-    return start(manifest, engine, batching, precision, found.curve(), str(found))
+    return start(manifest, found.build(path, manifest), batching, precision, found.curve(), str(found))
 
 
 def find_variant(folder: Path, manifest: Manifest, precision: str) -> Variant:
@@ -125,6 +127,7 @@ def start(
     precision: str = "fp32",
     curve: CostCurve | None = None,
     plan: str = "",
+    lanes: int = 1,
 ) -> Model:
     """Put an engine behind a batcher, once it has run the smallest and the largest batch.
 
@@ -135,6 +138,7 @@ def start(
         precision: That of the engine.
         curve: What its batches cost, if that was measured.
         plan: How it computes, for people.
+        lanes: Batches that it computes at a time.
     """
     for size in (1, batching.max_batch):
         engine.run(np.zeros((size, *manifest.input.shape[1:]), np.uint8))
@@ -146,7 +150,7 @@ def start(
         statistics.batch(len(images), time.perf_counter_ns() - started)
         return probabilities
 
-    return Model(manifest, engine, Batcher(run, batching, curve), statistics, precision, plan)
+    return Model(manifest, engine, Batcher(run, batching, curve, lanes), statistics, precision, plan)
 
 
 @dataclass(frozen=True)

@@ -235,7 +235,7 @@ def _find(folder: Path, manifest: Manifest, variant: Variant, setting: Setting) 
     plan = _plan(path, ways, ns, refusals)
     doubtful = [way for way in dict.fromkeys(plan.values()) if way.runtime != "onnxruntime"]
     if doubtful:
-        reference = OnnxEngine(path, manifest, "cpu")
+        reference = OnnxEngine(path, manifest)
         heldout = _load_heldout(folder)
         for way in doubtful:
             sizes = [images for images, chosen in plan.items() if chosen == way]

@@ -44,9 +44,9 @@ class Way(msgspec.Struct, frozen=True):
         if self.runtime == "openvino":
             engines: list[Engine] = [openvino.OpenvinoEngine(path, manifest, self.shares, self.threads)] * self.shares
         elif self.threads == 1:
-            engines = [OnnxEngine(path, manifest, "cpu", 1)] * self.shares
+            engines = [OnnxEngine(path, manifest, 1)] * self.shares
         else:
-            engines = [OnnxEngine(path, manifest, "cpu", self.threads) for _ in range(self.shares)]
+            engines = [OnnxEngine(path, manifest, self.threads) for _ in range(self.shares)]
         return SplitEngine(engines) if self.shares > 1 else engines[0]
 
 

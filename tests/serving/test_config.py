@@ -68,7 +68,7 @@ def test_an_empty_variable_is_none() -> None:
         ("m", "", "host = ['a']", "host in {file} must be a text"),
         ("m --trust ''", "", "", "--trust must be a path, not ''"),
         ("m --max-batch 0", "", "", "--max-batch must be at least 1, not 0"),
-        ("m --device tpu", "", "", "--device must be one of auto, cuda, cpu, not 'tpu'"),
+        ("m --device tpu", "", "", "--device must be one of auto, cuda, tensorrt, cpu, not 'tpu'"),
         ("m", "RESNET_LOG_LEVEL=loud", "", "RESNET_LOG_LEVEL must be one of debug, info, warning, error, not 'loud'"),
         ("m --tls-cert c", "", "", "--tls-cert and --tls-key belong together, and --tls-client-ca needs both"),
         ("m", "RESNET_TLS_KEY=k", "", "--tls-cert and RESNET_TLS_KEY belong together"),

@@ -110,7 +110,7 @@ def test_every_way_computes_the_same(way: Way, repository: Path) -> None:
     """As one session on one thread does, for all sizes of batches, but for rounding."""
     manifest = models.read_checked(repository / VERSION)
     path = repository / VERSION / "model.onnx"
-    plain, engine = OnnxEngine(path, manifest, "cpu", 1), way.build(path, manifest)
+    plain, engine = OnnxEngine(path, manifest, 1), way.build(path, manifest)
     for count in range(1, 34):
         images = pixels(count)
         np.testing.assert_allclose(engine.run(images), plain.run(images), rtol=0, atol=1e-6)
@@ -122,7 +122,7 @@ def test_openvino_computes_the_same(shares: int, repository: Path) -> None:
     pytest.importorskip("openvino")
     manifest = models.read_checked(repository / VERSION)
     path = repository / VERSION / "model.onnx"
-    plain, engine = OnnxEngine(path, manifest, "cpu", 1), Way("openvino", shares, 1).build(path, manifest)
+    plain, engine = OnnxEngine(path, manifest, 1), Way("openvino", shares, 1).build(path, manifest)
     assert engine.provider == OpenvinoEngine.provider
     for count in range(1, 34):
         images = pixels(count)

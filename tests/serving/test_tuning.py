@@ -226,7 +226,7 @@ class FakeOpenvino:
     error = 0.0
 
     def __init__(self, path: Path, manifest: Manifest, streams: int, threads: int) -> None:
-        self._engine = OnnxEngine(path, manifest, "cpu", streams * threads)
+        self._engine = OnnxEngine(path, manifest, streams * threads)
 
     def run(self, images: Images) -> Probabilities:
         """Compute, and miss."""
@@ -251,11 +251,12 @@ def test_openvino_is_chosen_where_it_is_faster_and_the_same(fake: type[FakeOpenv
     """Beside the ways of onnxruntime, or as the only runtime; without measuring it may be asked for, too."""
     assert describe(find(version, ways=[ONE, TWO, OTHER]).tuning.plan) == "1 x 2 threads of OpenVINO"
     for tuned in (True, False):
-        model = models.load(version, "auto", 4, 16, runtime="openvino", tune=tuned)
+        model = models.load(version, "auto", Batching(max_batch=4), runtime="openvino", tune=tuned)
         assert model.engine.provider == fake.provider
     assert re.fullmatch(r"1 x \d+ threads of OpenVINO", model.plan)
     assert (
-        models.load(version, "cpu", 4, 16, runtime="onnxruntime", tune=True).engine.provider == "CPUExecutionProvider"
+        models.load(version, "cpu", Batching(max_batch=4), runtime="onnxruntime", tune=True).engine.provider
+        == "CPUExecutionProvider"
     )
 
 
@@ -269,10 +270,10 @@ def test_openvino_is_not_chosen_where_it_answers_otherwise(
     assert found.refusals["openvino"].startswith(
         "the largest difference of onnx at batch size 1 is 0.001, above 1e-05;"
     )
-    assert models.load(version, "cpu", 4, 16, tune=True).engine.provider == "CPUExecutionProvider"
+    assert models.load(version, "cpu", Batching(max_batch=4), tune=True).engine.provider == "CPUExecutionProvider"
     assert "digits/1 is not computed by openvino: the largest difference" in caplog.text
     with pytest.raises(BadInput, match="choose another --runtime: the largest difference of onnx"):
-        models.load(version, "cpu", 4, 16, runtime="openvino")
+        models.load(version, "cpu", Batching(max_batch=4), runtime="openvino")
 
 
 def test_a_runtime_that_cannot_load_a_model_is_left_out(
@@ -378,5 +379,5 @@ def test_the_command_refuses_in_one_sentence(
 def test_openvino_is_held_against_the_certificate(version: Path) -> None:
     """Where it is installed, it passes."""
     pytest.importorskip("openvino")
-    engine = models.load(version, "cpu", 4, 16, runtime="openvino", tune=True).engine
+    engine = models.load(version, "cpu", Batching(max_batch=4), runtime="openvino", tune=True).engine
     assert engine.provider == OpenvinoEngine.provider

@@ -1,0 +1,360 @@
+"""The engine on GPUs, on machines that have none: see `tests.serving.fake_gpu`."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+
+from export import manifest
+from export.manifest import Budget, Certificate, Cost, Manifest, Preprocessing, TensorSpec, Variant
+from export.repository import models as list_models
+from resnet import BadInput
+from serving import buffers, cuda, models
+from serving.batcher import Batcher
+from serving.batching import Batching
+from serving.cuda import CudaEngine, EnginePool, Tactics
+from tests.serving.fake_gpu import CLASSES, CpuSession, Machine, compute
+
+PLAIN = Tactics(graphs=False, overlap=False)
+SHAPE = (4, 3, 3)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Put GPUs into this machine; a test sets how many, and what they cannot do, before it loads an engine."""
+    machine = Machine()
+    monkeypatch.setattr(buffers, "cudart", machine.cudart)
+    monkeypatch.setattr(cuda, "onnxruntime", machine.onnxruntime)
+    return machine
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where the ONNX file of a version would be."""
+    folder = tmp_path / "models" / "shapes" / "1"
+    folder.mkdir(parents=True)
+    return folder / "model.onnx"
+
+
+def about() -> Manifest:
+    """Return a manifest of what the fake computes, in fp32 and fp16."""
+    variants = [
+        Variant(name, file, precision, "", Budget(max_difference=1e-5), [], {})
+        for name, file, precision in (("onnx", "model.onnx", "fp32"), ("onnx-fp16", "model.fp16.onnx", "fp16"))
+    ]
+    return Manifest(
+        format=2,
+        model="shapes",
+        version=1,
+        created="",
+        input=TensorSpec("image", "uint8", [-1, *SHAPE]),
+        output=TensorSpec("probabilities", "float32", [-1, CLASSES]),
+        labels=list("abcde"),
+        preprocessing=Preprocessing(),
+        opset=17,
+        cost=Cost(0, 0, 0, 0, 0),
+        versions={},
+        cpu="",
+        training=None,
+        files={},
+        certificate=Certificate(0, "", 0.0, variants),
+        digest="cafe",
+    )
+
+
+def pixels(images: int, seed: int = 0) -> NDArray[np.uint8]:
+    """Return images, no two of them alike."""
+    return np.random.default_rng(seed).integers(0, 256, (images, *SHAPE), np.uint8)
+
+
+def assert_answers(run: Callable[[NDArray[np.uint8]], Any], images: NDArray[np.uint8]) -> None:
+    """Assert that an engine answers what the model does."""
+    answers = run(images)
+    assert (answers.shape, answers.dtype) == ((len(images), CLASSES), np.float32)
+    np.testing.assert_array_equal(answers, compute(images))
+
+
+def test_buckets_are_the_powers_of_two_and_the_largest_batch() -> None:
+    """The largest batch is a bucket too, where it is no power of two."""
+    assert cuda.list_buckets(1) == (1,)
+    assert cuda.list_buckets(8) == (1, 2, 4, 8)
+    assert cuda.list_buckets(12) == (1, 2, 4, 8, 12)
+
+
+@pytest.mark.parametrize("overlap", [True, False, None])
+@pytest.mark.parametrize("graphs", [True, False])
+def test_every_batch_size_is_answered(machine: Machine, path: Path, graphs: bool, overlap: bool | None) -> None:
+    """Up to and beyond the largest bucket, whatever the tactics; no padding comes back, and no answer of before."""
+    engine = cuda.load(path, about(), "cuda", 12, Tactics(graphs, overlap))
+    for images in (*range(1, 26), *range(25, 0, -1)):
+        assert_answers(engine.run, pixels(images, seed=images))
+    assert engine.provider == "CUDAExecutionProvider"
+    assert {option["CUDAExecutionProvider"]["enable_cuda_graph"] for option in machine.sessions} == {str(int(graphs))}
+
+
+def test_each_bucket_is_warm_before_the_first_request(machine: Machine, path: Path) -> None:
+    """Later runs are of sizes, graphs and threads that were there before: nothing is searched or recorded then."""
+    engine = cuda.load(path, about(), "cuda", 12)
+    warm = {*machine.runs}
+    assert {run.images for run in warm} == {1, 2, 4, 8, 12}
+    with ThreadPoolExecutor(4) as callers:
+        for _ in callers.map(engine.run, [pixels(1)]):
+            pass
+    for images in range(1, 30):
+        engine.run(pixels(images))
+    assert {*machine.runs} == warm
+    assert len(machine.sessions) == 1
+
+
+def test_each_bucket_of_each_slot_has_a_graph_of_its_own(machine: Machine, path: Path) -> None:
+    """A graph knows one shape and one pair of addresses; none has the number 0, which onnxruntime keeps for itself."""
+    cuda.load(path, about(), "cuda", 4, Tactics(overlap=True))
+    assert sorted({(run.graph, run.images) for run in machine.runs}) == [(1, 1), (2, 2), (3, 4), (4, 1), (5, 2), (6, 4)]
+
+
+def test_no_graph_is_asked_for_where_there_is_none(machine: Machine, path: Path) -> None:
+    """Without graphs a run has no number."""
+    cuda.load(path, about(), "cuda", 4, PLAIN)
+    assert {run.graph for run in machine.runs} == {0}
+
+
+def test_one_half_is_copied_while_the_other_is_computed(machine: Machine, path: Path) -> None:
+    """The copy of the second begins before the run of the first has ended."""
+    engine = cuda.load(path, about(), "cuda", 8, Tactics(overlap=True))
+    while machine.sent.acquire(blocking=False):
+        pass
+    machine.runs.clear()
+    # The first run ends once both copies have begun; the second finds none to wait for.
+    copies = iter([2, 0])
+    begun: list[bool] = []
+    machine.on_run = lambda _: begun.extend(machine.sent.acquire(timeout=10) for _ in range(next(copies)))
+    assert_answers(engine.run, pixels(8))
+    assert begun == [True, True]
+    assert [run.images for run in machine.runs] == [4, 4]
+
+
+def test_batches_are_whole_without_overlap(machine: Machine, path: Path) -> None:
+    """Then one beyond the largest bucket is cut by it."""
+    engine = cuda.load(path, about(), "cuda", 8, Tactics(overlap=False))
+    machine.runs.clear()
+    assert_answers(engine.run, pixels(19))
+    assert [run.images for run in machine.runs] == [8, 8, 4]
+
+
+@pytest.mark.usefixtures("machine")
+def test_the_curve_has_a_step_for_each_bucket(path: Path) -> None:
+    """All sizes of a bucket cost the same, and each bucket was measured."""
+    engine = CudaEngine(path, about(), 12)
+    curve = engine.curve
+    assert list(curve.points()) == [1, 2, 3, 4, 5, 8, 9, 12]
+    assert all(ns > 0 for ns in curve.points().values())
+    assert curve.ns(3) == curve.ns(4)
+    assert curve.ns(5) == curve.ns(7) == curve.ns(8)
+
+
+def test_a_failed_run_fails_its_batch_only(machine: Machine, path: Path) -> None:
+    """The next one is answered; nothing of the failed one is left under way."""
+    engine = cuda.load(path, about(), "cuda", 8, Tactics(overlap=True))
+    machine.failure = RuntimeError("an illegal memory access")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        engine.run(pixels(8))
+    assert_answers(engine.run, pixels(8, seed=1))
+
+
+def test_memory_is_given_back_with_the_engine(machine: Machine, path: Path) -> None:
+    """A version that was replaced leaves nothing on the GPU."""
+    engine = cuda.load(path, about(), "cuda", 8)
+    assert machine.allocated
+    del engine
+    gc.collect()
+    assert not machine.allocated
+
+
+@pytest.mark.parametrize("flaw", ["captures", "partial"])
+def test_a_model_that_cannot_be_recorded_runs_without_graphs(
+    machine: Machine, path: Path, flaw: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether onnxruntime knows it at once or the recording fails: one line of the log says why."""
+    setattr(machine, flaw, flaw == "partial")
+    engine = CudaEngine(path, about(), 8)
+    assert not engine.graphs
+    assert_answers(engine.run, pixels(11))
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "runs without" in record.message
+    failed = len(machine.allocated)
+    del engine
+    gc.collect()
+    assert failed
+    assert not machine.allocated  # nor does the attempt leave anything
+
+
+def test_plain_memory_will_do(machine: Machine, path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where none can be pinned, answers are the same, and the log says what it costs."""
+    machine.pinned = False
+    assert_answers(cuda.load(path, about(), "cuda", 8).run, pixels(11))
+    assert "no pinned memory" in caplog.text
+
+
+def test_a_model_that_does_not_fit_is_refused(machine: Machine, path: Path) -> None:
+    """In one sentence that says what to do."""
+    machine.memory = 7 * 36  # bytes of the images of less than a batch
+    with pytest.raises(BadInput, match=r"batches of 8: out of memory; lower --max-batch"):
+        cuda.load(path, about(), "cuda", 8)
+
+
+def test_there_must_be_a_gpu(machine: Machine, path: Path) -> None:
+    """A build of onnxruntime for CUDA is none."""
+    machine.devices = 0
+    with pytest.raises(BadInput, match="there is no GPU"):
+        cuda.load(path, about(), "cuda", 8)
+
+
+@pytest.mark.usefixtures("machine")
+def test_the_package_that_asks_cuda_must_be_there(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes with the extra."""
+    monkeypatch.setattr(buffers, "cudart", None)
+    with pytest.raises(BadInput, match="'serving-gpu'"):
+        cuda.load(path, about(), "cuda", 8)
+
+
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_a_provider_that_is_asked_for_and_not_got_is_an_error(machine: Machine, path: Path, device: cuda.Gpu) -> None:
+    """Not installed, or installed and unable to start: never silently another one."""
+    machine.starts.remove("CUDAExecutionProvider")
+    machine.starts.insert(0, "CUDAExecutionProvider" if device == "tensorrt" else "TensorrtExecutionProvider")
+    with pytest.raises(BadInput, match=f"could not start {cuda.PROVIDERS[device]} and would use"):
+        cuda.load(path, about(), device, 8)
+    machine.providers.remove(cuda.PROVIDERS[device])
+    with pytest.raises(BadInput, match=f"this onnxruntime has no {cuda.NAMES[device]}"):
+        cuda.load(path, about(), device, 8)
+
+
+def test_fp32_is_fp32(machine: Machine, path: Path) -> None:
+    """TF32 would be outside the certificate's budget, and a search for kernels would stall the start."""
+    cuda.load(path, about(), "cuda", 2, Tactics(options={"prefer_nhwc": "1"}))
+    options = machine.sessions[0]["CUDAExecutionProvider"]
+    assert options["use_tf32"] == "0"
+    assert options["cudnn_conv_algo_search"] == "HEURISTIC"
+    assert options["prefer_nhwc"] == "1"
+
+
+@pytest.mark.parametrize(("file", "half"), [("model.onnx", "0"), ("model.fp16.onnx", "1")])
+def test_tensorrt_keeps_its_engines_in_the_repository(
+    machine: Machine, path: Path, file: str, half: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the version's digest, where no model is looked for; half precision is for what was proved in it."""
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    machine.starts.insert(0, "TensorrtExecutionProvider")
+    engine = cuda.load(path.with_name(file), about(), "tensorrt", 8)
+    assert_answers(engine.run, pixels(11))
+    assert engine.provider == "TensorrtExecutionProvider"
+    options = machine.sessions[0]["TensorrtExecutionProvider"]
+    folder = path.parents[2] / ".cache" / "tensorrt" / "cafe"
+    assert folder.is_dir()
+    assert list_models(path.parents[2]) == [path.parents[1]]
+    assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == str(folder)
+    assert options["trt_fp16_enable"] == half
+    assert options["trt_profile_min_shapes"] == "image:1x4x3x3"
+    assert options["trt_profile_max_shapes"] == "image:8x4x3x3"
+    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")
+
+
+def test_a_repository_that_cannot_be_written_has_no_cache(
+    machine: Machine, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TensorRT works without it, at a price that the log names."""
+    machine.starts.insert(0, "TensorrtExecutionProvider")
+    (path.parents[2] / ".cache").touch()
+    assert_answers(cuda.load(path, about(), "tensorrt", 8).run, pixels(3))
+    assert "trt_engine_cache_path" not in machine.sessions[0]["TensorrtExecutionProvider"]
+    assert "at every start" in caplog.text
+
+
+def test_all_gpus_work(machine: Machine, path: Path) -> None:
+    """At the same time, each for as many callers as it can serve: one."""
+    machine.devices = 2
+    engine = cuda.load(path, about(), "cuda", 8, PLAIN)
+    assert isinstance(engine, EnginePool)
+    assert engine.lanes == 2
+    machine.runs.clear()
+    together = threading.Barrier(2)
+    machine.on_run = lambda _: together.wait(timeout=10)  # each waits for one on another GPU
+    with ThreadPoolExecutor(2) as callers:
+        batches = [pixels(5, seed) for seed in range(6)]
+        for batch, answers in zip(batches, callers.map(engine.run, batches), strict=True):
+            np.testing.assert_array_equal(answers, compute(batch))
+    assert sorted(run.device for run in machine.runs) == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_failed_batch_leaves_its_gpu_in_the_pool(machine: Machine, path: Path) -> None:
+    """Otherwise the second failure would be the last answer."""
+    machine.devices = 2
+    engine = cuda.load(path, about(), "cuda", 8, PLAIN)
+    for _ in range(3):
+        machine.failure = RuntimeError("an illegal memory access")
+        with pytest.raises(RuntimeError):
+            engine.run(pixels(1))
+    machine.runs.clear()
+    for seed in range(4):
+        assert_answers(engine.run, pixels(2, seed))
+    assert {run.device for run in machine.runs} == {0, 1}
+
+
+def test_a_batcher_serves_with_it(machine: Machine, path: Path) -> None:
+    """Requests of many threads, of which each may lead, are computed on the engine's own."""
+    model = models.start(about(), cuda.load(path, about(), "cuda", 4), Batching(max_batch=4, max_queue=100))
+    batcher: Batcher = model.batcher
+    with ThreadPoolExecutor(8) as callers:
+        requests = [pixels(1 + seed % 6, seed) for seed in range(40)]
+        for request, answer in zip(requests, callers.map(batcher.submit, requests), strict=True):
+            np.testing.assert_array_equal(answer.probabilities, compute(request))
+    assert len({run.thread for run in machine.runs}) == 1
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_onnxruntime_itself_takes_what_it_is_given(
+    machine: Machine,
+    repository: Path,
+    heldout: tuple[NDArray[np.uint8], NDArray[np.int32]],
+    probabilities: NDArray[np.float32],
+    overlap: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sessions, bindings and runs are its own here, only on the CPU: a real model answers as Keras does."""
+    monkeypatch.setattr(onnxruntime, "InferenceSession", CpuSession)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: machine.providers)
+    monkeypatch.setattr(cuda, "onnxruntime", onnxruntime)
+    version = repository / "digits" / "1"
+    engine = cuda.load(version / "model.onnx", manifest.read(version), "cuda", 8, Tactics(overlap=overlap))
+    for images in (1, 3, 8, 21):
+        np.testing.assert_allclose(engine.run(heldout[0][:images]), probabilities[:images], atol=1e-5)
+
+
+def test_auto_takes_the_gpu_where_it_works(machine: Machine, path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Otherwise the CPU, and the log says why; who names the GPU gets it or an error."""
+    assert cuda.choose(path, about(), "cpu", 8) is None
+    engine = cuda.choose(path, about(), "auto", 8)
+    assert engine is not None
+    assert engine.provider == "CUDAExecutionProvider"
+    machine.starts.remove("CUDAExecutionProvider")
+    assert cuda.choose(path, about(), "auto", 8) is None
+    assert "is computed on the CPU: onnxruntime could not start" in caplog.text
+    with pytest.raises(BadInput, match="--device cuda: onnxruntime could not start"):
+        cuda.choose(path, about(), "cuda", 8)
+    caplog.clear()
+    machine.providers.remove("CUDAExecutionProvider")
+    assert cuda.choose(path, about(), "auto", 8) is None
+    assert not caplog.records  # a build for the CPU is no surprise
