@@ -80,6 +80,15 @@ class Config(Limits):
         "info", "the least that is logged; debug tells of every call, info of those that failed"
     )
     trace: bool = option(False, "send OpenTelemetry traces where the variables OTEL_* say")
+    frontends: int | None = option(
+        None,
+        "processes that take requests on the one port, for one that computes; 0 is a single process for all; by "
+        "default as many as a GPU can use; the limits of calls and connections are those of each",
+        low=0,
+    )
+    frontend_bytes: int = option(
+        256 * 2**20, "shared memory of each front end, where the images of its requests wait", low=1
+    )
     origins: Mapping[str, Origin] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:

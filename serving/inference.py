@@ -234,7 +234,7 @@ class InferenceServicer(GRPCInferenceServiceServicer):
     def _find(self, name: str, version: str) -> Model:
         """Return a model; `version` is a number, a label, or empty for the latest."""
         if not self._server.ready:
-            raise Unavailable("the server is shutting down")
+            raise Unavailable("the server takes no requests now")
         if not version:
             return self._models.find(name)
         if not (version.isascii() and version.isdecimal() and len(version) < 20):  # Python refuses 4301 digits
