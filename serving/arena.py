@@ -26,7 +26,7 @@ class Arena:
         Args:
             size: In bytes.
         """
-        self.size = size
+        self.size = size = _round_up(size)
         self.file = os.memfd_create("resnet", os.MFD_CLOEXEC)
         """A descriptor, for the other process."""
         os.ftruncate(self.file, size)
