@@ -61,6 +61,7 @@ def run(config: Config, count: int) -> None:
         BadInput: The port cannot be had, or what keeps a process from its work.
         CheckFailed: A process did not start.
     """
+    log.info("%d front ends take requests, one process computes", count)
     with _claim(config) as claim:
         asyncio.run(_supervise(dataclasses.replace(config, port=claim.getsockname()[1]), count))
 

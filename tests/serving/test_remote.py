@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import pytest
@@ -28,6 +29,7 @@ from serving.link import Served, Shown, Version, encode
 from serving.models import Model, Models, start
 from serving.policy import Policy
 from serving.remote import RemoteModels
+from serving.server import Server
 from tests.serving import gated
 from tests.serving.gated import Gated, Wide, pixels
 
@@ -228,6 +230,8 @@ def test_an_engine_process_that_ends_is_unavailable_until_the_next(repository: P
     knock, door = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     models = RemoteModels()
     backend = Backend(knock, ROOM, models)
+    server = Listener()
+    backend.announce_to(cast(Server, server))
     link, about = answer(door), manifest.read(repository / "digits" / "1")
     assert not backend.served.is_set()
     link.sendall(encode(Served(0, {"digits": Shown([Version(1, about, "test", "fp32")], {}, {})})))
@@ -250,6 +254,18 @@ def test_an_engine_process_that_ends_is_unavailable_until_the_next(repository: P
         assert backend.served.wait(10)
         engine.engine.gate.release(10)
         assert models.find("digits").batcher.submit(pixels(5)).probabilities.tolist() == [[5] * 10]
+    assert server.told == [False, True, False, True]
+
+
+class Listener:
+    """In the place of a server: keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[bool] = []
+
+    def announce(self, ready: bool) -> None:
+        """Keep it."""
+        self.told.append(ready)
 
 
 def answer(door: socket.socket) -> socket.socket:
