@@ -23,7 +23,6 @@ from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
-import resnet
 from protos import classifier_pb2 as pb
 from protos.classifier_pb2_grpc import ClassifierStub
 from serving import models
@@ -314,14 +313,13 @@ def test_ctrl_c_and_a_signal_for_all_are_heeded_once(
         (["{models}", "--tls-cert", "no.pem", "--tls-key", "no.pem"], "no.pem cannot be read (No such file"),
     ],
 )
-def test_what_does_not_start_says_why(
-    arguments: list[str], message: str, repository: Path, address: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_what_does_not_start_says_why(arguments: list[str], message: str, repository: Path, address: str) -> None:
     """In one sentence, whichever process found it; exit code 2."""
     words = [word.format(models=repository, used=address.rpartition(":")[2]) for word in arguments]
-    assert resnet.main(["serve", "--port=0", "--frontends=2", *words]) == 2
-    told = capfd.readouterr().err.splitlines()
-    assert [line for line in told if message in line] == told[-1:]
+    ended = subprocess.run([*SERVE, "--port=0", "--frontends=2", *words], capture_output=True, text=True)
+    assert ended.returncode == 2
+    said = ended.stderr.splitlines()
+    assert [line for line in said if message in line] == said[-1:]
 
 
 def test_a_front_end_says_when_nobody_computes(repository: Path, heldout: Heldout) -> None:
