@@ -25,13 +25,13 @@ from tritonclient.utils import InferenceServerException
 
 from protos import classifier_pb2 as pb
 from protos.classifier_pb2_grpc import ClassifierStub
-from serving import models
 from serving.client import Client
 from serving.config import Config
 from serving.errors import Unavailable
-from serving.limits import Limits
-from serving.server import SERVICE, Server
+from serving.server import SERVICE
 from serving.supervisor import choose
+from tests.serving import gated
+from tests.serving.gated import pixels
 from tests.serving.test_command import SERVE
 from tests.serving.test_watcher import add
 
@@ -130,21 +130,21 @@ def service(repository: Path) -> Iterator[Service]:
     service.end()
 
 
-def ask_everything(address: str, pixels: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+def ask_everything(address: str, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
     """Return the probabilities of some images, by each protocol."""
     with Client(address) as client:
-        classes = client.classify(pixels, top_k=10).images
-    native = np.array([[item.probability for item in sorted(image, key=lambda item: item.index)] for image in classes])
+        classes = client.classify(images, top_k=10).images
+    native = np.array([[item.probability for item in sorted(found, key=lambda item: item.index)] for found in classes])
     with triton.InferenceServerClient(address) as inference:
-        tensor = triton.InferInput("image", pixels.shape, "UINT8")
-        tensor.set_data_from_numpy(pixels)
+        tensor = triton.InferInput("image", images.shape, "UINT8")
+        tensor.set_data_from_numpy(images)
         kserve = inference.infer("digits", [tensor]).as_numpy("probabilities")
     request = predict_pb2.PredictRequest()
     request.model_spec.name = "digits"
     request.inputs["image"].dtype = 4
-    for size in pixels.shape:
+    for size in images.shape:
         request.inputs["image"].tensor_shape.dim.add(size=size)
-    request.inputs["image"].tensor_content = pixels.tobytes()
+    request.inputs["image"].tensor_content = images.tobytes()
     with grpc.insecure_channel(address) as channel:
         response = prediction_service_pb2_grpc.PredictionServiceStub(channel).Predict(request)
     values = np.array(response.outputs["probabilities"].float_val, np.float32).reshape(-1, 10)
@@ -242,17 +242,14 @@ def test_what_dies_is_replaced(
 
 
 @pytest.mark.slow
-def test_versions_come_and_go_at_every_front_end(
-    serve: Callable[..., Service], own_repository: Path, heldout: Heldout
-) -> None:
+def test_versions_come_and_go_at_every_front_end(serve: Callable[..., Service], own_repository: Path) -> None:
     """On SIGHUP, and on request at any one of them."""
     service = serve(own_repository)
     assert service.process.stdout is not None
     add(own_repository, 2)
     service.process.send_signal(signal.SIGHUP)
     assert service.process.stdout.readline().startswith("loaded digits/2")
-    pixels = heldout[0][:1]
-    tensor = pb.Tensor(data_type=pb.DATA_TYPE_UINT8, shape=pixels.shape, data=pixels.tobytes())
+    tensor = pb.Tensor(data_type=pb.DATA_TYPE_UINT8, shape=(1, 32, 32, 3), data=bytes(3072))
 
     def answering() -> set[int | grpc.StatusCode]:
         """Return the versions that front ends answer with, or why they do not."""
@@ -316,26 +313,25 @@ def test_ctrl_c_and_a_signal_for_all_are_heeded_once(
 def test_what_does_not_start_says_why(arguments: list[str], message: str, repository: Path, address: str) -> None:
     """In one sentence, whichever process found it; exit code 2."""
     words = [word.format(models=repository, used=address.rpartition(":")[2]) for word in arguments]
-    ended = subprocess.run([*SERVE, "--port=0", "--frontends=2", *words], capture_output=True, text=True)
+    ended = subprocess.run([*SERVE, "--port=0", "--frontends=2", *words], check=False, capture_output=True, text=True)
     assert ended.returncode == 2
     said = ended.stderr.splitlines()
     assert [line for line in said if message in line] == said[-1:]
 
 
-def test_a_front_end_says_when_nobody_computes(repository: Path, heldout: Heldout) -> None:
+def test_a_front_end_says_when_nobody_computes(repository: Path) -> None:
     """Clients, probes and load balancers learn that it takes no requests, and that it does again."""
-    loaded = models.Models([models.load(repository / "digits" / "1", "cpu", max_batch=32, max_queue=1024)])
     tensor = triton.InferInput("image", (1, 32, 32, 3), "UINT8")
-    tensor.set_data_from_numpy(heldout[0][:1])
+    tensor.set_data_from_numpy(pixels(1))
     status = health_pb2.HealthCheckResponse
-    with Server(loaded, "127.0.0.1", 0, Limits()) as server, grpc.insecure_channel(server.address) as channel:
-        health, client = health_pb2_grpc.HealthStub(channel), triton.InferenceServerClient(server.address)
+    with gated.start(repository) as found, grpc.insecure_channel(found.address) as channel:
+        health, client = health_pb2_grpc.HealthStub(channel), triton.InferenceServerClient(found.address)
         for ready, code in ((False, status.NOT_SERVING), (True, status.SERVING)):
-            server.announce(ready)
+            found.server.announce(ready)
             for service in ("", SERVICE, "digits"):
                 assert health.Check(health_pb2.HealthCheckRequest(service=service)).status == code
             assert client.is_server_ready() == ready
-        server.announce(False)
+        found.server.announce(False)
         with pytest.raises(InferenceServerException, match=r"UNAVAILABLE.*takes no requests now"):
             client.infer("digits", [tensor])
         client.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import socket
@@ -20,13 +21,13 @@ import pytest
 from export import manifest
 from serving import errors
 from serving.arena import Slot
-from serving.batcher import Answer, Outcome
+from serving.batcher import Answer, Batcher, Outcome
 from serving.engine import Images
 from serving.errors import Cancelled, InvalidRequest, NotFound, Overloaded, Unavailable
 from serving.frontend import Backend
 from serving.hub import Hub
 from serving.link import Served, Shown, Version, encode
-from serving.models import Model, Models, start
+from serving.models import Model, Models
 from serving.policy import Policy
 from serving.remote import RemoteModels
 from serving.server import Server
@@ -187,7 +188,9 @@ def test_models_come_and_go_at_every_front_end(pair: Pair) -> None:
 def test_a_version_is_kept_as_long_as_a_request_may_name_it(pair: Pair) -> None:
     """One that was found before it was unloaded still computes; then the engine process lets go of it."""
     pair.engine.engine.gate.release(100)
-    second = start(msgspec.structs.replace(pair.shelf.model.manifest, version=2), Wide(pair.engine.engine), 2, 2)
+    first = pair.shelf.model
+    about = msgspec.structs.replace(first.manifest, version=2)
+    second = dataclasses.replace(first, manifest=about, batcher=Batcher(Wide(pair.engine.engine).run))
     kept = weakref.ref(second.batcher)
     pair.shelf.models.put(second)
     del second
