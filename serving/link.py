@@ -1,13 +1,13 @@
 """What a front end and the engine process say to each other, over a socket: messages in msgpack, each after its length.
 
-| front end says    | engine process says                |                                                           |
-|-------------------|------------------------------------|-----------------------------------------------------------|
-| Request           | Computed or Refused                | images lie in the shared memory, and so do probabilities  |
-| Release           |                                    | no request of this front end can name the version any more |
-| Load, Unload      | Done or Refused                    | answered once all front ends know                         |
-| Count             | Counted or Refused                 | of all processes                                          |
-| Done              | Served                             | what is served from now on                                |
-| Counted           | Count                              | of this front end                                         |
+| who            | says         | is answered by                           | about                                    |
+|----------------|--------------|------------------------------------------|------------------------------------------|
+| front end      | Request      | Computed or Refused                      | images, which lie in the shared memory   |
+| front end      | Release      |                                          | a version that it will not name again    |
+| front end      | Load, Unload | Done, once all front ends know; Refused  | a model                                  |
+| front end      | Count        | Counted, for all processes; Refused      | what was answered                        |
+| engine process | Count        | Counted, for the front end               | the same                                 |
+| engine process | Served       | Done                                     | what is served from now on               |
 """
 
 from __future__ import annotations

@@ -26,7 +26,5 @@ def test_each_process_is_charged_with_its_own_work(repository: Path) -> None:
 
 def test_refused_requests_are_no_figures(repository: Path) -> None:
     """What a load with failures measures is something else."""
-    with pytest.raises(
-        CheckFailed, match=r"a request failed: .* 2 images, more than the 1 allowed.*INV"
-    ):
+    with pytest.raises(CheckFailed, match=r"a request failed: .* 2 images, more than the 1 allowed.*INV"):
         measure(repository, 0, Load(1, 1, 1, images=2, seconds=0.1), ["--max-images=1"])

@@ -271,6 +271,21 @@ class Listener:
         self.told.append(ready)
 
 
+def test_a_front_end_that_talks_nonsense_harms_itself_alone(pair: Pair) -> None:
+    """Its connection is closed, and the others are answered."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        memory = os.memfd_create("test")
+        os.ftruncate(memory, 1)
+        socket.send_fds(pair.knock, [b"\0"], [theirs.fileno(), memory])
+        os.close(memory)
+    ours.sendall((1).to_bytes(4, "little") + b"x")
+    while ours.recv(2**16):
+        pass  # what it is told before
+    pair.engine.engine.gate.release(1)
+    assert isinstance(pair.post(pixels(1)).result(10), Answer)
+
+
 def answer(door: socket.socket) -> socket.socket:
     """Return the connection of a front end that knocks."""
     _, (link, memory), _, _ = socket.recv_fds(door, 1, 2)
