@@ -182,7 +182,7 @@ class Hub:
             peer, message = self._outbox.popleft()
             ready.setdefault(peer, []).append(encode(message))
         for peer, chunks in ready.items():
-            peer.transport.write(b"".join(chunks))
+            peer.write(b"".join(chunks))
 
 
 class _Peer(asyncio.Protocol):
@@ -193,7 +193,7 @@ class _Peer(asyncio.Protocol):
         counts: What it has answered, by key, when it was last asked.
     """
 
-    transport: asyncio.Transport
+    _transport: asyncio.Transport
 
     def __init__(self, hub: Hub, memory: mmap.mmap) -> None:
         self._hub, self._memory = hub, memory
@@ -206,7 +206,7 @@ class _Peer(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self._transport = transport
         self._hub.join(self)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
@@ -230,7 +230,11 @@ class _Peer(asyncio.Protocol):
                     self._hub.ask(self, message)
 
     def send(self, message: Message) -> None:
-        self.transport.write(encode(message))
+        self.write(encode(message))
+
+    def write(self, data: bytes) -> None:
+        if not self._transport.is_closing():  # or nobody is there to read it
+            self._transport.write(data)
 
     def ask(self, kind: Callable[..., Message], *values: object) -> asyncio.Future[None]:
         """Return what is done when the front end has answered, or is gone."""

@@ -1,4 +1,5 @@
-"""The page that Prometheus reads, by `model` and `version`. The figures are those of `serving.statistics`.
+"""The page that Prometheus reads, by `model` and `version`. The figures are those of `serving.statistics`, as sums over all
+processes of the server.
 
 | metric                      | what it is                                                   |
 |-----------------------------|--------------------------------------------------------------|
