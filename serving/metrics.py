@@ -1,5 +1,6 @@
-"""The page that Prometheus reads, by `model` and `version`. The figures are those of `serving.statistics`, as sums over all
-processes of the server.
+"""The page that Prometheus reads, by `model` and `version`.
+
+The figures are those of `serving.statistics`, for all processes of the server together.
 
 | metric                      | what it is                                                   |
 |-----------------------------|--------------------------------------------------------------|
