@@ -6,6 +6,7 @@ The supervisor starts it, as `python -m serving.frontend`; see `serving.supervis
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import threading
 
@@ -53,13 +54,20 @@ class Backend:
         """Whether it is there, and what it serves is known."""
         self._lock = threading.Lock()
         self._server: Server | None = None
-        threading.Thread(target=self._follow, name="backend", daemon=True).start()
+        threading.Thread(target=self._run, name="backend", daemon=True).start()
 
     def announce_to(self, server: Server) -> None:
         """Have a server tell its clients from now on whether there is an engine process."""
         with self._lock:
             self._server = server
             server.announce(self.served.is_set())
+
+    def _run(self) -> None:
+        try:
+            self._follow()
+        except BaseException:
+            log.exception("answers are heard no longer")
+            os._exit(1)  # who takes requests that nobody answers is better replaced
 
     def _follow(self) -> None:
         while True:

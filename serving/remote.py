@@ -69,6 +69,7 @@ class Connection:
         """
         self._socket, theirs = socket.socketpair()
         seconds, micros = divmod(int(SWEEP_SECONDS * 1e6), 10**6)
+        # Of what is received alone: whoever sends may wait.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", seconds, micros))
         self._arena = Arena(size)
         with theirs:
@@ -156,16 +157,8 @@ class Connection:
         """Yield what the engine process asks and tells, until it is gone; answers go to those who wait for them."""
         inbox = Inbox()
         swept = time.monotonic()
-        while True:
-            try:
-                data = self._socket.recv(RECEIVE)
-            except BlockingIOError:  # for so long nothing came
-                data = None
-            except OSError:
-                data = b""
-            if data == b"":
-                break
-            for message in inbox.take(data or b""):
+        while (data := self._receive()) is not None:
+            for message in inbox.take(data):
                 if isinstance(message, Computed | Refused | Done | Counted):
                     self._hand_out(message)
                 else:
@@ -183,6 +176,15 @@ class Connection:
     def _check(self) -> None:
         if self._lost:
             raise Unavailable("the process that computes has ended and is being replaced; try again")
+
+    def _receive(self) -> bytes | None:
+        """Return what came, nothing if for a while nothing did, or None once the engine process is gone."""
+        try:
+            return self._socket.recv(RECEIVE) or None
+        except BlockingIOError:
+            return b""
+        except OSError:
+            return None
 
     def _hand_out(self, message: Message) -> None:
         if reply := self._asked.pop(message.id, None):
@@ -225,7 +227,8 @@ class Connection:
             asked, self._asked = self._asked, {}
             for request in waiting.values():
                 self._leave(request)
-        self._socket.close()
+        with self._sending:
+            self._socket.close()
         error = "the process that computes has ended before it answered; try again"
         for request in waiting.values():
             request.done(Unavailable(error))
