@@ -61,7 +61,7 @@ def run(config: Config, count: int) -> None:
         BadInput: The port cannot be had, or what keeps a process from its work.
         CheckFailed: A process did not start.
     """
-    log.info("%d front ends take requests, one process computes", count)
+    log.info("processes that take requests: %d; one more computes", count)
     with _claim(config) as claim:
         asyncio.run(_supervise(dataclasses.replace(config, port=claim.getsockname()[1]), count))
 
