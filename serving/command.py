@@ -17,13 +17,18 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from serving import config as options
+from serving import logs
 from serving.config import Config
 
 if TYPE_CHECKING:
+    from serving.inference import Repository
+    from serving.metrics import Count
     from serving.models import Model, Models
+    from serving.security import Tls
+    from serving.server import Server
     from serving.tracing import Tracing
 
 
@@ -43,29 +48,31 @@ def run(args: argparse.Namespace) -> None:
 
 def serve(config: Config) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain."""
-    from serving import logs, models, policy, security
-    from serving.server import Server
+    from serving import supervisor
+
+    # What the queue could never hold is too large, not a matter of trying again.
+    config = dataclasses.replace(config, max_images=min(config.max_images, config.max_queue))
+    logs.start(config.log_format, config.log_level)
+    if count := supervisor.choose(config):
+        supervisor.run(config, count)
+    else:
+        _serve_alone(config)
+
+
+def _serve_alone(config: Config) -> None:
+    """Do all in this process."""
+    from serving import models, policy, security
     from serving.watcher import Watcher
 
     stop, wake = _listen()
-    logs.start(config.log_format, config.log_level)
-    tls = None
-    if config.tls_cert and config.tls_key:
-        tls = security.Tls(config.tls_cert, config.tls_key, config.tls_client_ca)
-    token, admin_token = (
-        security.read_token(path) if path else None for path in (config.token_file, config.admin_token_file)
-    )
-    security.warn_if_open(config.host, tls, token)
-    tracing = _start_tracing() if config.trace else None
-    load = _loader(config, tracing)
+    access = read_access(config)
+    security.warn_if_open(config.host, access.tls, access.token)
+    tracing = start_tracing(config)
     served = models.Models()
-    watcher = Watcher(config.repository, served, load, policy.parse(config.versions))
+    watcher = Watcher(config.repository, served, loader(config, tracing), policy.parse(config.versions))
     watcher.start()
-    # What the queue could never hold is too large, not a matter of trying again.
-    limits = dataclasses.replace(config, max_images=min(config.max_images, config.max_queue))
-    interceptors = [tracing.interceptor] if tracing else []
-    server = Server(served, config.host, config.port, limits, tls, token, admin_token, watcher, interceptors)
-    _show_metrics(config, served)
+    server = open_server(config, access, served, watcher, tracing)
+    show_metrics(config, served)
     print(f"serving on {server.address}", flush=True)
     while not stop.is_set():
         wake.wait(config.watch or None)
@@ -78,13 +85,55 @@ def serve(config: Config) -> None:
         tracing.close()
 
 
-def _start_tracing() -> Tracing:
+class Access(NamedTuple):
+    """Who may ask, and who may listen in: arguments of `serving.server.Server`."""
+
+    tls: Tls | None
+    token: str | None
+    admin_token: str | None
+
+
+def read_access(config: Config) -> Access:
+    """Read the files that say so.
+
+    Raises:
+        BadInput: One cannot be read, or holds no token.
+    """
+    from serving import security
+
+    tls = None
+    if config.tls_cert and config.tls_key:
+        tls = security.Tls(config.tls_cert, config.tls_key, config.tls_client_ca)
+    return Access(
+        tls, *(security.read_token(path) if path else None for path in (config.token_file, config.admin_token_file))
+    )
+
+
+def open_server(
+    config: Config,
+    access: Access,
+    served: Models,
+    repository: Repository,
+    tracing: Tracing | None,
+    shared: bool = False,
+) -> Server:
+    """Listen, and answer; `shared` is whether other processes listen on the port too."""
+    from serving.server import Server
+
+    interceptors = [tracing.interceptor] if tracing else []
+    return Server(served, config.host, config.port, config, *access, repository, interceptors, shared)
+
+
+def start_tracing(config: Config) -> Tracing | None:
+    """Trace calls, if that is wanted."""
+    if not config.trace:
+        return None
     from serving.tracing import Tracing
 
     return Tracing()
 
 
-def _loader(config: Config, tracing: Tracing | None) -> Callable[[Path], Model]:
+def loader(config: Config, tracing: Tracing | None = None) -> Callable[[Path], Model]:
     """Return what loads a version, and says so."""
     from export import signature
     from serving import models
@@ -105,11 +154,12 @@ def _loader(config: Config, tracing: Tracing | None) -> Callable[[Path], Model]:
     return load
 
 
-def _show_metrics(config: Config, served: Models) -> None:
+def show_metrics(config: Config, served: Models, count: Count | None = None) -> None:
+    """Listen for Prometheus, if that is wanted; `count` as in `serving.metrics.MetricsServer`."""
     if config.metrics_port is not None:
         from serving.metrics import MetricsServer
 
-        metrics = MetricsServer(served, config.host, config.metrics_port)  # its thread ends with the process
+        metrics = MetricsServer(served, config.host, config.metrics_port, count)  # its thread ends with the process
         print(f"metrics on http://{metrics.address}/metrics", flush=True)
 
 

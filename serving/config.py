@@ -89,6 +89,15 @@ class Config(Limits, Batching):
         "measure for a few seconds how to compute a model fastest on this machine, once; not so, one thread for "
         "each core computes each batch",
     )
+    frontends: int | None = option(
+        None,
+        "processes that take requests on the one port, for one that computes; 0 is a single process for all; by "
+        "default as many as a GPU can use; the limits of calls and connections are those of each",
+        low=0,
+    )
+    frontend_bytes: int = option(
+        256 * 2**20, "shared memory of each front end, where the images of its requests wait", low=1
+    )
     origins: Mapping[str, Origin] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ from serving.events import computed
 from serving.intake import Intake, to_bytes, to_priority
 from serving.models import Model, Models
 from serving.policy import ALL, Policy
-from serving.statistics import Duration
+from serving.statistics import Counts, Duration
 
 EXTENSIONS = (
     "classification",
@@ -137,7 +137,10 @@ class InferenceServicer(GRPCInferenceServiceServicer):
     ) -> pb.ModelStatisticsResponse:
         """Count requests, images and batches of one model, or of all, since they were loaded."""
         chosen = [self._find(request.name, request.version)] if request.name else self._models
-        return pb.ModelStatisticsResponse(model_stats=[_count(model) for model in chosen])
+        counts = self._models.counts()
+        return pb.ModelStatisticsResponse(
+            model_stats=[_tell(model, counts.get((model.name, model.version), Counts())) for model in chosen]
+        )
 
     @tells_failures
     def RepositoryIndex(
@@ -232,7 +235,7 @@ class InferenceServicer(GRPCInferenceServiceServicer):
     def _find(self, name: str, version: str) -> Model:
         """Return a model; `version` is a number, a label, or empty for the latest."""
         if not self._server.ready:
-            raise Unavailable("the server is shutting down")
+            raise Unavailable("the server takes no requests now")
         if not version:
             return self._models.find(name)
         if not (version.isascii() and version.isdecimal() and len(version) < 20):  # Python refuses 4301 digits
@@ -382,28 +385,26 @@ def _max_difference(model: Model) -> float:
     return max((row.max_difference for row in variant.rows), default=0.0) if variant else 0.0
 
 
-def _count(model: Model) -> pb.ModelStatistics:
-    found = model.statistics
-    with found.lock:
-        return pb.ModelStatistics(
-            name=model.name,
-            version=str(model.version),
-            last_inference=found.last_ms,
-            inference_count=found.images,
-            execution_count=sum(batch.count for batch in found.batches.values()),
-            inference_stats=pb.InferStatistics(
-                success=_total(found.success),
-                fail=_total(found.fail),
-                queue=_total(found.queue),
-                compute_input=_total(found.decode),
-                compute_infer=_total(found.compute),
-                compute_output=_total(found.respond),
-            ),
-            batch_stats=[
-                pb.InferBatchStatistics(batch_size=size, compute_infer=_total(batch))
-                for size, batch in sorted(found.batches.items())
-            ],
-        )
+def _tell(model: Model, found: Counts) -> pb.ModelStatistics:
+    return pb.ModelStatistics(
+        name=model.name,
+        version=str(model.version),
+        last_inference=found.last_ms,
+        inference_count=found.images,
+        execution_count=sum(batch.count for batch in found.batches.values()),
+        inference_stats=pb.InferStatistics(
+            success=_total(found.success),
+            fail=_total(found.fail),
+            queue=_total(found.queue),
+            compute_input=_total(found.decode),
+            compute_infer=_total(found.compute),
+            compute_output=_total(found.respond),
+        ),
+        batch_stats=[
+            pb.InferBatchStatistics(batch_size=size, compute_infer=_total(batch))
+            for size, batch in sorted(found.batches.items())
+        ],
+    )
 
 
 def _total(duration: Duration) -> pb.StatisticDuration:

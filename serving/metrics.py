@@ -1,4 +1,6 @@
-"""The page that Prometheus reads, by `model` and `version`. The figures are those of `serving.statistics`.
+"""The page that Prometheus reads, by `model` and `version`.
+
+The figures are those of `serving.statistics`, for all processes of the server together.
 
 | metric                      | what it is                                                           |
 |-----------------------------|----------------------------------------------------------------------|
@@ -18,7 +20,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from threading import Thread
 from typing import Self
@@ -37,7 +39,10 @@ from prometheus_client.registry import Collector
 from resnet import BadInput
 from serving.cost import CostCurve
 from serving.models import Models
-from serving.statistics import BOUNDS_NS, Duration
+from serving.statistics import BOUNDS_NS, Counts, Duration
+
+Count = Callable[[], Mapping[tuple[str, int], Counts]]
+"""Returns what was answered so far, by name and version of a model."""
 
 LABELS = ("model", "version")
 BATCH_BOUNDS = tuple(2**power for power in range(9))  # 1 to 256 images
@@ -46,19 +51,20 @@ BATCH_BOUNDS = tuple(2**power for power in range(9))  # 1 to 256 images
 class MetricsServer:
     """Answers GET /metrics from when it is made until `close`; as a context manager, until the end of the block."""
 
-    def __init__(self, models: Models, host: str, port: int) -> None:
+    def __init__(self, models: Models, host: str, port: int, count: Count | None = None) -> None:
         """Listen on a port.
 
         Args:
             models: What is served.
             host: Name or address of an interface.
             port: 0 takes a free one; see the attribute `address`.
+            count: Counts for all processes of the server; None is `models.counts`, for where there is one.
 
         Raises:
             BadInput: The port cannot be had.
         """
         registry = CollectorRegistry()
-        registry.register(_ModelsCollector(models))
+        registry.register(_ModelsCollector(models, count or models.counts))
         self._server: WSGIServer
         self._thread: Thread
         try:
@@ -83,8 +89,8 @@ class MetricsServer:
 
 
 class _ModelsCollector(Collector):
-    def __init__(self, models: Models) -> None:
-        self._models = models
+    def __init__(self, models: Models, count: Count) -> None:
+        self._models, self._count = models, count
 
     def collect(self) -> Iterable[Metric]:
         requests = CounterMetricFamily("resnet_requests", "Requests, by gRPC status", labels=(*LABELS, "code"))
@@ -99,15 +105,15 @@ class _ModelsCollector(Collector):
         about = GaugeMetricFamily(
             "resnet_model_info", "Models that are served", labels=(*LABELS, "precision", "provider", "plan", "digest")
         )
+        counted = self._count()
         for model in self._models:
-            names, found = [model.name, str(model.version)], model.statistics
-            with found.lock:
-                for code, count in found.codes.items():
-                    requests.add_metric([*names, code], count)
-                images.add_metric(names, found.images)
-                for family, duration in ((total, found.success), (queue, found.queue), (compute, found.compute)):
-                    family.add_metric(names, list(_seconds(duration)), duration.ns / 1e9)
-                sizes = {size: batch.count for size, batch in found.batches.items()}
+            names, found = [model.name, str(model.version)], counted.get((model.name, model.version), Counts())
+            for code, count in found.codes.items():
+                requests.add_metric([*names, code], count)
+            images.add_metric(names, found.images)
+            for family, duration in ((total, found.success), (queue, found.queue), (compute, found.compute)):
+                family.add_metric(names, list(_seconds(duration)), duration.ns / 1e9)
+            sizes = {size: batch.count for size, batch in found.batches.items()}
             batches.add_metric(names, list(_sizes(sizes)), sum(size * count for size, count in sizes.items()))
             queued.add_metric(names, model.batcher.queued)
             for size, ns in _costs(model.batcher.curve):

@@ -21,7 +21,7 @@ from serving.batching import Batching
 from serving.cost import CostCurve
 from serving.engine import Device, Engine, Images, OnnxEngine, Probabilities
 from serving.errors import InvalidRequest, NotFound
-from serving.statistics import Statistics
+from serving.statistics import Counts, Statistics
 from serving.ways import Runtime, list_ways
 
 log = logging.getLogger(__name__)
@@ -224,6 +224,10 @@ class Models:
     def get(self, name: str) -> Served:
         """Return what of a model is served or refused; nothing, if it is unknown."""
         return self._served.get(name, Served())
+
+    def counts(self) -> dict[tuple[str, int], Counts]:
+        """Return what was answered so far, by name and version."""
+        return {(model.name, model.version): model.statistics.counts() for model in self}
 
     def subscribe(self, listener: Callable[[str, bool], None]) -> None:
         """Call `listener` with the name of a model and whether it is served: now for each, later on each change."""

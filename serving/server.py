@@ -58,6 +58,7 @@ class Server:
         admin_token: str | None = None,
         repository: Repository | None = None,
         interceptors: Sequence[grpc.ServerInterceptor] = (),
+        shared: bool = False,
     ) -> None:
         """Listen on a port, and answer.
 
@@ -72,6 +73,7 @@ class Server:
                 machine of a server that listens on it alone and has no `token`.
             repository: Loads and unloads models on request; None refuses to.
             interceptors: See the calls that are let in.
+            shared: Other processes may listen on the port too, and each gets a part of the connections.
 
         Raises:
             BadInput: The port cannot be had, or a file of `tls` cannot be read or used.
@@ -84,7 +86,7 @@ class Server:
             interceptors=[*intercept(token, admin_token), *interceptors],
             maximum_concurrent_rpcs=limits.max_calls,
             options=[
-                ("grpc.so_reuseport", 0),  # otherwise two servers may share a port, each with half of the requests
+                ("grpc.so_reuseport", int(shared)),  # two servers that know nothing of each other share no port
                 ("grpc.max_send_message_length", -1),
                 *limits.to_options(),
             ],
@@ -117,10 +119,16 @@ class Server:
             ) from None
         self.address = f"{host}:{bound}"
         self._server.start()
-        self.ready = True
-        for service in ("", *SERVICES):
-            self._tell(service, True)
+        self.announce(True)
         models.subscribe(self._tell)
+
+    def announce(self, ready: bool) -> None:
+        """Let clients know whether requests are taken, by the server and for its services and models."""
+        self.ready = ready
+        for service in ("", *SERVICES):
+            self._tell(service, ready)
+        for name in self._models.names():
+            self._tell(name, ready and bool(self._models.get(name).versions))
 
     def _tell(self, name: str, serving: bool) -> None:
         """Let health checks know of the server, of a service or of a model."""

@@ -38,6 +38,12 @@ class Duration:
         self.ns += ns
         self.buckets[bisect_left(BOUNDS_NS, ns)] += 1
 
+    def merge(self, other: Duration) -> None:
+        """Count all that another one has."""
+        self.count += other.count
+        self.ns += other.ns
+        self.buckets = [mine + theirs for mine, theirs in zip(self.buckets, other.buckets, strict=True)]
+
 
 class Request:
     """One request under way; whoever answers it fills in what became of it."""
@@ -71,8 +77,8 @@ class Observer(Protocol):
 
 
 @dataclass
-class Statistics:
-    """Of one model version, since it was loaded.
+class Counts:
+    """What one process has answered with a model version, since it was loaded.
 
     Attributes:
         model: Name of the model.
@@ -87,7 +93,6 @@ class Statistics:
         batches: Calls of the engine, by number of images.
         codes: Requests, by the name of their gRPC status.
         last_ms: When the last request was answered, milliseconds since 1970.
-        observer: Is told of every request too, if there is one.
     """
 
     model: str = ""
@@ -100,8 +105,29 @@ class Statistics:
     compute: Duration = field(default_factory=Duration)
     respond: Duration = field(default_factory=Duration)
     batches: dict[int, Duration] = field(default_factory=lambda: defaultdict(Duration))
-    codes: Counter[str] = field(default_factory=Counter)
+    codes: dict[str, int] = field(default_factory=Counter)
     last_ms: int = 0
+
+    def merge(self, other: Counts) -> None:
+        """Add what another process has answered with the same version."""
+        self.images += other.images
+        for name in ("success", "fail", "queue", "decode", "compute", "respond"):
+            getattr(self, name).merge(getattr(other, name))
+        for size, duration in other.batches.items():
+            self.batches[size].merge(duration)
+        for code, count in other.codes.items():
+            self.codes[code] += count
+        self.last_ms = max(self.last_ms, other.last_ms)
+
+
+@dataclass
+class Statistics(Counts):
+    """What this process answers with a model version; threads may share it.
+
+    Attributes:
+        observer: Is told of every request too, if there is one.
+    """
+
     observer: Observer | None = None
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -140,3 +166,10 @@ class Statistics:
         """Count a call of the engine."""
         with self.lock:
             self.batches[images].add(ns)
+
+    def counts(self) -> Counts:
+        """Return what was counted until now."""
+        counts = Counts(self.model, self.version)
+        with self.lock:
+            counts.merge(self)
+        return counts
