@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import grpc
@@ -28,10 +28,12 @@ class Sample:
     Attributes:
         latencies_ms: Of every request that was answered within the stretch, in milliseconds.
         images_per_second: Images answered, over the length of the stretch.
+        failures: Requests that had no answer, by the name of what came instead.
     """
 
     latencies_ms: NDArray[np.float64]
     images_per_second: float
+    failures: Mapping[str, int] = field(default_factory=dict)
 
 
 def run(call: Call, in_flight: int, images: int, seconds: float) -> Sample:
