@@ -43,6 +43,7 @@ COMMANDS = {
     "models": Command("export.models", "export", "list, show, verify and prune the models of a repository"),
     "serve": Command("serving.command", "serving", "answer classification requests over gRPC"),
     "classify": Command("serving.classify", "serving", "classify image files through a running server"),
+    "load": Command("benchmarks.load_command", "load", "put any server under load, and report what it bears"),
     "bench": Command("benchmarks.command", "all", "measure a served model against the Keras original"),
     "demo": Command("benchmarks.demo", "all", "all of the above, small, on handwritten digits"),
 }

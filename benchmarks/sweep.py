@@ -17,6 +17,7 @@ from benchmarks.endpoints import Endpoint
 from benchmarks.load import Sample, sample
 from benchmarks.percentiles import Estimate
 from benchmarks.server_side import MIB, Split, Usage
+from resnet import CheckFailed
 
 PERCENTS = (50, 90, 95, 99, 99.9)
 SHARES = (0.5, 0.8, 0.95, 2.0, 5.0)  # of capacity: what a service should bear, and what it should survive
@@ -150,7 +151,8 @@ class Sweep:
         if not isinstance(point.load, Open):
             return False
         p99 = point.percentile(99)
-        kept = point.images_per_second >= KEPT * point.load.rate * point.images
+        offered = point.images * sum(len(sample.late_ms) for sample in point.samples) / self._plan.seconds
+        kept = sum(sample.images_per_second for sample in point.samples) >= KEPT * offered
         return not kept or p99 is None or p99.value > self._plan.p99_limit_ms
 
     def _measure(self, point: Point, round_: int) -> None:
@@ -187,8 +189,14 @@ class Sweep:
 
 
 def shares(points: Sequence[Point], arrivals: str) -> list[Load]:
-    """Return rates that are shares of what a server answered at most."""
+    """Return rates that are shares of what a server answered at most.
+
+    Raises:
+        CheckFailed: It answered nothing.
+    """
     capacity = max(point.images_per_second / point.images for point in points)
+    if not capacity:
+        raise CheckFailed("the server answered nothing under load; there is no capacity to take shares of")
     return [Open(share * capacity, arrivals) for share in SHARES]
 
 
