@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -170,7 +171,7 @@ class Callers:
         """
         context = multiprocessing.get_context("spawn")  # gRPC has threads, which a fork would lose
         self._pipes: list[Connection] = []
-        self._processes = []
+        self.processes: list[multiprocessing.process.BaseProcess] = []
         for number in range(count):
             pipe, theirs = context.Pipe()
             process = context.Process(
@@ -179,7 +180,7 @@ class Callers:
             process.start()
             theirs.close()
             self._pipes.append(pipe)
-            self._processes.append(process)
+            self.processes.append(process)
         try:
             self._gather()
         except BaseException:
@@ -193,21 +194,25 @@ class Callers:
             load: How much.
             seconds: For how long; what was sent until then is waited for.
             deadline: Seconds after which an answer is of no use.
+
+        Raises:
+            CheckFailed: A process has ended.
         """
-        for pipe in self._pipes:
-            pipe.send((load, seconds, deadline))
+        with suppress(ConnectionError):  # of a process that has ended; it will be missed below
+            for pipe in self._pipes:
+                pipe.send((load, seconds, deadline))
         return Trace(*map(np.concatenate, zip(*self._gather(), strict=True)))
 
     def close(self) -> None:
         """End the processes, whatever they do."""
-        for process in self._processes:
+        for process in self.processes:
             process.terminate()
             process.join()
 
     def _gather(self) -> list[Trace]:
         try:
             answers = [pipe.recv() for pipe in self._pipes]
-        except EOFError:
+        except (EOFError, ConnectionError):
             raise CheckFailed("a process of the load ended before it was done") from None
         for answer in answers:
             if isinstance(answer, BadInput):

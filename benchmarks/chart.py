@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-WIDTH, HEIGHT = 640, 320
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 44
+WIDTH, HEIGHT = 480, 270
+LEFT, RIGHT, TOP, BOTTOM = 62, 16, 12, 44
 TICKS = 5
-LOG_FROM = 30  # times the smallest value, from which a scale is logarithmic
 
 Points = Sequence[tuple[float, float]]
 
@@ -45,17 +44,22 @@ class Scale:
         return math.log10(value) if self._log else value
 
 
-def draw(title: str, x_label: str, y_label: str, series: Sequence[Series]) -> str:
+def draw(title: str, x_label: str, y_label: str, series: Sequence[Series], log: bool = False) -> str:
     """Return a chart as an `svg` element; empty if there is nothing to draw.
 
-    Lines have the classes `line-0` and so on, for the page to colour. An axis whose values differ much is logarithmic.
+    Args:
+        title: For those who cannot see it.
+        x_label: Below.
+        y_label: At the left.
+        series: The lines; they have the classes `line-0` and so on, for the page to colour.
+        log: Whether the heights, which must be above 0, are logarithmic.
     """
     series = [line for line in series if line.points]
     xs, ys = ([point[axis] for line in series for point in line.points] for axis in (0, 1))
-    if not xs or min(*xs, 0) < 0 or max(xs) <= 0 or max(ys) <= 0:
+    if not xs or not max(xs) or not max(ys):
         return ""
     across = Scale(xs, LEFT, WIDTH - RIGHT, log=False)
-    up = Scale(ys, HEIGHT - BOTTOM, TOP, log=min(ys) > 0 and max(ys) / min(ys) > LOG_FROM)
+    up = Scale(ys, HEIGHT - BOTTOM, TOP, log=log)
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
     for tick in up.ticks:
         parts.append(f'<path class="grid" d="M{LEFT} {up.at(tick):.1f}H{WIDTH - RIGHT}"/>')

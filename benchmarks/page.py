@@ -11,7 +11,9 @@ from benchmarks.callers import Closed, Open
 from benchmarks.chart import Series
 from benchmarks.percentiles import Estimate
 from benchmarks.server_side import MIB, Split
-from benchmarks.sweep import PERCENTS, Point
+from benchmarks.sweep import Point
+
+SHOWN = (50, 95, 99, 99.9)
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2330; --soft: #5d6675; --rule: #d9dde3; --paper: #fff;
@@ -19,14 +21,14 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #9aa4b2; --rule: #343c48; --paper: #14181e;
   --c0: #69b3f0; --c1: #f2a35e; --c2: #6ecf8c; --c3: #c596ea; --c4: #f0849a; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 62rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
+  max-width: 78rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
 h1 { font-size: 1.5rem; margin: 0 0 .3rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem }
 p, figcaption, small, .key { color: var(--soft) } p { max-width: 46rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
 th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid var(--rule) }
 th { font-weight: 600; vertical-align: bottom } th:first-child, td:first-child { text-align: left; padding-left: 0 }
-td small { display: block; font-size: .75rem }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1.2rem }
+td small { display: block; font-size: .75rem; max-width: 12rem; white-space: normal; margin-left: auto }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); gap: 1.2rem }
 figure { margin: 1rem 0 0; break-inside: avoid } figcaption { font-weight: 600; color: var(--ink) }
 svg { width: 100%; height: auto; display: block } svg text { font-size: 12px; fill: var(--soft) }
 .grid { stroke: var(--rule); fill: none } .line { fill: none; stroke-width: 2 }
@@ -36,7 +38,8 @@ svg { width: 100%; height: auto; display: block } svg text { font-size: 12px; fi
 .key span { margin-right: 1rem; white-space: nowrap } .key b { font-weight: 400; color: var(--soft) }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem } dt { color: var(--soft) }
 dd { margin: 0; overflow-wrap: anywhere }
-@media print { body { max-width: none; font-size: 11px; padding: 0 } .charts { grid-template-columns: 1fr 1fr } }
+@media print { body { max-width: none; font-size: 9px; padding: 0 } .charts { grid-template-columns: 1fr 1fr 1fr }
+  .wide { overflow: visible } th, td { padding: .2rem .4rem } th { white-space: normal } td small { font-size: .8em } }
 """
 
 
@@ -63,7 +66,7 @@ def render(points: Sequence[Point], about: dict[str, Any]) -> str:
 def _closed(points: Sequence[Point]) -> str:
     if not points:
         return ""
-    header = ["in flight", "images/s", *(f"p{percent:g} ms" for percent in PERCENTS), "not answered", *_costs(points)]
+    header = ["in flight", "images/s", *(f"p{percent:g} ms" for percent in SHOWN), "not answered", *_costs(points)]
     rows = [
         [f"{point.load.in_flight:,}", _rate(point), *_latencies(point), _failures(point), *_cost(point)]
         for point in points
@@ -79,7 +82,7 @@ def _closed(points: Sequence[Point]) -> str:
         "true percentile with a confidence of 95 %; images per second as the median of the rounds, below it the lowest "
         "and the highest.",
         _table(header, rows),
-        _figure("Latency over throughput", "images per second", "ms", lines),
+        _figure("Latency over throughput", "images per second", "ms", lines, log=True),
     )
 
 
@@ -88,7 +91,7 @@ def _opened(points: Sequence[Point]) -> str:
         return ""
     offered = [(point, point.load.rate * point.images) for point in points if isinstance(point.load, Open)]
     columns = ["offered images/s", "answered/s", "in time/s"]
-    header = [*columns, *(f"p{percent:g} ms" for percent in PERCENTS), "not answered", "sent late ms", *_costs(points)]
+    header = [*columns, *(f"p{percent:g} ms" for percent in SHOWN), "not answered", "sent late ms", *_costs(points)]
     rows = [
         [
             f"{rate:,.0f}",
@@ -120,7 +123,7 @@ def _opened(points: Sequence[Point]) -> str:
         "from those times: a server that falls behind cannot slow the load down. Sent late is how far the load itself "
         "fell behind, at the 99th percentile.",
         _table(header, rows),
-        _figure("Latency over offered rate", "offered images per second", "ms", latencies),
+        _figure("Latency over offered rate", "offered images per second", "ms", latencies, log=True),
         _figure("Answers over offered rate", "offered images per second", "images per second", answers),
         _figure("Requests not answered", "offered images per second", "%", refused),
     )
@@ -178,8 +181,8 @@ def _cell(text: str) -> str:
     return f"<td>{escape(first)}{f'<small>{escape(second)}</small>' if second else ''}</td>"
 
 
-def _figure(title: str, x_label: str, y_label: str, lines: Sequence[Series]) -> str:
-    drawn = chart.draw(title, x_label, y_label, lines)
+def _figure(title: str, x_label: str, y_label: str, lines: Sequence[Series], log: bool = False) -> str:
+    drawn = chart.draw(title, x_label, y_label, lines, log)
     if not drawn:
         return ""
     lines = [line for line in lines if line.points]
@@ -203,7 +206,7 @@ def _rate(point: Point) -> str:
 
 
 def _latencies(point: Point) -> list[str]:
-    return [_latency(point.percentile(percent)) for percent in PERCENTS]
+    return [_latency(point.percentile(percent)) for percent in SHOWN]
 
 
 def _latency(found: Estimate | None) -> str:
