@@ -21,7 +21,7 @@ OK = grpc.StatusCode.OK.value[0]
 
 @contextmanager
 def serve(answer: Callable[[bytes, grpc.ServicerContext], bytes], connections: int = 1) -> Iterator[Endpoint]:
-    """Answer a method of bytes, 64 at a time; the first call of each connection, which tries it, is answered at once."""
+    """Answer a method of bytes, 64 at a time; the first call of each connection is answered at once."""
     server = grpc.server(ThreadPoolExecutor(64))
     calls = Counter[bytes]()
 
