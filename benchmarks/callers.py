@@ -109,10 +109,17 @@ class Caller:
             run.send(number, at)
         return run.wait(len(due))
 
-    def start(self, number: int, timeout: float, then: Callable[[int], None]) -> None:
-        """Send the request of a number; `then` takes the number of the status that comes of it, on another thread."""
+    def start(self, number: int, timeout: float, then: Callable[[int], None], message: bytes | None = None) -> None:
+        """Send a request.
+
+        Args:
+            number: Of the request; also chooses the connection.
+            timeout: Seconds.
+            then: Takes the number of the status that comes of it, on another thread.
+            message: To be sent in place of the endpoint's.
+        """
         method = self._methods[number % len(self._methods)]
-        call = method.future(self._requests[number % len(self._requests)], timeout=timeout)
+        call = method.future(message or self._requests[number % len(self._requests)], timeout=timeout)
         call.add_done_callback(lambda _: then(call.code().value[0]))
 
 

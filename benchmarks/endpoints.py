@@ -94,21 +94,35 @@ def connect(
     Raises:
         BadInput: The server does not answer, or the model is none that takes images like that.
     """
+    wanted = describe(address, protocol, model, images, shape)
+    size = int(np.prod(wanted.shape)) * np.dtype(TYPES[wanted.datatype]).itemsize
+    count = max(1, min(DISTINCT, DISTINCT_BYTES // size))
+    pixels = make_pixels(wanted, count * images, data)
     spoken = PROTOCOLS[protocol]
+    requests = tuple(spoken.pack(wanted, part) for part in np.split(pixels, count))
+    return Endpoint(address, spoken.path, requests, images, wanted, protocol)
+
+
+def describe(address: str, protocol: str, model: str = "", images: int = 1, shape: Sequence[int] = ()) -> Input:
+    """Ask a server what its model takes; see `connect`."""
     with grpc.insecure_channel(address, UNLIMITED) as channel:
         try:
-            found = spoken.describe(channel, model)
+            found = PROTOCOLS[protocol].describe(channel, model)
         except grpc.RpcError as error:
             raise BadInput(
                 f"{address} does not say what its model takes: {error.details()} ({error.code().name})"
             ) from None
-    wanted = _settle(found, images, tuple(shape))
-    size = int(np.prod(wanted.shape)) * np.dtype(TYPES[wanted.datatype]).itemsize
-    count = max(1, min(DISTINCT, DISTINCT_BYTES // size))
-    pixels = _read(wanted, data) if data else _draw(wanted, count)
-    rows = np.arange(count * images).reshape(count, images) % len(pixels)
-    requests = tuple(spoken.pack(wanted, pixels[row]) for row in rows)
-    return Endpoint(address, spoken.path, requests, images, wanted, protocol)
+    return _settle(found, images, tuple(shape))
+
+
+def make_pixels(wanted: Input, count: int, data: Sequence[Path] = ()) -> Pixels:
+    """Return so many images as the model takes them: noise, or those of files in turn.
+
+    Raises:
+        BadInput: A file is no image, or the model takes no images as files have them.
+    """
+    pixels = _read(wanted, data)[np.arange(count) % len(data)] if data else _draw(wanted, count)
+    return pixels.astype(TYPES[wanted.datatype], copy=False)
 
 
 def _settle(found: Input, images: int, shape: tuple[int, ...]) -> Input:
@@ -125,10 +139,7 @@ def _settle(found: Input, images: int, shape: tuple[int, ...]) -> Input:
 
 
 def _draw(wanted: Input, count: int) -> Pixels:
-    """Return noise for so many requests."""
-    images, *sizes = wanted.shape
-    pixels = np.random.default_rng(0).integers(0, 256, (count * images, *sizes), np.uint8)
-    return pixels.astype(TYPES[wanted.datatype], copy=False)
+    return np.random.default_rng(0).integers(0, 256, (count, *wanted.shape[1:]), np.uint8)
 
 
 def _read(wanted: Input, files: Sequence[Path]) -> Pixels:
@@ -142,7 +153,7 @@ def _read(wanted: Input, files: Sequence[Path]) -> Pixels:
             pixels.append(decode(file.read_bytes(), (sizes[0], sizes[1])))
         except InvalidImage as error:
             raise BadInput(f"{file} {error}") from None
-    return np.stack(pixels).astype(TYPES[wanted.datatype], copy=False)
+    return np.stack(pixels)
 
 
 def describe_kserve(channel: grpc.Channel, model: str) -> Input:
