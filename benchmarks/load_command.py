@@ -82,8 +82,7 @@ def run(args: argparse.Namespace) -> None:
         points, remarks = _measure(sweep, args)
     about = _describe(endpoint, plan, args)
     result = {"about": about, "points": [point.as_dict() for point in points], "remarks": remarks}
-    print(f"\n{table(points)}\n")
-    print("\n".join([*remarks, *(_warn(points))]))
+    print("\n".join(["", table(points), "", *remarks, *_warn(points)]))
     if args.out:
         from benchmarks import page
 
@@ -108,11 +107,10 @@ def _measure(sweep: Sweep, args: argparse.Namespace) -> tuple[list[Point], list[
         return points + sweep.run(shares(points, args.arrivals)), []
     loads: list[Load] = [Open(rate, args.arrivals) for rate in sorted(args.rate)]
     opened = sweep.run(loads, stop=True)
-    last = opened[-1]
-    if not sweep.saturated(last):
+    left, last = len(loads) - len(opened), opened[-1]
+    if not left and not sweep.saturated(last):
         return points + opened, ["the server kept every rate"]
-    left = f"; higher rates were left out: {len(loads) - len(opened)}" if len(opened) < len(loads) else ""
-    return points + opened, [f"saturated at {_name(last)}{left}"]
+    return points + opened, [f"saturated at {_name(last)}; higher rates that were left out: {left}"]
 
 
 def table(points: Sequence[Point]) -> str:
@@ -157,9 +155,8 @@ def _describe(endpoint: Endpoint, plan: Plan, args: argparse.Namespace) -> dict[
 
     deadline = f", of no use after {args.deadline_ms:g} ms" if args.deadline_ms else ""
     method = (
-        f"Requests of {args.images} {'image' if args.images == 1 else 'images'}{deadline}; {plan.rounds} rounds of "
-        f"{plan.seconds:g} s, each after {plan.warm_up:g} s of warm-up; the load comes from {args.clients} "
-        f"{'process' if args.clients == 1 else 'processes'} of {args.connections} connections."
+        f"Images in a request: {args.images}{deadline}. Rounds: {plan.rounds}, of {plan.seconds:g} s each after "
+        f"{plan.warm_up:g} s of warm-up. Processes that send: {args.clients}, connections of each: {args.connections}."
     )
     return {
         "model": endpoint.input.model,

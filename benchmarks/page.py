@@ -22,7 +22,7 @@ STYLE = """
   --c0: #69b3f0; --c1: #f2a35e; --c2: #6ecf8c; --c3: #c596ea; --c4: #f0849a; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 78rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
-h1 { font-size: 1.5rem; margin: 0 0 .3rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem }
+h1 { font-size: 1.6em; margin: 0 0 .3rem } h2 { font-size: 1.2em; margin: 2.2rem 0 .6rem }
 p, figcaption, small, .key { color: var(--soft) } p { max-width: 46rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
 th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid var(--rule) }
@@ -72,6 +72,9 @@ def _closed(points: Sequence[Point]) -> str:
         for point in points
         if isinstance(point.load, Closed)
     ]
+    weighed = [(point.load.in_flight, point) for point in points if isinstance(point.load, Closed) and point.usage]
+    processors = [(in_flight, point.cpu_ms_per_image or 0) for in_flight, point in weighed]
+    memory = [(in_flight, point.usage.peak_bytes / MIB) for in_flight, point in weighed if point.usage]
     lines = [
         Series(f"p{percent:g}", [(point.images_per_second, found.value) for point, found in _found(points, percent)])
         for percent in (50, 99)
@@ -79,10 +82,12 @@ def _closed(points: Sequence[Point]) -> str:
     return _section(
         "So many requests in flight",
         "The next request goes out when one is answered. Latency in milliseconds, below it the interval that holds the "
-        "true percentile with a confidence of 95 %; images per second as the median of the rounds, below it the lowest "
-        "and the highest.",
+        "true percentile with a confidence of 95 %, with ? where the samples are too few to know a bound; images per "
+        "second as the median of the rounds, below it the lowest and the highest.",
         _table(header, rows),
         _figure("Latency over throughput", "images per second", "ms", lines, log=True),
+        _figure("What an image costs the server", "requests in flight", "CPU ms", [Series("CPU", processors)]),
+        _figure("Memory of the server", "requests in flight", "MiB at most", [Series("memory", memory)]),
     )
 
 

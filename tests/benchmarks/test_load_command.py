@@ -46,7 +46,7 @@ def test_load_finds_capacity_and_goes_beyond(
         assert point["peak_mib"] > 10
     assert last["about"]["input"] == "UINT8 [1, 32, 32, 3]"
     assert "| 4 in flight |" in output
-    assert "1 image, of no use after 500 ms" in (tmp_path / "report.html").read_text()
+    assert "Images in a request: 1, of no use after 500 ms" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.slow
@@ -62,7 +62,7 @@ def test_load_speaks_other_protocols(
     (point,) = json.loads(lines[-1])["points"]
     assert point["rate"] == 10
     assert point["answered"] == 3
-    assert "saturated at 10 requests/s; higher rates were left out: 2" in lines
+    assert "saturated at 10 requests/s; higher rates that were left out: 2" in lines
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,8 @@ def test_a_reader_sees_tables_and_charts(width: int, tmp_path: Path) -> None:
     assert "grpcio 1.2.3, numpy 4.5.6" in text
     assert seen["names"] == [
         "Latency over throughput",
+        "What an image costs the server",
+        "Memory of the server",
         "Latency over offered rate",
         "Answers over offered rate",
         "Requests not answered",
@@ -119,7 +121,7 @@ def test_a_reader_sees_tables_and_charts(width: int, tmp_path: Path) -> None:
         "What an image of it costs",
     ]
     assert all(box[0] > 250 and box[1] > 120 for box in seen["charts"])
-    assert seen["points"] == 2 * 2 + 3 * 2 + 3 * 2 + 2 + 2 + 2
+    assert seen["points"] == 2 * 2 + 2 + 2 + 3 * 2 + 3 * 2 + 2 + 2 + 2
     assert "none" not in seen["colors"]
     assert len(set(seen["colors"])) == 3
     assert seen["overflow"] <= 0
