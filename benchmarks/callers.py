@@ -83,9 +83,9 @@ class Caller:
             BadInput: The server does not answer, or not with OK.
         """
         self._requests = endpoint.requests
-        channels = [grpc.insecure_channel(endpoint.address, OPTIONS) for _ in range(connections)]
+        self._channels = [grpc.insecure_channel(endpoint.address, OPTIONS) for _ in range(connections)]
         self._methods: list[grpc.UnaryUnaryMultiCallable[bytes, bytes]]
-        self._methods = [channel.unary_unary(endpoint.path) for channel in channels]
+        self._methods = [channel.unary_unary(endpoint.path) for channel in self._channels]
         try:
             for method in self._methods:
                 method(self._requests[0], timeout=PATIENCE_SECONDS, wait_for_ready=True)
@@ -121,6 +121,17 @@ class Caller:
         method = self._methods[number % len(self._methods)]
         call = method.future(message or self._requests[number % len(self._requests)], timeout=timeout)
         call.add_done_callback(lambda _: then(call.code().value[0]))
+
+    def close(self) -> None:
+        """Close the connections."""
+        for channel in self._channels:
+            channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class _Run:

@@ -143,7 +143,8 @@ class RemoteTarget(Target):
 
 def _keep(endpoint: Endpoint, in_flight: int, seconds: float) -> Sample:
     load = Closed(in_flight)
-    trace = call(Caller(endpoint), load, seconds)
+    with Caller(endpoint) as caller:
+        trace = call(caller, load, seconds)
     # A stretch too short for a single answer lasts until the first.
     found = sample(trace, load, endpoint.images, 0, max(seconds, np.nextafter(trace.done.min(), np.inf)))
     if found.failures:

@@ -60,8 +60,8 @@ def main() -> None:
     pixels = make_pixels(wanted, SAMPLES, args.data)
     protocol = PROTOCOLS[args.protocol]
     endpoint = Endpoint(args.server, protocol.path, (protocol.pack(wanted, pixels[:1]),), 1, wanted, args.protocol)
-    system = System(endpoint, pixels, args)
-    with tempfile.TemporaryDirectory() as folder:
+    with Caller(endpoint, args.connections) as caller, tempfile.TemporaryDirectory() as folder:
+        system = System(endpoint, pixels, caller, args)
         test(system, settings(args), Path(folder))
         summary = (Path(folder) / "mlperf_log_summary.txt").read_text()
     if system.failures:
@@ -75,15 +75,16 @@ def main() -> None:
 class System:
     """The system under test: a server that answers what LoadGen asks."""
 
-    def __init__(self, endpoint: Endpoint, pixels: Pixels, args: argparse.Namespace) -> None:
-        """Connect.
+    def __init__(self, endpoint: Endpoint, pixels: Pixels, caller: Caller, args: argparse.Namespace) -> None:
+        """Send nothing yet.
 
         Args:
             endpoint: The server.
             pixels: The samples, by their index.
+            caller: Sends to the server.
             args: The command's.
         """
-        self._caller = Caller(endpoint, args.connections)
+        self._caller = caller
         self._wanted, self._pack = endpoint.input, PROTOCOLS[endpoint.protocol].pack
         self._pixels, self._number = pixels, 0
         self._images = {"MultiStream": STREAMS, "Offline": args.images}.get(args.scenario, 1)

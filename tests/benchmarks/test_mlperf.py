@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from benchmarks import endpoints, mlperf
+from benchmarks.callers import Caller
 from benchmarks.endpoints import Endpoint
 from resnet import BadInput
 
@@ -45,8 +46,8 @@ class LoadGen(SimpleNamespace):
 
 def make_system(endpoint: Endpoint, scenario: str) -> mlperf.System:
     """Return a server as a system for a scenario."""
-    args = argparse.Namespace(scenario=scenario, images=4, in_flight=2, connections=1)
-    return mlperf.System(endpoint, endpoints.make_pixels(endpoint.input, 16), args)
+    args = argparse.Namespace(scenario=scenario, images=4, in_flight=2)
+    return mlperf.System(endpoint, endpoints.make_pixels(endpoint.input, 16), Caller(endpoint), args)
 
 
 @pytest.mark.parametrize("scenario", mlperf.SCENARIOS)
