@@ -10,6 +10,7 @@ from typing import NamedTuple
 WIDTH, HEIGHT = 480, 270
 LEFT, RIGHT, TOP, BOTTOM = 62, 16, 12, 44
 TICKS = 5
+COLORS = 6
 
 Points = Sequence[tuple[float, float]]
 
@@ -51,7 +52,7 @@ def draw(title: str, x_label: str, y_label: str, series: Sequence[Series], log: 
         title: For those who cannot see it.
         x_label: Below.
         y_label: At the left.
-        series: The lines; they have the classes `line-0` and so on, for the page to colour.
+        series: The lines; they have the classes `line-0` to `line-5` in turn, for the page to colour.
         log: Whether the heights, which must be above 0, are logarithmic.
     """
     series = [line for line in series if line.points]
@@ -77,7 +78,7 @@ def draw(title: str, x_label: str, y_label: str, series: Sequence[Series], log: 
     for number, (name, points) in enumerate(series):
         places = [(across.at(x), up.at(y)) for x, y in points]
         path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-        parts.append(f'<g class="line-{number}"><path class="line" d="M{path}"/>')
+        parts.append(f'<g class="line-{number % COLORS}"><path class="line" d="M{path}"/>')
         for (x, y), (at_x, at_y) in zip(points, places, strict=True):
             tip = f"{name}: {y:,.4g} at {x:,.4g}"
             parts.append(f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="3.5"><title>{escape(tip)}</title></circle>')

@@ -35,7 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("server", metavar="HOST:PORT", help="without encryption")
     add("--protocol", choices=PROTOCOLS, default="native", help="what to speak (default: native)")
     add("--model", default="", metavar="NAME", help="(default: the only one)")
-    add("--images", type=_above(int), default=1, metavar="N", help="images in a request (default: 1)")
+    add("--images", type=_list(int), default=[1], metavar="N,N", help="images in a request (default: 1)")
     add("--shape", type=_list(int), default=[], metavar="H,W,3", help="of an image, where the server leaves it open")
     add("--data", type=Path, nargs="+", default=[], metavar="FILE", help="images to send (default: noise)")
     add("--in-flight", type=_list(int), metavar="N,N", help="requests at a time (default: 1,8,32, unless --rate)")
@@ -65,8 +65,10 @@ def run(args: argparse.Namespace) -> None:
     from benchmarks.callers import Callers
     from benchmarks.endpoints import connect
     from benchmarks.sweep import Plan, Sweep
+    from resnet import BadInput
 
-    endpoint = connect(args.server, args.protocol, args.model, args.images, args.shape, args.data)
+    if args.rate and len(args.images) > 1:
+        raise BadInput("several numbers of --images go with --in-flight alone, not with --rate")
     plan = Plan(
         seconds=args.seconds,
         rounds=args.rounds,
@@ -75,12 +77,20 @@ def run(args: argparse.Namespace) -> None:
         p99_limit_ms=args.p99_limit_ms,
         server_pid=args.server_pid,
     )
-    shown = TextColumn("{task.description}"), TimeElapsedColumn()
-    with Callers(endpoint, args.clients, args.connections) as callers, Progress(*shown) as progress:
+    endpoints = [
+        connect(args.server, args.protocol, args.model, images, args.shape, args.data) for images in sorted(args.images)
+    ]
+    points: list[Point] = []
+    remarks: list[str] = []
+    with Progress(TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
         task = progress.add_task("the first measurement")
-        sweep = Sweep(endpoint, callers, plan, lambda point: progress.update(task, description=_line(point)))
-        points, remarks = _measure(sweep, args)
-    about = _describe(endpoint, plan, args)
+        for endpoint in endpoints:
+            with Callers(endpoint, args.clients, args.connections) as callers:
+                sweep = Sweep(endpoint, callers, plan, lambda point: progress.update(task, description=_line(point)))
+                found, said = _measure(sweep, args)
+                points += found
+                remarks += said
+    about = _describe(endpoints[0], plan, args)
     result = {"about": about, "points": [point.as_dict() for point in points], "remarks": remarks}
     print("\n".join(["", table(points), "", *remarks, *_warn(points)]))
     if args.out:
@@ -134,7 +144,8 @@ def _name(point: Point) -> str:
     from benchmarks.callers import Closed
 
     load = point.load
-    return f"{load.in_flight:,} in flight" if isinstance(load, Closed) else f"{load.rate:,.0f} requests/s"
+    name = f"{load.in_flight:,} in flight" if isinstance(load, Closed) else f"{load.rate:,.0f} requests/s"
+    return name if point.images == 1 else f"{name} of {point.images}"
 
 
 def _line(point: Point) -> str:
@@ -155,15 +166,15 @@ def _describe(endpoint: Endpoint, plan: Plan, args: argparse.Namespace) -> dict[
 
     deadline = f", of no use after {args.deadline_ms:g} ms" if args.deadline_ms else ""
     method = (
-        f"Images in a request: {args.images}{deadline}. Rounds: {plan.rounds}, of {plan.seconds:g} s each after "
-        f"{plan.warm_up:g} s of warm-up. Processes that send: {args.clients}, connections of each: {args.connections}."
+        f"Images in a request: {', '.join(map(str, args.images))}{deadline}. "
+        f"Rounds: {plan.rounds}, of {plan.seconds:g} s each after {plan.warm_up:g} s of warm-up. "
+        f"Processes that send: {args.clients}, connections of each: {args.connections}."
     )
     return {
         "model": endpoint.input.model,
         "address": endpoint.address,
         "protocol": endpoint.protocol,
-        "input": f"{endpoint.input.datatype} {list(endpoint.input.shape)}",
-        "request_bytes": len(endpoint.requests[0]),
+        "input": f"{endpoint.input.datatype} {list(endpoint.input.shape[1:])}",
         "method": method,
         **environment.describe(("grpcio", "numpy", "protobuf")),
     }

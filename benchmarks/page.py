@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks import chart
 from benchmarks.callers import Closed, Open
-from benchmarks.chart import Series
+from benchmarks.chart import COLORS, Series
 from benchmarks.percentiles import Estimate
 from benchmarks.server_side import MIB, Split
 from benchmarks.sweep import Point
@@ -17,9 +17,9 @@ SHOWN = (50, 95, 99, 99.9)
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2330; --soft: #5d6675; --rule: #d9dde3; --paper: #fff;
-  --c0: #1f6fb2; --c1: #d1651b; --c2: #2c8a4b; --c3: #8a4bb0; --c4: #b0304a; }
+  --c0: #1f6fb2; --c1: #d1651b; --c2: #2c8a4b; --c3: #8a4bb0; --c4: #b0304a; --c5: #7a6a1c; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #9aa4b2; --rule: #343c48; --paper: #14181e;
-  --c0: #69b3f0; --c1: #f2a35e; --c2: #6ecf8c; --c3: #c596ea; --c4: #f0849a; } }
+  --c0: #69b3f0; --c1: #f2a35e; --c2: #6ecf8c; --c3: #c596ea; --c4: #f0849a; --c5: #d8c65a; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 78rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
 h1 { font-size: 1.6em; margin: 0 0 .3rem } h2 { font-size: 1.2em; margin: 2.2rem 0 .6rem }
@@ -34,7 +34,8 @@ svg { width: 100%; height: auto; display: block } svg text { font-size: 12px; fi
 .grid { stroke: var(--rule); fill: none } .line { fill: none; stroke-width: 2 }
 .line-0 { stroke: var(--c0); color: var(--c0) } .line-1 { stroke: var(--c1); color: var(--c1) }
 .line-2 { stroke: var(--c2); color: var(--c2) } .line-3 { stroke: var(--c3); color: var(--c3) }
-.line-4 { stroke: var(--c4); color: var(--c4) } circle { fill: var(--paper); stroke-width: 2 }
+.line-4 { stroke: var(--c4); color: var(--c4) } .line-5 { stroke: var(--c5); color: var(--c5) }
+circle { fill: var(--paper); stroke-width: 2 }
 .key span { margin-right: 1rem; white-space: nowrap } .key b { font-weight: 400; color: var(--soft) }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem } dt { color: var(--soft) }
 dd { margin: 0; overflow-wrap: anywhere }
@@ -66,28 +67,31 @@ def render(points: Sequence[Point], about: dict[str, Any]) -> str:
 def _closed(points: Sequence[Point]) -> str:
     if not points:
         return ""
-    header = ["in flight", "images/s", *(f"p{percent:g} ms" for percent in SHOWN), "not answered", *_costs(points)]
+    columns = ["in flight", "images each", "images/s"]
+    header = [*columns, *(f"p{percent:g} ms" for percent in SHOWN), "not answered", *_costs(points)]
     rows = [
-        [f"{point.load.in_flight:,}", _rate(point), *_latencies(point), _failures(point), *_cost(point)]
-        for point in points
-        if isinstance(point.load, Closed)
+        [str(in_flight), str(point.images), _rate(point), *_latencies(point), _failures(point), *_cost(point)]
+        for in_flight, point in _in_flight(points)
     ]
-    weighed = [(point.load.in_flight, point) for point in points if isinstance(point.load, Closed) and point.usage]
-    processors = [(in_flight, point.cpu_ms_per_image or 0) for in_flight, point in weighed]
-    memory = [(in_flight, point.usage.peak_bytes / MIB) for in_flight, point in weighed if point.usage]
-    lines = [
-        Series(f"p{percent:g}", [(point.images_per_second, found.value) for point, found in _found(points, percent)])
-        for percent in (50, 99)
-    ]
+    latencies, processors, memory = [], [], []
+    for images in sorted({point.images for point in points}):
+        group = [point for point in points if point.images == images]
+        each = f"requests of {images}"
+        for percent in (50, 99):
+            found = [(point.images_per_second, found.value) for point, found in _found(group, percent)]
+            latencies.append(Series(f"p{percent}, {each}", found))
+        weighed = [(in_flight, point, point.usage) for in_flight, point in _in_flight(group) if point.usage]
+        processors.append(Series(each, [(in_flight, point.cpu_ms_per_image or 0) for in_flight, point, _ in weighed]))
+        memory.append(Series(each, [(in_flight, usage.peak_bytes / MIB) for in_flight, _, usage in weighed]))
     return _section(
         "So many requests in flight",
         "The next request goes out when one is answered. Latency in milliseconds, below it the interval that holds the "
         "true percentile with a confidence of 95 %, with ? where the samples are too few to know a bound; images per "
         "second as the median of the rounds, below it the lowest and the highest.",
         _table(header, rows),
-        _figure("Latency over throughput", "images per second", "ms", lines, log=True),
-        _figure("What an image costs the server", "requests in flight", "CPU ms", [Series("CPU", processors)]),
-        _figure("Memory of the server", "requests in flight", "MiB at most", [Series("memory", memory)]),
+        _figure("Latency over throughput", "images per second", "ms", latencies, log=True),
+        _figure("What an image costs the server", "requests in flight", "CPU ms", processors),
+        _figure("Memory of the server", "requests in flight", "MiB at most", memory),
     )
 
 
@@ -191,7 +195,9 @@ def _figure(title: str, x_label: str, y_label: str, lines: Sequence[Series], log
     if not drawn:
         return ""
     lines = [line for line in lines if line.points]
-    names = [f'<span class="line-{number}">● <b>{escape(line.name)}</b></span>' for number, line in enumerate(lines)]
+    names = [
+        f'<span class="line-{number % COLORS}">● <b>{escape(line.name)}</b></span>' for number, line in enumerate(lines)
+    ]
     key = f'<div class="key">{"".join(names)}</div>' if len(lines) > 1 else ""
     return f"<figure><figcaption>{title}</figcaption>{key}{drawn}</figure>\n"
 
@@ -200,9 +206,15 @@ def _found(points: Sequence[Point], percent: float) -> list[tuple[Point, Estimat
     return [(point, found) for point in points if (found := point.percentile(percent))]
 
 
+def _in_flight(points: Sequence[Point]) -> list[tuple[int, Point]]:
+    return [(point.load.in_flight, point) for point in points if isinstance(point.load, Closed)]
+
+
 def _name(point: Point) -> str:
     load = point.load
-    return f"{load.in_flight} in flight" if isinstance(load, Closed) else f"{load.rate * point.images:,.0f} images/s"
+    if isinstance(load, Closed):
+        return f"{load.in_flight} in flight of {point.images}"
+    return f"{load.rate * point.images:,.0f} images/s"
 
 
 def _rate(point: Point) -> str:

@@ -44,7 +44,7 @@ def test_load_finds_capacity_and_goes_beyond(
         assert point["server_batch_ms"]
         assert point["cpu_ms_per_image"] > 0
         assert point["peak_mib"] > 10
-    assert last["about"]["input"] == "UINT8 [1, 32, 32, 3]"
+    assert last["about"]["input"] == "UINT8 [32, 32, 3]"
     assert "| 4 in flight |" in output
     assert "Images in a request: 1, of no use after 500 ms" in (tmp_path / "report.html").read_text()
 
@@ -75,6 +75,22 @@ def test_load_says_what_it_cannot_measure(
     """One sentence, exit code 2."""
     assert resnet.main(["load", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_images_vary_with_requests_in_flight_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """A rate of requests of several sizes would be several rates."""
+    assert resnet.main(["load", "127.0.0.1:1", "--images=1,8", "--rate=auto"]) == 2
+    assert "not with --rate" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_load_varies_the_images_of_a_request(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every number with every number in flight, the smallest first."""
+    short = ["--seconds=0.1", "--warm-up=0.05", "--rounds=1"]
+    assert resnet.main(["load", address, "--images=8,1", "--in-flight=2,1", *short]) == 0
+    points = json.loads(capsys.readouterr().out.splitlines()[-1])["points"]
+    measured = [(point["images_per_request"], point["in_flight"]) for point in points]
+    assert measured == [(1, 1), (1, 2), (8, 1), (8, 2)]
 
 
 @pytest.mark.parametrize("option", ["--rate=0", "--rate=fast", "--in-flight=1,x", "--seconds=-1", "--images=0"])

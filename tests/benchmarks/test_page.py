@@ -103,11 +103,13 @@ def test_a_reader_sees_tables_and_charts(width: int, tmp_path: Path) -> None:
     seen = look(page.render(make_points(), ABOUT), tmp_path, width)
     text = seen["text"]
     assert "Load on cats & <dogs> at 127.0.0.1:8001" in text
-    assert re.search(r"^32\s+950\s+900 to 1,000\s", text, re.MULTILINE)  # in flight, and images a second
+    assert re.search(
+        r"^32\s+1\s+950\s+900 to 1,000\s", text, re.MULTILINE
+    )  # in flight, images of each, images a second
     assert re.search(r"^5,000\s+950\s", text, re.MULTILINE)
     assert "75.0%" in text
     assert "9,000 RESOURCE_EXHAUSTED" in text
-    assert re.search(r"1 in flight\s+2\.00\s+1\.00\s+3\.00\s+1\.00\s+3\.3", text)  # the split, and images a batch
+    assert re.search(r"1 in flight of 1\s+2\.00\s+1\.00\s+3\.00\s+1\.00\s+3\.3", text)  # the split, and images a batch
     assert re.search(r"1\.00\s+300\s", text)  # milliseconds of processors for an image, and memory
     assert "grpcio 1.2.3, numpy 4.5.6" in text
     assert seen["names"] == [
