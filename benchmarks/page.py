@@ -36,7 +36,7 @@ svg { width: 100%; height: auto; display: block } svg text { font-size: 12px; fi
 .line-2 { stroke: var(--c2); color: var(--c2) } .line-3 { stroke: var(--c3); color: var(--c3) }
 .line-4 { stroke: var(--c4); color: var(--c4) } .line-5 { stroke: var(--c5); color: var(--c5) }
 circle { fill: var(--paper); stroke-width: 2 }
-.key span { margin-right: 1rem; white-space: nowrap } .key b { font-weight: 400; color: var(--soft) }
+.key { display: flex; flex-wrap: wrap; gap: 0 1rem } .key b { font-weight: 400; color: var(--soft) }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem } dt { color: var(--soft) }
 dd { margin: 0; overflow-wrap: anywhere }
 @media print { body { max-width: none; font-size: 9px; padding: 0 } .charts { grid-template-columns: 1fr 1fr 1fr }
@@ -76,7 +76,7 @@ def _closed(points: Sequence[Point]) -> str:
     latencies, processors, memory = [], [], []
     for images in sorted({point.images for point in points}):
         group = [point for point in points if point.images == images]
-        each = f"requests of {images}"
+        each = "1 image" if images == 1 else f"{images} images"
         for percent in (50, 99):
             found = [(point.images_per_second, found.value) for point, found in _found(group, percent)]
             latencies.append(Series(f"p{percent}, {each}", found))

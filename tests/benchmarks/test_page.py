@@ -33,6 +33,7 @@ document.title = JSON.stringify({
   charts: boxes.map(box => [box.width, box.height]),
   colors: [...document.querySelectorAll(".line")].map(line => getComputedStyle(line).stroke),
   points: document.querySelectorAll("circle").length,
+  keys: [...document.querySelectorAll(".key")].map(key => key.scrollWidth - key.clientWidth),
   overflow: document.documentElement.scrollWidth - window.innerWidth,
 });
 </script>"""
@@ -47,7 +48,7 @@ ABOUT = {
 
 
 def make_points() -> list[Point]:
-    """Return two closed loads and two open ones, of which the last is mostly refused."""
+    """Return three closed loads and two open ones, of which the last is mostly refused."""
     random = np.random.default_rng(0)
 
     def measure(scale: float, rate: float, refused: int = 0) -> Sample:
@@ -60,6 +61,7 @@ def make_points() -> list[Point]:
     return [
         Point(Closed(1), 1, [measure(2, 400), measure(2, 500)], split, usage, 6000),
         Point(Closed(32), 1, [measure(40, 900), measure(40, 1000)], split, usage, 6000),
+        Point(Closed(8), 32, [measure(80, 1100)], split, usage, 6000),
         Point(Open(500), 1, [measure(3, 500)], split, usage, 6000),
         Point(Open(5000), 1, [measure(90, 950, refused=9000)], split, usage, 6000),
     ]
@@ -123,7 +125,8 @@ def test_a_reader_sees_tables_and_charts(width: int, tmp_path: Path) -> None:
         "What an image of it costs",
     ]
     assert all(box[0] > 250 and box[1] > 120 for box in seen["charts"])
-    assert seen["points"] == 2 * 2 + 2 + 2 + 3 * 2 + 3 * 2 + 2 + 2 + 2
+    assert seen["points"] == 2 * 3 + 3 + 3 + 3 * 2 + 3 * 2 + 2 + 2 + 2
     assert "none" not in seen["colors"]
-    assert len(set(seen["colors"])) == 3
+    assert len(set(seen["colors"])) == 4
+    assert max(seen["keys"]) <= 0
     assert seen["overflow"] <= 0
