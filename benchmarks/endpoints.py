@@ -80,6 +80,7 @@ def connect(
     images: int = 1,
     shape: Sequence[int] = (),
     data: Sequence[Path] = (),
+    datatype: str = "",
 ) -> Endpoint:
     """Ask a server what its model takes, and make requests of that.
 
@@ -90,11 +91,12 @@ def connect(
         images: In each request.
         shape: Of one image, where the server leaves it open.
         data: JPEG or PNG files to send; none sends noise.
+        datatype: One of `TYPES`, where the server takes others than the one that it tells.
 
     Raises:
         BadInput: The server does not answer, or the model is none that takes images like that.
     """
-    wanted = describe(address, protocol, model, images, shape)
+    wanted = describe(address, protocol, model, images, shape, datatype)
     size = int(np.prod(wanted.shape)) * np.dtype(TYPES[wanted.datatype]).itemsize
     count = max(1, min(DISTINCT, DISTINCT_BYTES // size))
     pixels = make_pixels(wanted, count * images, data)
@@ -103,7 +105,9 @@ def connect(
     return Endpoint(address, spoken.path, requests, images, wanted, protocol)
 
 
-def describe(address: str, protocol: str, model: str = "", images: int = 1, shape: Sequence[int] = ()) -> Input:
+def describe(
+    address: str, protocol: str, model: str = "", images: int = 1, shape: Sequence[int] = (), datatype: str = ""
+) -> Input:
     """Ask a server what its model takes; see `connect`."""
     with grpc.insecure_channel(address, UNLIMITED) as channel:
         try:
@@ -112,7 +116,10 @@ def describe(address: str, protocol: str, model: str = "", images: int = 1, shap
             raise BadInput(
                 f"{address} does not say what its model takes: {error.details()} ({error.code().name})"
             ) from None
-    return _settle(found, images, tuple(shape))
+    wanted = _settle(found._replace(datatype=datatype or found.datatype), images, tuple(shape))
+    if protocol == "native" and wanted.datatype != "UINT8":
+        raise BadInput(f"the native protocol takes UINT8 pixels, not {wanted.datatype}; choose another --protocol")
+    return wanted
 
 
 def make_pixels(wanted: Input, count: int, data: Sequence[Path] = ()) -> Pixels:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 IN_FLIGHT = [1, 8, 32]
 AUTO = "auto"
 LATE_MS = 10  # a load that is later than this tells of itself
-PROTOCOLS, ARRIVALS = ("native", "kserve", "tfs"), ("poisson", "constant")
+PROTOCOLS, ARRIVALS, DATATYPES = ("native", "kserve", "tfs"), ("poisson", "constant"), ("UINT8", "FP32")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--model", default="", metavar="NAME", help="(default: the only one)")
     add("--images", type=_list(int), default=[1], metavar="N,N", help="images in a request (default: 1)")
     add("--shape", type=_list(int), default=[], metavar="H,W,3", help="of an image, where the server leaves it open")
+    add("--datatype", choices=DATATYPES, default="", help="of pixels, where the server takes more than it tells")
     add("--data", type=Path, nargs="+", default=[], metavar="FILE", help="images to send (default: noise)")
     add("--in-flight", type=_list(int), metavar="N,N", help="requests at a time (default: 1,8,32, unless --rate)")
     add(
@@ -78,7 +79,8 @@ def run(args: argparse.Namespace) -> None:
         server_pid=args.server_pid,
     )
     endpoints = [
-        connect(args.server, args.protocol, args.model, images, args.shape, args.data) for images in sorted(args.images)
+        connect(args.server, args.protocol, args.model, images, args.shape, args.data, args.datatype)
+        for images in sorted(args.images)
     ]
     points: list[Point] = []
     remarks: list[str] = []

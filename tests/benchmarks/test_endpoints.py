@@ -51,11 +51,20 @@ def serve(stranger: Stranger) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("protocol", "model"), [("native", ""), ("kserve", ""), ("kserve", "digits"), ("tfs", "digits")]
+    ("protocol", "model", "datatype"),
+    [
+        ("native", "", ""),
+        ("kserve", "", ""),
+        ("kserve", "digits", "FP32"),
+        ("tfs", "digits", ""),
+        ("tfs", "digits", "FP32"),
+    ],
 )
-def test_our_server_answers_every_request(address: str, protocol: str, model: str) -> None:
-    """In each protocol, two images a request, without being told a shape."""
-    endpoint = endpoints.connect(address, protocol, model, images=2)
+def test_our_server_answers_every_request(address: str, protocol: str, model: str, datatype: str) -> None:
+    """In each protocol and datatype, two images a request, without being told a shape."""
+    endpoint = endpoints.connect(address, protocol, model, images=2, datatype=datatype)
+    assert endpoint.input.datatype == (datatype or "UINT8")
+    assert len(endpoint.requests[0]) > 2 * 32 * 32 * 3 * (4 if datatype else 1)
     assert endpoint.input.model == "digits"
     assert endpoint.input.shape == (2, 32, 32, 3)
     assert len(set(endpoint.requests)) > 1
@@ -105,6 +114,7 @@ def test_files_are_sent_in_the_size_of_the_model(tmp_path: Path) -> None:
         (Stranger("FP32", [-1, 8, 8, 3]), {"data": [Path(__file__)]}, "test_endpoints.py is no"),
         (Stranger("FP32", [-1, 8, 8, 3]), {"model": ""}, "has the models cats, dogs; choose one with --model"),
         (Stranger("FP32", [-1, 8, 8, 3]), {"protocol": "tfs"}, "does not say what its model takes.*UNIMPLEMENTED"),
+        (Stranger("FP32", [-1, 8, 8, 3]), {"protocol": "native"}, "the native protocol takes UINT8 pixels, not FP32"),
         (Stranger("FP32", [-1, 8, 8, 3]), {"protocol": "tfs", "model": ""}, "name one with --model"),
     ],
 )
