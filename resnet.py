@@ -44,6 +44,7 @@ COMMANDS = {
     "serve": Command("serving.command", "serving", "answer classification requests over gRPC"),
     "tune": Command("serving.tune", "serving", "measure how this machine's CPU computes a model fastest"),
     "classify": Command("serving.classify", "serving", "classify image files through a running server"),
+    "load": Command("benchmarks.load_command", "load", "put any server under load, and report what it bears"),
     "bench": Command("benchmarks.command", "all", "measure a served model against the Keras original"),
     "demo": Command("benchmarks.demo", "all", "all of the above, small, on handwritten digits"),
 }

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +19,11 @@ import tensorflow as tf
 from numpy.typing import NDArray
 from rich.progress import track
 
+from benchmarks import environment
 from benchmarks.keras_server import UNBATCHED
 from benchmarks.load import RemoteTarget, Sample, Target
 from benchmarks.process import ServerProcess, serve
-from export import convert, manifest, speed
+from export import convert, manifest
 from export.manifest import Manifest
 from export.parity import Predict, Probabilities
 from export.source import load_heldout
@@ -175,29 +173,15 @@ def _assert_parity(rows: Sequence[Row], pixels: NDArray[np.uint8], about: Manife
 
 def _environment(about: Manifest, seconds: float, rounds: int) -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0))
-    libraries = ("tensorflow-cpu", "keras", "onnxruntime", "grpcio", "numpy")
     return {
         "model": f"{about.model}/{about.version}",
         "input": about.input.shape,
-        "cpu": speed.name_cpu(),
-        "cores": cores,
+        **environment.describe(("tensorflow-cpu", "keras", "onnxruntime", "grpcio", "numpy")),
         # 0 is TensorFlow's word for as many as there are cores.
         "threads": {
             "tensorflow": tf.config.threading.get_intra_op_parallelism_threads() or cores,
             "onnxruntime": cores,
         },
-        "python": platform.python_version(),
-        "versions": {library: version(library) for library in libraries},
-        "commit": _commit(),
         "seconds": seconds,
         "rounds": rounds,
     }
-
-
-def _commit() -> str:
-    """Return the commit of this source tree; empty in an installed package."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""

@@ -1,4 +1,4 @@
-"""The load generator counts what it sends."""
+"""A stretch of load counts what belongs to it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import load
+from benchmarks.callers import Closed, Open
 
 
 def test_a_load_counts_answers_and_their_latency(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,3 +56,36 @@ def test_a_failing_call_ends_the_load() -> None:
 
     with pytest.raises(ConnectionError, match="call"):
         load.run(call, in_flight=2, images=1, seconds=10)
+
+
+OK, REFUSED = 0, 8
+TRACE = load.Trace(
+    due=np.array([0.0, 0.9, 1.2, 1.5, 1.9, 2.5]),
+    sent=np.array([0.0, 0.9, 1.3, 1.5, 1.9, 2.5]),
+    done=np.array([0.5, 1.1, 1.4, 1.6, 3.9, 2.6]),
+    codes=np.array([OK, OK, OK, REFUSED, OK, OK]),
+)
+
+
+def test_a_closed_loop_counts_what_ended_in_the_stretch() -> None:
+    """From 1 s to 2 s two requests of 3 images were answered, and one was refused."""
+    sample = load.sample(TRACE, Closed(1), images=3, begin=1, end=2)
+    np.testing.assert_allclose(sample.latencies_ms, [200, 200])
+    assert sample.images_per_second == 6
+    assert sample.failures == {"RESOURCE_EXHAUSTED": 1}
+
+
+def test_an_open_loop_counts_what_was_due_in_the_stretch() -> None:
+    """Latencies count from then, also of the answer that came too late for the rate of the stretch."""
+    sample = load.sample(TRACE, Open(3), images=1, begin=1, end=2)
+    np.testing.assert_allclose(sample.latencies_ms, [200, 2000])
+    np.testing.assert_allclose(sample.late_ms, [100, 0, 0], atol=1e-9)
+    assert sample.images_per_second == 2  # those due at 0.9 and 1.2
+    assert sample.failures == {"RESOURCE_EXHAUSTED": 1}
+
+
+def test_an_answer_after_the_deadline_is_no_good() -> None:
+    """Of two answers one came within a second of when it was due."""
+    sample = load.sample(TRACE, Open(3), images=4, begin=1, end=2, deadline=1)
+    assert sample.good_per_second == 4
+    assert len(sample.latencies_ms) == 2
