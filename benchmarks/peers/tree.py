@@ -1,0 +1,84 @@
+"""A process with all that descend from it, as Linux tells of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+TICKS = os.sysconf("SC_CLK_TCK")
+PROC = Path("/proc")
+
+
+class Tree:
+    """What a server is made of: a process and its descendants."""
+
+    def __init__(self, root: int) -> None:
+        """Look after the process of this number."""
+        self._root = root
+
+    def pids(self) -> list[int]:
+        """Return the processes that there are now, parents before children."""
+        children = defaultdict(list)
+        for folder in PROC.glob("[0-9]*"):
+            if fields := _stat(int(folder.name)):
+                children[int(fields[1])].append(int(folder.name))
+        found = [self._root] if _stat(self._root) else []
+        for pid in found:
+            found += children[pid]
+        return found
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time that the processes have used, in seconds."""
+        stats = filter(None, map(_stat, self.pids()))
+        return sum(int(ticks) for fields in stats for ticks in fields[11:13]) / TICKS
+
+    def memory_bytes(self) -> int:
+        """Return what the processes occupy; a page that several share is counted once."""
+        total = 0
+        for pid in self.pids():
+            with contextlib.suppress(OSError):
+                found = re.search(r"^Pss:\s+(\d+) kB", (PROC / str(pid) / "smaps_rollup").read_text(), re.MULTILINE)
+                total += 1024 * int(found[1]) if found else 0
+        return total
+
+    def pause(self) -> None:
+        """Stop the processes where they are: idle ones are not to take anything from those that are measured."""
+        _signal(self.pids(), signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let them go on."""
+        _signal(reversed(self.pids()), signal.SIGCONT)
+
+    def end(self, patience: float) -> None:
+        """End the root with SIGTERM, and after `patience` seconds whatever is left with SIGKILL."""
+        pids = self.pids()
+        self.resume()
+        _signal(pids[:1], signal.SIGTERM)
+        end = time.monotonic() + patience
+        while time.monotonic() < end and any(map(_lives, pids)):
+            time.sleep(0.05)
+        _signal(filter(_lives, pids), signal.SIGKILL)
+
+
+def _stat(pid: int) -> list[str]:
+    """Return the fields of a process' state from the third on; none if it is gone."""
+    try:
+        return (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def _lives(pid: int) -> bool:
+    return _stat(pid)[:1] not in ([], ["Z"])
+
+
+def _signal(pids: Iterable[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
