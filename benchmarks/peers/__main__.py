@@ -75,18 +75,18 @@ def measure(args: argparse.Namespace) -> None:
     if args.seconds <= 0 or args.rounds < 1:
         raise BadInput(f"--seconds must be above 0 and --rounds at least 1, not {args.seconds:g} and {args.rounds}")
     peers = choose(args.only.split(","))
-    folder = repository.latest(args.model).absolute()
+    folder, installed = repository.latest(args.model).absolute(), args.environments.absolute()
     about = manifest.read(folder)
     with np.load(folder / "heldout.npz") as arrays:
         images = arrays["images"]
     images = np.resize(images, (max(column.images for column in COLUMNS), *images.shape[1:]))
-    rows = []
+    rows: list[Row] = []
     for precision in args.precision.split(","):
         model = _find(folder, about, precision)
         expected = OnnxEngine(model.path, about, "cpu").run(images)
         served = peers if not rows else [peer for peer in peers if isinstance(peer, Ours)]
         for peer in served:
-            start = functools.partial(_start, peer, args.environments, model, images, expected)
+            start = functools.partial(_start, peer, installed, model, images, expected)
             rows.append(Row(f"{peer.title}, {precision}" if peer.checked else peer.title, start))
         for batch, sessions in () if args.no_loops else LOOPS:
             title = f"onnxruntime in a loop, {batch} at a time, sessions: {sessions}, {precision}"

@@ -41,6 +41,7 @@ class Peer:
         transport: How it is asked.
         requirements: What to install into an environment of its own; without any it runs in this project's.
         checked: Whether it answers with probabilities, which can be checked.
+        restless: Whether it takes processor time while nobody asks, which would be at the cost of the others.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Peer:
     transport: Transport
     requirements: tuple[str, ...] = ()
     checked: bool = True
+    restless: bool = False
 
     def command(self, python: Path, model: Served, port: int) -> Sequence[str]:
         """Return what starts it on a port of 127.0.0.1."""
@@ -72,11 +74,22 @@ PEERS = (
     Peer("mosec", "mosec 0.9.8 (HTTP)", RAW, ("mosec==0.9.8", NUMPY, RUNTIME)),
     Peer("pytriton", "pytriton 0.7.0 (Triton)", KServe(), ("nvidia-pytriton==0.7.0", "numpy==1.26.4", RUNTIME)),
     Peer("mlserver", "MLServer 1.7.1", KServe(), ("mlserver==1.7.1", NUMPY, RUNTIME)),
-    Peer("litserve", "LitServe 0.2.19 (HTTP)", JSON, ("litserve==0.2.19", "pyzmq==27.3.0", NUMPY, RUNTIME)),
-    # Its protobuf is held to what this project's messages were made for.
-    Peer("ray", "Ray Serve 2.60.0", KServe(), ("ray[serve]==2.60.0", "protobuf==6.33.6", NUMPY, RUNTIME)),
-    Peer("keras_aio", "Keras behind grpc.aio", KServe()),
-    Peer("echo", "grpcio, echo only", KServe(), checked=False),
+    Peer(
+        "litserve",
+        "LitServe 0.2.19 (HTTP)",
+        JSON,
+        ("litserve==0.2.19", "pyzmq==27.3.0", NUMPY, RUNTIME),
+        restless=True,
+    ),
+    Peer(
+        "ray",
+        "Ray Serve 2.60.0 (gRPC proxy)",
+        KServe(),
+        ("ray[serve]==2.60.0", "protobuf==6.33.6", NUMPY, RUNTIME),  # the protobuf that `protos` was made for
+        restless=True,
+    ),
+    Peer("keras_aio", "Keras predict_on_batch behind grpc.aio", KServe()),
+    Peer("echo", "grpcio's server, echo only", KServe(), checked=False),
 )
 
 

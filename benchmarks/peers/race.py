@@ -1,4 +1,4 @@
-"""Interleaved rounds over all systems: one that is not measured stands still."""
+"""Interleaved rounds over all systems: while one is measured, all others are idle."""
 
 from __future__ import annotations
 
@@ -70,20 +70,20 @@ class Row:
 
     def median(self, column: Column, figure: str) -> float:
         """Return the median over the rounds of one of the `Figures`."""
-        return statistics.median(getattr(found, figure) for found in self.rounds[column])
+        return float(statistics.median(getattr(found, figure) for found in self.rounds[column]))
 
     def peak_mb(self) -> float:
         """Return the most memory that was seen."""
         return max(found.memory_mb for rounds in self.rounds.values() for found in rounds)
 
     def begin(self) -> None:
-        """Start the system and warm it up; it stands still afterwards."""
+        """Start the system and warm it up."""
 
         def work() -> None:
             self.system = self.start()
             for column in COLUMNS:
                 self.system.measure(column.in_flight, column.images, WARM_UP_SECONDS)
-            self.system.tree.pause()
+            self._rest()
 
         self._attempt(work)
 
@@ -92,9 +92,10 @@ class Row:
 
         def work() -> None:
             assert self.system is not None
-            self.system.tree.resume()
+            if self.system.restless:
+                self.system.tree.resume()
             self.rounds[column].append(_measure(self.system, column, seconds))
-            self.system.tree.pause()
+            self._rest()
 
         if self.system:
             self._attempt(work)
@@ -104,6 +105,10 @@ class Row:
         if self.system:
             self.system.stop()
         self.system = None
+
+    def _rest(self) -> None:
+        if self.system and self.system.restless:
+            self.system.tree.pause()
 
     def _attempt(self, work: Callable[[], None]) -> None:
         """Do what may fail; a system that failed is out of the race, and the others go on."""

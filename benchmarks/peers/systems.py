@@ -38,6 +38,8 @@ class System(Protocol):
     """Something that runs, and can be put under load."""
 
     tree: Tree
+    restless: bool
+    """Whether it has to be stopped while others are measured."""
 
     def measure(self, in_flight: int, images: int, seconds: float) -> Sample:
         """Keep so many requests of so many images in flight."""
@@ -65,15 +67,23 @@ class Server:
             BadInput: It does not start.
             CheckFailed: It answers differently.
         """
+        self.restless = peer.restless
         self._transport, self._model, self._pixels = peer.transport, model.name, images.astype(np.float32)
         port = _find_port()
         self._address = f"127.0.0.1:{port}"
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process)
-        # The messages of KServe are in `protos`, which two of the servers need from here.
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        self._process = subprocess.Popen(
-            peer.command(python, model, port), stdout=self._log, stderr=subprocess.STDOUT, env=environment
-        )
+        self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # for whatever it leaves behind
+        self._log = Path(self._folder.name) / "log"
+        # Two of the servers take the messages of KServe from `protos`.
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": self._folder.name}
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                peer.command(python, model, port),
+                stdout=log,
+                stderr=log,
+                env=environment,
+                cwd=self._folder.name,
+                start_new_session=True,
+            )
         self.tree = Tree(self._process.pid)
         try:
             self._await()
@@ -91,7 +101,7 @@ class Server:
         """End its processes."""
         self.tree.end(STOP_SECONDS)
         self._process.wait()
-        self._log.close()
+        self._folder.cleanup()
 
     def _request(self, images: int) -> bytes:
         return self._transport.pack(self._model, self._pixels[:images])
@@ -105,8 +115,7 @@ class Server:
                 time.sleep(0.2)
             else:
                 return
-        self._log.seek(0)
-        raise BadInput(f"it did not start: {last_line(self._log.read())}")
+        raise BadInput(f"it did not start: {last_line(self._log.read_text(errors='replace'))}")
 
     def _compare(self, sizes: Iterable[int], expected: Probabilities) -> None:
         for size in sizes:
@@ -118,6 +127,8 @@ class Server:
 
 class Loop:
     """onnxruntime in a loop in one process, with uint8 images at hand: what is left when serving costs nothing."""
+
+    restless = False
 
     def __init__(self, model: Served, images: Images, batch: int, sessions: int) -> None:
         """Load the file into so many sessions, which share the cores and each take `batch` of `images` at a time."""
@@ -132,7 +143,6 @@ class Loop:
 
     def stop(self) -> None:
         """End the process."""
-        self.tree.resume()
         self._pool.shutdown()
 
 

@@ -1,4 +1,4 @@
-"""A process with all that descend from it, as Linux tells of them."""
+"""A server with all its processes, as Linux tells of them."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ import os
 import re
 import signal
 import time
-from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
 TICKS = os.sysconf("SC_CLK_TCK")
 PROC = Path("/proc")
+PARENT, SESSION, CPU = 1, 3, slice(11, 13)  # among the fields of stat from the third on
 
 
 class Tree:
-    """What a server is made of: a process and its descendants."""
+    """A process with its descendants and, if it leads a session, those whose parents have ended."""
 
     def __init__(self, root: int) -> None:
         """Look after the process of this number."""
         self._root = root
 
     def pids(self) -> list[int]:
-        """Return the processes that there are now, parents before children."""
-        children = defaultdict(list)
-        for folder in PROC.glob("[0-9]*"):
-            if fields := _stat(int(folder.name)):
-                children[int(fields[1])].append(int(folder.name))
-        found = [self._root] if _stat(self._root) else []
-        for pid in found:
-            found += children[pid]
+        """Return the processes that there are now, the root before all others."""
+        stats = {int(folder.name): _stat(int(folder.name)) for folder in PROC.glob("[0-9]*")}
+        found = [pid for pid, fields in stats.items() if fields and self._root in (pid, int(fields[SESSION]))]
+        found.sort(key=self._root.__ne__)
+        for parent in found:
+            found += [
+                pid for pid, fields in stats.items() if fields and int(fields[PARENT]) == parent and pid not in found
+            ]
         return found
 
     def cpu_seconds(self) -> float:
         """Return the processor time that the processes have used, in seconds."""
         stats = filter(None, map(_stat, self.pids()))
-        return sum(int(ticks) for fields in stats for ticks in fields[11:13]) / TICKS
+        return sum(int(ticks) for fields in stats for ticks in fields[CPU]) / TICKS
 
     def memory_bytes(self) -> int:
         """Return what the processes occupy; a page that several share is counted once."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import grpc
 import keras
 import numpy as np
+
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceServicer, add_GRPCInferenceServiceServicer_to_server
 

@@ -4,7 +4,6 @@ import base64
 import sys
 
 import litserve
-import numpy as np
 from classifier import Classifier
 
 _, path, port, _ = sys.argv

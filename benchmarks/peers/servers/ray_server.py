@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import sys
+import tempfile
 
 # What its guide advises for throughput, but for what goes around the proxy.
 os.environ |= {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
@@ -11,9 +12,10 @@ os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"}
 
 import ray
 from classifier import Classifier
-from protos import inference_pb2 as pb
 from ray import serve
 from ray.serve.config import gRPCOptions
+
+from protos import inference_pb2 as pb
 
 _, path, port, _ = sys.argv
 
@@ -34,7 +36,7 @@ class Classify:
 
 
 signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-ray.init(include_dashboard=False, logging_level="warning")
+ray.init(include_dashboard=False, logging_level="warning", _temp_dir=tempfile.gettempdir())
 serve.start(
     http_options={"location": "HeadOnly", "host": "127.0.0.1", "port": 0},
     grpc_options=gRPCOptions(
