@@ -59,7 +59,7 @@ class Row:
         start: Starts it; BadInput if that is not to be had, CheckFailed if it answers differently.
         system: What was started, None when it has ended.
         rounds: Its figures for each load.
-        problem: Why it has none.
+        problem: Why it has none, or no more.
     """
 
     title: str
@@ -183,16 +183,17 @@ HEADER = (
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return the medians in Markdown; a system without any has its sentence instead."""
+    """Return the medians in Markdown; a system that did not last under every load has its sentence instead."""
     return "\n".join([HEADER, *map(_line, rows)])
 
 
 def _line(row: Row) -> str:
-    if row.problem:
+    if not all(row.rounds.values()):
         return f"| {row.title} | {row.problem} | | | | | | |"
+    title = f"{row.title} ({len(row.rounds[BATCHES])} rounds, then: {row.problem})" if row.problem else row.title
     rates = {column: f"{row.median(column, 'images_per_second'):,.0f}" for column in COLUMNS}
     p50, p99, cpu = (row.median(MANY, figure) for figure in ("p50_ms", "p99_ms", "cpu_ms"))
     return (
-        f"| {row.title} | {rates[FEW]} | {rates[MANY]} | {p50:.1f} | {p99:.1f} | {rates[BATCHES]} | {cpu:.2f} | "
+        f"| {title} | {rates[FEW]} | {rates[MANY]} | {p50:.1f} | {p99:.1f} | {rates[BATCHES]} | {cpu:.2f} | "
         f"{row.peak_mb():,.0f} |"
     )

@@ -24,7 +24,7 @@ class Tree:
 
     def pids(self) -> list[int]:
         """Return the processes that there are now, the root before all others."""
-        stats = {int(folder.name): _stat(int(folder.name)) for folder in PROC.glob("[0-9]*")}
+        stats = {int(folder.name): read_stat(int(folder.name)) for folder in PROC.glob("[0-9]*")}
         found = [pid for pid, fields in stats.items() if fields and self._root in (pid, int(fields[SESSION]))]
         found.sort(key=self._root.__ne__)
         for parent in found:
@@ -35,7 +35,7 @@ class Tree:
 
     def cpu_seconds(self) -> float:
         """Return the processor time that the processes have used, in seconds."""
-        stats = filter(None, map(_stat, self.pids()))
+        stats = filter(None, map(read_stat, self.pids()))
         return sum(int(ticks) for fields in stats for ticks in fields[CPU]) / TICKS
 
     def memory_bytes(self) -> int:
@@ -66,7 +66,7 @@ class Tree:
         _signal(filter(_lives, pids), signal.SIGKILL)
 
 
-def _stat(pid: int) -> list[str]:
+def read_stat(pid: int) -> list[str]:
     """Return the fields of a process' state from the third on; none if it is gone."""
     try:
         return (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
@@ -75,7 +75,7 @@ def _stat(pid: int) -> list[str]:
 
 
 def _lives(pid: int) -> bool:
-    return _stat(pid)[:1] not in ([], ["Z"])
+    return read_stat(pid)[:1] not in ([], ["Z"])
 
 
 def _signal(pids: Iterable[int], number: signal.Signals) -> None:

@@ -1,6 +1,7 @@
 """Triton with its Python backend, as pytriton runs it."""
 
 import os
+import signal
 import sys
 import sysconfig
 
@@ -21,6 +22,7 @@ def infer(image):
     return {"probabilities": classifier.classify(image)}
 
 
+signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 config = TritonConfig(
     grpc_address="127.0.0.1", grpc_port=int(port), allow_http=False, allow_metrics=False, exit_timeout_secs=1
 )

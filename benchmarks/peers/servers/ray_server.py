@@ -1,6 +1,5 @@
 """Ray Serve behind its gRPC proxy, with its dynamic batching."""
 
-import asyncio
 import os
 import signal
 import sys
@@ -27,8 +26,7 @@ class Classify:
 
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.002)
     async def _classify(self, requests):
-        # In a thread, so that requests are read meanwhile.
-        return await asyncio.to_thread(self._classifier.classify_each, requests)
+        return self._classifier.classify_each(requests)
 
     async def ModelInfer(self, request):
         probabilities = await self._classify(self._classifier.unpack(request.raw_input_contents[0]))
