@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.environment import describe
 from benchmarks.peers import environments
 from benchmarks.peers.catalog import PEERS, Ours, Peer, Served, choose
 from benchmarks.peers.race import COLUMNS, Row, as_dict, race, table
 from benchmarks.peers.systems import Images, Loop, Probabilities, Server
-from export import manifest, repository, speed
+from export import manifest, repository
 from resnet import BadInput
 from serving.engine import OnnxEngine
 
@@ -74,28 +75,13 @@ def measure(args: argparse.Namespace) -> None:
     """Race the peers, and print the table."""
     if args.seconds <= 0 or args.rounds < 1:
         raise BadInput(f"--seconds must be above 0 and --rounds at least 1, not {args.seconds:g} and {args.rounds}")
-    peers = choose(args.only.split(","))
-    folder, installed = repository.latest(args.model).absolute(), args.environments.absolute()
+    peers, precisions = choose(args.only.split(",")), args.precision.split(",")
+    folder = repository.latest(args.model).absolute()
     about = manifest.read(folder)
-    with np.load(folder / "heldout.npz") as arrays:
-        images = arrays["images"]
-    images = np.resize(images, (max(column.images for column in COLUMNS), *images.shape[1:]))
-    rows: list[Row] = []
-    for precision in args.precision.split(","):
-        model = _find(folder, about, precision)
-        expected = OnnxEngine(model.path, about, "cpu").run(images)
-        served = peers if not rows else [peer for peer in peers if isinstance(peer, Ours)]
-        for peer in served:
-            start = functools.partial(_start, peer, installed, model, images, expected)
-            rows.append(Row(f"{peer.title}, {precision}" if peer.checked else peer.title, start))
-        for batch, sessions in () if args.no_loops else LOOPS:
-            title = f"onnxruntime in a loop, {batch} at a time, sessions: {sessions}, {precision}"
-            rows.append(Row(title, functools.partial(Loop, model, images, batch, sessions)))
+    rows = line_up(peers, args.environments.absolute(), folder, precisions, loops=not args.no_loops)
     race(rows, args.rounds, args.seconds, say=functools.partial(print, flush=True))
-    environment = {
+    environment = describe(("onnxruntime", "grpcio", "keras", "numpy")) | {
         "model": f"{about.model}/{about.version}",
-        "cpu": speed.name_cpu(),
-        "cores": len(os.sched_getaffinity(0)),
         "rounds": args.rounds,
         "seconds": args.seconds,
         "requirements": {peer.name: peer.requirements for peer in peers},
@@ -106,6 +92,26 @@ def measure(args: argparse.Namespace) -> None:
         f"too; medians of {args.rounds} interleaved rounds of {args.seconds:g} s; all rounds are in {args.out}\n"
     )
     print(table(rows))
+
+
+def line_up(peers: Sequence[Peer], installed: Path, folder: Path, precisions: Sequence[str], loops: bool) -> list[Row]:
+    """Return a row for each system: all serve the first precision, only ours the others."""
+    about = manifest.read(folder)
+    with np.load(folder / "heldout.npz") as arrays:
+        images = arrays["images"]
+    images = np.resize(images, (max(column.images for column in COLUMNS), *images.shape[1:]))
+    rows: list[Row] = []
+    for precision in precisions:
+        model = _find(folder, about, precision)
+        expected = OnnxEngine(model.path, about, "cpu").run(images)
+        for peer in peers:
+            if precision == precisions[0] or isinstance(peer, Ours):
+                start = functools.partial(_start, peer, installed, model, images, expected)
+                rows.append(Row(f"{peer.title}, {precision}" if peer.checked else peer.title, start))
+        for batch, sessions in LOOPS if loops else ():
+            title = f"onnxruntime in a loop, {batch} at a time, {sessions} at once, {precision}"
+            rows.append(Row(title, functools.partial(Loop, model, images, batch, sessions)))
+    return rows
 
 
 def _find(folder: Path, about: manifest.Manifest, precision: str) -> Served:

@@ -61,9 +61,10 @@ class Tree:
         self.resume()
         _signal(pids[:1], signal.SIGTERM)
         end = time.monotonic() + patience
-        while time.monotonic() < end and any(map(_lives, pids)):
-            time.sleep(0.05)
-        _signal(filter(_lives, pids), signal.SIGKILL)
+        while alive := [pid for pid in pids if _lives(pid)]:
+            if time.monotonic() >= end:
+                _signal(alive, signal.SIGKILL)
+            time.sleep(0.02)
 
 
 def read_stat(pid: int) -> list[str]:
