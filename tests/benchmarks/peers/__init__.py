@@ -1,0 +1,1 @@
+"""Tests of the comparison with other servers; none of them needs one."""

@@ -1,0 +1,117 @@
+"""The race: who is measured when, what becomes of one that fails, and the table."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from benchmarks.load import Sample
+from benchmarks.peers.race import COLUMNS, Figures, Row, race, table
+from benchmarks.peers.tree import Tree
+from resnet import BadInput, CheckFailed
+
+
+class CountedTree(Tree):
+    """This process, never stopped; its calls are written down."""
+
+    def __init__(self, calls: list[str]) -> None:
+        super().__init__(os.getpid())
+        self.calls = calls
+
+    def pause(self) -> None:
+        """Write it down."""
+        self.calls.append("pause")
+
+    def resume(self) -> None:
+        """Write it down."""
+        self.calls.append("resume")
+
+
+@dataclass
+class Fake:
+    """A system that answers as fast as it says, or fails in the measurement of a given number."""
+
+    calls: list[str]
+    restless: bool = False
+    rate: float = 100.0
+    failing: int = 1000
+    refused: int = 0
+    measured: list[tuple[int, int]] = field(default_factory=list)
+    stopped: int = 0
+
+    def __post_init__(self) -> None:
+        self.tree: Tree = CountedTree(self.calls)
+
+    def measure(self, in_flight: int, images: int, seconds: float) -> Sample:  # noqa: ARG002
+        """Return two answers, or fail."""
+        self.calls.append("measure")
+        self.measured.append((images, in_flight))
+        if len(self.measured) == self.failing:
+            raise CheckFailed("it answered nothing")
+        return Sample(np.array([1.0, 3.0]), self.rate, {"429": self.refused} if self.refused else {})
+
+    def stop(self) -> None:
+        """Count it."""
+        self.stopped += 1
+
+
+def test_each_system_is_measured_under_each_load_in_each_round() -> None:
+    """Rounds are over loads, loads over systems, so that what disturbs the machine disturbs them alike."""
+    calls: list[str] = []
+    first, second = Fake(calls), Fake(calls)
+    rows = [Row("first", lambda: first), Row("second", lambda: second)]
+    race(rows, rounds=2, seconds=1, say=lambda _: None)
+    loads = [(column.images, column.in_flight) for column in COLUMNS]
+    assert first.measured == second.measured == 3 * loads  # the first time is the warm-up
+    assert [len(row.rounds[column]) for row in rows for column in COLUMNS] == 6 * [2]
+    assert first.stopped == second.stopped == 1
+
+
+def test_a_restless_system_runs_only_while_it_is_measured() -> None:
+    """It is stopped after its start, and between its measurements."""
+    calls: list[str] = []
+    race([Row("restless", lambda: Fake(calls, restless=True))], rounds=1, seconds=1, say=lambda _: None)
+    assert calls == [*3 * ["measure"], "pause", *3 * ["resume", "measure", "pause"]]
+
+
+def test_a_system_that_does_not_start_is_a_row_with_a_sentence() -> None:
+    """The others are measured all the same."""
+
+    def fail() -> Fake:
+        raise BadInput("not installed")
+
+    rows = [Row("missing", fail), Row("there", lambda: Fake([]))]
+    race(rows, rounds=1, seconds=1, say=lambda _: None)
+    _, _, missing, there = table(rows).splitlines()
+    assert missing == "| missing | not installed | | | | | | |"
+    assert there.startswith("| there | 100 | 100 | 2.0 | 3.0 | 100 |")
+
+
+@pytest.mark.parametrize("fake", [Fake([], failing=4), Fake([], refused=2)])
+def test_a_system_that_fails_under_load_is_stopped(fake: Fake) -> None:
+    """It is measured no more, and what it was measured of is not shown as if it had lasted."""
+    row = Row("failing", lambda: fake)
+    race([row], rounds=3, seconds=1, say=lambda _: None)
+    assert fake.stopped == 1
+    assert fake.measured[3:] == [(COLUMNS[0].images, COLUMNS[0].in_flight)]
+    assert row.problem in table([row]).splitlines()[-1]
+
+
+def test_medians_of_the_rounds_until_a_failure_are_kept() -> None:
+    """With the number of rounds, and what ended them."""
+    row = Row("tired", lambda: Fake([], failing=8))
+    race([row], rounds=3, seconds=1, say=lambda _: None)
+    line = table([row]).splitlines()[-1]
+    assert line.startswith("| tired (1 rounds, then: it answered nothing) | 100 |")
+
+
+def test_figures_are_medians_over_rounds() -> None:
+    """One round out of the way changes nothing; of memory the most counts."""
+    row = Row("system", lambda: Fake([]))
+    for rate in (90.0, 100.0, 900.0):
+        for column in COLUMNS:
+            row.rounds[column].append(Figures(rate, p50_ms=rate, p99_ms=rate, cpu_ms=1.0, memory_mb=rate))
+    assert table([row]).splitlines()[-1] == "| system | 100 | 100 | 100.0 | 100.0 | 100 | 1.00 | 900 |"
