@@ -103,7 +103,7 @@ def line_up(peers: Sequence[Peer], installed: Path, folder: Path, precisions: Se
     rows: list[Row] = []
     for precision in precisions:
         model = _find(folder, about, precision)
-        expected = OnnxEngine(model.path, about, "cpu").run(images)
+        expected = OnnxEngine(model.path, about).run(images)
         for peer in peers:
             if precision == precisions[0] or isinstance(peer, Ours):
                 start = functools.partial(_start, peer, installed, model, images, expected)

@@ -22,7 +22,7 @@ def test_load_finds_capacity_and_goes_beyond(
         options = [
             "--in-flight=1,4",
             "--rate=auto",
-            "--seconds=0.2",
+            "--seconds=0.5",
             "--warm-up=0.1",
             "--rounds=1",
             "--deadline-ms=500",
