@@ -69,7 +69,7 @@ class Intake:
         values = np.frombuffer(data, np.dtype(dtype).newbyteorder("<")).reshape(shape)
         if dtype == "uint8":
             return values
-        if not np.all((values >= 0) & (values <= 255)):  # which NaN is not
+        if not (values.min() >= 0 and values.max() <= 255):  # which NaN is not
             raise InvalidRequest("the tensor's values are not pixels: they must be from 0 to 255")
         pixels: Images = np.rint(values).astype(np.uint8)
         return pixels
