@@ -11,7 +11,6 @@ other, uses what grpcio keeps to itself. Where a release of grpcio lacks any of 
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import time
 from collections.abc import Callable
@@ -32,8 +31,6 @@ SUPPORTED = all(
 )
 
 Begin = Callable[[Any, Any, grpc.ServicerContext], Work[Any]]
-
-log = logging.getLogger(__name__)
 
 
 def computed(unpacks: Callable[[Any], bool]) -> Callable[[Begin], Callable[[Any, Any, grpc.ServicerContext], Any]]:
@@ -80,17 +77,7 @@ class Events(ThreadPoolExecutor):
         def receive(received: Any) -> Any:
             result = take(received)
             request, state.request = state.request, None
-            try:
-                if request is None:  # its client went away, or sent none
-                    call.abort(grpc.StatusCode.UNIMPLEMENTED, "a call of this method has exactly one request")
-                elif request is MALFORMED:
-                    call.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
-                elif method.unpacks(request):
-                    super(Events, self).submit(call.begin, request)
-                else:
-                    call.begin(request)
-            except Exception:  # would end gRPC's own thread, and with it the server
-                log.exception("a call could not be taken in")
+            call.take(request, super(Events, self).submit)
             return result
 
         event.call.start_server_batch((cygrpc.ReceiveMessageOperation(0),), receive)
@@ -111,7 +98,26 @@ class _UnaryCall:
         self._started = time.perf_counter_ns()
         self.over: Future[None] = Future()
 
-    def begin(self, request: Any) -> None:
+    def take(self, request: Any, hand_over: Callable[..., object]) -> None:
+        """Begin, on this thread or by `hand_over` on another; raise nothing, which would end gRPC's own thread.
+
+        Args:
+            request: None if its client went away, or sent none.
+            hand_over: Has a function called on another thread.
+        """
+        try:
+            if request is None:
+                self._abort(grpc.StatusCode.UNIMPLEMENTED, "a call of this method has exactly one request")
+            elif request is MALFORMED:
+                self._abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
+            elif self._method.unpacks(request):
+                hand_over(self._begin, request)
+            else:
+                self._begin(request)
+        except Exception as error:
+            self._refuse(error)
+
+    def _begin(self, request: Any) -> None:
         """Leave what is to be computed with the batcher."""
         try:
             self._work = self._method.begin(self._servicer, request, self._context)
@@ -136,10 +142,9 @@ class _UnaryCall:
     def _refuse(self, error: Exception) -> None:
         refusal = report(error, self._name(), self._context, self._started)
         self._context.set_trailing_metadata(to_trailers(refusal))
-        self.abort(refusal.code, str(refusal))
+        self._abort(refusal.code, str(refusal))
 
-    def abort(self, code: grpc.StatusCode, details: str) -> None:
-        """End the call with a status."""
+    def _abort(self, code: grpc.StatusCode, details: str) -> None:
         self._context.set_code(code)
         self._context.set_details(details)
         self._send(None)

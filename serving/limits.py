@@ -41,7 +41,7 @@ class Limits:
     max_message_bytes: int = option(64 * 2**20, "bytes of one request", low=1)
     # These hold any token.
     max_metadata_bytes: int = option(16 * 2**10, "bytes of the headers of one request, as HTTP/2 counts them", low=1024)
-    max_calls: int = option(256, "calls at a time, streams included; each has a thread while it runs", low=1)
+    max_calls: int = option(256, "calls at a time, streams included; each stream has a thread while it is open", low=1)
     # Half of the calls: no connection takes all.
     max_streams: int = option(128, "calls at a time on one connection; more wait in the client", low=1)
     # Half of the usual limit of open files.
