@@ -29,7 +29,10 @@ def name_threads() -> set[str]:
 def test_waiting_calls_hold_no_thread(repository: Path) -> None:
     """A hundred wait for one engine, and all are answered, each with its own."""
     before = name_threads()
-    with gated.start(repository, max_batch=8, max_queue=100) as server, grpc.insecure_channel(server.address) as channel:
+    with (
+        gated.start(repository, max_batch=8, max_queue=100) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
         calls = [ClassifierStub(channel).Classify.future(ask(value)) for value in range(100)]
         server.engine.entered.acquire()
         server.await_queued(99)
