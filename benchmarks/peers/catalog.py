@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks.peers.protocols import JSON, RAW, KServe, Transport
+from benchmarks.peers.protocols import JSON, JSON_BATCH, RAW, KServe, Transport
 from resnet import BadInput
 
 SERVERS = Path(__file__).parent / "servers"
@@ -81,6 +81,7 @@ PEERS = (
         ("litserve==0.2.19", "pyzmq==27.3.0", NUMPY, RUNTIME),
         restless=True,
     ),
+    Peer("bentoml", "BentoML 1.4.40 (HTTP)", JSON_BATCH, ("bentoml==1.4.40", NUMPY, RUNTIME)),
     Peer(
         "ray",
         "Ray Serve 2.60.0 (gRPC proxy)",

@@ -104,6 +104,16 @@ RAW = Http(
 JSON = Http(
     "/predict",
     "application/json",
-    to_body=lambda pixels: json.dumps({"image": base64.b64encode(pixels.tobytes()).decode()}).encode(),
+    to_body=lambda pixels: json.dumps({"image": _to_text(pixels)}).encode(),
     from_body=lambda body: np.asarray(json.loads(body)["probabilities"], np.float32),
 )
+JSON_BATCH = Http(  # a batch of one request, which the server adds to others
+    "/classify",
+    "application/json",
+    to_body=lambda pixels: json.dumps({"images": [_to_text(pixels)]}).encode(),
+    from_body=lambda body: np.asarray(json.loads(body), np.float32),
+)
+
+
+def _to_text(pixels: Pixels) -> str:
+    return base64.b64encode(pixels.tobytes()).decode()
