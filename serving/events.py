@@ -14,7 +14,7 @@ import functools
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -56,7 +56,7 @@ def computed(unpacks: Callable[[Any], bool]) -> Callable[[Begin], Callable[[Any,
 class Events(ThreadPoolExecutor):
     """Takes the place of the pool of threads that would answer calls; its own threads only unpack images."""
 
-    def submit(self, _run: Any, _respond: Any, event: Any, state: Any, method: Any, *rest: Any) -> Future[None]:  # type: ignore[override]
+    def submit(self, _run: Any, _respond: Any, event: Any, state: Any, method: Any, *rest: Any) -> _UnaryCall:  # type: ignore[override]
         """Begin a call.
 
         Args:
@@ -68,7 +68,7 @@ class Events(ThreadPoolExecutor):
             rest: What would wait for the request; what parses it; what serializes the response.
 
         Returns:
-            What is done when the call is: gRPC counts the calls under way by it.
+            What gRPC treats as a future, to count the calls under way.
         """
         _, parse, serialize = rest
         call = _UnaryCall(event, state, method, serialize)
@@ -82,7 +82,7 @@ class Events(ThreadPoolExecutor):
 
         event.call.start_server_batch((cygrpc.ReceiveMessageOperation(0),), receive)
         state.due.add(_server._RECEIVE_MESSAGE_TOKEN)
-        return call.over
+        return call
 
 
 EVENTS = Events(len(os.sched_getaffinity(0)), thread_name_prefix="unpack")
@@ -96,7 +96,10 @@ class _UnaryCall:
         self._servicer = method.__wrapped__.__self__  # within the guard
         self._context = _server._Context(event, state, None)
         self._started = time.perf_counter_ns()
-        self.over: Future[None] = Future()
+
+    def add_done_callback(self, done: Callable[[object], object]) -> None:
+        """Have `done` called when the call is over; gRPC does it once, before the request can be there."""
+        self._done = done
 
     def take(self, request: Any, hand_over: Callable[..., object]) -> None:
         """Begin, on this thread or by `hand_over` on another; raise nothing, which would end gRPC's own thread.
@@ -154,7 +157,7 @@ class _UnaryCall:
         try:
             _server._status(self._event, self._state, response)
         finally:
-            self.over.set_result(None)
+            self._done(self)
 
     def _name(self) -> str:
         return name_method(self._servicer, self._method)
