@@ -42,12 +42,12 @@ class CostCurve:
             return self._ns[below] + share * (self._ns[above] - self._ns[below])
 
     def best(self, most: int) -> int:
-        """Return the smallest known size at which an image costs nearly the least; `most` where nothing is known.
+        """Return the largest known size, up to `most`, at which an image costs nearly the least; `most` if none is known.
 
-        Beyond it requests would wait for each other and nothing be won.
+        Only where larger batches cost more by image is it less than `most`, as where they outgrow a cache.
         """
         each = {size: ns / size for size, ns in self.points().items() if size <= most}
-        return min((size for size in each if each[size] <= NEARLY * min(each.values())), default=most)
+        return max((size for size in each if each[size] <= NEARLY * min(each.values())), default=most)
 
     def learn(self, images: int, ns: float) -> None:
         """Take in what a batch has taken."""
