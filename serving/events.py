@@ -26,9 +26,9 @@ from serving.calls import Work, answer, finish, log_answered, name_method, repor
 from serving.errors import ServingError, to_trailers
 from serving.guard import MALFORMED, NO_MESSAGE
 
-SUPPORTED = all(
-    hasattr(_server, name) for name in ("_Context", "_RECEIVE_MESSAGE_TOKEN", "_receive_message", "_status")
-)
+NEEDED = ("_Context", "_RECEIVE_MESSAGE_TOKEN", "_receive_message", "_serialized_request", "_status")
+SUPPORTED = all(hasattr(_server, name) for name in NEEDED)
+QUICK_BYTES = 2**20  # to check and round so many bytes of float32 takes about a millisecond
 
 Begin = Callable[[Any, Any, grpc.ServicerContext], Work[Any]]
 
@@ -54,7 +54,7 @@ def computed(unpacks: Callable[[Any], bool]) -> Callable[[Begin], Callable[[Any,
 
 
 class Events(ThreadPoolExecutor):
-    """Takes the place of the pool of threads that would answer calls; its own threads only unpack images."""
+    """Takes the place of the pool of threads that would answer calls; its own threads take in what is large or encoded."""
 
     def submit(self, _run: Any, _respond: Any, event: Any, state: Any, method: Any, *rest: Any) -> _UnaryCall:  # type: ignore[override]
         """Begin a call.
@@ -77,7 +77,9 @@ class Events(ThreadPoolExecutor):
         def receive(received: Any) -> Any:
             result = take(received)
             request, state.request = state.request, None
-            call.take(request, super(Events, self).submit)
+            message = _server._serialized_request(received)
+            quick = message is None or len(message) <= QUICK_BYTES
+            call.take(request, quick, super(Events, self).submit)
             return result
 
         event.call.start_server_batch((cygrpc.ReceiveMessageOperation(0),), receive)
@@ -85,7 +87,7 @@ class Events(ThreadPoolExecutor):
         return call
 
 
-EVENTS = Events(len(os.sched_getaffinity(0)), thread_name_prefix="unpack")
+EVENTS = Events(len(os.sched_getaffinity(0)), thread_name_prefix="intake")
 
 
 class _UnaryCall:
@@ -101,11 +103,12 @@ class _UnaryCall:
         """Have `done` called when the call is over; gRPC does it once, before the request can be there."""
         self._done = done
 
-    def take(self, request: Any, hand_over: Callable[..., object]) -> None:
+    def take(self, request: Any, quick: bool, hand_over: Callable[..., object]) -> None:
         """Begin, on this thread or by `hand_over` on another; raise nothing, which would end gRPC's own thread.
 
         Args:
             request: None if its client went away, or sent none.
+            quick: Whether it is small enough for this thread.
             hand_over: Has a function called on another thread.
         """
         try:
@@ -113,10 +116,10 @@ class _UnaryCall:
                 self._abort(grpc.StatusCode.UNIMPLEMENTED, "a call of this method has exactly one request")
             elif request is MALFORMED:
                 self._abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
-            elif self._method.unpacks(request):
-                hand_over(self._begin, request)
-            else:
+            elif quick and not self._method.unpacks(request):
                 self._begin(request)
+            else:
+                hand_over(self._begin, request)
         except Exception as error:
             self._refuse(error)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -12,6 +13,7 @@ from protos import classifier_pb2 as pb
 from protos.classifier_pb2_grpc import ClassifierStub
 from serving import events
 from serving.events import computed
+from serving.intake import Intake
 from serving.servicer import Servicer
 from tests.serving import gated
 
@@ -40,6 +42,26 @@ def test_waiting_calls_hold_no_thread(repository: Path) -> None:
         server.engine.gate.release(100)
         found = [call.result(10).classifications[0].classes[0].probability for call in calls]
     assert found == list(range(100))
+
+
+@pytest.mark.parametrize("quick_bytes", [2**20, 100])
+def test_what_is_large_is_taken_in_on_another_thread(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, quick_bytes: int
+) -> None:
+    """It would keep all other calls waiting."""
+    names = []
+
+    def read(*arguments: Any) -> Any:
+        names.append(threading.current_thread().name)
+        return whole(*arguments)
+
+    whole = Intake.read
+    monkeypatch.setattr(Intake, "read", read)
+    monkeypatch.setattr(events, "QUICK_BYTES", quick_bytes)
+    with gated.start(repository) as server, grpc.insecure_channel(server.address) as channel:
+        server.engine.gate.release(1)
+        assert ClassifierStub(channel).Classify(ask(3)).classifications[0].classes[0].probability == 3
+    assert names[0].startswith("intake") == (quick_bytes == 100)
 
 
 def test_a_fault_of_the_server_is_told_and_ends_nothing(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
