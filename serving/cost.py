@@ -42,9 +42,9 @@ class CostCurve:
             return self._ns[below] + share * (self._ns[above] - self._ns[below])
 
     def best(self, most: int) -> int:
-        """Return the largest known size, up to `most`, at which an image costs nearly the least; `most` if none is known.
+        """Return the largest known size up to `most` at which an image costs nearly the least; `most` if none is known.
 
-        Only where larger batches cost more by image is it less than `most`, as where they outgrow a cache.
+        It is less than `most` only where an image costs more in larger batches, as where they outgrow a cache.
         """
         each = {size: ns / size for size, ns in self.points().items() if size <= most}
         return max((size for size in each if each[size] <= NEARLY * min(each.values())), default=most)

@@ -54,7 +54,7 @@ def computed(unpacks: Callable[[Any], bool]) -> Callable[[Begin], Callable[[Any,
 
 
 class Events(ThreadPoolExecutor):
-    """Takes the place of the pool of threads that would answer calls; its own threads take in what is large or encoded."""
+    """Takes the place of the threads that would answer calls; its own take in what is large or encoded."""
 
     def submit(self, _run: Any, _respond: Any, event: Any, state: Any, method: Any, *rest: Any) -> _UnaryCall:  # type: ignore[override]
         """Begin a call.
