@@ -80,6 +80,7 @@ class Batcher:
         batching: Batching = Batching(),
         curve: CostCurve | None = None,
         lanes: int = 1,
+        spare: int = 0,
     ) -> None:
         """Start empty.
 
@@ -88,8 +89,10 @@ class Batcher:
             batching: How to work. A request with more images than a batch is computed alone.
             curve: What a batch costs, as far as it is known; every batch adds to it.
             lanes: Calls of `run` that may be under way at a time, each on a thread of its own.
+            spare: Further calls, which begin only while a full batch waits: calls that share cores with the others, so
+                that two small batches would take longer than one.
         """
-        self._run, self._lanes, self._max_queue = run, lanes, batching.max_queue
+        self._run, self._lanes, self._spare, self._max_queue = run, lanes, spare, batching.max_queue
         self._max_queue_ns, self._linger_ns = batching.max_queue_ms * 1e6, batching.linger_ms * 1e6
         self.curve = curve or CostCurve()
         """What batches cost."""
@@ -102,10 +105,13 @@ class Batcher:
         self.queued = 0
         """Images that wait now."""
         self._leads = 0
+        self._running = 0  # batches
         self._answering = 0  # batches
         self._free_ns = 0  # when the batches under way will be done, on the clock of arrivals
         self._closed = False
-        self._leaders = ThreadPoolExecutor(lanes, thread_name_prefix="lead")  # their threads end with the batcher
+        self._leaders = ThreadPoolExecutor(
+            lanes + spare, thread_name_prefix="lead"
+        )  # their threads end with the batcher
         self._answerer = ThreadPoolExecutor(1, thread_name_prefix="answer")
 
     def submit(
@@ -175,7 +181,7 @@ class Batcher:
             self._admit(job)
             heapq.heappush(self._queue, (priority, next(self._numbers), job))
             self.queued += len(images)
-            leads = self._leads < self._lanes
+            leads = self._leads < self._lanes + (self._spare if self.queued >= self._max_batch else 0)
             self._leads += leads
             if self._linger_ns:
                 self._came.notify_all()
@@ -238,10 +244,14 @@ class Batcher:
             started = time.perf_counter_ns()
             probabilities = self._compute(batch)
             took = time.perf_counter_ns() - started
-            answer = (batch, refused, probabilities, started, took)
             with self._lock:
+                alone = self._running <= self._lanes
+                self._running -= bool(batch)
                 others = bool(self._queue or self._answering)  # also keeps the order of answers
                 self._answering += 1
+            if batch and probabilities is not None and alone:
+                self.curve.learn(sum(len(job.images) for job in batch), took)
+            answer = (batch, refused, probabilities, started, took)
             if others:
                 self._answerer.submit(self._answer, *answer)
             else:
@@ -255,6 +265,10 @@ class Batcher:
         refused: list[tuple[_Job, ServingError]] = []
         size = 0
         with self._lock:
+            if self._running >= self._lanes and self.queued < self._max_batch:
+                self._leads -= 1  # another leads, and will take what there is
+                self._idle.notify_all()
+                return [], []
             limit = min(self._max_batch, self._goal.batch) if self._goal else self._max_batch
             if self._linger_ns:
                 self._linger(limit)
@@ -268,6 +282,7 @@ class Batcher:
                     batch.append(job)
                     size += len(job.images)
             if batch:
+                self._running += 1
                 self._free_ns = time.perf_counter_ns() + int(self.curve.ns(size))
             elif not refused:
                 self._leads -= 1
@@ -308,8 +323,6 @@ class Batcher:
         for job, error in refused:
             job.done(error)
         size = sum(len(job.images) for job in batch)
-        if probabilities is not None:
-            self.curve.learn(size, took)
         start = 0
         for job in batch:
             stop = start + len(job.images)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import threading
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -102,6 +103,27 @@ class SplitEngine:
         others = [self._threads.submit(engine.run, share) for engine, share in zip(self._others, rest, strict=False)]
         probabilities = self._engine.run(first)
         return np.concatenate([probabilities, *(other.result() for other in others)]) if others else probabilities
+
+
+class ConcurrentEngine:
+    """Has a batch computed by all cores while it is the only one, and beside others by one core each."""
+
+    def __init__(self, alone: Engine, beside: Engine) -> None:
+        """Take an engine for each case; several threads may run `beside`, while one runs `alone`."""
+        self._alone, self._beside, self._running = alone, beside, 0
+        self._lock = threading.Lock()
+        self.provider = alone.provider
+
+    def run(self, images: Images) -> Probabilities:
+        """Map uint8 [n, height, width, 3] to float32 [n, classes]."""
+        with self._lock:
+            engine = self._beside if self._running else self._alone
+            self._running += 1
+        try:
+            return engine.run(images)
+        finally:
+            with self._lock:
+                self._running -= 1
 
 
 class SizedEngine:

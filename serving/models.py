@@ -19,7 +19,7 @@ from serving import cuda, tuning
 from serving.batcher import Batcher
 from serving.batching import Batching
 from serving.cost import CostCurve
-from serving.engine import Device, Engine, Images, OnnxEngine, Probabilities
+from serving.engine import ConcurrentEngine, Device, Engine, Images, OnnxEngine, Probabilities, count_cores
 from serving.errors import InvalidRequest, NotFound
 from serving.statistics import Counts, Statistics
 from serving.ways import Runtime, list_ways
@@ -105,7 +105,10 @@ def load(
     found, _ = tuning.tune(folder, manifest, variant, batching.max_batch, ways if tune else ways[:1])
     for name, why in found.refusals.items():
         log.warning("%s/%d is not computed by %s: %s", manifest.model, manifest.version, name, why)
-    return start(manifest, found.build(path, manifest), batching, precision, found.curve(), str(found))
+    engine, spare = found.build(path, manifest), 0
+    if found.runtime == "onnxruntime" and count_cores() > 1:
+        engine, spare = ConcurrentEngine(engine, OnnxEngine(path, manifest, 1)), count_cores() - 1
+    return start(manifest, engine, batching, precision, found.curve(), str(found), spare=spare)
 
 
 def find_variant(folder: Path, manifest: Manifest, precision: str) -> Variant:
@@ -128,6 +131,7 @@ def start(
     curve: CostCurve | None = None,
     plan: str = "",
     lanes: int = 1,
+    spare: int = 0,
 ) -> Model:
     """Put an engine behind a batcher, once it has run the smallest and the largest batch.
 
@@ -139,6 +143,7 @@ def start(
         curve: What its batches cost, if that was measured.
         plan: How it computes, for people.
         lanes: Batches that it computes at a time.
+        spare: Further ones, for which no cores of their own are there.
     """
     for size in (1, batching.max_batch):
         engine.run(np.zeros((size, *manifest.input.shape[1:]), np.uint8))
@@ -150,7 +155,7 @@ def start(
         statistics.batch(len(images), time.perf_counter_ns() - started)
         return probabilities
 
-    return Model(manifest, engine, Batcher(run, batching, curve, lanes), statistics, precision, plan)
+    return Model(manifest, engine, Batcher(run, batching, curve, lanes, spare), statistics, precision, plan)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """The ways to compute a batch on the CPU: by which library, in how many shares at a time, each by how many threads.
 
-All of them run the same file, so that they differ in speed and in rounding alone. The threads are always one for each
-core. In memory a way costs the weights once for each session. A session of one thread may be run by many callers at a
-time and is there once, as is a compiled model of OpenVINO; other shares have a session each. While they are compared,
-all ways are loaded.
+All of them run the same file, so that they differ in speed and in rounding alone. The threads are one for each core, or
+one alone. In memory a way costs the weights once for each session. A session of one thread may be run by many callers
+at a time and is there once, as is a compiled model of OpenVINO; other shares have a session each. While they are
+compared, all ways are loaded.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Way(msgspec.Struct, frozen=True):
     threads: int
 
     def __str__(self) -> str:
-        return f"{self.shares} x {self.threads} threads" + (" of OpenVINO" if self.runtime == "openvino" else "")
+        threads = f"{self.threads} threads" if self.shares * self.threads > 1 else "1 thread"
+        return f"{self.shares} x {threads}" + (" of OpenVINO" if self.runtime == "openvino" else "")
 
     def build(self, path: Path, manifest: Manifest) -> Engine:
         """Return an engine that computes so.
@@ -61,7 +62,10 @@ def list_ways(runtime: Literal["auto", Runtime] = "auto", cores: int | None = No
     if runtime not in ("auto", *installed):
         raise BadInput(f"--runtime {runtime}: it is not installed; install resnet with its extra '{runtime}'")
     shares = sorted({count for count in (1, 2, MOST_SHARES) if count <= cores} | {cores})
-    return [Way(name, count, cores // count) for name in installed if runtime in ("auto", name) for count in shares]
+    ways = [Way(name, count, cores // count) for name in installed if runtime in ("auto", name) for count in shares]
+    # Threads that wake each other for every layer of a small batch win little, and keep a core from taking requests in.
+    single = Way("onnxruntime", 1, 1)
+    return ways if runtime == "openvino" or single in ways else [single, *ways]
 
 
 def describe(plan: Mapping[int, Way]) -> str:

@@ -47,10 +47,12 @@ def images(*values: int) -> Images:
 class Bench:
     """A batcher over a gated engine, and threads that submit to it in a known order."""
 
-    def __init__(self, pool: ThreadPoolExecutor, curve: CostCurve | None = None, **batching: float) -> None:
+    def __init__(
+        self, pool: ThreadPoolExecutor, curve: CostCurve | None = None, spare: int = 0, **batching: float
+    ) -> None:
         self.engine = GatedEngine()
         options: dict[str, Any] = {"max_batch": 4, "max_queue": 8, "max_queue_ms": float("inf"), **batching}
-        self.batcher = Batcher(self.engine.run, Batching(**options), curve)
+        self.batcher = Batcher(self.engine.run, Batching(**options), curve, spare=spare)
         self._pool = pool
 
     def lead(self, *values: int) -> Future[Answer]:
@@ -377,8 +379,8 @@ def test_an_idle_engine_turns_nothing_down(pool: ThreadPoolExecutor) -> None:
 
 
 def test_a_batch_is_no_larger_than_pays(pool: ThreadPoolExecutor) -> None:
-    """Where an image costs the same in any batch, requests do not wait for each other."""
-    bench = Bench(pool, CostCurve(HOUR_EACH))
+    """Where an image costs more in larger batches, requests do not wait for each other."""
+    bench = Bench(pool, CostCurve({1: 3.6e12, 2: 8e12, 4: 18e12}))
     futures = [bench.lead(1), bench.wait(2), bench.wait(3)]
     bench.compute(3)
     assert [future.result(10).batch_size for future in futures] == [1, 1, 1]
@@ -411,6 +413,35 @@ def test_several_lanes_run_at_a_time() -> None:
         batcher.post(images(1), future.set_result)
     assert all(isinstance(future.result(10), Answer) for future in futures)
     assert batcher.drain(10)
+
+
+def test_a_spare_lane_begins_with_a_full_batch(pool: ThreadPoolExecutor) -> None:
+    """And leaves less than that to the batch that is next anyway."""
+    bench = Bench(pool, spare=1)
+    futures = [bench.lead(1), bench.wait(2), bench.wait(3, 4)]
+    futures.append(pool.submit(bench.batcher.submit, images(5)))  # makes the batch full
+    assert bench.engine.entered.acquire(timeout=10)
+    futures += [bench.wait(6), bench.wait(7)]
+    assert bench.engine.batches == [[1], [2, 3, 4, 5]]
+    bench.compute(3)
+    assert [future.result(10).batch_size for future in futures] == [1, 4, 4, 4, 2, 2]
+    assert bench.batcher.drain(10)
+    again = bench.lead(8)
+    bench.compute()
+    assert again.result(10).batch_size == 1
+
+
+def test_a_spare_lane_survives_work_that_nobody_waits_for(pool: ThreadPoolExecutor) -> None:
+    """Batches that turn out empty leave the lanes as they were."""
+    bench = Bench(pool, spare=1)
+    first = bench.lead(1)
+    gone = [bench.post(value, alive=lambda: False) for value in range(2, 6)]
+    assert all(isinstance(future.result(10), Cancelled) for future in gone)
+    bench.compute()
+    assert first.result(10).batch_size == 1
+    futures = [bench.lead(6), bench.wait(7)]
+    bench.compute(2)
+    assert [future.result(10).batch_size for future in futures] == [1, 1]
 
 
 def test_a_latency_goal_refuses_what_would_miss_it(pool: ThreadPoolExecutor) -> None:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from serving import models
-from serving.engine import Engine, Images, OnnxEngine, Probabilities, SizedEngine, SplitEngine, count_cores
+from serving.engine import (
+    ConcurrentEngine,
+    Engine,
+    Images,
+    OnnxEngine,
+    Probabilities,
+    SizedEngine,
+    SplitEngine,
+    count_cores,
+)
 from serving.openvino import OpenvinoEngine
 from serving.ways import Way, list_ways
 
@@ -93,6 +103,33 @@ def test_a_share_that_fails_fails_the_batch(engines: list[Engine]) -> None:
     split = SplitEngine(engines)
     with pytest.raises(RuntimeError, match="no memory for 2 images"):
         split.run(number(4))
+
+
+def test_beside_others_a_batch_has_an_engine_of_its_own() -> None:
+    """And all cores again when it is alone, also after one that failed."""
+    begun, end = threading.Event(), threading.Event()
+
+    class Held(Echo):
+        def run(self, images: Images) -> Probabilities:
+            """Compute when told to."""
+            begun.set()
+            assert end.wait(10)
+            return super().run(images)
+
+    alone, beside = Held(), Echo()
+    engine = ConcurrentEngine(alone, beside)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(engine.run, number(2))
+        assert begun.wait(10)
+        assert engine.run(number(3))[:, 0].tolist() == [0, 1, 2]
+        end.set()
+        assert first.result(10)[:, 0].tolist() == [0, 1]
+    engine.run(number(4))
+    assert (alone.batches, beside.batches) == ([2, 4], [3])
+    failing = ConcurrentEngine(Broken(), beside)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no memory"):
+            failing.run(number(1))
 
 
 def test_the_size_decides_which_engine_computes() -> None:
