@@ -472,4 +472,4 @@ def test_thousands_of_bad_requests_do_no_harm(address: str, caplog: pytest.LogCa
             if number % 100 == 0:
                 assert finish(channel, CLASSIFY, GOOD)[0] == "OK"
     assert seen >= {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "FAILED_PRECONDITION"}
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
