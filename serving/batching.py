@@ -15,7 +15,7 @@ class Batching:
     max_queue: int = option(1024, "images that may wait; a request that would go beyond is refused at once", low=1)
     # Beyond that most callers have given up, and what is computed for them keeps the others waiting.
     max_queue_ms: float = option(
-        1000.0, "milliseconds of work that may wait; a request that comes when there is more is refused at once", low=0
+        5000.0, "milliseconds of work that may wait; a request that comes when there is more is refused at once", low=0
     )
     linger_ms: float = option(
         0.0, "milliseconds that the first request of a batch waits for others while the engine is free", low=0, high=1e6
