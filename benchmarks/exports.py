@@ -138,6 +138,9 @@ def _crops(size: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
+        if sys.argv[1] not in {*APPLICATIONS, *FAMILY}:
+            print(f"error: choose of {', '.join((*APPLICATIONS, *FAMILY))}, not {sys.argv[1]}", file=sys.stderr)
+            sys.exit(2)
         print(json.dumps(measure(sys.argv[1])))
     else:
         main()

@@ -95,11 +95,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of all measurements (default: %(default)s)")
     args, options = parser.parse_known_args()  # what is left is for the server
     load = Load(args.clients, args.connections, args.in_flight, args.images, args.seconds)
+    if not re.fullmatch(r"\d+(,\d+)*", args.frontends):
+        raise BadInput(f"--frontends is numbers with commas between them, as 0,1,2, not {args.frontends!r}")
     numbers = [int(number) for number in args.frontends.split(",")]
     found: dict[int, list[Figures]] = {number: [] for number in numbers}
-    for _ in range(args.rounds):
+    for round_ in range(args.rounds):
         for number in numbers:
-            found[number].append(measure(args.repository, number, load, options))
+            figures = measure(args.repository, number, load, options)
+            found[number].append(figures)
+            progress = f"round {round_ + 1} of {args.rounds}, {number} front ends: {figures.requests:,.0f} requests/s"
+            print(progress, file=sys.stderr, flush=True)
     rows = [_median(figures) for figures in found.values()]
     print("front ends   requests/s    p50 ms    p99 ms   front ends us   engine us   memory MB")
     for row in rows:
@@ -215,4 +220,5 @@ if __name__ == "__main__":
     try:
         main()
     except (BadInput, CheckFailed) as error:
-        sys.exit(str(error))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, BadInput) else 1)

@@ -206,4 +206,7 @@ def _list(kind: type[int] | type[float]) -> Callable[[str], list[float]]:
 
 def _rates(text: str) -> list[float] | str:
     """Read rates, or `AUTO`."""
-    return text if text == AUTO else _list(float)(text)
+    try:
+        return text if text == AUTO else _list(float)(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is neither {AUTO} nor numbers with commas between them") from None

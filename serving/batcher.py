@@ -112,9 +112,8 @@ class Batcher:
         self._answering = 0  # batches
         self._free_ns = 0  # when the batches under way will be done, on the clock of arrivals
         self._closed = False
-        self._leaders = ThreadPoolExecutor(
-            lanes + spare, thread_name_prefix="lead"
-        )  # their threads end with the batcher
+        # Threads of these end with the batcher.
+        self._leaders = ThreadPoolExecutor(lanes + spare, thread_name_prefix="lead")
         self._answerer = ThreadPoolExecutor(1, thread_name_prefix="answer")
 
     def submit(
@@ -206,14 +205,16 @@ class Batcher:
         """Raise what keeps a request out, if anything does."""
         if self._closed:
             raise Unavailable("the server is shutting down")
-        images, wait_ns = len(job.images), self._wait_ns(job.arrived)
+        images = len(job.images)
+        fits = self.queued + images <= self._max_queue
+        if fits and not self._leads:
+            return  # an idle engine turns nothing down: what a batch really takes, only a batch can tell
+        wait_ns = self._wait_ns(job.arrived)
         retry_ms = 1 + int(wait_ns / 1e6)
-        if self.queued + images > self._max_queue:
+        if not fits:
             raise Overloaded(
                 f"{self.queued} images are waiting, {images} more would exceed the {self._max_queue} allowed", retry_ms
             )
-        if not self._leads:
-            return  # an idle engine turns nothing down: what a batch really takes, only a batch can tell
         if wait_ns > self._max_queue_ns:
             allowed = f"{self._max_queue_ns / 1e6:g} ms"
             raise Overloaded(f"{wait_ns / 1e6:.0f} ms of work are waiting, more than the {allowed} allowed", retry_ms)

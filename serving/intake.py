@@ -12,8 +12,9 @@ import numpy as np
 from serving.batcher import DEFAULT_PRIORITY, PRIORITIES
 from serving.engine import Images
 from serving.errors import InvalidRequest
+from serving.limits import Limits
 from serving.models import Model
-from training.images import MAX_PIXELS, InvalidImage, decode
+from training.images import InvalidImage, decode
 
 SMALL_PIXELS = 2**18  # of 512x512: a few MB while it is unpacked, which every call may have at the same time
 
@@ -23,17 +24,10 @@ Admit = Callable[[int], AbstractContextManager[object]]
 class Intake:
     """Takes the images of requests in."""
 
-    def __init__(
-        self,
-        max_images: int,
-        max_image_pixels: int = MAX_PIXELS,
-        max_request_pixels: int = 8 * MAX_PIXELS,
-        max_pixels: int = 2 * MAX_PIXELS,
-    ) -> None:
-        """Set the limits; they are those of `serving.limits.Limits`."""
-        self.max_images = max_images
-        self._max_image_pixels, self._max_request_pixels = max_image_pixels, max_request_pixels
-        self._room = Room(max_pixels)
+    def __init__(self, limits: Limits) -> None:
+        """Take in what the limits allow."""
+        self.max_images = limits.max_images
+        self._limits, self._room = limits, Room(limits.max_unpacked_pixels)
 
     def decode(self, files: Sequence[bytes], model: Model) -> Images:
         """Return the pixels of encoded images, resized to what the model takes: uint8 [n, height, width, 3].
@@ -82,22 +76,20 @@ class Intake:
 
     def _count_pixels(self) -> Admit:
         """Return what admits the images of one request, each before it is unpacked."""
-        left = self._max_request_pixels
+        allowed = left = self._limits.max_request_pixels
 
         def admit(pixels: int) -> AbstractContextManager[object]:
             nonlocal left
             left -= pixels
             if left < 0:
-                raise InvalidRequest(
-                    f"the request's images have more than the {self._max_request_pixels:,} pixels allowed; split it"
-                )
+                raise InvalidRequest(f"the request's images have more than the {allowed:,} pixels allowed; split it")
             return self._room.take(pixels) if pixels > SMALL_PIXELS else nullcontext()
 
         return admit
 
     def _decode(self, data: bytes, index: int, size: tuple[int, int], admit: Admit) -> Images:
         try:
-            return decode(data, size, max_pixels=self._max_image_pixels, admit=admit)
+            return decode(data, size, max_pixels=self._limits.max_image_pixels, admit=admit)
         except InvalidImage as error:
             raise InvalidRequest(f"image {index} {error}", image=index) from None
 

@@ -91,9 +91,7 @@ class Server:
                 *limits.to_options(),
             ],
         )
-        intake = Intake(
-            limits.max_images, limits.max_image_pixels, limits.max_request_pixels, limits.max_unpacked_pixels
-        )
+        intake = Intake(limits)
         guard: Any = Guard(self._server, closed(host, token, admin_token), NO_ADMIN)
         self._classifier = Servicer(models, intake)
         add_ClassifierServicer_to_server(self._classifier, guard)

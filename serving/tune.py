@@ -36,11 +36,12 @@ def run(args: argparse.Namespace) -> None:
     """Measure one version, or look it up, and print a table."""
     from export import repository
     from resnet import BadInput
-    from serving import models, tuning, ways
+    from serving import logs, models, tuning, ways
     from serving.engine import count_cores
 
     if args.max_batch < 1:
         raise BadInput(f"--max-batch must be at least 1, not {args.max_batch}")
+    logs.start("human", "info")  # measuring takes a while, and says so
     folder = repository.version(args.model, args.version)
     manifest = models.read_checked(folder)
     variant = models.find_variant(folder, manifest, args.precision)

@@ -141,6 +141,7 @@ def tune(
     known = None if again else _read(setting)
     if known is not None:
         return Found(known, cached=True)
+    log.info("%s/%d: measuring for some seconds how this machine computes it fastest", manifest.model, manifest.version)
     found = _find(folder, manifest, variant, setting)
     _write(found)
     return Found(found, cached=False)

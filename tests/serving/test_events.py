@@ -90,6 +90,7 @@ def test_with_another_grpcio_calls_have_a_thread_each(repository: Path, monkeypa
     monkeypatch.setattr(events, "SUPPORTED", False)
     begin = Servicer.Classify.__dict__["begin"]
     monkeypatch.setattr(Servicer, "Classify", computed(unpacks=lambda _: False)(begin))
+    assert not hasattr(Servicer.Classify, "experimental_thread_pool")
     with gated.start(repository) as server, grpc.insecure_channel(server.address) as channel:
         call = ClassifierStub(channel).Classify.future(ask(3))
         server.engine.entered.acquire()
