@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import re
 import statistics
 import sys
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -30,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.process import serve
+from benchmarks.tree import read_cpu_seconds, read_peak_bytes
 from export import manifest, repository
 from protos import classifier_pb2 as pb
 from resnet import BadInput, CheckFailed
@@ -37,7 +37,6 @@ from serving.channel import UNLIMITED
 from serving.server import SERVICE
 
 WARM_UP_SECONDS = 1.0
-TICKS = os.sysconf("SC_CLK_TCK")  # a second of processor time
 
 
 @dataclass(frozen=True)
@@ -135,11 +134,11 @@ def measure(folder: Path, frontends: int, load: Load, options: list[str]) -> Fig
             before, started = _read_cpu(server.pid), time.perf_counter()
             latencies = run(load.seconds)
             seconds = time.perf_counter() - started
-            used = _read_cpu(server.pid) - before
-        memory = sum(_read_peak(pid) for pid in _processes(server.pid))
+            after = _read_cpu(server.pid)
+        memory = sum(map(read_peak_bytes, _processes(server.pid))) / 2**20
     count = len(latencies)
     p50, p99 = np.percentile(latencies, (50, 99)) / 1e6
-    frontend_us, engine_us = (1e6 * used[role] / TICKS / count for role in ("frontend", "engine"))
+    frontend_us, engine_us = (1e6 * (after[role] - before[role]) / count for role in ("frontend", "engine"))
     return Figures(frontends, count / seconds, float(p50), float(p99), frontend_us, engine_us, memory)
 
 
@@ -200,20 +199,12 @@ def _processes(server: int) -> dict[int, str]:
     return found or {server: "engine"}
 
 
-def _read_cpu(server: int) -> Counter[str]:
-    """Return the processor time of each kind of process, in ticks."""
-    used: Counter[str] = Counter()
+def _read_cpu(server: int) -> dict[str, float]:
+    """Return the processor time of each kind of process, in seconds."""
+    used: dict[str, float] = defaultdict(float)
     for process, role in _processes(server).items():
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-        used[role] += int(fields[11]) + int(fields[12])
+        used[role] += read_cpu_seconds(process)
     return used
-
-
-def _read_peak(process: int) -> float:
-    """Return the largest resident set, in megabytes."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
-    assert found
-    return int(found[1]) / 1024
 
 
 if __name__ == "__main__":

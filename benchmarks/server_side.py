@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
 
+from benchmarks.tree import Tree, read_cpu_seconds, read_peak_bytes, read_stat
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from resnet import BadInput
 
 PATIENCE_SECONDS = 30
-KIB, MIB = 2**10, 2**20
+MIB = 2**20
 
 
 @dataclass
@@ -91,37 +90,18 @@ def weigh(pid: int) -> Usage:
     Raises:
         BadInput: There is no such process.
     """
-    usage = Usage()
-    for process in _family(pid):
-        with suppress(FileNotFoundError, ProcessLookupError):  # one that has just ended
-            usage.cpu_seconds += sum(map(int, _stat(process)[11:15])) / os.sysconf("SC_CLK_TCK")
-            for line in Path(f"/proc/{process}/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    usage.peak_bytes += int(line.split()[1]) * KIB
-    return usage
+    processes = _find(pid)
+    return Usage(sum(map(read_cpu_seconds, processes)), sum(map(read_peak_bytes, processes)))
 
 
 def forget_peak(pid: int) -> None:
     """Let the highest memory of a process and those that it started be that of now; ours must be the right to."""
-    for process in _family(pid):
+    for process in _find(pid):
         with suppress(OSError):
             Path(f"/proc/{process}/clear_refs").write_text("5")
 
 
-def _family(pid: int) -> Iterator[int]:
-    """Yield a process and all that descend from it."""
-    if not Path(f"/proc/{pid}").exists():
+def _find(pid: int) -> list[int]:
+    if not read_stat(pid):
         raise BadInput(f"there is no process {pid}; give the number of the server's as --server-pid")
-    children = defaultdict(list)
-    for path in Path("/proc").glob("[0-9]*"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            children[int(_stat(int(path.name))[1])].append(int(path.name))
-    waiting = [pid]
-    while waiting:
-        yield (process := waiting.pop())
-        waiting += children[process]
-
-
-def _stat(pid: int) -> list[str]:
-    """Return the fields of /proc/PID/stat behind the name, which may hold anything."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return Tree(pid).pids()

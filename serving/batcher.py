@@ -15,6 +15,7 @@ import itertools
 import logging
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -74,47 +75,16 @@ class _Job:
         return None
 
 
-class Batcher:
-    """Runs the requests of many callers through one engine, in batches: by priority, and then in order of arrival."""
+class Queue(ABC):
+    """Takes requests that are to be computed, in this process or by another.
 
-    def __init__(
-        self,
-        run: Callable[[Images], Probabilities],
-        batching: Batching = Batching(),
-        curve: CostCurve | None = None,
-        lanes: int = 1,
-        spare: int = 0,
-    ) -> None:
-        """Start empty.
+    Attributes:
+        queued: Images that wait now.
+        curve: What batches cost, as far as it is known here.
+    """
 
-        Args:
-            run: Maps uint8 [n, height, width, 3] to float32 [n, classes].
-            batching: How to work. A request with more images than a batch is computed alone.
-            curve: What a batch costs, as far as it is known; every batch adds to it.
-            lanes: Calls of `run` that may be under way at a time, each on a thread of its own.
-            spare: Further calls, which begin only while a full batch waits: calls that share cores with the others, so
-                that two small batches would take longer than one.
-        """
-        self._run, self._lanes, self._spare, self._max_queue = run, lanes, spare, batching.max_queue
-        self._max_queue_ns, self._linger_ns = batching.max_queue_ms * 1e6, batching.linger_ms * 1e6
-        self.curve = curve or CostCurve()
-        """What batches cost."""
-        self._max_batch = self.curve.best(batching.max_batch)
-        self._goal = Goal(batching.target_p99_ms, self.curve) if batching.target_p99_ms else None
-        self._lock = threading.Lock()
-        self._idle, self._came = threading.Condition(self._lock), threading.Condition(self._lock)
-        self._queue: list[tuple[int, int, _Job]] = []  # a heap: by priority, then as they came
-        self._numbers = itertools.count()
-        self.queued = 0
-        """Images that wait now."""
-        self._leads = 0
-        self._running = 0  # batches
-        self._answering = 0  # batches
-        self._free_ns = 0  # when the batches under way will be done, on the clock of arrivals
-        self._closed = False
-        # Threads of these end with the batcher.
-        self._leaders = ThreadPoolExecutor(lanes + spare, thread_name_prefix="lead")
-        self._answerer = ThreadPoolExecutor(1, thread_name_prefix="answer")
+    queued: int
+    curve: CostCurve
 
     def submit(
         self,
@@ -155,6 +125,7 @@ class Batcher:
         assert outcome is not None
         raise outcome
 
+    @abstractmethod
     def post(
         self,
         images: Images,
@@ -178,6 +149,65 @@ class Batcher:
             Unavailable: The batcher was closed.
             DeadlineExceeded: The deadline is too near for the computation alone.
         """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Refuse further requests; those that wait are still computed."""
+
+    @abstractmethod
+    def drain(self, seconds: float) -> bool:
+        """Wait until nothing is computed and nothing waits; return whether it came to that within `seconds`."""
+
+
+class Batcher(Queue):
+    """Runs the requests of many callers through one engine, in batches: by priority, and then in order of arrival."""
+
+    def __init__(
+        self,
+        run: Callable[[Images], Probabilities],
+        batching: Batching = Batching(),
+        curve: CostCurve | None = None,
+        lanes: int = 1,
+        spare: int = 0,
+    ) -> None:
+        """Start empty.
+
+        Args:
+            run: Maps uint8 [n, height, width, 3] to float32 [n, classes].
+            batching: How to work. A request with more images than a batch is computed alone.
+            curve: What a batch costs, as far as it is known; every batch adds to it.
+            lanes: Calls of `run` that may be under way at a time, each on a thread of its own.
+            spare: Further calls, which begin only while a full batch waits: calls that share cores with the others, so
+                that two small batches would take longer than one.
+        """
+        self._run, self._lanes, self._spare, self._max_queue = run, lanes, spare, batching.max_queue
+        self._max_queue_ns, self._linger_ns = batching.max_queue_ms * 1e6, batching.linger_ms * 1e6
+        self.curve = curve or CostCurve()
+        self._max_batch = self.curve.best(batching.max_batch)
+        self._goal = Goal(batching.target_p99_ms, self.curve) if batching.target_p99_ms else None
+        self._lock = threading.Lock()
+        self._idle, self._came = threading.Condition(self._lock), threading.Condition(self._lock)
+        self._queue: list[tuple[int, int, _Job]] = []  # a heap: by priority, then as they came
+        self._numbers = itertools.count()
+        self.queued = 0
+        self._leads = 0
+        self._running = 0  # batches
+        self._answering = 0  # batches
+        self._free_ns = 0  # when the batches under way will be done, on the clock of arrivals
+        self._closed = False
+        # Threads of these end with the batcher.
+        self._leaders = ThreadPoolExecutor(lanes + spare, thread_name_prefix="lead")
+        self._answerer = ThreadPoolExecutor(1, thread_name_prefix="answer")
+
+    def post(
+        self,
+        images: Images,
+        done: Callable[[Outcome], None],
+        deadline: float = float("inf"),
+        alive: Callable[[], bool] = lambda: True,
+        priority: int = DEFAULT_PRIORITY,
+    ) -> None:
+        """Have the images of one request computed, and do not wait for it; see `Queue.post`."""
         job = _Job(images, deadline, alive, done)
         with self._lock:
             self._admit(job)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import grpc
 
-from serving.batcher import DEFAULT_PRIORITY, Answer, Batcher, Outcome
+from serving.batcher import DEFAULT_PRIORITY, Answer, Outcome, Queue
 from serving.engine import Images
 from serving.errors import REQUEST_ID, InternalError, ServingError, to_trailers
 from serving.logs import log_fields
@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 
 
 class Job(NamedTuple):
-    """What is to be computed for a request; the attributes are those of `Batcher.submit`."""
+    """What is to be computed for a request; the attributes are those of `Queue.submit`."""
 
-    batcher: Batcher
+    batcher: Queue
     images: Images
     deadline: float = float("inf")
     priority: int = DEFAULT_PRIORITY

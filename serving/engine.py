@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-import os
 import threading
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -18,6 +16,7 @@ from numpy.typing import NDArray
 
 from export.manifest import Manifest
 from resnet import BadInput
+from serving.cores import count_cores
 
 Images = NDArray[np.uint8]
 Probabilities = NDArray[np.float32]
@@ -37,19 +36,6 @@ class Engine(Protocol):
     def run(self, images: Images) -> Probabilities:
         """Map uint8 [n, height, width, 3] to float32 [n, classes]."""
         ...
-
-
-def count_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Return how many cores this process may use: those that it is bound to, or what its container's quota comes to.
-
-    With a thread for each core of a large machine, a container that may use two would be halted most of the time.
-    """
-    bound = len(os.sched_getaffinity(0))
-    try:
-        limit, period = quota.read_text().split()
-        return min(bound, math.ceil(int(limit) / int(period)))
-    except (OSError, ValueError):  # no such file, or `max` in it
-        return bound
 
 
 class OnnxEngine:

@@ -11,7 +11,6 @@ other, uses what grpcio keeps to itself. Where a release of grpcio lacks any of 
 from __future__ import annotations
 
 import functools
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from serving.batcher import Outcome
 from serving.calls import Work, answer, finish, log_answered, name_method, report, tells_failures
+from serving.cores import count_cores
 from serving.errors import ServingError, to_trailers
 from serving.guard import MALFORMED, NO_MESSAGE
 
@@ -87,7 +87,7 @@ class Events(ThreadPoolExecutor):
         return call
 
 
-EVENTS = Events(len(os.sched_getaffinity(0)), thread_name_prefix="intake")
+EVENTS = Events(count_cores(), thread_name_prefix="intake")
 
 
 class _UnaryCall:

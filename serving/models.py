@@ -16,10 +16,10 @@ from export import manifest as manifests
 from export.manifest import Manifest, Variant
 from resnet import BadInput
 from serving import cuda, tuning
-from serving.batcher import Batcher
+from serving.batcher import Batcher, Queue
 from serving.batching import Batching
 from serving.cost import CostCurve
-from serving.engine import ConcurrentEngine, Device, Engine, Images, OnnxEngine, Probabilities, count_cores
+from serving.engine import Device, Engine, Images, OnnxEngine, Probabilities
 from serving.errors import InvalidRequest, NotFound
 from serving.statistics import Counts, Statistics
 from serving.ways import Runtime, list_ways
@@ -33,7 +33,7 @@ class Model:
 
     manifest: Manifest
     engine: Engine
-    batcher: Batcher
+    batcher: Queue
     statistics: Statistics
     precision: str = "fp32"
     plan: str = ""
@@ -105,10 +105,8 @@ def load(
     found, _ = tuning.tune(folder, manifest, variant, batching.max_batch, ways if tune else ways[:1])
     for name, why in found.refusals.items():
         log.warning("%s/%d is not computed by %s: %s", manifest.model, manifest.version, name, why)
-    engine, spare = found.build(path, manifest), 0
-    if found.runtime == "onnxruntime" and count_cores() > 1:
-        engine, spare = ConcurrentEngine(engine, OnnxEngine(path, manifest, 1)), count_cores() - 1
-    return start(manifest, engine, batching, precision, found.curve(), str(found), spare=spare)
+    engine = found.build(path, manifest)
+    return start(manifest, engine, batching, precision, found.curve(), str(found), spare=found.spare)
 
 
 def find_variant(folder: Path, manifest: Manifest, precision: str) -> Variant:
@@ -181,7 +179,7 @@ class Models:
         self._lock = threading.Lock()
         # Replaced whole, never changed: whoever reads it needs no lock.
         self._served: Mapping[str, Served] = {}
-        self._retired: list[Batcher] = []
+        self._retired: list[Queue] = []
         self._listeners: list[Callable[[str, bool], None]] = []
         for model in models:
             self.put(model)

@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from queue import SimpleQueue
-from typing import cast
 
 from serving.arena import Arena, Slot
-from serving.batcher import DEFAULT_PRIORITY, Answer, Batcher, Outcome
+from serving.batcher import DEFAULT_PRIORITY, Answer, Outcome, Queue
+from serving.cost import CostCurve
 from serving.engine import Images, Probabilities
 from serving.errors import InvalidRequest, Overloaded, Unavailable
 from serving.link import (
@@ -93,7 +92,7 @@ class Connection:
         alive: Callable[[], bool],
         priority: int,
     ) -> None:
-        """Hand the images of one request to the engine process; the arguments are those of `Batcher.post`.
+        """Hand the images of one request to the engine process; the arguments are those of `Queue.post`.
 
         Raises:
             InvalidRequest: They could never fit into the memory.
@@ -236,33 +235,18 @@ class Connection:
             reply.set_exception(Unavailable(error))
 
 
-class RemoteBatcher:
+class RemoteBatcher(Queue):
     """A batcher in the engine process; for whoever has a request it is no other than `serving.batcher.Batcher`."""
 
     def __init__(self, connection: Connection, key: int, image_shape: tuple[int, int, int], classes: int) -> None:
         """Stand for the batcher of the version whose key is `key`."""
         self.key, self.image_shape, self.classes = key, image_shape, classes
-        self.queued = 0
-        """Images of this front end that wait or are computed; the connection counts them."""
+        self.queued = 0  # or computed; of this front end alone, and counted by the connection
+        self.curve = CostCurve()  # nothing is known here
         self._connection = connection
         self._closed = False
         # As long as a request may name the version, the engine process keeps it.
         weakref.finalize(self, connection.send, Release(key)).atexit = False
-
-    def submit(
-        self,
-        images: Images,
-        deadline: float = float("inf"),
-        alive: Callable[[], bool] = lambda: True,
-        priority: int = DEFAULT_PRIORITY,
-    ) -> Answer:
-        """Compute the images of one request, and wait for it; see `Batcher.submit`."""
-        outcomes: SimpleQueue[Outcome] = SimpleQueue()
-        self.post(images, outcomes.put, deadline, alive, priority)
-        outcome = outcomes.get()
-        if isinstance(outcome, Answer):
-            return outcome
-        raise outcome
 
     def post(
         self,
@@ -272,7 +256,7 @@ class RemoteBatcher:
         alive: Callable[[], bool] = lambda: True,
         priority: int = DEFAULT_PRIORITY,
     ) -> None:
-        """Have the images of one request computed, and do not wait for it; see `Batcher.post`.
+        """Have the images of one request computed, and do not wait for it; see `Queue.post`.
 
         What the engine process refuses is told to `done`. It is called on the one thread that receives answers.
 
@@ -376,7 +360,7 @@ class RemoteModels(Models):
         model = Model(
             manifest,
             RemoteEngine(version.provider, batcher),
-            cast(Batcher, batcher),
+            batcher,
             Statistics(manifest.model, manifest.version),
             version.precision,
         )

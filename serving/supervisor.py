@@ -28,6 +28,7 @@ import msgspec
 from resnet import BadInput, CheckFailed
 from serving.child import DRAIN, SCAN, Report, Task, encode
 from serving.config import Config
+from serving.cores import count_cores
 
 PAUSE_SECONDS = 1.0  # before a process is started again that did not come as far as to be ready
 SLACK_SECONDS = 5.0  # for a process to end, beyond the time that requests have
@@ -42,7 +43,7 @@ def choose(config: Config) -> int:
     """
     if config.frontends is not None:
         return config.frontends
-    cores = len(os.sched_getaffinity(0))
+    cores = count_cores()
     return min(cores - 2, 12) if cores >= 4 and _has_gpu(config) else 0
 
 

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     from export import repository
     from resnet import BadInput
     from serving import logs, models, tuning, ways
-    from serving.engine import count_cores
+    from serving.cores import count_cores
 
     if args.max_batch < 1:
         raise BadInput(f"--max-batch must be at least 1, not {args.max_batch}")

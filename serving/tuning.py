@@ -28,8 +28,9 @@ from export.manifest import Budget, Certificate, Manifest, Variant
 from export.speed import name_cpu
 from resnet import BadInput
 from serving import openvino
+from serving.cores import count_cores
 from serving.cost import CostCurve
-from serving.engine import Engine, Images, OnnxEngine, Probabilities, SizedEngine
+from serving.engine import ConcurrentEngine, Engine, Images, OnnxEngine, Probabilities, SizedEngine
 from serving.ways import Way, describe
 
 FORMAT = 1
@@ -93,9 +94,10 @@ class Tuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return describe(self.plan)
 
     @property
-    def runtime(self) -> str:
-        """What computes the largest batches."""
-        return list(self.plan.values())[-1].runtime
+    def spare(self) -> int:
+        """How many batches may be computed beside another, each by one core."""
+        *_, largest = self.plan.values()
+        return count_cores() - 1 if largest.runtime == "onnxruntime" else 0
 
     def curve(self) -> CostCurve:
         """Return what batches cost by this plan."""
@@ -104,12 +106,15 @@ class Tuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def build(self, path: Path, manifest: Manifest) -> Engine:
         """Return the engine that follows the plan; what it has no use for is not loaded."""
         engines = {way: way.build(path, manifest) for way in dict.fromkeys(self.plan.values())}
-        engine = SizedEngine({images: engines[way] for images, way in self.plan.items()})
+        engine: Engine = SizedEngine({images: engines[way] for images, way in self.plan.items()})
         if any(way.runtime == "openvino" for way in engines):
             # It compiles for every new size, which is tens of milliseconds that no request should wait for.
             for images in range(1, self.setting.max_batch + 1):
                 engine.run(np.zeros((images, *manifest.input.shape[1:]), np.uint8))
-        return engine
+        if not self.spare:
+            return engine
+        single = Way("onnxruntime", 1, 1)
+        return ConcurrentEngine(engine, engines.get(single) or single.build(path, manifest))
 
 
 class Found(NamedTuple):

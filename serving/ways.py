@@ -18,7 +18,8 @@ import msgspec
 from export.manifest import Manifest
 from resnet import BadInput
 from serving import openvino
-from serving.engine import Engine, OnnxEngine, SplitEngine, count_cores
+from serving.cores import count_cores
+from serving.engine import Engine, OnnxEngine, SplitEngine
 
 Runtime = Literal["onnxruntime", "openvino"]
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)

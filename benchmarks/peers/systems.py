@@ -23,7 +23,7 @@ from benchmarks import load
 from benchmarks.load import Sample
 from benchmarks.peers.catalog import Peer, Served
 from benchmarks.peers.environments import last_line
-from benchmarks.peers.tree import Tree
+from benchmarks.tree import Tree
 from resnet import BadInput, CheckFailed
 
 ROOT = Path(__file__).parents[2]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from serving import models
+from serving.cores import count_cores
 from serving.engine import (
     ConcurrentEngine,
     Engine,
@@ -19,7 +20,6 @@ from serving.engine import (
     Probabilities,
     SizedEngine,
     SplitEngine,
-    count_cores,
 )
 from serving.openvino import OpenvinoEngine
 from serving.ways import Way, list_ways

@@ -344,6 +344,6 @@ def test_the_number_of_front_ends_follows_cores_and_device(
     given: int | None, cores: int, gpu: bool, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is asked for goes before that."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    monkeypatch.setattr("serving.supervisor.count_cores", lambda: cores)
     monkeypatch.setattr("serving.supervisor._has_gpu", lambda _: gpu)
     assert choose(Config(repository=Path(), frontends=given)) == count

@@ -234,7 +234,7 @@ def test_the_server_logs_json_and_keeps_its_words(repository: Path, png: Callabl
     assert out == "finishing the requests under way\n"
     assert process.returncode == 0
     lines = [json.loads(line) for line in err.splitlines()]
-    assert {line["logger"] for line in lines} == {"serving.security", "serving.watcher", CALLS}
+    assert {line["logger"] for line in lines} == {"serving.security", "serving.tuning", "serving.watcher", CALLS}
     assert lines[-1]["code"] == "OK"
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.load import Sample
 from benchmarks.peers.race import COLUMNS, Figures, Row, race, table
-from benchmarks.peers.tree import Tree
+from benchmarks.tree import Tree
 from resnet import BadInput, CheckFailed
 
 

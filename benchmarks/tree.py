@@ -12,7 +12,7 @@ from pathlib import Path
 
 TICKS = os.sysconf("SC_CLK_TCK")
 PROC = Path("/proc")
-PARENT, SESSION, CPU = 1, 3, slice(11, 13)  # among the fields of stat from the third on
+PARENT, SESSION, CPU = 1, 3, slice(11, 15)  # among the fields of stat from the third on
 
 
 class Tree:
@@ -35,8 +35,7 @@ class Tree:
 
     def cpu_seconds(self) -> float:
         """Return the processor time that the processes have used, in seconds."""
-        stats = filter(None, map(read_stat, self.pids()))
-        return sum(int(ticks) for fields in stats for ticks in fields[CPU]) / TICKS
+        return sum(map(read_cpu_seconds, self.pids()))
 
     def memory_bytes(self) -> int:
         """Return what the processes occupy; a page that several share is counted once."""
@@ -73,6 +72,20 @@ def read_stat(pid: int) -> list[str]:
         return (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except OSError:
         return []
+
+
+def read_cpu_seconds(pid: int) -> float:
+    """Return the processor time that a process, and those it has seen end, have used; 0 if it is gone."""
+    return sum(map(int, read_stat(pid)[CPU])) / TICKS
+
+
+def read_peak_bytes(pid: int) -> int:
+    """Return the largest resident set of a process; 0 if it is gone."""
+    try:
+        found = re.search(r"^VmHWM:\s+(\d+) kB", (PROC / str(pid) / "status").read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return 1024 * int(found[1]) if found else 0
 
 
 def _lives(pid: int) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.peers.tree import Tree, read_stat
+from benchmarks.tree import Tree, read_stat
 
 PARENT = """
 import subprocess, sys
