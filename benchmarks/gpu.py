@@ -53,7 +53,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -66,9 +66,10 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from benchmarks import load
+from benchmarks.environment import describe as describe_machine
 from benchmarks.process import ServerProcess, serve
 from export import manifest as manifests
-from export import parity, speed
+from export import parity
 from export.manifest import Certificate, Cost, Manifest, Preprocessing, TensorSpec
 from protos import classifier_pb2 as pb
 from resnet import BadInput
@@ -405,19 +406,13 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
         gpus = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip().splitlines()
     except (OSError, subprocess.CalledProcessError):
         gpus = []
-    versions: dict[str, str] = {"onnxruntime": onnxruntime.__version__}
-    for name in ("grpcio", "numpy", "jax", "keras", "cuda-bindings"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    installed = {distribution.name for distribution in distributions()}
+    about = describe_machine(name for name in ("grpcio", "numpy", "jax", "keras", "cuda-bindings") if name in installed)
+    about["versions"]["onnxruntime"] = onnxruntime.__version__  # of whichever of its builds is there
     return {
         "device": args.device,
         "gpus": gpus,
-        "cpu": speed.name_cpu(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": sys.version.split()[0],
-        "versions": versions,
+        **about,
         "clients": args.clients,
         "seconds": args.seconds,
         "rounds": args.rounds,
