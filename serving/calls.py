@@ -18,8 +18,8 @@ import grpc
 
 from serving.batcher import DEFAULT_PRIORITY, Answer, Outcome, Queue
 from serving.engine import Images
-from serving.errors import REQUEST_ID, InternalError, ServingError, to_trailers
-from serving.logs import log_fields
+from serving.errors import REQUEST_ID, InternalError, Overloaded, ServingError, to_trailers
+from serving.logs import Tally, log_fields
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 Response = TypeVar("Response")
@@ -27,6 +27,8 @@ Response = TypeVar("Response")
 LONGEST_ID = 128
 
 log = logging.getLogger(__name__)
+
+OVERLOADS = Tally(log, "overloaded: refused %d more requests, the last because %s", seconds=10)
 
 
 class Job(NamedTuple):
@@ -103,6 +105,10 @@ def report(error: Exception, method: str, context: grpc.ServicerContext, started
         refusal, bug = InternalError("the server failed on this request; its log has the details"), error
     refusal.request_id = find_request_id(context)
     level = logging.ERROR if isinstance(refusal, InternalError) else logging.INFO
+    if isinstance(refusal, Overloaded):
+        # A line for each would be one more load; the metrics count them.
+        OVERLOADS.add(str(refusal))
+        level = logging.DEBUG
     _log(
         level,
         str(refusal),
@@ -119,7 +125,7 @@ def report(error: Exception, method: str, context: grpc.ServicerContext, started
 
 def log_answered(method: str, context: grpc.ServicerContext, started: int) -> None:
     """Log that a request was answered, where that is of interest; the arguments are those of `report`."""
-    if log.isEnabledFor(logging.DEBUG):
+    if log.isEnabledFor(logging.DEBUG):  # before anything is looked up
         _log(logging.DEBUG, "answered", method, "OK", find_request_id(context), started)
 
 
@@ -142,5 +148,7 @@ def find_deadline(context: grpc.ServicerContext) -> float:
 
 
 def _log(level: int, message: str, method: str, code: str, request_id: str, started: int, **known: Any) -> None:
+    if not log.isEnabledFor(level):
+        return
     milliseconds = round((time.perf_counter_ns() - started) / 1e6, 3)
     log_fields(log, level, message, request_id=request_id, method=method, code=code, milliseconds=milliseconds, **known)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 NEARLY = 1.05  # is within the noise of measuring
 WEIGHT = 0.2  # of the newest batch: five batches ago counts for a third
+SHARED = 0.1  # for batches of other sizes
 
 
 class CostCurve:
@@ -42,18 +43,19 @@ class CostCurve:
             return self._ns[below] + share * (self._ns[above] - self._ns[below])
 
     def best(self, most: int) -> int:
-        """Return the largest known size up to `most` at which an image costs nearly the least; `most` if none is known.
-
-        It is less than `most` only where an image costs more in larger batches, as where they outgrow a cache.
+        """Return the smallest known size up to `most` at which an image costs nearly the least: more of them in a batch
+        would only be answered later. It is `most` where none is known.
         """
         each = {size: ns / size for size, ns in self.points().items() if size <= most}
-        return max((size for size in each if each[size] <= NEARLY * min(each.values())), default=most)
+        return min((size for size in each if each[size] <= NEARLY * min(each.values())), default=most)
 
     def learn(self, images: int, ns: float) -> None:
-        """Take in what a batch has taken."""
+        """Take in what a batch has taken: what slowed it, or made it quicker, does so to other sizes too."""
         with self._lock:
             if images in self._ns:
-                self._ns[images] += WEIGHT * (ns - self._ns[images])
+                factor = ns / self._ns[images]
+                for size in self._sizes:
+                    self._ns[size] *= 1 + (WEIGHT if size == images else SHARED) * (factor - 1)
             else:
                 self._ns[images] = float(ns)
                 insort(self._sizes, images)

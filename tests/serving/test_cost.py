@@ -23,3 +23,22 @@ def test_nothing_is_known_before_the_first_batch() -> None:
         curve.learn(4, 500)
     assert curve.ns(4) == pytest.approx(500, rel=0.01)
     assert curve.points() == {4: curve.ns(4)}
+
+
+def test_what_slows_one_size_slows_the_others() -> None:
+    """Half as much, as long as they are not seen; their own batches correct it."""
+    curve = CostCurve({1: 100, 8: 400})
+    curve.learn(8, 800)
+    assert curve.points() == {1: pytest.approx(110), 8: pytest.approx(480)}
+    for _ in range(50):
+        curve.learn(8, 800)
+        curve.learn(1, 100)
+    assert curve.points() == {1: pytest.approx(100, rel=0.1), 8: pytest.approx(800, rel=0.1)}
+
+
+def test_the_best_size_is_the_smallest_at_which_an_image_costs_nearly_the_least() -> None:
+    """The largest allowed while nothing is known."""
+    assert CostCurve({1: 100, 2: 180, 4: 330, 8: 645}).best(8) == 4
+    assert CostCurve({1: 100, 2: 180, 4: 330, 8: 500}).best(4) == 4
+    assert CostCurve({1: 100, 2: 180, 4: 330, 8: 500}).best(8) == 8
+    assert CostCurve().best(8) == 8

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from protos import classifier_pb2 as pb
 from protos import inference_pb2
 from protos.classifier_pb2_grpc import ClassifierStub
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
-from serving import models
+from serving import calls, models
 from serving.client import Client
 from serving.engine import Images, Probabilities
-from serving.errors import MAX_MESSAGE, REQUEST_ID, InternalError, NotFound
+from serving.errors import MAX_MESSAGE, REQUEST_ID, InternalError, NotFound, Overloaded
 from serving.limits import Limits
 from serving.logs import HumanFormatter, JsonFormatter, Tally
 from serving.server import Server
+from tests.serving import gated
 from tests.serving.test_command import SERVE
 
 CALLS = "serving.calls"
@@ -217,6 +219,31 @@ def test_a_tally_tells_the_sum_when_the_time_is_over(
     for now, who in ((1.0, "b"), (59.0, "c"), (60.0, "d"), (61.0, "e")):  # noqa: B007  # the clock reads it
         tally.add(who)
     assert [record.getMessage() for record in caplog.records] == ["1 from a", "3 from d"]
+
+
+def test_what_an_overloaded_server_refuses_is_summed_up(
+    repository: Path, lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line for each would be one more load; debug has them all."""
+    monkeypatch.setattr(calls, "OVERLOADS", Tally(calls.log, "%d refused: %s"))
+    with gated.start(repository) as server, Client(server.address, retries=0) as client, ThreadPoolExecutor() as pool:
+        running = pool.submit(client.classify, IMAGE)
+        server.engine.entered.acquire()
+        waiting = pool.submit(client.classify, IMAGE.repeat(2, axis=0))
+        server.await_queued(2)
+        for _ in range(2):
+            with pytest.raises(Overloaded):
+                client.classify(IMAGE)
+        (line,) = lines.take()
+        assert line["level"] == "warning"
+        assert line["message"] == "1 refused: 2 images are waiting, 1 more would exceed the 2 allowed"
+        calls.log.setLevel(logging.DEBUG)
+        with pytest.raises(Overloaded) as caught:
+            client.classify(IMAGE)
+        (line,) = lines.take()
+        assert (line["code"], line["request_id"]) == ("RESOURCE_EXHAUSTED", caught.value.request_id)
+        server.engine.gate.release(2)
+        assert [len(future.result().images) for future in (running, waiting)] == [1, 2]
 
 
 @pytest.mark.slow
