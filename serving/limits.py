@@ -66,6 +66,8 @@ class Limits:
             ("grpc.max_metadata_size", self.max_metadata_bytes),
             ("grpc.absolute_max_metadata_size", self.max_metadata_bytes),
             ("grpc.max_concurrent_streams", self.max_streams),
+            # gRPC would count streams that are answered and not put away yet, which no client can know of.
+            ("grpc.http.overload_protection", 0),
             ("grpc.max_allowed_incoming_connections", self.max_connections),
             ("grpc.server_handshake_timeout_ms", int(self.handshake_seconds * 1000)),
             ("grpc.max_connection_idle_ms", int(self.idle_seconds * 1000)),

@@ -150,6 +150,15 @@ def test_a_connection_has_so_many_streams(serve: Callable[..., str]) -> None:
         assert refused.stream == 7
 
 
+def test_who_has_more_calls_than_streams_waits(serve: Callable[..., str]) -> None:
+    """Without any being refused, however fast the streams change hands."""
+    with grpc.insecure_channel(serve(max_streams=4)) as channel:
+        method: Any = channel.unary_unary(CLASSIFY)
+        ready: Any = channel.unary_unary("/inference.GRPCInferenceService/ServerLive")
+        waiting = [method.future(GOOD, timeout=60) for _ in range(300)] + [ready.future(b"") for _ in range(300)]
+        assert {call.code().name for call in waiting} == {"OK"}
+
+
 def test_there_are_so_many_calls(serve: Callable[..., str]) -> None:
     """One more is refused, until one ends: also by its client's death."""
     with grpc.insecure_channel(address := serve(max_calls=2)) as channel:
