@@ -121,13 +121,22 @@ def test_another_way_has_to_be_clearly_faster(ns: dict[int, list[int]], plan: st
 def test_ways_use_one_core_or_all(cores: int, ways: list[str]) -> None:
     """The simplest comes first."""
     found = [str(way) for way in list_ways("onnxruntime", cores)]
-    assert found == ["1 x 1 thread", *(f"{way} threads" for way in ways)]
+    spinning = [f"{ways[0]} threads, spinning"] if ways else []
+    assert found == ["1 x 1 thread", *(f"{way} threads" for way in ways), *spinning]
 
 
 def test_more_threads_have_to_win_a_quarter() -> None:
     """They keep cores from taking requests in."""
     plan = choose([Way("onnxruntime", 1, 1), ONE], {1: [100, 76], 2: [100, 74]})
     assert describe(plan) == "1 x 1 thread to 1 image, 1 x 2 threads above"
+
+
+def test_threads_spin_for_a_single_image_only() -> None:
+    """Where that is faster by a third; what larger batches are computed by is chosen without them."""
+    ways = [Way("onnxruntime", 1, 1), ONE, Way("onnxruntime", 1, 2, spins=True)]
+    plan = choose(ways, {1: [100, 80, 69], 2: [100, 80, 20], 4: [100, 60, 20]})
+    assert describe(plan) == "1 x 2 threads, spinning to 1 image, 1 x 1 thread to 2 images, 1 x 2 threads above"
+    assert describe(choose(ways, {1: [100, 80, 71]})) == "1 x 1 thread"
 
 
 @pytest.fixture(autouse=True)
