@@ -4,7 +4,7 @@
 
 Each round serves with each number in turn, so that the machine's moods reach all alike; the table has medians. Options
 that are not of this command are the server's. Memory is the sum of the largest resident sets; what is shared counts in
-each. The last line of the output is one JSON object.
+each; `--plot FILE.png` shows all of it. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from benchmarks.process import serve
@@ -92,6 +94,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1, help="in each request (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=5, help="of each measurement (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="of all measurements (default: %(default)s)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="where to draw it, as PNG or SVG")
     args, options = parser.parse_known_args()  # what is left is for the server
     load = Load(args.clients, args.connections, args.in_flight, args.images, args.seconds)
     if not re.fullmatch(r"\d+(,\d+)*", args.frontends):
@@ -111,7 +114,31 @@ def main() -> None:
             f"{row.frontends:10d} {row.requests:12,.0f} {row.p50_ms:9.2f} {row.p99_ms:9.2f}"
             f" {row.frontend_us:15,.0f} {row.engine_us:11,.0f} {row.memory_mb:11,.0f}"
         )
+    if args.plot:
+        plot(rows, args.plot)
     print(json.dumps({"load": asdict(load), "options": options, "rows": [asdict(row) for row in rows]}))
+
+
+def plot(rows: Sequence[Figures], path: Path) -> None:
+    """Draw requests, processor time and memory by the number of front ends."""
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    names, front, engine = zip(*((str(row.frontends), row.frontend_us, row.engine_us) for row in rows), strict=True)
+    left.bar_label(left.bar(names, [row.requests for row in rows]), fmt="{:,.0f}")
+    left.set(title="Throughput (more is better)", ylabel="requests/s")
+    middle.bar(names, engine, label="process that computes")
+    total = middle.bar(names, front, bottom=engine, label="front ends")
+    middle.bar_label(total, [f"{sum(both):,.0f}" for both in zip(front, engine, strict=True)])
+    middle.set(title="Processor time (less is better)", ylabel="microseconds a request")
+    middle.margins(y=0.25)
+    middle.legend(loc="upper center", ncols=2, frameon=False)
+    right.bar_label(right.bar(names, [row.memory_mb for row in rows]), fmt="{:,.0f}")
+    right.set(title="Memory (less is better)", ylabel="MB")
+    for axes in (left, middle, right):
+        axes.set_xlabel("front ends")
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
 
 
 def measure(folder: Path, frontends: int, load: Load, options: list[str]) -> Figures:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.frontends import Load, measure
+from benchmarks.frontends import Figures, Load, measure, plot
 from resnet import CheckFailed
 
 
@@ -22,6 +22,15 @@ def test_each_process_is_charged_with_its_own_work(repository: Path) -> None:
     assert alone.frontend_us == 0
     assert several.frontend_us > 0
     assert several.memory_mb > alone.memory_mb
+
+
+def test_the_plot_shows_each_number(tmp_path: Path) -> None:
+    """With what all processes of it took together."""
+    rows = [Figures(0, 1906, 33, 57, 0, 844, 398), Figures(2, 1652, 39, 73, 352, 653, 541)]
+    plot(rows, tmp_path / "new" / "plot.svg")
+    plot(rows, tmp_path / "plot.png")
+    assert (tmp_path / "new" / "plot.svg").read_text().count("<!-- 1,005 -->") == 1
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_refused_requests_are_no_figures(repository: Path) -> None:
