@@ -29,7 +29,15 @@ LIKENESS = 0.9  # of the bytes of answers, whose numbers vary in length; a refus
 
 
 def measure(
-    address: str, path: str, message: bytes, in_flight: int, images: int, seconds: float, connections: int = 1
+    address: str,
+    path: str,
+    message: bytes,
+    in_flight: int,
+    images: int,
+    seconds: float,
+    connections: int = 1,
+    threads: int = 1,
+    rate: float | None = None,
 ) -> Sample:
     """Put a method of gRPC under load.
 
@@ -41,6 +49,9 @@ def measure(
         images: Images of the request.
         seconds: Length of the stretch, which follows a moment of warm-up.
         connections: Over which the requests go.
+        threads: Of h2load, at most one for each connection.
+        rate: Requests a second, sent whether others are answered or not, as long as fewer than `in_flight` are under
+            way; None sends the next when one is answered.
 
     Raises:
         BadInput: h2load is not installed or cannot run, or the server does not answer the request.
@@ -50,7 +61,9 @@ def measure(
         raise BadInput(f"{in_flight} requests in flight are no multiple of {connections} connections")
     size = len(pack_message(_ask(address, path, message)))
     headers = {"content-type": "application/grpc", "te": "trailers"}
-    streams = ["-c", str(connections), "-m", str(in_flight // connections)]
+    streams = ["-c", str(connections), "-m", str(in_flight // connections), "-t", str(min(threads, connections))]
+    if rate is not None:
+        streams.append(f"--rps={rate / connections:.1f}")
     log, received = _run(f"http://{address}{path}", pack_message(message), headers, streams, seconds)
     if received < LIKENESS * size * len(log):
         raise CheckFailed(

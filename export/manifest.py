@@ -15,6 +15,7 @@ from resnet import BadInput
 
 FORMAT = 2
 NAME = "manifest.json"
+ROUNDING = 1e-9  # of a difference of two accuracies; an image among a million weighs a thousand times as much
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -107,7 +108,8 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 if row.top1_disagreements:
                     yield f"{row.top1_disagreements} of {images} answers {where} name another class than Keras"
             drop = self.budget.accuracy_drop
-            if drop is not None and not accuracy - row.accuracy <= drop:
+            # Shares of so many images: 59.2 % less 59.1 % is a rounding error more than 0.1 %.
+            if drop is not None and not accuracy - row.accuracy <= drop + ROUNDING:
                 yield (
                     f"the accuracy {where} is {row.accuracy:.2%}, {100 * (accuracy - row.accuracy):.2f} points below "
                     f"Keras' {accuracy:.2%}; {100 * drop:g} are allowed"

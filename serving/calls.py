@@ -11,6 +11,7 @@ import functools
 import logging
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,7 +19,7 @@ import grpc
 
 from serving.batcher import DEFAULT_PRIORITY, Answer, Outcome, Queue
 from serving.engine import Images
-from serving.errors import REQUEST_ID, InternalError, Overloaded, ServingError, to_trailers
+from serving.errors import REQUEST_ID, InternalError, Overloaded, ServingError, Trailers, to_trailers
 from serving.logs import Tally, log_fields
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
@@ -58,6 +59,59 @@ def finish(work: Work[Response], outcome: Outcome) -> Response:
         response: Response = end.value
         return response
     raise AssertionError("a request is computed once")
+
+
+class UnaryCall(ABC):
+    """A call with one request and one response, which no thread waits for; a transport says how it is answered."""
+
+    def __init__(
+        self, begin: Callable[[Any, Any], Work[Any]], method: str, context: Any, serialize: Callable[[Any], bytes]
+    ) -> None:
+        """Take a call on.
+
+        Args:
+            begin: Returns the work for a request and the context.
+            method: Service/Method, for the log.
+            context: Of the call: a `grpc.ServicerContext`, or what has the same methods as far as they are used here.
+            serialize: Makes bytes of the response.
+        """
+        self._to_work, self._method, self._context, self._serialize = begin, method, context, serialize
+        self._started = time.perf_counter_ns()
+
+    def begin(self, request: Any) -> None:
+        """Leave what is to be computed with the batcher; whatever goes wrong is the caller's answer."""
+        try:
+            self._work = self._to_work(request, self._context)
+            job = next(self._work)
+        except Exception as error:
+            self.refuse(error)
+            return
+        try:
+            job.batcher.post(job.images, self._finish, job.deadline, self._context.is_active, job.priority)
+        except ServingError as error:
+            self._finish(error)
+
+    def refuse(self, error: Exception) -> None:
+        """Answer with an error, and log it."""
+        refusal = report(error, self._method, self._context, self._started)
+        self.abort(refusal.code, str(refusal), to_trailers(refusal))
+
+    @abstractmethod
+    def reply(self, response: bytes) -> None:
+        """Send the response; it goes nowhere if the client is gone."""
+
+    @abstractmethod
+    def abort(self, code: grpc.StatusCode, details: str, trailers: Trailers = ()) -> None:
+        """Send a status in place of a response."""
+
+    def _finish(self, outcome: Outcome) -> None:
+        try:
+            response = self._serialize(finish(self._work, outcome))
+        except Exception as error:
+            self.refuse(error)
+        else:
+            log_answered(self._method, self._context, self._started)
+            self.reply(response)
 
 
 def answer(work: Work[Response], context: grpc.ServicerContext) -> Response:

@@ -65,10 +65,11 @@ def to_target(servers: str | Sequence[str], tls: Tls | None) -> str:
     return f"{kinds.pop()}:{','.join(servers)}"
 
 
-def to_options(retries: int, tls: Tls | None) -> list[tuple[str, str | int]]:
+def to_options(servers: str | Sequence[str], retries: int, tls: Tls | None) -> list[tuple[str, str | int]]:
     """Return what a channel is made with.
 
     Args:
+        servers: As in `to_target`.
         retries: How often a call is tried again, 0 to 4.
         tls: How to encrypt, if so.
 
@@ -95,6 +96,9 @@ def to_options(retries: int, tls: Tls | None) -> list[tuple[str, str | int]]:
         ("grpc.per_rpc_retry_buffer_size", RETRY_BUFFER_BYTES),
         ("grpc.service_config", json.dumps(config)),
     ]
+    if not isinstance(servers, str) and len(servers) > 1:
+        # gRPC would name the whole list in each request, which is no authority: strict servers refuse it.
+        options.append(("grpc.default_authority", servers[0]))
     if tls and tls.name:
         options.append(("grpc.ssl_target_name_override", tls.name))
     return options

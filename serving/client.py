@@ -63,7 +63,7 @@ class Client:
         Raises:
             ValueError: `servers` or `retries` are not as above, or several servers have no `Tls.name`.
         """
-        target, options = to_target(servers, tls), to_options(retries, tls)
+        target, options = to_target(servers, tls), to_options(servers, retries, tls)
         self._channel = (
             grpc.secure_channel(target, tls.to_credentials(), options)
             if tls
@@ -175,7 +175,7 @@ class AsyncClient:
         retries: int = MAX_RETRIES,
     ) -> None:
         """Prepare a connection; arguments and errors are those of `Client`."""
-        target, options = to_target(servers, tls), to_options(retries, tls)
+        target, options = to_target(servers, tls), to_options(servers, retries, tls)
         self._channel = (
             grpc.aio.secure_channel(target, tls.to_credentials(), options)
             if tls

@@ -121,7 +121,7 @@ def open_server(
     from serving.server import Server
 
     interceptors = [tracing.interceptor] if tracing else []
-    return Server(served, config.host, config.port, config, *access, repository, interceptors, shared)
+    return Server(served, config.host, config.port, config, *access, repository, interceptors, shared, config.transport)
 
 
 def start_tracing(config: Config) -> Tracing | None:

@@ -89,6 +89,11 @@ class Config(Limits, Batching):
         "measure for a few seconds how to compute a model fastest on this machine, once; not so, one thread for "
         "each core computes each batch",
     )
+    transport: Literal["grpcio", "native"] = option(
+        "grpcio",
+        "what receives calls: grpcio, or native code that takes in several times as many, without TLS and traces, "
+        "for callers that are trusted",
+    )
     frontends: int | None = option(
         None,
         "processes that take requests on the one port, for one that computes; 0 is a single process for all; by "
@@ -114,6 +119,10 @@ class Config(Limits, Batching):
         if (self.tls_cert is None) != (self.tls_key is None) or (self.tls_client_ca and self.tls_cert is None):
             certificate, key, authority = map(self.name_of, ("tls_cert", "tls_key", "tls_client_ca"))
             raise BadInput(f"{certificate} and {key} belong together, and {authority} needs both")
+        if self.transport == "native":
+            for name in ("tls_cert", "trace", "frontends"):
+                if getattr(self, name):
+                    raise BadInput(f"{self.name_of(name)} needs --transport grpcio")
 
     def name_of(self, field: str) -> str:
         """Return what the user called an option, or its flag if nothing was said of it."""

@@ -126,16 +126,20 @@ class InternalError(ServingError):
 ERRORS: dict[grpc.StatusCode, type[ServingError]] = {error.code: error for error in ServingError.__subclasses__()}
 CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 PUSHBACK = "grpc-retry-pushback-ms"  # a name of gRPC's own: its retry policies wait that long
+RETRY = "retry-after-ms"  # the same for our client: not every transport may send names of gRPC's own
 IMAGE = "resnet-image-index"
 REQUEST_ID = "x-request-id"  # as proxies call it; a caller may choose it
 
 
-def to_trailers(error: ServingError) -> tuple[tuple[str, str], ...]:
+Trailers = tuple[tuple[str, str], ...]
+
+
+def to_trailers(error: ServingError) -> Trailers:
     """Return what a status and its message do not say of an error, as trailing metadata."""
     trailers = {REQUEST_ID: error.request_id} if error.request_id else {}
     match error:
         case Overloaded():
-            trailers[PUSHBACK] = str(error.retry_ms)
+            trailers[PUSHBACK] = trailers[RETRY] = str(error.retry_ms)
         case InvalidRequest(image=int(index)):
             trailers[IMAGE] = str(index)
     return tuple(trailers.items())
@@ -145,7 +149,7 @@ def from_rpc(error: grpc.RpcError) -> ServingError:
     """Return what a failed call raised on the server, or what kept it from getting there."""
     trailers: dict[str, Any] = dict(cast(Any, error.trailing_metadata()) or ())  # pairs; the types say otherwise
     image = int(trailers[IMAGE]) if IMAGE in trailers else None
-    raised = _restore(error.code(), error.details(), int(trailers.get(PUSHBACK, 0)), image)
+    raised = _restore(error.code(), error.details(), int(trailers.get(RETRY, 0)), image)
     raised.request_id = trailers.get(REQUEST_ID, "")
     return raised
 

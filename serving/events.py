@@ -11,19 +11,18 @@ other, uses what grpcio keeps to itself. Where a release of grpcio lacks any of 
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import grpc
 from grpc import _server
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
-from serving.batcher import Outcome
-from serving.calls import Work, answer, finish, log_answered, name_method, report, tells_failures
+from serving.calls import UnaryCall, Work, answer, name_method, tells_failures
 from serving.cores import count_cores
-from serving.errors import ServingError, to_trailers
+from serving.errors import Trailers
 from serving.guard import MALFORMED, NO_MESSAGE
 
 NEEDED = ("_Context", "_RECEIVE_MESSAGE_TOKEN", "_receive_message", "_serialized_request", "_status")
@@ -46,8 +45,9 @@ def computed(unpacks: Callable[[Any], bool]) -> Callable[[Begin], Callable[[Any,
         def call(servicer: Any, request: Any, context: grpc.ServicerContext) -> Any:
             return answer(begin(servicer, request, context), context)
 
+        call.__dict__.update(begin=begin, unpacks=unpacks)
         if SUPPORTED:
-            call.__dict__.update(experimental_thread_pool=EVENTS, begin=begin, unpacks=unpacks)
+            call.__dict__.update(experimental_thread_pool=EVENTS)
         return call
 
     return decorate
@@ -90,14 +90,14 @@ class Events(ThreadPoolExecutor):
 EVENTS = Events(count_cores(), thread_name_prefix="intake")
 
 
-class _UnaryCall:
+class _UnaryCall(UnaryCall):
     """A call under way."""
 
     def __init__(self, event: Any, state: Any, method: Any, serialize: Callable[[Any], bytes]) -> None:
-        self._event, self._state, self._method, self._serialize = event, state, method, serialize
-        self._servicer = method.__wrapped__.__self__  # within the guard
-        self._context = _server._Context(event, state, None)
-        self._started = time.perf_counter_ns()
+        servicer = method.__wrapped__.__self__  # within the guard
+        context = _server._Context(event, state, None)
+        super().__init__(partial(method.begin, servicer), name_method(servicer, method), context, serialize)
+        self._event, self._state, self._unpacks = event, state, method.unpacks
 
     def add_done_callback(self, done: Callable[[object], object]) -> None:
         """Have `done` called when the call is over; gRPC does it once, before the request can be there."""
@@ -113,44 +113,23 @@ class _UnaryCall:
         """
         try:
             if request is None:
-                self._abort(grpc.StatusCode.UNIMPLEMENTED, "a call of this method has exactly one request")
+                self.abort(grpc.StatusCode.UNIMPLEMENTED, "a call of this method has exactly one request")
             elif request is MALFORMED:
-                self._abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
-            elif quick and not self._method.unpacks(request):
-                self._begin(request)
+                self.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
+            elif quick and not self._unpacks(request):
+                self.begin(request)
             else:
-                hand_over(self._begin, request)
+                hand_over(self.begin, request)
         except Exception as error:
-            self._refuse(error)
+            self.refuse(error)
 
-    def _begin(self, request: Any) -> None:
-        """Leave what is to be computed with the batcher."""
-        try:
-            self._work = self._method.begin(self._servicer, request, self._context)
-            job = next(self._work)
-        except Exception as error:
-            self._refuse(error)
-            return
-        try:
-            job.batcher.post(job.images, self._finish, job.deadline, self._context.is_active, job.priority)
-        except ServingError as error:
-            self._finish(error)
+    def reply(self, response: bytes) -> None:
+        """Send the response."""
+        self._send(response)
 
-    def _finish(self, outcome: Outcome) -> None:
-        try:
-            response = self._serialize(finish(self._work, outcome))
-        except Exception as error:
-            self._refuse(error)
-        else:
-            log_answered(self._name(), self._context, self._started)
-            self._send(response)
-
-    def _refuse(self, error: Exception) -> None:
-        refusal = report(error, self._name(), self._context, self._started)
-        self._context.set_trailing_metadata(to_trailers(refusal))
-        self._abort(refusal.code, str(refusal))
-
-    def _abort(self, code: grpc.StatusCode, details: str) -> None:
+    def abort(self, code: grpc.StatusCode, details: str, trailers: Trailers = ()) -> None:
+        """Send a status."""
+        self._context.set_trailing_metadata(trailers)
         self._context.set_code(code)
         self._context.set_details(details)
         self._send(None)
@@ -161,6 +140,3 @@ class _UnaryCall:
             _server._status(self._event, self._state, response)
         finally:
             self._done(self)
-
-    def _name(self) -> str:
-        return name_method(self._servicer, self._method)

@@ -7,6 +7,7 @@ nothing else.
 
 from __future__ import annotations
 
+import functools
 import struct
 import time
 from collections.abc import Iterable, Iterator
@@ -187,7 +188,7 @@ class InferenceServicer(GRPCInferenceServiceServicer):
         self._control().unload(request.model_name)
         return pb.RepositoryModelUnloadResponse()
 
-    @computed(unpacks=lambda request: any(tensor.datatype == "BYTES" for tensor in request.inputs))
+    @computed(unpacks=lambda request: "BYTES" in [tensor.datatype for tensor in request.inputs])
     def ModelInfer(self, request: pb.ModelInferRequest, context: grpc.ServicerContext) -> Work[pb.ModelInferResponse]:
         """Answer one request."""
         return self._infer(request, context)
@@ -247,10 +248,10 @@ class InferenceServicer(GRPCInferenceServiceServicer):
     def _images(self, request: pb.ModelInferRequest, model: Model) -> Images:
         """Return the pixels of the one input, in whichever form they came."""
         wanted = model.manifest.input.name
-        names = [tensor.name for tensor in request.inputs]
-        if names != [wanted]:
+        if len(request.inputs) != 1 or request.inputs[0].name != wanted:
+            names = [tensor.name for tensor in request.inputs]
             raise InvalidRequest(f"model {model.name!r} takes one input, {wanted!r}; the request has {names}")
-        (tensor,) = request.inputs
+        tensor = request.inputs[0]
         if "shared_memory_region" in tensor.parameters:
             raise Unsupported("this server reads no shared memory; send the tensor in the request")
         raw = request.raw_input_contents
@@ -329,10 +330,12 @@ def _find_number(request: pb.ModelInferRequest, name: str) -> int:
 def _find_outputs(request: pb.ModelInferRequest, model: Model) -> int:
     """Return how many classes the extension `classification` asks for; 0 asks for the probabilities."""
     wanted, classes = model.manifest.output.name, len(model.manifest.labels)
+    if not request.outputs:
+        return 0
     names = [output.name for output in request.outputs]
-    if names not in ([], [wanted]):
+    if names != [wanted]:
         raise InvalidRequest(f"model {model.name!r} has one output, {wanted!r}; the request asks for {names}")
-    parameters = request.outputs[0].parameters if request.outputs else {}
+    parameters = request.outputs[0].parameters
     if "shared_memory_region" in parameters:
         raise Unsupported("this server writes no shared memory; take the tensor from the response")
     if "classification" not in parameters:
@@ -357,15 +360,18 @@ def _respond(
         datatype, shape, raw = "BYTES", best.shape, b"".join(struct.pack("<I", len(text)) + text for text in texts)
     else:
         datatype, shape, raw = "FP32", probabilities.shape, probabilities.astype("<f4", copy=False).tobytes()
-    return pb.ModelInferResponse(
-        model_name=model.name,
-        model_version=str(model.version),
-        id=request.id,
-        outputs=[
-            pb.ModelInferResponse.InferOutputTensor(name=model.manifest.output.name, datatype=datatype, shape=shape)
-        ],
-        raw_output_contents=[raw],
-    )
+    response = pb.ModelInferResponse()
+    response.CopyFrom(_frame(model.name, model.version, model.manifest.output.name, datatype, shape))
+    response.id = request.id
+    response.raw_output_contents.append(raw)
+    return response
+
+
+@functools.lru_cache(1024)
+def _frame(model: str, version: int, output: str, datatype: str, shape: tuple[int, ...]) -> pb.ModelInferResponse:
+    """Return what all responses have in common that are alike in all of this; to copy, because that is quicker."""
+    tensor = pb.ModelInferResponse.InferOutputTensor(name=output, datatype=datatype, shape=shape)
+    return pb.ModelInferResponse(model_name=model, model_version=str(version), outputs=[tensor])
 
 
 def _split(raw: bytes) -> list[bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def read_token(path: Path) -> str:
     return token
 
 
-def intercept(token: str | None, admin_token: str | None) -> list[grpc.ServerInterceptor]:
+def intercept(token: str | None, admin_token: str | None) -> list[TokenInterceptor]:
     """Return what asks calls for tokens: nothing where there are none, for it would cost every call a little."""
     return [TokenInterceptor(token, admin_token)] if token or admin_token else []
 
@@ -133,21 +133,39 @@ class TokenInterceptor(grpc.ServerInterceptor):
         self, continuation: Callable[[grpc.HandlerCallDetails], Any], details: grpc.HandlerCallDetails
     ) -> Any:
         """Pass a call on, or answer UNAUTHENTICATED or PERMISSION_DENIED."""
-        for_admins = details.method in ADMIN and bool(self._admins)
-        if details.method.startswith(OPEN) or not (self._callers or for_admins):
-            return continuation(details)
-        given = next((value for key, value in details.invocation_metadata if key == "authorization"), "")
+        if refusal := self._look(details.method, details.invocation_metadata):
+            return refuse(*refusal, self._refused.add)
+        return continuation(details)
+
+    def judge(
+        self, method: str, metadata: Iterable[tuple[str, str | bytes]], peer: str
+    ) -> tuple[grpc.StatusCode, str] | None:
+        """Return with what status and text to refuse a call, if at all, and count it.
+
+        Args:
+            method: Path of the method.
+            metadata: Of the call.
+            peer: Whose call it is.
+        """
+        refusal = self._look(method, metadata)
+        if refusal:
+            self._refused.add(peer)
+        return refusal
+
+    def _look(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> tuple[grpc.StatusCode, str] | None:
+        for_admins = method in ADMIN and bool(self._admins)
+        if method.startswith(OPEN) or not (self._callers or for_admins):
+            return None
+        given = next((value for key, value in metadata if key == "authorization"), "")
         given = given.encode() if isinstance(given, str) else given
         if _holds(given, self._admins) or (not for_admins and _holds(given, self._callers)):
-            return continuation(details)
+            return None
         if for_admins and _holds(given, self._callers):
-            code, reason = grpc.StatusCode.PERMISSION_DENIED, "this method wants the token for administrators"
-            return refuse(code, reason, self._refused.add)
+            return grpc.StatusCode.PERMISSION_DENIED, "this method wants the token for administrators"
         whose = " for administrators" if for_admins else ""
-        return refuse(
+        return (
             grpc.StatusCode.UNAUTHENTICATED,
             f"this server wants a token{whose}, in the metadata `authorization: Bearer TOKEN`",
-            self._refused.add,
         )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self
+from functools import partial
+from typing import Any, Literal, Self
 
 import grpc
 from google.protobuf.descriptor_pool import DescriptorPool
@@ -25,6 +26,7 @@ from serving.inference import InferenceServicer, Repository
 from serving.intake import Intake
 from serving.limits import Limits
 from serving.models import Models
+from serving.native import Method, NativeFront
 from serving.prediction import ModelServicer, PredictionServicer
 from serving.security import NO_ADMIN, Tls, closed, intercept
 from serving.servicer import Servicer
@@ -35,6 +37,15 @@ SERVICES = tuple(
     for file in (classifier_pb2.DESCRIPTOR, inference_pb2.DESCRIPTOR, tensorflow_serving_pb2.DESCRIPTOR)
     for service in file.services_by_name.values()
 )
+
+
+Transport = Literal["grpcio", "native"]
+
+
+def _compute(path: str, servicer: Any, request: Any) -> Method:
+    """Return a method that `serving.events.computed` decorated, for the native transport."""
+    method = getattr(servicer, path.rpartition("/")[2])
+    return Method(partial(method.begin, servicer), method.unpacks, request)
 
 
 def _describe() -> DescriptorPool:
@@ -59,6 +70,7 @@ class Server:
         repository: Repository | None = None,
         interceptors: Sequence[grpc.ServerInterceptor] = (),
         shared: bool = False,
+        transport: Transport = "grpcio",
     ) -> None:
         """Listen on a port, and answer.
 
@@ -74,6 +86,7 @@ class Server:
             repository: Loads and unloads models on request; None refuses to.
             interceptors: See the calls that are let in.
             shared: Other processes may listen on the port too, and each gets a part of the connections.
+            transport: What receives calls; `native` has neither `tls` nor `interceptors`, and is not `shared`.
 
         Raises:
             BadInput: The port cannot be had, or a file of `tls` cannot be read or used.
@@ -81,9 +94,10 @@ class Server:
         self._models = models
         self.ready = False
         """Whether requests are taken."""
+        tokens = intercept(token, admin_token)
         self._server = grpc.server(
             ThreadPoolExecutor(limits.max_calls, thread_name_prefix="call"),
-            interceptors=[*intercept(token, admin_token), *interceptors],
+            interceptors=[*tokens, *interceptors],
             maximum_concurrent_rpcs=limits.max_calls,
             options=[
                 ("grpc.so_reuseport", int(shared)),  # two servers that know nothing of each other share no port
@@ -95,8 +109,9 @@ class Server:
         guard: Any = Guard(self._server, closed(host, token, admin_token), NO_ADMIN)
         self._classifier = Servicer(models, intake)
         add_ClassifierServicer_to_server(self._classifier, guard)
-        add_GRPCInferenceServiceServicer_to_server(InferenceServicer(models, intake, self, repository), guard)
-        add_PredictionServiceServicer_to_server(PredictionServicer(models, intake), guard)
+        inference, prediction = InferenceServicer(models, intake, self, repository), PredictionServicer(models, intake)
+        add_GRPCInferenceServiceServicer_to_server(inference, guard)
+        add_PredictionServiceServicer_to_server(prediction, guard)
         add_ModelServiceServicer_to_server(ModelServicer(models), guard)
         # Each watch has a thread, as every call. The other kind needs none, but never closes the stream of one that its
         # client cancels; in the end the connection has no more to give.
@@ -105,16 +120,27 @@ class Server:
         reflection.enable_server_reflection(
             (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), guard, pool=_describe()
         )
-        try:
-            bound = (
-                self._server.add_secure_port(f"{host}:{port}", tls.to_credentials())
-                if tls
-                else self._server.add_insecure_port(f"{host}:{port}")
-            )
-        except RuntimeError:
-            raise BadInput(
-                f"{host}:{port} cannot be listened on; is the port in use? Choose another with --port"
-            ) from None
+        self._front: NativeFront | None = None
+        if transport == "native":
+            methods = {
+                f"/{SERVICE}/Classify": (self._classifier, classifier_pb2.ClassifyRequest),
+                "/inference.GRPCInferenceService/ModelInfer": (inference, inference_pb2.ModelInferRequest),
+                "/tensorflow.serving.PredictionService/Predict": (prediction, tensorflow_serving_pb2.PredictRequest),
+            }
+            computing = {path: _compute(path, servicer, request) for path, (servicer, request) in methods.items()}
+            self._front = NativeFront(host, port, computing, limits, tokens[0] if tokens else None, self._server)
+            bound = self._front.port
+        else:
+            try:
+                bound = (
+                    self._server.add_secure_port(f"{host}:{port}", tls.to_credentials())
+                    if tls
+                    else self._server.add_insecure_port(f"{host}:{port}")
+                )
+            except RuntimeError:
+                raise BadInput(
+                    f"{host}:{port} cannot be listened on; is the port in use? Choose another with --port"
+                ) from None
         self.address = f"{host}:{bound}"
         self._server.start()
         self.announce(True)
@@ -147,7 +173,11 @@ class Server:
         self._models.close()
         self._classifier.close()
         self._models.drain(grace_seconds)
+        if self._front:
+            self._front.drain(max(0.0, end - time.monotonic()))
         self._server.stop(max(0.0, end - time.monotonic())).wait()
+        if self._front:
+            self._front.close()
 
     def __enter__(self) -> Self:
         return self

@@ -6,10 +6,8 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from serving.batcher import Answer
 from serving.errors import ServingError
@@ -46,10 +44,10 @@ class Duration:
 
 
 class Request:
-    """One request under way; whoever answers it fills in what became of it."""
+    """One request under way, counted when its block ends; whoever answers it fills in what became of it."""
 
-    def __init__(self) -> None:
-        self._arrived = time.perf_counter_ns()
+    def __init__(self, statistics: Statistics) -> None:
+        self._statistics, self._arrived = statistics, time.perf_counter_ns()
         self.decode_ns = 0
         self.answer: Answer | None = None
         self.span: Any = None
@@ -62,6 +60,14 @@ class Request:
     def elapsed_ns(self) -> int:
         """Return the time since it arrived."""
         return time.perf_counter_ns() - self._arrived
+
+    def __enter__(self) -> Self:
+        if self._statistics.observer:
+            self._statistics.observer.begin(self)
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._statistics.end(self, error)
 
 
 class Observer(Protocol):
@@ -131,36 +137,33 @@ class Statistics(Counts):
     observer: Observer | None = None
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    @contextmanager
-    def request(self) -> Iterator[Request]:
-        """Count the request that is answered within the block, as failed if an exception leaves it."""
-        request, observer = Request(), self.observer
-        if observer:
-            observer.begin(request)
-        try:
-            yield request
-        except BaseException as error:
+    def request(self) -> Request:
+        """Return what counts the request that is answered within its block: as failed if an exception leaves it."""
+        return Request(self)
+
+    def end(self, request: Request, error: BaseException | None) -> None:
+        """Count a request, and let the observer know."""
+        total, answer = request.elapsed_ns(), request.answer
+        if error is None:
+            assert answer is not None, "a request that ends well has an answer"
+            rest = total - answer.queue_ns - request.decode_ns - answer.compute_ns
             with self.lock:
-                self.fail.add(request.elapsed_ns())
+                self.images += len(answer.probabilities)
+                self.success.add(total)
+                self.codes["OK"] += 1
+                self.queue.add(answer.queue_ns)
+                self.decode.add(request.decode_ns)
+                self.compute.add(answer.compute_ns)
+                self.respond.add(max(0, rest))
+                self.last_ms = time.time_ns() // 1_000_000
+        else:
+            with self.lock:
+                self.fail.add(total)
                 self.codes[error.code.name if isinstance(error, ServingError) else "INTERNAL"] += 1
             if isinstance(error, ServingError):
                 error.model, error.version = self.model, self.version
-            if observer:
-                observer.end(request)
-            raise
-        total, answer = request.elapsed_ns(), request.answer
-        assert answer is not None, "a request that ends well has an answer"
-        with self.lock:
-            self.images += len(answer.probabilities)
-            self.success.add(total)
-            self.codes["OK"] += 1
-            self.queue.add(answer.queue_ns)
-            self.decode.add(request.decode_ns)
-            self.compute.add(answer.compute_ns)
-            self.respond.add(max(0, total - answer.queue_ns - request.decode_ns - answer.compute_ns))
-            self.last_ms = time.time_ns() // 1_000_000
-        if observer:
-            observer.end(request)
+        if self.observer:
+            self.observer.end(request)
 
     def batch(self, images: int, ns: int) -> None:
         """Count a call of the engine."""

@@ -41,8 +41,8 @@ def choose(config: Config) -> int:
 
     A GPU computes more than one process can take in; a CPU has no cores to spare for others.
     """
-    if config.frontends is not None:
-        return config.frontends
+    if config.frontends is not None or config.transport == "native":
+        return config.frontends or 0
     cores = count_cores()
     return min(cores - 2, 12) if cores >= 4 and _has_gpu(config) else 0
 

@@ -111,15 +111,21 @@ def probabilities(repository: Path, heldout: tuple[NDArray[np.uint8], NDArray[np
     return load_keras(repository / "digits" / "1" / "model.keras")(heldout[0])
 
 
+@pytest.fixture(scope="session", params=["grpcio", "native"])
+def transport(request: pytest.FixtureRequest) -> str:
+    """What receives the calls of a server: whatever is asked of one, both must answer."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
-def address(repository: Path) -> Iterator[str]:
+def address(repository: Path, transport: Any) -> Iterator[str]:
     """A server of the model repository, on a free port."""
     from serving import models
     from serving.limits import Limits
     from serving.server import Server
 
     model = models.load(repository / "digits" / "1", "cpu")
-    with Server(models.Models([model]), "127.0.0.1", 0, Limits()) as server:
+    with Server(models.Models([model]), "127.0.0.1", 0, Limits(), transport=transport) as server:
         yield server.address
 
 

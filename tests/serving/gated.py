@@ -17,7 +17,7 @@ from serving.batching import Batching
 from serving.engine import Images, Probabilities
 from serving.limits import Limits
 from serving.models import Model
-from serving.server import Server
+from serving.server import Server, Transport
 from tests.serving.test_batcher import GatedEngine
 
 
@@ -59,7 +59,9 @@ class Gated:
 
 
 @contextmanager
-def start(repository: Path, max_batch: int = 2, max_queue: int = 2) -> Iterator[Gated]:
+def start(
+    repository: Path, max_batch: int = 2, max_queue: int = 2, transport: Transport = "grpcio", **limits: int
+) -> Iterator[Gated]:
     """Serve until the end of the block."""
     engine = GatedEngine()
     engine.gate.release(2)
@@ -68,7 +70,7 @@ def start(repository: Path, max_batch: int = 2, max_queue: int = 2) -> Iterator[
     for _ in range(2):
         engine.entered.acquire()
     engine.batches.clear()
-    server = Server(models.Models([model]), "127.0.0.1", 0, Limits())
+    server = Server(models.Models([model]), "127.0.0.1", 0, Limits(**limits), transport=transport)
     try:
         yield Gated(engine, model, server)
     finally:

@@ -163,7 +163,7 @@ def test_the_client_refuses_pixels_that_are_no_bytes(client: Client) -> None:
 
 
 @pytest.fixture
-def gated(repository: Path) -> Iterator[tuple[GatedEngine, models.Model, Server]]:
+def gated(repository: Path, transport: Any) -> Iterator[tuple[GatedEngine, models.Model, Server]]:
     """A server whose engine waits for the test."""
     about = manifest.read(repository / "digits" / "1")
     engine = GatedEngine()
@@ -181,7 +181,7 @@ def gated(repository: Path) -> Iterator[tuple[GatedEngine, models.Model, Server]
     for _ in range(2):
         engine.entered.acquire()
     engine.batches.clear()
-    server = Server(models.Models([model]), "127.0.0.1", 0, Limits())
+    server = Server(models.Models([model]), "127.0.0.1", 0, Limits(), transport=transport)
     yield engine, model, server
     engine.gate.release(100)
     server.stop(0)

@@ -158,7 +158,7 @@ def test_phases_belong_to_the_call_that_they_began_with(collector: Collector, re
     tracing = Tracing()
     model = models.load(repository / "digits" / "1", "cpu")
     tracing.follow(model)
-    observer, request = model.statistics.observer, Request()
+    observer, request = model.statistics.observer, Request(model.statistics)
     assert observer is not None
     tracer = tracing.provider.get_tracer("test")
     request.decoded()

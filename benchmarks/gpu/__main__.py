@@ -1,0 +1,118 @@
+r"""Everything that is to be seen on a GPU, in one run of a few minutes, of which each part is bounded in time.
+
+  python -m benchmarks.gpu models/*/1 --out gpu
+  python -m benchmarks.gpu models/*/1 --device cpu --tiny --out gpu     # shows on a CPU that it works
+
+A GPU is often lent for minutes, so each part is a process of its own, which is ended when its time is up, and whose
+failure costs no other part. Figures are written to OUT/results.jsonl as they come; the tables are printed last.
+
+  certificates   each ONNX file against the Keras original's answers, on the device
+  clients        `resnet serve` with an unmodified tritonclient
+  tactics        what options of onnxruntime's CUDA provider bring, batches that stay on the GPU
+  loops          resident: batches stay on the GPU, nothing is faster; raw: copied there and back; engine:
+                 `serving.cuda` as it is served; and that without copies that overlap, and without CUDA graphs
+  served         requests to a server process, by h2load: many images each, and single ones
+  keras          the original in `jax.jit`
+  training       `resnet train` on JAX
+
+The machine needs one GPU with a driver for CUDA 13, Python 3.11 or later, h2load, and the extra `serving-gpu` with
+`rich`; for some parts keras, jax and tritonclient, without which they are left out. Folders hold ONNX files,
+and for some parts manifest.json, heldout.npz, and probabilities.npy: what Keras answers to the held-out images, from
+
+  python -c "import numpy, sys; from export import convert, source; from pathlib import Path; f = Path(sys.argv[1])
+  numpy.save(f / 'probabilities.npy', convert.load_keras(f / 'model.keras')(source.load_heldout(f)[0]))" models/NAME/1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.gpu import report
+
+
+class Part(NamedTuple):
+    """One part of the run: a module of this package, and how many seconds it may take."""
+
+    name: str
+    seconds: float
+
+
+PARTS = (
+    Part("certificates", 60),
+    Part("clients", 45),
+    Part("tactics", 60),
+    Part("loops", 120),
+    Part("served", 150),
+    Part("keras", 75),
+    Part("training", 240),
+)
+
+
+def main() -> int:
+    """Run all parts that were asked for, and print the tables; 1 if one failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="versions of models, or ONNX files")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what computes (default: cuda)")
+    parser.add_argument("--parts", default=",".join(part.name for part in PARTS), help="of the run (default: all)")
+    parser.add_argument("--seconds", type=float, default=600, metavar="S", help="the whole run may take")
+    parser.add_argument("--data", default="digits", help="images to train with (default: digits)")
+    parser.add_argument("--epochs", type=int, default=30, metavar="N", help="of the training")
+    parser.add_argument("--nhwc", default="", help="precisions to compute in NHWC, as fp16,fp32 (default: none)")
+    parser.add_argument("--tiny", action="store_true", help="the shortest run that shows that everything works")
+    parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder for what is found (default: gpu)")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / "results.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": "machine", **report.machine()}) + "\n")
+    end, wanted, failed = time.monotonic() + args.seconds, args.parts.split(","), False
+    for part in (part for part in PARTS if part.name in wanted):
+        left = end - time.monotonic()
+        failed |= left < 1 or not run(part, args, min(part.seconds, left))
+    report.plot(args.out)
+    print(report.describe(args.out), flush=True)
+    return int(failed)
+
+
+def run(part: Part, args: argparse.Namespace, seconds: float) -> bool:
+    """Run a part for at most so long, and return whether it came to its end."""
+    options = [
+        "--device",
+        args.device,
+        "--out",
+        args.out,
+        "--data",
+        args.data,
+        "--epochs",
+        args.epochs,
+        "--nhwc",
+        args.nhwc,
+    ]
+    command = [sys.executable, "-m", f"benchmarks.gpu.{part.name}", *args.folders, *options, *["--tiny"] * args.tiny]
+    started = time.monotonic()
+    # A session of its own: what it has started ends with it.
+    process = subprocess.Popen([*map(str, command)], start_new_session=True)
+    limit = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
+    limit.start()
+    code = process.wait()
+    limit.cancel()
+    took = time.monotonic() - started
+    with (args.out / "results.jsonl").open("a") as file:
+        file.write(
+            json.dumps({"kind": "part", "name": part.name, "seconds": took, "limit": seconds, "code": code}) + "\n"
+        )
+    outcome = "done" if not code else f"ended at its limit of {seconds:.0f} s" if code < 0 else "failed"
+    print(f"=== {part.name}: {outcome}, {took:.0f} s", flush=True)
+    return not code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""The ONNX files of a run, what is known of each, and where what is found of them goes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from export import manifest as manifests
+from export.manifest import Certificate, Cost, Manifest, Preprocessing, TensorSpec
+from resnet import BadInput
+from serving import cuda
+from serving.cuda import Tactics
+from serving.engine import Engine, OnnxEngine
+
+Images = NDArray[np.uint8]
+# Images a request; a network of large images is measured with fewer.
+BATCHES, LARGE_BATCHES, LARGE_PIXELS = (1, 2, 4, 8, 16, 32, 64, 128, 256), (1, 8, 32, 64, 128), 128 * 128
+TINY_BATCHES = (1, 2, 3)
+PRECISIONS = {"model.onnx": "fp32", "model.fp16.onnx": "fp16", "model.int8.onnx": "int8"}
+
+
+def parse_args(description: str | None) -> argparse.Namespace:
+    """Return the arguments that every part takes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("folders", nargs="*", type=Path)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--data", default="digits")
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--out", type=Path, default=Path("gpu"))
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--nhwc", default="")
+    return parser.parse_args()
+
+
+def list_files(folders: list[Path], *precisions: str) -> list[Path]:
+    """Return the ONNX files of folders, those in the given precisions; of a file that is named, itself."""
+    found = []
+    for name, precision in PRECISIONS.items():
+        if precision in precisions:
+            found += [folder / name for folder in folders if (folder / name).is_file()]
+    return [*found, *(path for path in folders if path.suffix == ".onnx")]
+
+
+def list_batches(about: Manifest, tiny: bool) -> tuple[int, ...]:
+    """Return the numbers of images to measure a network with."""
+    if tiny:
+        return TINY_BATCHES
+    return BATCHES if np.prod(about.input.shape[1:3]) < LARGE_PIXELS else LARGE_BATCHES
+
+
+def title(path: Path) -> str:
+    """Return what the tables call a file."""
+    return f"{path.parent.parent.name} {PRECISIONS.get(path.name, path.name)}"
+
+
+def describe(path: Path) -> Manifest:
+    """Return the manifest beside a file, or for a file alone what onnxruntime says of it.
+
+    Raises:
+        BadInput: onnxruntime cannot load it, or it is no classifier of uint8 images.
+    """
+    if (path.parent / manifests.NAME).is_file():
+        return manifests.read(path.parent)
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions have no common base below Exception
+        raise BadInput(f"{path} cannot be loaded by onnxruntime: {error}") from None
+    (image, *others), (output, *_) = session.get_inputs(), session.get_outputs()
+    if others or image.type != "tensor(uint8)" or len(image.shape) != 4 or output.type != "tensor(float)":
+        raise BadInput(f"{path} does not map uint8 images to float32 probabilities; `resnet export` makes such files")
+    return Manifest(
+        format=manifests.FORMAT,
+        model=path.stem,
+        version=1,
+        created="",
+        input=TensorSpec(image.name, "uint8", [-1, *image.shape[1:]]),
+        output=TensorSpec(output.name, "float32", [-1, output.shape[1]]),
+        labels=[str(label) for label in range(output.shape[1])],
+        preprocessing=Preprocessing(),
+        opset=0,
+        cost=Cost(0, 0, 0, path.stat().st_size, 0),
+        versions={},
+        cpu="",
+        training=None,
+        files={},
+        certificate=Certificate(0, "", 0.0, []),
+    )
+
+
+def choose_options(path: Path, nhwc: str) -> dict[str, str]:
+    """Return the options of the CUDA provider for a file; `nhwc` names precisions, with commas between them."""
+    return {"prefer_nhwc": "1"} if PRECISIONS.get(path.name) in nhwc.split(",") else {}
+
+
+def open_engine(path: Path, about: Manifest, device: str, max_batch: int, tactics: Tactics = cuda.QUICK) -> Engine:
+    """Return what computes a served model."""
+    if device == "cuda":
+        return cuda.load(path, about, "cuda", max_batch, tactics)
+    return OnnxEngine(path, about)
+
+
+class Results:
+    """Takes what is found, a JSON object a line; what is there stays when the part is ended."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Write to the folder of the run."""
+        self._path = args.out / "results.jsonl"
+        self.failed = False
+
+    def add(self, kind: str, **values: Any) -> None:
+        """Add one line, and print it for whoever watches."""
+        with self._path.open("a") as file:
+            file.write(json.dumps({"kind": kind, **values}) + "\n")
+        print(kind, *(f"{key}={_shorten(value)}" for key, value in values.items()), flush=True)
+
+    def attempt(self, what: str, action: Callable[[], object]) -> None:
+        """Do something whose failure must not cost the rest."""
+        started = time.monotonic()
+        try:
+            action()
+        except Exception as error:
+            if not isinstance(error, BadInput):
+                traceback.print_exc()
+            self.failed = True
+            self.add("failed", what=what, error=f"{type(error).__name__}: {error}"[:1000])
+        print(f"--- {what}: {time.monotonic() - started:.1f} s", flush=True)
+
+    def end(self) -> None:
+        """End the part."""
+        sys.exit(int(self.failed))
+
+
+def read(folder: Path) -> list[Mapping[str, Any]]:
+    """Return all lines of a run."""
+    path = folder / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _shorten(value: Any) -> Any:
+    return f"{value:,.4g}" if isinstance(value, float) else value

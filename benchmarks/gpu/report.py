@@ -1,0 +1,192 @@
+"""The tables and the plot of a run, from OUT/results.jsonl: `python -m benchmarks.gpu.report OUT`."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import describe as describe_machine
+from benchmarks.gpu.files import read
+
+LIBRARIES = ("cuda-bindings", "grpcio", "jax", "keras", "numpy", "nvidia-cudnn-cu13", "pygrpc-native")
+WAYS = ("resident", "raw", "engine", "no overlap", "served", "Keras on JAX")
+
+Line = Mapping[str, Any]
+
+
+def main() -> None:
+    """Print the tables of a run again, and draw its plot."""
+    folder = Path(sys.argv[1])
+    print(describe(folder))
+    plot(folder)
+
+
+def machine() -> dict[str, Any]:
+    """Describe GPU, processor and versions."""
+    asked = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        gpu = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        gpu = ""
+    import onnxruntime
+
+    installed = {distribution.name for distribution in distributions()}
+    about = describe_machine(library for library in LIBRARIES if library in installed)
+    about["versions"]["onnxruntime"] = onnxruntime.__version__  # of whichever of its builds is there
+    return {"gpu": gpu, **about}
+
+
+def describe(folder: Path) -> str:
+    """Return all tables, in Markdown."""
+    lines = read(folder)
+    texts = [
+        _table(
+            ("certificate", "batch", "difference", "same class", "accuracy", "Keras", "verdict"),
+            (
+                (
+                    line["file"],
+                    row["batch"],
+                    f"{row['max_difference']:.1e}",
+                    f"{row['same_class']:.2%}",
+                    f"{row['accuracy']:.2%}",
+                    f"{row['accuracy_of_keras']:.2%}",
+                    line["verdict"],
+                )
+                for line in _kind(lines, "certificate")
+                for row in line["rows"]
+            ),
+        ),
+        _table(
+            ("tritonclient", "transport", "images", "difference", "same class"),
+            (
+                (
+                    line["file"],
+                    line["transport"],
+                    line["images"],
+                    f"{line['difference']:.1e}",
+                    f"{line['same_class']:.2%}",
+                )
+                for line in _kind(lines, "client")
+            ),
+        ),
+        _tactics(lines),
+        _loops(lines),
+        _table(
+            ("served", "transport", "images x in flight", "offered", "images/s", "p50 ms", "p99 ms"),
+            (
+                (
+                    line["file"],
+                    line["transport"] + ("" if line["switch_ms"] == 5 else f", {line['switch_ms']:g} ms"),
+                    f"{line['images']} x {line['in_flight']}",
+                    f"{line['rate']:,.0f}/s" if line["rate"] else "",
+                    f"{line['images_per_second']:,.0f}",
+                    f"{line['p50_ms']:.2f}",
+                    f"{line['p99_ms']:.2f}",
+                )
+                for line in _kind(lines, "served")
+            ),
+        ),
+        *(
+            f"training: {line['model']}, {line['epochs']} epochs in {line['precision']}: {line['accuracy']:.2%} of "
+            f"{line['test_images']:,} test images ({line['data']}), {line['seconds']:.0f} s in all, "
+            f"{line['epoch_seconds']:.1f} s an epoch, the first {line['first_epoch_seconds']:.1f} s"
+            for line in _kind(lines, "training")
+        ),
+        *(f"failed: {line['what']}: {line['error']}" for line in _kind(lines, "failed")),
+        *(f"{line['name']}: {line['seconds']:.0f} s" for line in _kind(lines, "part")),
+    ]
+    return "\n\n".join(text for text in texts if text)
+
+
+def rates(lines: Sequence[Line]) -> dict[tuple[str, int], dict[str, float]]:
+    """Return images per second by way, for each file and number of images a request."""
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    for line in _kind(lines, "loop"):
+        found.setdefault((line["file"], line["images"]), {})[line["way"]] = statistics.median(line["rates"])
+    for line in _kind(lines, "served"):
+        if line["transport"] == "native" and not line["rate"]:
+            row = found.setdefault((line["file"], line["images"]), {})
+            row["served"] = max(row.get("served", 0.0), line["images_per_second"])
+    return found
+
+
+def plot(folder: Path) -> None:
+    """Draw images per second over images a request, a panel for each file, into gpu.png."""
+    from matplotlib.figure import Figure
+
+    found = rates(read(folder))
+    if not found:
+        return
+    files = sorted({file for file, _ in found})
+    figure = Figure(figsize=(5 * len(files), 4), layout="constrained")
+    for axes, file in zip(figure.subplots(1, len(files), squeeze=False)[0], files, strict=True):
+        for way in WAYS:
+            points = sorted((images, row[way]) for (name, images), row in found.items() if name == file and way in row)
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=way)
+        axes.set(title=file, xlabel="images a request", xscale="log", yscale="log")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+        axes.set_ylabel("images/s")
+    figure.savefig(folder / "gpu.png", dpi=110)
+
+
+def _kind(lines: Iterable[Line], kind: str) -> list[Line]:
+    return [line for line in lines if line["kind"] == kind]
+
+
+def _tactics(lines: Sequence[Line]) -> str:
+    tried: dict[tuple[str, str], dict[int, Line]] = {}
+    for line in _kind(lines, "tactic"):
+        tried.setdefault((line["file"], line["option"]), {})[line["images"]] = line
+    return _table(
+        ("resident, images/s", "option", "batch: images/s", "start s", "graphs", "difference"),
+        (
+            (
+                file,
+                option,
+                ", ".join(f"{images}: {statistics.median(line['rates']):,.0f}" for images, line in found.items()),
+                f"{line['start_seconds']:.1f}",
+                line["graphs"],
+                f"{line['difference']:.1e}",
+            )
+            for (file, option), found in tried.items()
+            for line in [next(iter(found.values()))]
+        ),
+    )
+
+
+def _loops(lines: Sequence[Line]) -> str:
+    found = rates(lines)
+    ways = [way for way in WAYS if any(way in row for row in found.values())]
+    rows = []
+    for (file, images), row in found.items():
+        share = f"{row['served'] / row['raw']:.0%}" if {"served", "raw"} <= row.keys() else ""
+        rows.append((file, images, *(f"{row[way]:,.0f}" if way in row else "" for way in ways), share))
+    starts = {
+        f"{line['file']} {line['way']} {line['start_seconds']:.1f} s"
+        for line in _kind(lines, "loop")
+        if line["way"] != "Keras on JAX"
+    }
+    return (
+        _table(("images/s", "images", *ways, "served of raw"), rows)
+        + "\n\nto start: " * bool(starts)
+        + "; ".join(sorted(starts))
+    )
+
+
+def _table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    body = [" | ".join(map(str, row)) for row in rows]
+    if not body:
+        return ""
+    return "\n".join(f"| {line} |" for line in (" | ".join(map(str, head)), " | ".join(["---"] * len(head)), *body))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""What a server process answers to h2load: requests of many images, and single ones, closed loop and open.
+
+  python -m benchmarks.gpu.served FOLDER ... --device cuda
+
+The server is `serving.server` in one process, on each transport. Clients share its machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import h2load
+from benchmarks.gpu.files import (
+    Results,
+    choose_options,
+    describe,
+    list_batches,
+    list_files,
+    open_engine,
+    parse_args,
+    title,
+)
+from benchmarks.gpu.loops import make_batch
+from benchmarks.process import ServerProcess
+from export.manifest import Manifest
+from protos import inference_pb2 as pb
+from resnet import CheckFailed
+from serving import models, native
+from serving.batching import Batching
+from serving.cuda import Tactics
+from serving.limits import Limits
+from serving.server import Server
+
+METHOD = "/inference.GRPCInferenceService/ModelInfer"
+SWITCH_MS = 5.0  # how long a thread of Python may keep the others waiting; 5 is Python's own
+CONNECTIONS, THREADS = 8, 6  # of h2load
+SINGLES_IN_FLIGHT = (32, 128, 512)
+IMAGES_IN_FLIGHT = 1024  # four of the largest batches: the server never waits for its clients
+SECONDS, SHARE = 1.0, 0.8  # of a measurement; of what was answered, for the open loop
+MAX_QUEUE, MAX_CALLS = 16384, 2048
+
+
+class Service:
+    """One file behind one transport, for as long as it is measured."""
+
+    def __init__(
+        self, path: Path, transport: str, args: argparse.Namespace, results: Results, switch_ms: float = SWITCH_MS
+    ) -> None:
+        """Prepare to measure."""
+        self._path, self._transport, self._results, self._switch_ms = path, transport, results, switch_ms
+        self._device, self._tiny, self._nhwc = args.device, args.tiny, args.nhwc
+        self._about, self._seconds = describe(path), 0.1 if args.tiny else SECONDS
+
+    def measure(self) -> None:
+        """Serve, and measure all requests."""
+        batches = list_batches(self._about, self._tiny)
+        started = time.monotonic()
+        options = ["--device", self._device, "--transport", self._transport, "--max-batch", str(max(batches))]
+        options += ["--switch-ms", str(self._switch_ms), "--nhwc", self._nhwc]
+        command = [sys.executable, "-m", "benchmarks.gpu.served", str(self._path), "--serve", *options]
+        with ServerProcess(command) as server:
+            address = server.address
+            print(f"{title(self._path)} on {self._transport}: up in {time.monotonic() - started:.1f} s", flush=True)
+            best = 0.0
+            for in_flight in (8,) if self._tiny else SINGLES_IN_FLIGHT:
+                best = max(best, self._load(address, 1, in_flight))
+            self._load(address, 1, 8 if self._tiny else max(SINGLES_IN_FLIGHT), rate=SHARE * best)
+            if self._switch_ms != SWITCH_MS:
+                return
+            for images in reversed(batches[1:] if self._transport == "native" else batches[-1:]):
+                in_flight = max(CONNECTIONS, IMAGES_IN_FLIGHT // images)
+                self._load(address, images, in_flight - in_flight % CONNECTIONS)
+
+    def _load(self, address: str, images: int, in_flight: int, rate: float | None = None) -> float:
+        """Return images per second."""
+        message = pack(self._about, images)
+        sample = h2load.measure(address, METHOD, message, in_flight, images, self._seconds, CONNECTIONS, THREADS, rate)
+        if not len(sample.latencies_ms):
+            raise CheckFailed(f"{in_flight} requests of {images} images were not answered in {self._seconds} s")
+        p50, p99 = np.percentile(sample.latencies_ms, (50, 99))
+        self._results.add(
+            "served",
+            file=title(self._path),
+            transport=self._transport,
+            switch_ms=self._switch_ms,
+            images=images,
+            in_flight=in_flight,
+            rate=rate,
+            images_per_second=sample.images_per_second,
+            p50_ms=float(p50),
+            p99_ms=float(p99),
+            failures=dict(sample.failures),
+        )
+        return sample.images_per_second
+
+
+def pack(about: Manifest, images: int) -> bytes:
+    """Return a request of KServe with the pixels of so many images."""
+    shape = [images, *about.input.shape[1:]]
+    tensor = pb.ModelInferRequest.InferInputTensor(name=about.input.name, datatype="UINT8", shape=shape)
+    pixels = make_batch(about, images).tobytes()
+    return pb.ModelInferRequest(
+        model_name=about.model, inputs=[tensor], raw_input_contents=[pixels]
+    ).SerializeToString()
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Serve one file until the process is ended."""
+    about = describe(args.file)
+    tactics = Tactics(options=choose_options(args.file, args.nhwc))
+    engine = open_engine(args.file, about, args.device, args.max_batch, tactics)
+    batching = Batching(max_batch=args.max_batch, max_queue=MAX_QUEUE, max_queue_ms=1e9)
+    model = models.start(about, engine, batching, curve=getattr(engine, "curve", None))
+    limits = Limits(max_images=args.max_batch, max_calls=MAX_CALLS, max_streams=MAX_CALLS)
+    with Server(models.Models([model]), "127.0.0.1", 0, limits, transport=args.transport) as server:
+        print(f"serving on {server.address}", flush=True)
+        while True:
+            time.sleep(3600)
+
+
+def main() -> None:
+    """Measure all files on all transports, or serve one."""
+    if "--serve" in sys.argv:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("file", type=Path)
+        parser.add_argument("--serve", action="store_true")
+        parser.add_argument("--device", default="cuda")
+        parser.add_argument("--transport", default="native")
+        parser.add_argument("--max-batch", type=int, default=256)
+        parser.add_argument("--nhwc", default="")
+        parser.add_argument("--switch-ms", type=float, default=SWITCH_MS)
+        given = parser.parse_args()
+        sys.setswitchinterval(given.switch_ms / 1000)
+        serve(given)
+        return
+    args = parse_args(__doc__)
+    results = Results(args)
+    files = list_files(args.folders, "fp32", "fp16")[::-1]  # half precision first
+    if native.SUPPORTED:
+        for path in files:
+            results.attempt(f"{title(path)} on native", Service(path, "native", args, results).measure)
+        what = f"{title(files[-1])} on native, threads switch after 0.5 ms"
+        results.attempt(what, Service(files[-1], "native", args, results, 0.5).measure)
+    for path in (files[-1], files[0]):
+        results.attempt(f"{title(path)} on grpcio", Service(path, "grpcio", args, results).measure)
+    results.end()
+
+
+if __name__ == "__main__":
+    main()
