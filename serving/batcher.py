@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -96,6 +96,14 @@ class _Batch:
     expected_ns: float = 0.0
     began: int = 0
     spare: bool = False
+
+
+class Threads(Protocol):
+    """Has something done on one of several threads."""
+
+    def submit(self, work: Callable[[], object], /) -> object:
+        """Begin it there, or as soon as one is free."""
+        ...
 
 
 class Queue(ABC):
@@ -192,6 +200,7 @@ class Batcher(Queue):
         curve: CostCurve | None = None,
         lanes: int = 1,
         spare: int = 0,
+        leaders: Threads | None = None,
     ) -> None:
         """Start empty.
 
@@ -202,6 +211,7 @@ class Batcher(Queue):
             lanes: Calls of `run` that may be under way at a time, each on a thread of its own.
             spare: Further calls, which begin only while a full batch waits: calls that share cores with the others, so
                 that two small batches would take longer than one.
+            leaders: Threads for the calls of `run`, where not every thread will do: as many as there are lanes.
         """
         self._run, self._lanes, self._spare, self._max_queue = run, lanes, spare, batching.max_queue
         self._max_queue_ns, self._linger_ns = batching.max_queue_ms * 1e6, batching.linger_ms * 1e6
@@ -218,7 +228,7 @@ class Batcher(Queue):
         self._answering = 0  # batches
         self._closed = False
         # Threads of these end with the batcher.
-        self._leaders = ThreadPoolExecutor(lanes + spare, thread_name_prefix="lead")
+        self._leaders: Threads = leaders or ThreadPoolExecutor(lanes + spare, thread_name_prefix="lead")
         self._answerer = ThreadPoolExecutor(1, thread_name_prefix="answer")
 
     def post(

@@ -70,25 +70,22 @@ class Buffers:
         self.probabilities = self._allocate(self._host_probabilities.nbytes)
 
     def send(self, images: NDArray[np.uint8]) -> None:
-        """Begin to copy images to the GPU, at most as many as there is room for; `wait` says when they are there."""
+        """Copy images to the GPU, at most as many as there is room for."""
         staged = self._host_images[: len(images)]
         np.copyto(staged, images)
         self._copy(self.images, staged.ctypes.data, staged.nbytes, cudart.cudaMemcpyKind.cudaMemcpyHostToDevice)
-
-    def wait(self) -> None:
-        """Return once what was sent is there."""
-        _do(cudart.cudaStreamSynchronize(self._stream))
 
     def fetch(self, probabilities: NDArray[np.float32]) -> None:
         """Copy the first probabilities from the GPU, as many as there are rows to fill."""
         staged = self._host_probabilities[: len(probabilities)]
         kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._copy(staged.ctypes.data, self.probabilities, staged.nbytes, kind)
-        self.wait()
         np.copyto(probabilities, staged)
 
     def _copy(self, to: int, source: int, size: int, kind: object) -> None:
+        """Copy, and return once all is there."""
         _do(cudart.cudaMemcpyAsync(to, source, size, kind, self._stream))
+        _do(cudart.cudaStreamSynchronize(self._stream))
 
     def _allocate(self, size: int) -> int:
         (address,) = _do(cudart.cudaMalloc(size))

@@ -1,12 +1,12 @@
-"""The engine on NVIDIA GPUs: fixed batch sizes, CUDA graphs, and copies that overlap with computing.
+"""The engine on NVIDIA GPUs: fixed batch sizes, and CUDA graphs.
 
 A batch is padded to the next of a few sizes, its bucket, and each bucket is run before the first request: a GPU takes
 long for a shape that it has not seen. What a bucket launches is recorded as a CUDA graph, which onnxruntime keeps for
-the thread that recorded it; so each engine computes on one thread of its own, whoever calls it.
+the thread that recorded it. So each engine computes on one thread of its own, and takes whoever forms the batches onto
+it (`submit`): a change of threads costs more than a small batch (0.1 ms on the host of an H100).
 
-A large batch is computed in two halves, if that was quicker when the engine started: while the GPU computes one, the
-caller's thread copies the other. Two callers that took turns would overlap as well, but each would take its batch while
-the other computes, before the requests are there that could have filled it.
+Measured on that H100 (onnxruntime 1.31.1, cuDNN 9.19) and left out, for they won nothing: copying one half of a batch
+while the other is computed, and convolutions fused with their bias.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import logging
 import os
 import queue
 import statistics
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -50,17 +51,21 @@ class Tactics(NamedTuple):
 
     Attributes:
         graphs: Record CUDA graphs, where the model allows it.
-        overlap: Copy one half of a batch while the other is computed: True always, False never, None where it was
-            quicker when the engine started.
-        options: Further options of onnxruntime's CUDA provider, such as `prefer_nhwc`.
+        options: Further options of onnxruntime's CUDA provider, such as `use_tf32`.
     """
 
     graphs: bool = True
-    overlap: bool | None = None
     options: Options = MappingProxyType({})
 
 
 QUICK = Tactics()
+# TF32 rounds to 10 bits what fp32 has 23 of; the certificate allows a difference of 1e-5. An EXHAUSTIVE search for
+# kernels won up to 12 % with one network and nothing with the other.
+FULL: Options = MappingProxyType({"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"})
+# Without `use_tf32` onnxruntime takes the tensor cores from every convolution, also from those in half precision, which
+# then have no plan: it says so for each, and makes another. ResNet-18 is 1.7 (a single image) to 3.2 times (256 of
+# them) as fast where channels come last; an EXHAUSTIVE search made it up to ten times slower.
+HALF: Options = MappingProxyType({"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "1", "prefer_nhwc": "1"})
 
 
 def choose(path: Path, manifest: Manifest, device: Device, max_batch: int) -> CudaEngine | EnginePool | None:
@@ -118,17 +123,32 @@ class EnginePool:
     def __init__(self, engines: Sequence[CudaEngine]) -> None:
         """Share the work out among `engines`, at least one."""
         self.provider, self.lanes, self.curve = engines[0].provider, len(engines), engines[0].curve
+        self._by_thread = {engine.thread: engine for engine in engines}
         self._free: queue.SimpleQueue[CudaEngine] = queue.SimpleQueue()
         for engine in engines:
             self._free.put(engine)
 
     def run(self, images: Images) -> Probabilities:
         """Map uint8 [n, height, width, 3] to float32 [n, classes]."""
+        if own := self._by_thread.get(threading.get_ident()):
+            return own.run(images)
         engine = self._free.get()
         try:
             return engine.run(images)
         finally:
             self._free.put(engine)
+
+    def submit(self, work: Callable[[], object]) -> None:
+        """Have something done on the thread of an engine that is free, which it holds until the end."""
+        engine = self._free.get()
+
+        def hold() -> None:
+            try:
+                work()
+            finally:
+                self._free.put(engine)
+
+        engine.submit(hold)
 
 
 class CudaEngine:
@@ -139,6 +159,7 @@ class CudaEngine:
         lanes: How many calls of `run` may be under way at once: one.
         buckets: The batch sizes that are computed, ascending.
         graphs: Whether they are CUDA graphs.
+        thread: The number of the thread that computes.
         curve: What a batch costs, from its arrival in host memory to its answer there.
     """
 
@@ -157,7 +178,7 @@ class CudaEngine:
 
         Args:
             path: The ONNX file.
-            manifest: Names its input and output.
+            manifest: Names its input and output, and the precision of the file.
             max_batch: Images in the largest bucket.
             device: Number of the GPU.
             tactics: What to do for speed.
@@ -168,35 +189,31 @@ class CudaEngine:
         """
         self.buckets = list_buckets(max_batch)
         self._path, self._manifest, self._device, self._providers = path, manifest, device, providers
-        self._options = tactics.options
-        self._cuts = {bucket: bucket for bucket in self.buckets}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"gpu-{device}")
+        self._options = {**find_options(path, manifest), **tactics.options}
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"gpu-{device}")
+        self.thread: int = self._executor.submit(threading.get_ident).result()
         # TensorRT has the whole model as one step, of which a graph would save little.
-        self._start(tactics.graphs and not providers, 1 if tactics.overlap is False else 2)
-        self.curve = CostCurve(self._measure(tactics.overlap))
+        self._start(tactics.graphs and not providers)
+        self.curve = CostCurve(self._executor.submit(self._measure).result())
 
     def run(self, images: Images) -> Probabilities:
         """Map uint8 [n, height, width, 3] to float32 [n, classes]; n may be beyond the largest bucket."""
+        if threading.get_ident() != self.thread:
+            return self._executor.submit(self.run, images).result()
         probabilities = np.empty((len(images), self._manifest.output.shape[1]), np.float32)
-        step = self._cuts[find_bucket(self.buckets, len(images))]
-        steps: list[Future[None]] = []
-        try:
-            for start in range(0, len(images), step):
-                if len(steps) >= len(self._slots):
-                    steps[-len(self._slots)].result()  # has left the slot that is taken now
-                slot, piece = self._slots[len(steps) % len(self._slots)], slice(start, start + step)
-                slot.buffers.send(images[piece])
-                steps.append(self._thread.submit(slot.compute, probabilities[piece]))
-            for last in steps:
-                last.result()
-        finally:
-            wait(steps)  # one that failed must not leave another behind in buffers that the next batch fills
+        step = self.buckets[-1]
+        for start in range(0, len(images), step):
+            self._slot.compute(images[start : start + step], probabilities[start : start + step])
         return probabilities
 
-    def _start(self, graphs: bool, slots: int) -> None:
+    def submit(self, work: Callable[[], object]) -> None:
+        """Have something done on the thread that computes: from there `run` changes none."""
+        self._executor.submit(work)
+
+    def _start(self, graphs: bool) -> None:
         """Open a session, with CUDA graphs if they are wanted and can be had."""
         try:
-            self._thread.submit(self._open, graphs, slots).result()
+            self._executor.submit(self._open, graphs).result()
             return
         except BadInput:
             raise
@@ -209,16 +226,12 @@ class CudaEngine:
                 "lower --max-batch if it is the memory, or serve with --device cpu"
             )
         log.warning("no CUDA graphs for %s on GPU %d, it runs without: %s", self._path, self._device, reason)
-        self._start(False, slots)
+        self._start(False)
 
-    def _open(self, graphs: bool, slots: int) -> None:
+    def _open(self, graphs: bool) -> None:
         """Load the model, take the buffers, and run every bucket often enough to have its graph."""
         cuda = {
             "device_id": str(self._device),
-            # A search over all algorithms for every bucket would take about a second each.
-            "cudnn_conv_algo_search": "HEURISTIC",
-            # TF32 rounds to 10 bits what fp32 has 23 of; the certificate allows a difference of 1e-5.
-            "use_tf32": "0",
             "enable_cuda_graph": "1" if graphs else "0",
             **self._options,
         }
@@ -235,45 +248,40 @@ class CudaEngine:
         if self.provider != wanted:
             raise BadInput(f"onnxruntime could not start {wanted} and would use {self.provider}")
         self.graphs = graphs
-        self._slots = tuple(
-            Slot(session, self._manifest, self._device, self.buckets, number * len(self.buckets) + 1 if graphs else 0)
-            for number in range(slots)
-        )
-        for slot in self._slots:
-            for bucket in self.buckets:
-                for _ in range(RUNS_TO_CAPTURE):
-                    slot.compute(np.empty((bucket, self._manifest.output.shape[1]), np.float32))
+        self._slot = Slot(session, self._manifest, self._device, self.buckets, graphs)
+        for bucket in self.buckets:
+            for _ in range(RUNS_TO_CAPTURE):
+                self.run(self._make_batch(bucket))
 
-    def _measure(self, overlap: bool | None) -> dict[int, float]:
-        """Choose for each bucket whether it is computed whole or in halves, and return what batches cost, in ns."""
+    def _measure(self) -> dict[int, float]:
+        """Return what batches cost, in nanoseconds by their size."""
         costs: dict[int, float] = {}
         before = 0
         for bucket in self.buckets:
-            half = find_bucket(self.buckets, -(-bucket // 2))
-            cuts = {True: [half], False: [bucket], None: [bucket, half]}[overlap]
-            timed = {cut: self._time(bucket, cut) for cut in cuts}
-            self._cuts[bucket] = min(timed, key=timed.__getitem__)
+            images, times = self._make_batch(bucket), []
+            for _ in range(TRIALS):
+                started = time.perf_counter_ns()
+                self.run(images)
+                times.append(time.perf_counter_ns() - started)
             # All sizes of a bucket cost the same: the curve has steps.
-            costs[before + 1] = costs[bucket] = timed[self._cuts[bucket]]
+            costs[before + 1] = costs[bucket] = statistics.median(times)
             before = bucket
         return costs
 
-    def _time(self, bucket: int, cut: int) -> float:
-        self._cuts[bucket] = cut
-        images = np.zeros((bucket, *self._manifest.input.shape[1:]), np.uint8)
-        times = []
-        for _ in range(TRIALS):
-            started = time.perf_counter_ns()
-            self.run(images)
-            times.append(time.perf_counter_ns() - started)
-        return statistics.median(times)
+    def _make_batch(self, images: int) -> Images:
+        return np.zeros((images, *self._manifest.input.shape[1:]), np.uint8)
 
 
 class Slot:
     """Buffers, and a binding to them for each bucket."""
 
     def __init__(
-        self, session: onnxruntime.InferenceSession, manifest: Manifest, device: int, buckets: Sequence[int], graph: int
+        self,
+        session: onnxruntime.InferenceSession,
+        manifest: Manifest,
+        device: int,
+        buckets: Sequence[int],
+        graphs: bool,
     ) -> None:
         """Bind.
 
@@ -282,26 +290,26 @@ class Slot:
             manifest: Names its input and output.
             device: Number of the GPU.
             buckets: Batch sizes, ascending.
-            graph: Number of the first bucket's CUDA graph, the others follow; 0 for none, as in onnxruntime.
+            graphs: Whether each is a CUDA graph.
         """
         _, height, width, channels = manifest.input.shape
         image_shape, classes = (height, width, channels), manifest.output.shape[1]
-        self.buffers = Buffers(device, buckets[-1], image_shape, classes)
+        self._buffers = Buffers(device, buckets[-1], image_shape, classes)
         self._buckets, self._runs = buckets, {}
-        for number, bucket in enumerate(buckets):
+        for number, bucket in enumerate(buckets, start=1):  # onnxruntime takes 0 for no graph
             binding, options = session.io_binding(), onnxruntime.RunOptions()
-            buffers, place = self.buffers, ("cuda", device)
+            buffers, place = self._buffers, ("cuda", device)
             binding.bind_input(manifest.input.name, *place, np.uint8, (bucket, *image_shape), buffers.images)
             binding.bind_output(manifest.output.name, *place, np.float32, (bucket, classes), buffers.probabilities)
-            if graph:
-                options.add_run_config_entry("gpu_graph_id", str(graph + number))
+            if graphs:
+                options.add_run_config_entry("gpu_graph_id", str(number))
             self._runs[bucket] = partial(session.run_with_iobinding, binding, options)
 
-    def compute(self, probabilities: Probabilities) -> None:
-        """Compute the images that were sent, as many as there are rows to fill; those of earlier batches pad them."""
-        self.buffers.wait()
-        self._runs[find_bucket(self._buckets, len(probabilities))]()
-        self.buffers.fetch(probabilities)
+    def compute(self, images: Images, probabilities: Probabilities) -> None:
+        """Fill in the probabilities of images, at most as many as the last bucket holds; earlier images pad them."""
+        self._buffers.send(images)
+        self._runs[find_bucket(self._buckets, len(images))]()
+        self._buffers.fetch(probabilities)
 
 
 def list_buckets(max_batch: int) -> tuple[int, ...]:
@@ -312,6 +320,16 @@ def list_buckets(max_batch: int) -> tuple[int, ...]:
 def find_bucket(buckets: Sequence[int], images: int) -> int:
     """Return the first bucket that holds so many images, or the last."""
     return next((bucket for bucket in buckets if bucket >= images), buckets[-1])
+
+
+def find_options(path: Path, manifest: Manifest) -> Options:
+    """Return how onnxruntime's CUDA provider computes an ONNX file fastest and as it was certified."""
+    return HALF if find_precision(path, manifest) == "fp16" else FULL
+
+
+def find_precision(path: Path, manifest: Manifest) -> str | None:
+    """Return the precision of an ONNX file, None where the manifest does not name it."""
+    return {variant.path: variant.precision for variant in manifest.certificate.variants}.get(path.name)
 
 
 def _tensorrt(path: Path, manifest: Manifest, max_batch: int) -> list[tuple[str, Options]]:
@@ -325,9 +343,8 @@ def _tensorrt(path: Path, manifest: Manifest, max_batch: int) -> list[tuple[str,
     def profile(images: int) -> str:
         return f"{manifest.input.name}:{'x'.join(map(str, (images, *shape)))}"
 
-    precision = {variant.path: variant.precision for variant in manifest.certificate.variants}.get(path.name)
     options = {
-        "trt_fp16_enable": "1" if precision == "fp16" else "0",
+        "trt_fp16_enable": "1" if find_precision(path, manifest) == "fp16" else "0",
         "trt_profile_min_shapes": profile(1),
         "trt_profile_opt_shapes": profile(max_batch),
         "trt_profile_max_shapes": profile(max_batch),

@@ -16,7 +16,7 @@ from export import manifest as manifests
 from export.manifest import Manifest, Variant
 from resnet import BadInput
 from serving import cuda, tuning
-from serving.batcher import Batcher, Queue
+from serving.batcher import Batcher, Queue, Threads
 from serving.batching import Batching
 from serving.cost import CostCurve
 from serving.engine import Device, Engine, Images, OnnxEngine, Probabilities
@@ -98,7 +98,7 @@ def load(
         raise BadInput(f"--runtime openvino computes on the CPU; leave out --device {device}")
     gpu = None if runtime == "openvino" else cuda.choose(path, manifest, device, batching.max_batch)
     if gpu:
-        return start(manifest, gpu, batching, precision, gpu.curve, lanes=gpu.lanes)
+        return start(manifest, gpu, batching, precision, gpu.curve, lanes=gpu.lanes, leaders=gpu)
     if not (tune or runtime == "openvino"):
         return start(manifest, OnnxEngine(path, manifest), batching, precision)
     ways = list_ways(runtime)
@@ -130,6 +130,7 @@ def start(
     plan: str = "",
     lanes: int = 1,
     spare: int = 0,
+    leaders: Threads | None = None,
 ) -> Model:
     """Put an engine behind a batcher, once it has run the smallest and the largest batch.
 
@@ -142,6 +143,7 @@ def start(
         plan: How it computes, for people.
         lanes: Batches that it computes at a time.
         spare: Further ones, for which no cores of their own are there.
+        leaders: Threads from which it computes, where not every thread will do.
     """
     for size in (1, batching.max_batch):
         engine.run(np.zeros((size, *manifest.input.shape[1:]), np.uint8))
@@ -153,7 +155,7 @@ def start(
         statistics.batch(len(images), time.perf_counter_ns() - started)
         return probabilities
 
-    return Model(manifest, engine, Batcher(run, batching, curve, lanes, spare), statistics, precision, plan)
+    return Model(manifest, engine, Batcher(run, batching, curve, lanes, spare, leaders), statistics, precision, plan)
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ class _NativeCall(UnaryCall):
     """
 
     def __init__(self, front: NativeFront, number: int, path: str, method: Method, details: Any) -> None:
-        super().__init__(method.begin, path[1:], self, lambda response: response.SerializeToString())
+        super().__init__(method.begin, path.rpartition(".")[2], self, lambda response: response.SerializeToString())
         self._front, self.number, self.path, self._unary = front, number, path, method
         self._metadata, self._peer, remaining = details
         self._deadline = None if remaining is None else time.monotonic() + remaining

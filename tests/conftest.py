@@ -118,7 +118,7 @@ def transport(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def address(repository: Path, transport: Any) -> Iterator[str]:
+def address(repository: Path, transport: str) -> Iterator[str]:
     """A server of the model repository, on a free port."""
     from serving import models
     from serving.limits import Limits

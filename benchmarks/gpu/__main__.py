@@ -10,7 +10,7 @@ failure costs no other part. Figures are written to OUT/results.jsonl as they co
   clients        `resnet serve` with an unmodified tritonclient
   tactics        what options of onnxruntime's CUDA provider bring, batches that stay on the GPU
   loops          resident: batches stay on the GPU, nothing is faster; raw: copied there and back; engine:
-                 `serving.cuda` as it is served; and that without copies that overlap, and without CUDA graphs
+                 `serving.cuda` as it is served, and that without CUDA graphs
   served         requests to a server process, by h2load: many images each, and single ones
   keras          the original in `jax.jit`
   training       `resnet train` on JAX
@@ -66,7 +66,6 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600, metavar="S", help="the whole run may take")
     parser.add_argument("--data", default="digits", help="images to train with (default: digits)")
     parser.add_argument("--epochs", type=int, default=30, metavar="N", help="of the training")
-    parser.add_argument("--nhwc", default="", help="precisions to compute in NHWC, as fp16,fp32 (default: none)")
     parser.add_argument("--tiny", action="store_true", help="the shortest run that shows that everything works")
     parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder for what is found (default: gpu)")
     args = parser.parse_args()
@@ -75,28 +74,16 @@ def main() -> int:
         file.write(json.dumps({"kind": "machine", **report.machine()}) + "\n")
     end, wanted, failed = time.monotonic() + args.seconds, args.parts.split(","), False
     for part in (part for part in PARTS if part.name in wanted):
-        left = end - time.monotonic()
-        failed |= left < 1 or not run(part, args, min(part.seconds, left))
+        failed |= not run(part, args, min(part.seconds, max(0.0, end - time.monotonic())))
     report.plot(args.out)
     print(report.describe(args.out), flush=True)
     return int(failed)
 
 
 def run(part: Part, args: argparse.Namespace, seconds: float) -> bool:
-    """Run a part for at most so long, and return whether it came to its end."""
-    options = [
-        "--device",
-        args.device,
-        "--out",
-        args.out,
-        "--data",
-        args.data,
-        "--epochs",
-        args.epochs,
-        "--nhwc",
-        args.nhwc,
-    ]
-    command = [sys.executable, "-m", f"benchmarks.gpu.{part.name}", *args.folders, *options, *["--tiny"] * args.tiny]
+    """Run a part for at most so long, and return whether it came to its end without a failure."""
+    command = [sys.executable, "-m", f"benchmarks.gpu.{part.name}", *args.folders, "--device", args.device]
+    command += ["--out", args.out, "--data", args.data, "--epochs", args.epochs, *["--tiny"] * args.tiny]
     started = time.monotonic()
     # A session of its own: what it has started ends with it.
     process = subprocess.Popen([*map(str, command)], start_new_session=True)
@@ -105,10 +92,9 @@ def run(part: Part, args: argparse.Namespace, seconds: float) -> bool:
     code = process.wait()
     limit.cancel()
     took = time.monotonic() - started
+    line = {"kind": "part", "name": part.name, "seconds": took, "limit": seconds, "code": code}
     with (args.out / "results.jsonl").open("a") as file:
-        file.write(
-            json.dumps({"kind": "part", "name": part.name, "seconds": took, "limit": seconds, "code": code}) + "\n"
-        )
+        file.write(json.dumps(line) + "\n")
     outcome = "done" if not code else f"ended at its limit of {seconds:.0f} s" if code < 0 else "failed"
     print(f"=== {part.name}: {outcome}, {took:.0f} s", flush=True)
     return not code

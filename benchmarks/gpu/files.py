@@ -16,7 +16,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from export import manifest as manifests
-from export.manifest import Certificate, Cost, Manifest, Preprocessing, TensorSpec
+from export.manifest import Budget, Certificate, Cost, Manifest, Preprocessing, TensorSpec, Variant
 from resnet import BadInput
 from serving import cuda
 from serving.cuda import Tactics
@@ -38,7 +38,6 @@ def parse_args(description: str | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--out", type=Path, default=Path("gpu"))
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--nhwc", default="")
     return parser.parse_args()
 
 
@@ -78,6 +77,7 @@ def describe(path: Path) -> Manifest:
     (image, *others), (output, *_) = session.get_inputs(), session.get_outputs()
     if others or image.type != "tensor(uint8)" or len(image.shape) != 4 or output.type != "tensor(float)":
         raise BadInput(f"{path} does not map uint8 images to float32 probabilities; `resnet export` makes such files")
+    variant = Variant("onnx", path.name, PRECISIONS.get(path.name, "fp32"), "", Budget(), [], {})
     return Manifest(
         format=manifests.FORMAT,
         model=path.stem,
@@ -93,13 +93,8 @@ def describe(path: Path) -> Manifest:
         cpu="",
         training=None,
         files={},
-        certificate=Certificate(0, "", 0.0, []),
+        certificate=Certificate(0, "", 0.0, [variant]),
     )
-
-
-def choose_options(path: Path, nhwc: str) -> dict[str, str]:
-    """Return the options of the CUDA provider for a file; `nhwc` names precisions, with commas between them."""
-    return {"prefer_nhwc": "1"} if PRECISIONS.get(path.name) in nhwc.split(",") else {}
 
 
 def open_engine(path: Path, about: Manifest, device: str, max_batch: int, tactics: Tactics = cuda.QUICK) -> Engine:

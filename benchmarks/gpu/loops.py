@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from benchmarks.gpu.files import (
     Images,
     Results,
-    choose_options,
     describe,
     list_batches,
     list_files,
@@ -70,8 +69,8 @@ class RawLoop:
         self._bound[len(images)][1]()
 
     def _open(self, path: Path, about: Manifest, batches: Sequence[int], device: str, more: Mapping[str, str]) -> None:
-        options = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0", "enable_cuda_graph": str(int(self.graphs))}
-        providers: list[Any] = [("CUDAExecutionProvider", options | dict(more))] if device == "cuda" else []
+        options = {"enable_cuda_graph": str(int(self.graphs)), **cuda.find_options(path, about), **more}
+        providers: list[Any] = [("CUDAExecutionProvider", options)] if device == "cuda" else []
         session = onnxruntime.InferenceSession(
             path, providers=[*providers, "CPUExecutionProvider"], enable_fallback=False
         )
@@ -121,25 +120,29 @@ class Loops:
 
     def __init__(self, path: Path, args: argparse.Namespace, results: Results) -> None:
         """Prepare to measure a file."""
-        self._path, self._device, self._results = path, args.device, results
-        self._options = choose_options(path, args.nhwc)
-        tiny = args.tiny
-        self._about = describe(path)
-        self._batches, self._seconds = list_batches(self._about, tiny), 0.02 if tiny else SECONDS
+        self._path, self._device, self._tiny, self._results = path, args.device, args.tiny, results
+        self._seconds = 0.02 if args.tiny else SECONDS
+
+    @cached_property
+    def _about(self) -> Manifest:
+        return describe(self._path)
+
+    @property
+    def _batches(self) -> Sequence[int]:
+        return list_batches(self._about, self._tiny)
 
     def raw(self) -> None:
         """Measure onnxruntime by itself, with copies and without."""
         started = time.monotonic()
-        loop = RawLoop(self._path, self._about, self._batches, self._device, self._options)
+        loop = RawLoop(self._path, self._about, self._batches, self._device)
         taken = time.monotonic() - started
         self._measure("raw", loop.run, taken)
         self._measure("resident", loop.run_resident, taken)
 
-    def engine(self, way: str, overlap: bool | None = None) -> None:
+    def engine(self, way: str, graphs: bool = True) -> None:
         """Measure the engine that is served."""
-        tactics = Tactics(overlap=overlap, options=self._options)
         started = time.monotonic()
-        engine = open_engine(self._path, self._about, self._device, max(self._batches), tactics)
+        engine = open_engine(self._path, self._about, self._device, max(self._batches), Tactics(graphs))
         self._measure(way, engine.run, time.monotonic() - started)
 
     def _measure(self, way: str, run: Callable[[Images], object], start_seconds: float) -> None:
@@ -159,7 +162,7 @@ def main() -> None:
         results.attempt(f"{title(path)} raw", loops.raw)
         results.attempt(f"{title(path)} engine", partial(loops.engine, "engine"))
         if args.device == "cuda" and path.parent.parent.name == "resnet18":
-            results.attempt(f"{title(path)} no overlap", partial(loops.engine, "no overlap", overlap=False))
+            results.attempt(f"{title(path)} no graphs", partial(loops.engine, "no graphs", graphs=False))
     results.end()
 
 

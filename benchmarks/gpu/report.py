@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from benchmarks.environment import describe as describe_machine
 from benchmarks.gpu.files import read
 
 LIBRARIES = ("cuda-bindings", "grpcio", "jax", "keras", "numpy", "nvidia-cudnn-cu13", "pygrpc-native")
-WAYS = ("resident", "raw", "engine", "no overlap", "served", "Keras on JAX")
+WAYS = ("resident", "raw", "engine", "no graphs", "served", "Keras on JAX")
 
 Line = Mapping[str, Any]
 
@@ -81,7 +82,7 @@ def describe(folder: Path) -> str:
             (
                 (
                     line["file"],
-                    line["transport"] + ("" if line["switch_ms"] == 5 else f", {line['switch_ms']:g} ms"),
+                    line["transport"],
                     f"{line['images']} x {line['in_flight']}",
                     f"{line['rate']:,.0f}/s" if line["rate"] else "",
                     f"{line['images_per_second']:,.0f}",
@@ -116,25 +117,36 @@ def rates(lines: Sequence[Line]) -> dict[tuple[str, int], dict[str, float]]:
 
 
 def plot(folder: Path) -> None:
-    """Draw images per second over images a request, a panel for each file, into gpu.png."""
+    """Draw images per second over images a request, a panel for each file, into gpu.svg."""
+    import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, LogLocator, ScalarFormatter
 
     found = rates(read(folder))
-    if not found:
-        return
     files = sorted({file for file, _ in found})
-    figure = Figure(figsize=(5 * len(files), 4), layout="constrained")
-    for axes, file in zip(figure.subplots(1, len(files), squeeze=False)[0], files, strict=True):
-        for way in WAYS:
+    if not files:
+        return
+    rows = math.ceil(len(files) / 2)
+    figure = Figure(figsize=(5 * min(2, len(files)), 3.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, min(2, len(files)), squeeze=False).flatten()
+    for axes in panels[len(files) :]:
+        axes.set_visible(False)
+    for axes, file in zip(panels, files, strict=False):
+        for number, way in enumerate(WAYS):
             points = sorted((images, row[way]) for (name, images), row in found.items() if name == file and way in row)
             if points:
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=way)
-        axes.set(title=file, xlabel="images a request", xscale="log", yscale="log")
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=way, color=f"C{number}")
+        axes.set(title=file, xlabel="images a request", ylabel="images/s", xscale="log", yscale="log")
+        axes.set_xticks([images for name, images in found if name == file])
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-        axes.set_ylabel("images/s")
-    figure.savefig(folder / "gpu.png", dpi=110)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gpu"}):  # text stays text: small, and the same
+        figure.savefig(folder / "gpu.svg", metadata={"Date": None})
 
 
 def _kind(lines: Iterable[Line], kind: str) -> list[Line]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,6 @@ import numpy as np
 from benchmarks import h2load
 from benchmarks.gpu.files import (
     Results,
-    choose_options,
     describe,
     list_batches,
     list_files,
@@ -32,12 +32,11 @@ from protos import inference_pb2 as pb
 from resnet import CheckFailed
 from serving import models, native
 from serving.batching import Batching
-from serving.cuda import Tactics
+from serving.cuda import CudaEngine, EnginePool
 from serving.limits import Limits
 from serving.server import Server
 
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
-SWITCH_MS = 5.0  # how long a thread of Python may keep the others waiting; 5 is Python's own
 CONNECTIONS, THREADS = 8, 6  # of h2load
 SINGLES_IN_FLIGHT = (32, 128, 512)
 IMAGES_IN_FLIGHT = 1024  # four of the largest batches: the server never waits for its clients
@@ -48,20 +47,20 @@ MAX_QUEUE, MAX_CALLS = 16384, 2048
 class Service:
     """One file behind one transport, for as long as it is measured."""
 
-    def __init__(
-        self, path: Path, transport: str, args: argparse.Namespace, results: Results, switch_ms: float = SWITCH_MS
-    ) -> None:
+    def __init__(self, path: Path, transport: str, args: argparse.Namespace, results: Results) -> None:
         """Prepare to measure."""
-        self._path, self._transport, self._results, self._switch_ms = path, transport, results, switch_ms
-        self._device, self._tiny, self._nhwc = args.device, args.tiny, args.nhwc
-        self._about, self._seconds = describe(path), 0.1 if args.tiny else SECONDS
+        self._path, self._transport, self._results = path, transport, results
+        self._device, self._tiny, self._seconds = args.device, args.tiny, 0.3 if args.tiny else SECONDS
+
+    @cached_property
+    def _about(self) -> Manifest:
+        return describe(self._path)
 
     def measure(self) -> None:
         """Serve, and measure all requests."""
         batches = list_batches(self._about, self._tiny)
         started = time.monotonic()
         options = ["--device", self._device, "--transport", self._transport, "--max-batch", str(max(batches))]
-        options += ["--switch-ms", str(self._switch_ms), "--nhwc", self._nhwc]
         command = [sys.executable, "-m", "benchmarks.gpu.served", str(self._path), "--serve", *options]
         with ServerProcess(command) as server:
             address = server.address
@@ -70,8 +69,6 @@ class Service:
             for in_flight in (8,) if self._tiny else SINGLES_IN_FLIGHT:
                 best = max(best, self._load(address, 1, in_flight))
             self._load(address, 1, 8 if self._tiny else max(SINGLES_IN_FLIGHT), rate=SHARE * best)
-            if self._switch_ms != SWITCH_MS:
-                return
             for images in reversed(batches[1:] if self._transport == "native" else batches[-1:]):
                 in_flight = max(CONNECTIONS, IMAGES_IN_FLIGHT // images)
                 self._load(address, images, in_flight - in_flight % CONNECTIONS)
@@ -87,7 +84,6 @@ class Service:
             "served",
             file=title(self._path),
             transport=self._transport,
-            switch_ms=self._switch_ms,
             images=images,
             in_flight=in_flight,
             rate=rate,
@@ -112,10 +108,12 @@ def pack(about: Manifest, images: int) -> bytes:
 def serve(args: argparse.Namespace) -> None:
     """Serve one file until the process is ended."""
     about = describe(args.file)
-    tactics = Tactics(options=choose_options(args.file, args.nhwc))
-    engine = open_engine(args.file, about, args.device, args.max_batch, tactics)
+    engine = open_engine(args.file, about, args.device, args.max_batch)
     batching = Batching(max_batch=args.max_batch, max_queue=MAX_QUEUE, max_queue_ms=1e9)
-    model = models.start(about, engine, batching, curve=getattr(engine, "curve", None))
+    if isinstance(engine, CudaEngine | EnginePool):
+        model = models.start(about, engine, batching, curve=engine.curve, lanes=engine.lanes, leaders=engine)
+    else:
+        model = models.start(about, engine, batching)
     limits = Limits(max_images=args.max_batch, max_calls=MAX_CALLS, max_streams=MAX_CALLS)
     with Server(models.Models([model]), "127.0.0.1", 0, limits, transport=args.transport) as server:
         print(f"serving on {server.address}", flush=True)
@@ -132,11 +130,7 @@ def main() -> None:
         parser.add_argument("--device", default="cuda")
         parser.add_argument("--transport", default="native")
         parser.add_argument("--max-batch", type=int, default=256)
-        parser.add_argument("--nhwc", default="")
-        parser.add_argument("--switch-ms", type=float, default=SWITCH_MS)
-        given = parser.parse_args()
-        sys.setswitchinterval(given.switch_ms / 1000)
-        serve(given)
+        serve(parser.parse_args())
         return
     args = parse_args(__doc__)
     results = Results(args)
@@ -144,8 +138,6 @@ def main() -> None:
     if native.SUPPORTED:
         for path in files:
             results.attempt(f"{title(path)} on native", Service(path, "native", args, results).measure)
-        what = f"{title(files[-1])} on native, threads switch after 0.5 ms"
-        results.attempt(what, Service(files[-1], "native", args, results, 0.5).measure)
     for path in (files[-1], files[0]):
         results.attempt(f"{title(path)} on grpcio", Service(path, "grpcio", args, results).measure)
     results.end()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +12,16 @@ from numpy.typing import NDArray
 
 from benchmarks.gpu.files import TINY_BATCHES, Results, describe, list_batches, list_files, parse_args, title
 from benchmarks.gpu.loops import SECONDS, RawLoop, make_batch, measure
+from export.manifest import Manifest
+from serving import cuda
 
 OPTIONS: Mapping[str, Mapping[str, str]] = {
     "as served": {},
     "NHWC": {"prefer_nhwc": "1"},
+    "NCHW": {"prefer_nhwc": "0"},
     "TF32": {"use_tf32": "1"},
     "NHWC, TF32": {"prefer_nhwc": "1", "use_tf32": "1"},
-    "conv and bias fused": {"fuse_conv_bias": "1"},
+    "no TF32": {"use_tf32": "0"},
     "EXHAUSTIVE": {"cudnn_conv_algo_search": "EXHAUSTIVE"},
     "NHWC, EXHAUSTIVE": {"prefer_nhwc": "1", "cudnn_conv_algo_search": "EXHAUSTIVE"},
 }
@@ -29,16 +32,27 @@ class Trials:
 
     def __init__(self, path: Path, device: str, tiny: bool, results: Results) -> None:
         """Prepare to try."""
-        self._path, self._device, self._results = path, device, results
-        self._about, self._seconds = describe(path), 0.02 if tiny else SECONDS
-        few = list_batches(self._about, tiny)
-        self._batches = TINY_BATCHES if tiny else (1, 32, max(few))
+        self._path, self._device, self._tiny, self._results = path, device, tiny, results
+        self._seconds = 0.02 if tiny else SECONDS
+        self._tried: list[Mapping[str, str]] = []
         self._expected: NDArray[np.float32] | None = None
 
+    @cached_property
+    def _about(self) -> Manifest:
+        return describe(self._path)
+
+    @property
+    def _batches(self) -> Sequence[int]:
+        return TINY_BATCHES if self._tiny else (1, 32, max(list_batches(self._about, tiny=False)))
+
     def attempt(self, option: str) -> None:
-        """Measure one option."""
+        """Measure one option, unless it is another's."""
+        options = {"prefer_nhwc": "0", **cuda.find_options(self._path, self._about), **OPTIONS[option]}
+        if options in self._tried:
+            return
+        self._tried.append(options)
         started = time.monotonic()
-        loop = RawLoop(self._path, self._about, self._batches, self._device, OPTIONS[option])
+        loop = RawLoop(self._path, self._about, self._batches, self._device, options)
         taken = time.monotonic() - started
         answers = loop.run(make_batch(self._about, max(self._batches)))
         if self._expected is None:
@@ -65,8 +79,7 @@ def main() -> None:
     for path in reversed(list_files(args.folders, "fp32", "fp16")):
         trials = Trials(path, args.device, args.tiny, results)
         for option in OPTIONS if args.device == "cuda" else ("as served",):
-            if "TF32" not in option or path.name != "model.fp16.onnx":
-                results.attempt(f"{title(path)}, {option}", partial(trials.attempt, option))
+            results.attempt(f"{title(path)}, {option}", partial(trials.attempt, option))
     results.end()
 
 

@@ -92,10 +92,15 @@ def test_a_broken_budget_is_named(changes: dict[str, float], message: str) -> No
 
 
 def test_a_budget_of_accuracy_allows_other_answers_but_not_worse_ones() -> None:
-    """Half a point: 0.2 points less is within it, a point less is not, and what is no number is not."""
+    """Half a point: 0.2 points less is within it, a point less is not, and what is no number is not. A loss of exactly
+    the budget is within it too, though 0.9 - 0.899 is more than 0.001 to a computer.
+    """
     drop = Budget(accuracy_drop=0.005)
     parity.check(certificate(drop, accuracy=0.898, max_difference=0.3, top1_disagreements=5))
     parity.check(certificate(drop, accuracy=0.99))
+    parity.check(certificate(Budget(accuracy_drop=0.001), accuracy=0.899))
+    with pytest.raises(BudgetError, match="is 89.80%, 0.20 points below"):
+        parity.check(certificate(Budget(accuracy_drop=0.001), accuracy=0.898))
     with pytest.raises(BudgetError, match="is 89.00%, 1.00 points below Keras' 90.00%; 0.5 are allowed"):
         parity.check(certificate(drop, accuracy=0.89))
     with pytest.raises(BudgetError, match="is nan%"):

@@ -4,7 +4,7 @@ The fake is as strict as CUDA: a copy happens when its stream is waited for, a g
 it was recorded with, and belongs to the thread that recorded it.
 """
 
-# ruff: noqa: ARG002, D102, N801, N815  (methods have the names and arguments of what they stand for)
+# ruff: noqa: D102, N801, N815  (methods have the names and arguments of what they stand for)
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ class Machine:
         partial: Whether a node of the model is left to the CPU, which onnxruntime finds out at once.
         failure: What the next run raises.
         on_run: Is called within each run, with its device.
+        unplanned: Half-precision models that were denied the tensor cores: cuDNN has no plan for their convolutions.
         runs: All runs.
         sessions: The options of CUDA's provider for each session, and those of TensorRT's.
-        sent: Counts the copies to a GPU that have begun.
         allocated: Bytes by address, on GPUs and pinned.
     """
 
@@ -75,9 +75,9 @@ class Machine:
     partial: bool = False
     failure: Exception | None = None
     on_run: Callable[[int], object] = lambda _: None
+    unplanned: list[str] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     sessions: list[dict[str, dict[str, str]]] = field(default_factory=list)
-    sent: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     allocated: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -136,8 +136,6 @@ class CudaRuntime:
         on_gpu = to if kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice else source
         assert size <= len(self._machine.allocated[on_gpu])
         self._streams[stream].append((to, source, size))
-        if kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice:
-            self._machine.sent.release()
         return (SUCCESS,)
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
@@ -242,6 +240,8 @@ class Session:
         given = {one[0]: one[1] for one in providers if isinstance(one, tuple)}
         machine.sessions.append(given)
         self._graphs = given["CUDAExecutionProvider"]["enable_cuda_graph"] == "1"
+        if "fp16" in path.name and given["CUDAExecutionProvider"]["use_tf32"] == "0":
+            machine.unplanned.append(path.name)
         if self._graphs and machine.partial:
             raise RuntimeError("not all nodes are on the CUDA provider")
         self._providers = [one for one in [*given, "CPUExecutionProvider"] if one in machine.starts]

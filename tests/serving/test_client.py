@@ -47,13 +47,13 @@ Encode = Callable[[NDArray[np.uint8]], bytes]
 
 
 @pytest.fixture
-def start(repository: Path) -> Iterator[Callable[..., tuple[Server, models.Model]]]:
+def start(repository: Path, transport: str) -> Iterator[Callable[..., tuple[Server, models.Model]]]:
     """Starts servers of the digits, and stops them in the end."""
     servers: list[Server] = []
 
     def begin(max_queue: int = 1024) -> tuple[Server, models.Model]:
         model = models.load(repository / "digits" / "1", "cpu", Batching(max_queue=max_queue))
-        servers.append(Server(models.Models([model]), "127.0.0.1", 0, Limits()))
+        servers.append(Server(models.Models([model]), "127.0.0.1", 0, Limits(), transport=transport))
         return servers[-1], model
 
     yield begin

@@ -21,12 +21,11 @@ from export.manifest import Budget, Certificate, Cost, Manifest, Preprocessing, 
 from export.repository import models as list_models
 from resnet import BadInput
 from serving import buffers, cuda, models
-from serving.batcher import Batcher
 from serving.batching import Batching
 from serving.cuda import CudaEngine, EnginePool, Tactics
 from tests.serving.fake_gpu import CLASSES, CpuSession, Machine, compute
 
-PLAIN = Tactics(graphs=False, overlap=False)
+PLAIN = Tactics(graphs=False)
 SHAPE = (4, 3, 3)
 
 
@@ -92,11 +91,10 @@ def test_buckets_are_the_powers_of_two_and_the_largest_batch() -> None:
     assert cuda.list_buckets(12) == (1, 2, 4, 8, 12)
 
 
-@pytest.mark.parametrize("overlap", [True, False, None])
 @pytest.mark.parametrize("graphs", [True, False])
-def test_every_batch_size_is_answered(machine: Machine, path: Path, graphs: bool, overlap: bool | None) -> None:
+def test_every_batch_size_is_answered(machine: Machine, path: Path, graphs: bool) -> None:
     """Up to and beyond the largest bucket, whatever the tactics; no padding comes back, and no answer of before."""
-    engine = cuda.load(path, about(), "cuda", 12, Tactics(graphs, overlap))
+    engine = cuda.load(path, about(), "cuda", 12, Tactics(graphs))
     for images in (*range(1, 26), *range(25, 0, -1)):
         assert_answers(engine.run, pixels(images, seed=images))
     assert engine.provider == "CUDAExecutionProvider"
@@ -117,10 +115,10 @@ def test_each_bucket_is_warm_before_the_first_request(machine: Machine, path: Pa
     assert len(machine.sessions) == 1
 
 
-def test_each_bucket_of_each_slot_has_a_graph_of_its_own(machine: Machine, path: Path) -> None:
+def test_each_bucket_has_a_graph_of_its_own(machine: Machine, path: Path) -> None:
     """A graph knows one shape and one pair of addresses; none has the number 0, which onnxruntime keeps for itself."""
-    cuda.load(path, about(), "cuda", 4, Tactics(overlap=True))
-    assert sorted({(run.graph, run.images) for run in machine.runs}) == [(1, 1), (2, 2), (3, 4), (4, 1), (5, 2), (6, 4)]
+    cuda.load(path, about(), "cuda", 4)
+    assert sorted({(run.graph, run.images) for run in machine.runs}) == [(1, 1), (2, 2), (3, 4)]
 
 
 def test_no_graph_is_asked_for_where_there_is_none(machine: Machine, path: Path) -> None:
@@ -129,24 +127,9 @@ def test_no_graph_is_asked_for_where_there_is_none(machine: Machine, path: Path)
     assert {run.graph for run in machine.runs} == {0}
 
 
-def test_one_half_is_copied_while_the_other_is_computed(machine: Machine, path: Path) -> None:
-    """The copy of the second begins before the run of the first has ended."""
-    engine = cuda.load(path, about(), "cuda", 8, Tactics(overlap=True))
-    while machine.sent.acquire(blocking=False):
-        pass
-    machine.runs.clear()
-    # The first run ends once both copies have begun; the second finds none to wait for.
-    copies = iter([2, 0])
-    begun: list[bool] = []
-    machine.on_run = lambda _: begun.extend(machine.sent.acquire(timeout=10) for _ in range(next(copies)))
-    assert_answers(engine.run, pixels(8))
-    assert begun == [True, True]
-    assert [run.images for run in machine.runs] == [4, 4]
-
-
-def test_batches_are_whole_without_overlap(machine: Machine, path: Path) -> None:
-    """Then one beyond the largest bucket is cut by it."""
-    engine = cuda.load(path, about(), "cuda", 8, Tactics(overlap=False))
+def test_a_batch_beyond_the_largest_bucket_is_cut_by_it(machine: Machine, path: Path) -> None:
+    """The rest has a bucket of its own."""
+    engine = cuda.load(path, about(), "cuda", 8)
     machine.runs.clear()
     assert_answers(engine.run, pixels(19))
     assert [run.images for run in machine.runs] == [8, 8, 4]
@@ -165,7 +148,7 @@ def test_the_curve_has_a_step_for_each_bucket(path: Path) -> None:
 
 def test_a_failed_run_fails_its_batch_only(machine: Machine, path: Path) -> None:
     """The next one is answered; nothing of the failed one is left under way."""
-    engine = cuda.load(path, about(), "cuda", 8, Tactics(overlap=True))
+    engine = cuda.load(path, about(), "cuda", 8)
     machine.failure = RuntimeError("an illegal memory access")
     with pytest.raises(RuntimeError, match="illegal memory access"):
         engine.run(pixels(8))
@@ -243,11 +226,22 @@ def test_a_provider_that_is_asked_for_and_not_got_is_an_error(machine: Machine, 
 
 def test_fp32_is_fp32(machine: Machine, path: Path) -> None:
     """TF32 would be outside the certificate's budget, and a search for kernels would stall the start."""
-    cuda.load(path, about(), "cuda", 2, Tactics(options={"prefer_nhwc": "1"}))
+    cuda.load(path, about(), "cuda", 2, Tactics(options={"fuse_conv_bias": "1"}))
     options = machine.sessions[0]["CUDAExecutionProvider"]
     assert options["use_tf32"] == "0"
     assert options["cudnn_conv_algo_search"] == "HEURISTIC"
-    assert options["prefer_nhwc"] == "1"
+    assert options["fuse_conv_bias"] == "1"
+    assert "prefer_nhwc" not in options
+
+
+def test_fp16_has_the_tensor_cores(machine: Machine, path: Path) -> None:
+    """Denied to fp32, they would be denied to half precision too, which has no other plans; channels come last."""
+    cuda.load(path.with_name("model.fp16.onnx"), about(), "cuda", 2)
+    assert not machine.unplanned
+    assert machine.sessions[0]["CUDAExecutionProvider"]["prefer_nhwc"] == "1"
+    slow = Tactics(options={"use_tf32": "0"})
+    cuda.load(path.with_name("model.fp16.onnx"), about(), "cuda", 2, slow)
+    assert machine.unplanned == ["model.fp16.onnx"]
 
 
 @pytest.mark.parametrize(("file", "half"), [("model.onnx", "0"), ("model.fp16.onnx", "1")])
@@ -313,24 +307,38 @@ def test_a_failed_batch_leaves_its_gpu_in_the_pool(machine: Machine, path: Path)
     assert {run.device for run in machine.runs} == {0, 1}
 
 
-def test_a_batcher_serves_with_it(machine: Machine, path: Path) -> None:
-    """Requests of many threads, of which each may lead, are computed on the engine's own."""
-    model = models.start(about(), cuda.load(path, about(), "cuda", 4), Batching(max_batch=4, max_queue=100))
-    batcher: Batcher = model.batcher
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_batcher_leads_on_the_threads_that_compute(machine: Machine, path: Path, devices: int) -> None:
+    """Each of which computes on one GPU, whoever sent the requests: no batch changes threads."""
+    machine.devices = devices
+    engine = cuda.load(path, about(), "cuda", 4)
+    threads = {run.device: run.thread for run in machine.runs}
+    machine.runs.clear()
+    led: set[int] = set()
+    run = engine.run
+
+    def watch(images: NDArray[np.uint8]) -> Any:
+        led.add(threading.get_ident())
+        return run(images)
+
+    engine.run = watch  # type: ignore[method-assign]
+    model = models.start(about(), engine, Batching(max_batch=4, max_queue=100), lanes=engine.lanes, leaders=engine)
+    led.clear()  # of those that warmed it up
+    batcher = model.batcher
     with ThreadPoolExecutor(8) as callers:
         requests = [pixels(1 + seed % 6, seed) for seed in range(40)]
         for request, answer in zip(requests, callers.map(batcher.submit, requests), strict=True):
             np.testing.assert_array_equal(answer.probabilities, compute(request))
-    assert len({run.thread for run in machine.runs}) == 1
+    assert led <= set(threads.values())
+    assert {(run.device, run.thread) for run in machine.runs} <= set(threads.items())
+    assert batcher.drain(10)
 
 
-@pytest.mark.parametrize("overlap", [True, False])
 def test_onnxruntime_itself_takes_what_it_is_given(
     machine: Machine,
     repository: Path,
     heldout: tuple[NDArray[np.uint8], NDArray[np.int32]],
     probabilities: NDArray[np.float32],
-    overlap: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Sessions, bindings and runs are its own here, only on the CPU: a real model answers as Keras does."""
@@ -338,7 +346,7 @@ def test_onnxruntime_itself_takes_what_it_is_given(
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: machine.providers)
     monkeypatch.setattr(cuda, "onnxruntime", onnxruntime)
     version = repository / "digits" / "1"
-    engine = cuda.load(version / "model.onnx", manifest.read(version), "cuda", 8, Tactics(overlap=overlap))
+    engine = cuda.load(version / "model.onnx", manifest.read(version), "cuda", 8)
     for images in (1, 3, 8, 21):
         np.testing.assert_allclose(engine.run(heldout[0][:images]), probabilities[:images], atol=1e-5)
 

