@@ -68,6 +68,13 @@ class _Job:
         self.images, self.deadline, self.alive, self.done = images, deadline, alive, done
         self.arrived = time.perf_counter_ns()
 
+    def tell(self, outcome: Outcome) -> None:
+        """Hand the outcome over; who fails to take it harms no other request, nor the thread that leads."""
+        try:
+            self.done(outcome)
+        except Exception:
+            log.exception("an answer was lost")
+
     def refusal(self) -> ServingError | None:
         """Say why there is no use in computing this job, if so."""
         if not self.alive():
@@ -419,14 +426,14 @@ class Batcher(Queue):
     def _answer(self, batch: _Batch, probabilities: Probabilities | None, took: int) -> None:
         """Tell those whose requests were taken what became of them."""
         for job, error in batch.refused:
-            job.done(error)
+            job.tell(error)
         start = 0
         for job in batch.jobs:
             stop = start + len(job.images)
             if probabilities is None:
-                job.done(InternalError("the engine failed; the server's log has the details"))
+                job.tell(InternalError("the engine failed; the server's log has the details"))
             else:
-                job.done(Answer(probabilities[start:stop], batch.began - job.arrived, took, batch.size))
+                job.tell(Answer(probabilities[start:stop], batch.began - job.arrived, took, batch.size))
                 if self._goal:
                     self._goal.learn(batch.began - job.arrived + took)
             start = stop

@@ -91,8 +91,8 @@ class Config(Limits, Batching):
     )
     transport: Literal["grpcio", "native"] = option(
         "grpcio",
-        "what receives calls: grpcio, or native code that takes in several times as many, without TLS and traces, "
-        "for callers that are trusted",
+        "what receives calls: grpcio, or native code that takes in several times as many, for trusted callers: "
+        "it has no TLS, no traces, and fewer limits",
     )
     frontends: int | None = option(
         None,

@@ -149,7 +149,7 @@ def from_rpc(error: grpc.RpcError) -> ServingError:
     """Return what a failed call raised on the server, or what kept it from getting there."""
     trailers: dict[str, Any] = dict(cast(Any, error.trailing_metadata()) or ())  # pairs; the types say otherwise
     image = int(trailers[IMAGE]) if IMAGE in trailers else None
-    raised = _restore(error.code(), error.details(), int(trailers.get(RETRY, 0)), image)
+    raised = _restore(error.code(), error.details(), int(trailers.get(RETRY) or trailers.get(PUSHBACK) or 0), image)
     raised.request_id = trailers.get(REQUEST_ID, "")
     return raised
 

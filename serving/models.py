@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -181,7 +182,8 @@ class Models:
         self._lock = threading.Lock()
         # Replaced whole, never changed: whoever reads it needs no lock.
         self._served: Mapping[str, Served] = {}
-        self._retired: list[Queue] = []
+        # Who still uses a batcher keeps it: when the last request is answered, its engine gives its memory back.
+        self._retired: weakref.WeakSet[Queue] = weakref.WeakSet()
         self._listeners: list[Callable[[str, bool], None]] = []
         for model in models:
             self.put(model)
@@ -296,9 +298,8 @@ class Models:
     def _replace(self, name: str, served: Served) -> None:
         """Put what is served of a model in place of what was; the lock is held."""
         before = self.get(name)
-        # A batcher has no thread to stop: what it still computes is all there is to remember.
-        gone = [model.batcher for number, model in before.versions.items() if served.versions.get(number) is not model]
-        self._retired = [batcher for batcher in (*self._retired, *gone) if not batcher.drain(0)]
+        gone = (model.batcher for number, model in before.versions.items() if served.versions.get(number) is not model)
+        self._retired.update(gone)
         others = {key: value for key, value in self._served.items() if key != name}
         self._served = {**others, name: served} if served.versions or served.refusals else others
         if bool(before.versions) != bool(served.versions):

@@ -31,10 +31,11 @@ from serving.security import TokenInterceptor
 
 try:
     import pygrpc_native
-except ImportError:  # an extra of its own
+except ImportError:  # there are no wheels for every platform
     pygrpc_native = None  # type: ignore[assignment]
 
 SUPPORTED = pygrpc_native is not None
+IO_THREADS = 2  # of the library; with 8 on 16 cores calls took longer, for each of them wakes the interpreter
 BATCH = 64  # calls that are taken over at a time
 QUICK_BYTES = 2**20  # larger requests are taken in on other threads; see `serving.events`
 RESERVED = "grpc-"  # trailers of gRPC's own, which the library refuses to send
@@ -91,14 +92,20 @@ class NativeFront:
         self._methods = list(methods.items())
         self._open: dict[int, _NativeCall] = {}
         self._others = ThreadPoolExecutor(count_cores(), thread_name_prefix="intake")
-        self._folder = tempfile.TemporaryDirectory(prefix="resnet-")
-        socket = f"{self._folder.name}/grpc"
-        fallback.add_insecure_port(f"unix:{socket}")
+        try:
+            self._folder = tempfile.TemporaryDirectory(prefix="resnet-")
+            socket = f"{self._folder.name}/grpc"
+            fallback.add_insecure_port(f"unix:{socket}")
+        except (OSError, RuntimeError) as error:
+            raise BadInput(
+                f"--transport native needs a Unix socket in a temporary folder, which cannot be had ({error}); "
+                "set TMPDIR to a short path that can be written"
+            ) from None
         try:
             self.front = pygrpc_native.NativeGrpcFront(
                 f"{host}:{port}",
                 [(path, False) for path in methods],
-                io_threads=max(2, min(count_cores() // 2, 8)),
+                io_threads=IO_THREADS,
                 call_details=True,
                 keepalive_time_ms=int(limits.keepalive_seconds * 1000),
                 keepalive_timeout_ms=int(limits.keepalive_timeout_seconds * 1000),
@@ -137,13 +144,21 @@ class NativeFront:
                     call = _NativeCall(self, number, path, method, details)
                     try:
                         self._take(call, payload or b"")
-                    except Exception as error:  # this thread is the only one
-                        call.refuse(error)
+                    except Exception as error:
+                        self._refuse(call, error)
                 elif gone := self._open.pop(number, None):
-                    gone.active = False
+                    gone.context.active = False
+
+    def _refuse(self, call: _NativeCall, error: Exception) -> None:
+        """Answer with an error; raise nothing, which would end the only thread that takes calls in."""
+        try:
+            call.refuse(error)
+        except Exception:
+            log.exception("a call was lost")
 
     def _take(self, call: _NativeCall, payload: bytes) -> None:
-        refusal = self._tokens.judge(call.path, call.invocation_metadata(), call.peer()) if self._tokens else None
+        context = call.context
+        refusal = self._tokens.judge(call.path, context.invocation_metadata(), context.peer()) if self._tokens else None
         if refusal:
             call.abort(*refusal)
         elif len(self._open) >= self._limits.max_calls:
@@ -160,34 +175,15 @@ class NativeFront:
             call.take(payload, self._others)
 
 
-class _NativeCall(UnaryCall):
-    """A call under way, and what the servicers take as its context.
+class _Context:
+    """What the servicers ask of a call."""
 
-    Attributes:
-        number: What the library calls it.
-        path: Of its method.
-        active: Whether the caller still waits.
-    """
+    __slots__ = ("_deadline", "_metadata", "_peer", "active")
 
-    def __init__(self, front: NativeFront, number: int, path: str, method: Method, details: Any) -> None:
-        super().__init__(method.begin, path.rpartition(".")[2], self, lambda response: response.SerializeToString())
-        self._front, self.number, self.path, self._unary = front, number, path, method
+    def __init__(self, details: Any) -> None:
         self._metadata, self._peer, remaining = details
         self._deadline = None if remaining is None else time.monotonic() + remaining
         self.active = True
-
-    def take(self, payload: bytes, others: ThreadPoolExecutor | None = None) -> None:
-        """Parse the request and begin, on this thread or, to unpack encoded images, on one of `others`."""
-        try:
-            request = self._unary.request.FromString(payload)
-            if others and self._unary.unpacks(request):
-                others.submit(self.begin, request)
-            else:
-                self.begin(request)
-        except DecodeError:
-            self.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
-        except Exception as error:
-            self.refuse(error)
 
     def time_remaining(self) -> float | None:
         """Return how long the caller still waits, in seconds; None is for ever."""
@@ -206,6 +202,34 @@ class _NativeCall(UnaryCall):
         """Return where the caller is."""
         return str(self._peer)
 
+
+class _NativeCall(UnaryCall):
+    """A call under way.
+
+    Attributes:
+        number: What the library calls it.
+        path: Of its method.
+        context: What is known of its caller.
+    """
+
+    def __init__(self, front: NativeFront, number: int, path: str, method: Method, details: Any) -> None:
+        self.context = _Context(details)
+        super().__init__(method.begin, path.rpartition(".")[2], self.context, _serialize)
+        self._front, self.number, self.path, self._unary = front, number, path, method
+
+    def take(self, payload: bytes, others: ThreadPoolExecutor | None = None) -> None:
+        """Parse the request and begin, on this thread or, to unpack encoded images, on one of `others`."""
+        try:
+            request = self._unary.request.FromString(payload)
+            if others and self._unary.unpacks(request):
+                others.submit(self.begin, request)
+            else:
+                self.begin(request)
+        except DecodeError:
+            self.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
+        except Exception as error:
+            self.refuse(error)
+
     def reply(self, response: bytes) -> None:
         """Send the response."""
         self._front.done(self.number)
@@ -216,3 +240,7 @@ class _NativeCall(UnaryCall):
         self._front.done(self.number)
         sent = [(key, value) for key, value in trailers if not key.startswith(RESERVED)]
         self._front.front.fail(self.number, code.value[0], details, sent)
+
+
+def _serialize(response: Message) -> bytes:
+    return response.SerializeToString()

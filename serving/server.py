@@ -122,6 +122,7 @@ class Server:
         )
         self._front: NativeFront | None = None
         if transport == "native":
+            host = f"[{host}]" if ":" in host and not host.startswith("[") else host  # as clients write it
             methods = {
                 f"/{SERVICE}/Classify": (self._classifier, classifier_pb2.ClassifyRequest),
                 "/inference.GRPCInferenceService/ModelInfer": (inference, inference_pb2.ModelInferRequest),

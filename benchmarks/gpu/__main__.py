@@ -4,7 +4,8 @@ r"""Everything that is to be seen on a GPU, in one run of a few minutes, of whic
   python -m benchmarks.gpu models/*/1 --device cpu --tiny --out gpu     # shows on a CPU that it works
 
 A GPU is often lent for minutes, so each part is a process of its own, which is ended when its time is up, and whose
-failure costs no other part. Figures are written to OUT/results.jsonl as they come; the tables are printed last.
+failure costs no other part. Figures are added to OUT/results.jsonl as they come; the tables of all that is there are
+printed last.
 
   certificates   each ONNX file against the Keras original's answers, on the device
   clients        `resnet serve` with an unmodified tritonclient
@@ -26,17 +27,19 @@ and for some parts manifest.json, heldout.npz, and probabilities.npy: what Keras
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.gpu import report
+from benchmarks.gpu.files import PRECISIONS, list_files
+from resnet import BadInput
 
 
 class Part(NamedTuple):
@@ -67,14 +70,33 @@ def main() -> int:
     parser.add_argument("--data", default="digits", help="images to train with (default: digits)")
     parser.add_argument("--epochs", type=int, default=30, metavar="N", help="of the training")
     parser.add_argument("--tiny", action="store_true", help="the shortest run that shows that everything works")
-    parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder for what is found (default: gpu)")
+    parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder to add what is found to (default: gpu)")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        return run_all(args)
+    except BadInput as error:
+        print(f"benchmarks.gpu: {error}", file=sys.stderr)
+        return 2
+
+
+def run_all(args: argparse.Namespace) -> int:
+    """Run the parts, and return 1 if one failed.
+
+    Raises:
+        BadInput: A part has another name, or a folder has no ONNX file.
+    """
+    wanted, names = args.parts.split(","), [part.name for part in PARTS]
+    if unknown := [name for name in wanted if name not in names]:
+        raise BadInput(f"there is no part {unknown[0]!r}; the parts are {', '.join(names)}")
+    for folder in args.folders:
+        if not list_files([folder], *PRECISIONS.values()):
+            raise BadInput(f"{folder} has no ONNX file: none of {', '.join(PRECISIONS)}")
     args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "results.jsonl").open("a") as file:
-        file.write(json.dumps({"kind": "machine", **report.machine()}) + "\n")
-    end, wanted, failed = time.monotonic() + args.seconds, args.parts.split(","), False
+    _add(args.out, kind="machine", **report.machine())
+    end, failed = time.monotonic() + args.seconds, False
     for part in (part for part in PARTS if part.name in wanted):
-        failed |= not run(part, args, min(part.seconds, max(0.0, end - time.monotonic())))
+        failed |= not run(part, args, min(part.seconds, end - time.monotonic()))
     report.plot(args.out)
     print(report.describe(args.out), flush=True)
     return int(failed)
@@ -82,22 +104,33 @@ def main() -> int:
 
 def run(part: Part, args: argparse.Namespace, seconds: float) -> bool:
     """Run a part for at most so long, and return whether it came to its end without a failure."""
+    if seconds <= 0:
+        print(f"=== {part.name}: left out, for the time is used up", flush=True)
+        _add(args.out, kind="part", name=part.name, seconds=0.0, code=None)
+        return False
     command = [sys.executable, "-m", f"benchmarks.gpu.{part.name}", *args.folders, "--device", args.device]
     command += ["--out", args.out, "--data", args.data, "--epochs", args.epochs, *["--tiny"] * args.tiny]
     started = time.monotonic()
-    # A session of its own: what it has started ends with it.
+    # A session of its own: what it has started ends with it, also when this process is ended.
     process = subprocess.Popen([*map(str, command)], start_new_session=True)
-    limit = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
-    limit.start()
-    code = process.wait()
-    limit.cancel()
+    try:
+        code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        code = None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     took = time.monotonic() - started
-    line = {"kind": "part", "name": part.name, "seconds": took, "limit": seconds, "code": code}
-    with (args.out / "results.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    outcome = "done" if not code else f"ended at its limit of {seconds:.0f} s" if code < 0 else "failed"
+    _add(args.out, kind="part", name=part.name, seconds=took, code=code)
+    outcome = "done" if code == 0 else "failed" if code else f"ended at its limit of {seconds:.3g} s"
     print(f"=== {part.name}: {outcome}, {took:.0f} s", flush=True)
-    return not code
+    return code == 0
+
+
+def _add(folder: Path, **values: object) -> None:
+    with (folder / "results.jsonl").open("a") as file:
+        file.write(json.dumps(values) + "\n")
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def describe(folder: Path) -> str:
             for line in _kind(lines, "training")
         ),
         *(f"failed: {line['what']}: {line['error']}" for line in _kind(lines, "failed")),
-        *(f"{line['name']}: {line['seconds']:.0f} s" for line in _kind(lines, "part")),
+        ", ".join(f"{line['name']} {line['seconds']:.0f} s" for line in _kind(lines, "part")),
     ]
     return "\n\n".join(text for text in texts if text)
 
@@ -110,7 +110,7 @@ def rates(lines: Sequence[Line]) -> dict[tuple[str, int], dict[str, float]]:
     for line in _kind(lines, "loop"):
         found.setdefault((line["file"], line["images"]), {})[line["way"]] = statistics.median(line["rates"])
     for line in _kind(lines, "served"):
-        if line["transport"] == "native" and not line["rate"]:
+        if line["transport"] == "native" and not line["rate"] and line["file"] != "no engine":
             row = found.setdefault((line["file"], line["images"]), {})
             row["served"] = max(row.get("served", 0.0), line["images_per_second"])
     return found

@@ -2,7 +2,8 @@
 
   python -m benchmarks.gpu.served FOLDER ... --device cuda
 
-The server is `serving.server` in one process, on each transport. Clients share its machine.
+The server is `serving.server` in one process, on each transport; once also before an engine that costs nothing, which
+shows what it can take in. Clients share its machine.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks import h2load
 from benchmarks.gpu.files import (
+    Images,
     Results,
     describe,
     list_batches,
@@ -44,12 +47,28 @@ SECONDS, SHARE = 1.0, 0.8  # of a measurement; of what was answered, for the ope
 MAX_QUEUE, MAX_CALLS = 16384, 2048
 
 
+class FreeEngine:
+    """Answers at once, always the same."""
+
+    provider = "none"
+
+    def __init__(self, about: Manifest) -> None:
+        """Answer as many classes as a model has."""
+        self._classes = about.output.shape[1]
+
+    def run(self, images: Images) -> NDArray[np.float32]:
+        """Map uint8 [n, height, width, 3] to float32 [n, classes]."""
+        return np.full((len(images), self._classes), 1 / self._classes, np.float32)
+
+
 class Service:
     """One file behind one transport, for as long as it is measured."""
 
-    def __init__(self, path: Path, transport: str, args: argparse.Namespace, results: Results) -> None:
-        """Prepare to measure."""
-        self._path, self._transport, self._results = path, transport, results
+    def __init__(
+        self, path: Path, transport: str, args: argparse.Namespace, results: Results, free: bool = False
+    ) -> None:
+        """Prepare to measure; `free` leaves out the engine, and all but single images."""
+        self._path, self._transport, self._results, self._free = path, transport, results, free
         self._device, self._tiny, self._seconds = args.device, args.tiny, 0.3 if args.tiny else SECONDS
 
     @cached_property
@@ -61,6 +80,7 @@ class Service:
         batches = list_batches(self._about, self._tiny)
         started = time.monotonic()
         options = ["--device", self._device, "--transport", self._transport, "--max-batch", str(max(batches))]
+        options += ["--free"] * self._free
         command = [sys.executable, "-m", "benchmarks.gpu.served", str(self._path), "--serve", *options]
         with ServerProcess(command) as server:
             address = server.address
@@ -68,9 +88,11 @@ class Service:
             best = 0.0
             for in_flight in (8,) if self._tiny else SINGLES_IN_FLIGHT:
                 best = max(best, self._load(address, 1, in_flight))
+            if self._free:
+                return
             self._load(address, 1, 8 if self._tiny else max(SINGLES_IN_FLIGHT), rate=SHARE * best)
             for images in reversed(batches[1:] if self._transport == "native" else batches[-1:]):
-                in_flight = max(CONNECTIONS, IMAGES_IN_FLIGHT // images)
+                in_flight = CONNECTIONS if self._tiny else max(CONNECTIONS, IMAGES_IN_FLIGHT // images)
                 self._load(address, images, in_flight - in_flight % CONNECTIONS)
 
     def _load(self, address: str, images: int, in_flight: int, rate: float | None = None) -> float:
@@ -82,7 +104,7 @@ class Service:
         p50, p99 = np.percentile(sample.latencies_ms, (50, 99))
         self._results.add(
             "served",
-            file=title(self._path),
+            file="no engine" if self._free else title(self._path),
             transport=self._transport,
             images=images,
             in_flight=in_flight,
@@ -108,7 +130,7 @@ def pack(about: Manifest, images: int) -> bytes:
 def serve(args: argparse.Namespace) -> None:
     """Serve one file until the process is ended."""
     about = describe(args.file)
-    engine = open_engine(args.file, about, args.device, args.max_batch)
+    engine = FreeEngine(about) if args.free else open_engine(args.file, about, args.device, args.max_batch)
     batching = Batching(max_batch=args.max_batch, max_queue=MAX_QUEUE, max_queue_ms=1e9)
     if isinstance(engine, CudaEngine | EnginePool):
         model = models.start(about, engine, batching, curve=engine.curve, lanes=engine.lanes, leaders=engine)
@@ -130,6 +152,7 @@ def main() -> None:
         parser.add_argument("--device", default="cuda")
         parser.add_argument("--transport", default="native")
         parser.add_argument("--max-batch", type=int, default=256)
+        parser.add_argument("--free", action="store_true")
         serve(parser.parse_args())
         return
     args = parse_args(__doc__)
@@ -140,6 +163,9 @@ def main() -> None:
             results.attempt(f"{title(path)} on native", Service(path, "native", args, results).measure)
     for path in (files[-1], files[0]):
         results.attempt(f"{title(path)} on grpcio", Service(path, "grpcio", args, results).measure)
+    for transport in ("native", "grpcio") if native.SUPPORTED else ("grpcio",):
+        free = Service(files[-1], transport, args, results, free=True)
+        results.attempt(f"no engine on {transport}", free.measure)
     results.end()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -48,9 +49,41 @@ def test_a_part_that_takes_too_long_is_ended(repository: Path, tmp_path: Path) -
     assert done.returncode == 1
     assert time.monotonic() - started < 60
     parts = [line for line in files.read(tmp_path) if line["kind"] == "part"]
-    assert [part["code"] for part in parts] == [-9, -9]
+    assert [part["code"] for part in parts] == [None, None]
     assert [part["name"] for part in parts] == ["tactics", "loops"]
-    assert done.stdout.count("ended at its limit") == 2
+    assert "=== tactics: ended at its limit of 0.05 s" in done.stdout
+    assert "=== loops: left out, for the time is used up" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--parts=sreved"], "there is no part 'sreved'; the parts are certificates, clients"),
+        (["{}/nothing"], "nothing has no ONNX file: none of model.onnx"),
+    ],
+)
+def test_what_cannot_be_run_is_said_in_a_sentence(
+    repository: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    """With exit code 2, before anything runs."""
+    given = [argument.format(tmp_path) for argument in arguments]
+    command = [*RUN, str(repository / "digits" / "1"), *given, "--device=cpu", f"--out={tmp_path / 'out'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_part_under_way_ends_with_the_run(repository: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """On a GPU that is lent, nothing may go on unseen."""
+    options = ["--device=cpu", f"--out={tmp_path}", "--parts=loops"]
+    with subprocess.Popen([*RUN, str(repository / "digits" / "1"), *options], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # of the part: it has found something
+        process.send_signal(number)
+        process.stdout.read()  # ends when nobody holds the pipe any more, the part included
+        assert process.wait(30) != 0
 
 
 def test_a_file_that_is_none_costs_no_other(tmp_path: Path, repository: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -477,3 +478,19 @@ def test_a_latency_goal_refuses_what_would_miss_it(pool: ThreadPoolExecutor) -> 
         bench.batcher.submit(images(4, 5))
     bench.compute(2)
     assert [future.result(10).batch_size for future in futures] == [1, 2, 2]
+
+
+def test_who_fails_to_take_an_answer_harms_no_other() -> None:
+    """Neither those in the same batch nor those after it."""
+    engine = GatedEngine()
+    engine.gate.release(10)
+    batcher, answers = Batcher(engine.run), queue.SimpleQueue[Outcome]()
+
+    def fail(_: Outcome) -> None:
+        raise ValueError("the client is gone")
+
+    for _ in range(3):
+        batcher.post(images(1), fail)
+        batcher.post(images(1), answers.put)
+    assert all(isinstance(answers.get(timeout=10), Answer) for _ in range(3))
+    assert batcher.drain(10)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnxruntime
 import pytest
@@ -162,6 +163,33 @@ def test_memory_is_given_back_with_the_engine(machine: Machine, path: Path) -> N
     del engine
     gc.collect()
     assert not machine.allocated
+
+
+def test_a_replaced_version_gives_its_memory_back_with_its_last_answer(machine: Machine, path: Path) -> None:
+    """Not only when the next change comes: the one after it may need the room."""
+
+    def start(version: int) -> models.Model:
+        engine = cuda.load(path, about(), "cuda", 4)
+        which = msgspec.structs.replace(about(), version=version)
+        return models.start(which, engine, Batching(max_batch=4), lanes=engine.lanes, leaders=engine)
+
+    begun, gate = threading.Event(), threading.Event()
+    served = models.Models([start(1)])
+    size = len(machine.allocated)
+    machine.on_run = lambda _: (begun.set(), gate.wait(10))
+    with ThreadPoolExecutor(1) as caller:
+        answer = caller.submit(served.find("shapes").batcher.submit, pixels(2))
+        assert begun.wait(10)
+        machine.on_run = lambda _: None
+        served.put(start(2))
+        served.settle("shapes", {2}, {})
+        assert len(machine.allocated) == 2 * size
+        gate.set()
+        np.testing.assert_array_equal(answer.result(10).probabilities, compute(pixels(2)))
+        del answer
+    served.drain(10)
+    gc.collect()
+    assert len(machine.allocated) == size
 
 
 @pytest.mark.parametrize("flaw", ["captures", "partial"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -171,3 +172,25 @@ def test_what_it_lacks_is_refused(more: dict[str, Any]) -> None:
     """Rather than left out unseen."""
     with pytest.raises(BadInput, match=f"--{next(iter(more)).replace('_', '-')} needs --transport grpcio"):
         config.Config(repository=Path("models"), transport="native", **more)
+
+
+def test_a_folder_without_room_for_a_socket_is_named(
+    loaded: models.Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path of a socket is short."""
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with pytest.raises(BadInput, match="set TMPDIR to a short path that can be written"):
+        serve(loaded)
+    assert not list(folder.iterdir())
+
+
+def test_an_address_with_colons_is_written_as_clients_take_it(loaded: models.Models) -> None:
+    """`::1` is listened on as [::1]."""
+    try:
+        server = Server(loaded, "::1", 0, Limits(), transport="native")
+    except BadInput:
+        pytest.skip("this machine has no IPv6")
+    with server, Client(server.address) as client:
+        assert len(client.classify(np.zeros((1, 32, 32, 3), np.uint8)).images) == 1
