@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import grpc
 import numpy as np
@@ -43,6 +43,15 @@ EXTENSIONS = (
 )
 DATATYPES = {"uint8": "UINT8", "float32": "FP32"}
 PLATFORM = "onnxruntime_onnx"  # Triton's name of it
+LENGTH_DELIMITED = 2  # the wire type of texts, bytes and messages
+LARGE_BYTES = 2**18  # from here on copies of a request cost more than to look for its parts
+
+
+class Split(NamedTuple):
+    """A request, and apart from it its raw contents, which are views of the bytes that came."""
+
+    message: pb.ModelInferRequest
+    raw: Sequence[bytes | memoryview]
 
 
 class Readiness(Protocol):
@@ -188,8 +197,10 @@ class InferenceServicer(GRPCInferenceServiceServicer):
         self._control().unload(request.model_name)
         return pb.RepositoryModelUnloadResponse()
 
-    @computed(unpacks=lambda request: "BYTES" in [tensor.datatype for tensor in request.inputs])
-    def ModelInfer(self, request: pb.ModelInferRequest, context: grpc.ServicerContext) -> Work[pb.ModelInferResponse]:
+    @computed(unpacks=lambda request: "BYTES" in [tensor.datatype for tensor in _split(request).message.inputs])
+    def ModelInfer(
+        self, request: pb.ModelInferRequest | Split, context: grpc.ServicerContext
+    ) -> Work[pb.ModelInferResponse]:
         """Answer one request."""
         return self._infer(request, context)
 
@@ -218,12 +229,13 @@ class InferenceServicer(GRPCInferenceServiceServicer):
                 response.parameters["triton_final_response"].bool_param = True
                 yield pb.ModelStreamInferResponse(infer_response=response)
 
-    def _infer(self, request: pb.ModelInferRequest, context: grpc.ServicerContext) -> Work[pb.ModelInferResponse]:
+    def _infer(self, whole: pb.ModelInferRequest | Split, context: grpc.ServicerContext) -> Work[pb.ModelInferResponse]:
+        request, raw = _split(whole)
         deadline = min(find_deadline(context), _find_timeout(request))
         model = self._find(request.model_name, request.model_version)
         with model.statistics.request() as record:
             top_k, priority = _find_outputs(request, model), to_priority(_find_number(request, "priority"))
-            images = self._images(request, model)
+            images = self._images(request, raw, model)
             record.decoded()
             record.answer = yield Job(model.batcher, images, deadline, priority)
             return _respond(request, model, record.answer.probabilities, top_k)
@@ -245,7 +257,7 @@ class InferenceServicer(GRPCInferenceServiceServicer):
             raise NotFound(f"there is no version 0 of model {name!r}; versions begin with 1")
         return self._models.find(name, int(version))
 
-    def _images(self, request: pb.ModelInferRequest, model: Model) -> Images:
+    def _images(self, request: pb.ModelInferRequest, raw: Sequence[bytes | memoryview], model: Model) -> Images:
         """Return the pixels of the one input, in whichever form they came."""
         wanted = model.manifest.input.name
         if len(request.inputs) != 1 or request.inputs[0].name != wanted:
@@ -254,7 +266,6 @@ class InferenceServicer(GRPCInferenceServiceServicer):
         tensor = request.inputs[0]
         if "shared_memory_region" in tensor.parameters:
             raise Unsupported("this server reads no shared memory; send the tensor in the request")
-        raw = request.raw_input_contents
         if raw and tensor.HasField("contents"):
             raise InvalidRequest(f"contents must not be set beside raw_input_contents, for input {wanted!r}")
         if len(raw) > 1:
@@ -262,7 +273,7 @@ class InferenceServicer(GRPCInferenceServiceServicer):
         shape = list(tensor.shape)
         match tensor.datatype:
             case "BYTES":
-                files = _split(raw[0]) if raw else list(tensor.contents.bytes_contents)
+                files = _unpack(bytes(raw[0])) if raw else list(tensor.contents.bytes_contents)
                 if shape not in ([len(files)], [len(files), 1]):
                     raise InvalidRequest(f"input {wanted!r} has the shape {shape}, but {len(files)} encoded images")
                 return self._intake.decode(files, model)
@@ -274,6 +285,47 @@ class InferenceServicer(GRPCInferenceServiceServicer):
                 return self._intake.read(data, shape, "float32", model)
             case other:
                 raise InvalidRequest(f"input {wanted!r} is UINT8, FP32 or BYTES, not {other!r}")
+
+
+def parse(payload: bytes) -> pb.ModelInferRequest | Split:
+    """Return a request; one that is large without the two copies of its raw contents that protobuf would make.
+
+    Raises:
+        google.protobuf.message.DecodeError: The bytes are no such message.
+    """
+    if len(payload) < LARGE_BYTES:
+        return pb.ModelInferRequest.FromString(payload)
+    view, kept, raw, at = memoryview(payload), [], [], 0
+    try:
+        while at < len(payload):
+            start = at
+            tag, at = _read_varint(payload, at)
+            size, at = _read_varint(payload, at)
+            if tag & 7 != LENGTH_DELIMITED or (end := at + size) > len(payload):
+                return pb.ModelInferRequest.FromString(payload)  # protobuf knows what to make of it
+            if tag >> 3 == pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER:
+                raw.append(view[at:end])
+            else:
+                kept.append(view[start:end])
+            at = end
+    except IndexError:
+        return pb.ModelInferRequest.FromString(payload)
+    return Split(pb.ModelInferRequest.FromString(b"".join(kept)), raw)
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """Return a number of protobuf's encoding, and where the next byte is: seven bits a byte, the lowest first."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
+
+
+def _split(request: pb.ModelInferRequest | Split) -> Split:
+    return request if isinstance(request, Split) else Split(request, request.raw_input_contents)
 
 
 def _check_repository(name: str) -> None:
@@ -374,7 +426,7 @@ def _frame(model: str, version: int, output: str, datatype: str, shape: tuple[in
     return pb.ModelInferResponse(model_name=model, model_version=str(version), outputs=[tensor])
 
 
-def _split(raw: bytes) -> list[bytes]:
+def _unpack(raw: bytes) -> list[bytes]:
     """Take a BYTES tensor apart: each element is its length, 4 bytes little-endian, and its bytes."""
     found, at = [], 0
     while at < len(raw):

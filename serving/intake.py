@@ -40,7 +40,7 @@ class Intake:
         admit = self._count_pixels()
         return np.stack([self._decode(data, index, (height, width), admit) for index, data in enumerate(files)])
 
-    def read(self, data: bytes, shape: Sequence[int], dtype: str, model: Model) -> Images:
+    def read(self, data: bytes | memoryview, shape: Sequence[int], dtype: str, model: Model) -> Images:
         """Return the pixels of a tensor: uint8 [n, height, width, 3].
 
         Args:

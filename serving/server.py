@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal, Self
@@ -16,13 +16,14 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from protos import POOL, classifier_pb2, inference_pb2, tensorflow_serving_pb2
 from protos.classifier_pb2_grpc import add_ClassifierServicer_to_server
 from protos.inference_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
+from protos.tensorflow_serving_pb2 import PredictRequest
 from protos.tensorflow_serving_pb2_grpc import (
     add_ModelServiceServicer_to_server,
     add_PredictionServiceServicer_to_server,
 )
 from resnet import BadInput
 from serving.guard import Guard
-from serving.inference import InferenceServicer, Repository
+from serving.inference import InferenceServicer, Repository, parse
 from serving.intake import Intake
 from serving.limits import Limits
 from serving.models import Models
@@ -42,10 +43,10 @@ SERVICES = tuple(
 Transport = Literal["grpcio", "native"]
 
 
-def _compute(path: str, servicer: Any, request: Any) -> Method:
+def _compute(path: str, servicer: Any, parse: Callable[[bytes], Any]) -> Method:
     """Return a method that `serving.events.computed` decorated, for the native transport."""
     method = getattr(servicer, path.rpartition("/")[2])
-    return Method(partial(method.begin, servicer), method.unpacks, request)
+    return Method(partial(method.begin, servicer), method.unpacks, parse)
 
 
 def _describe() -> DescriptorPool:
@@ -124,11 +125,11 @@ class Server:
         if transport == "native":
             host = f"[{host}]" if ":" in host and not host.startswith("[") else host  # as clients write it
             methods = {
-                f"/{SERVICE}/Classify": (self._classifier, classifier_pb2.ClassifyRequest),
-                "/inference.GRPCInferenceService/ModelInfer": (inference, inference_pb2.ModelInferRequest),
-                "/tensorflow.serving.PredictionService/Predict": (prediction, tensorflow_serving_pb2.PredictRequest),
+                f"/{SERVICE}/Classify": (self._classifier, classifier_pb2.ClassifyRequest.FromString),
+                "/inference.GRPCInferenceService/ModelInfer": (inference, parse),
+                "/tensorflow.serving.PredictionService/Predict": (prediction, PredictRequest.FromString),
             }
-            computing = {path: _compute(path, servicer, request) for path, (servicer, request) in methods.items()}
+            computing = {path: _compute(path, *method) for path, method in methods.items()}
             self._front = NativeFront(host, port, computing, limits, tokens[0] if tokens else None, self._server)
             bound = self._front.port
         else:

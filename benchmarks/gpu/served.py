@@ -67,7 +67,7 @@ class Service:
     def __init__(
         self, path: Path, transport: str, args: argparse.Namespace, results: Results, free: bool = False
     ) -> None:
-        """Prepare to measure; `free` leaves out the engine, and all but single images."""
+        """Prepare to measure; `free` leaves out the engine, and all but single images and the most."""
         self._path, self._transport, self._results, self._free = path, transport, results, free
         self._device, self._tiny, self._seconds = args.device, args.tiny, 0.3 if args.tiny else SECONDS
 
@@ -88,10 +88,9 @@ class Service:
             best = 0.0
             for in_flight in (8,) if self._tiny else SINGLES_IN_FLIGHT:
                 best = max(best, self._load(address, 1, in_flight))
-            if self._free:
-                return
-            self._load(address, 1, 8 if self._tiny else max(SINGLES_IN_FLIGHT), rate=SHARE * best)
-            for images in reversed(batches[1:] if self._transport == "native" else batches[-1:]):
+            if not self._free:
+                self._load(address, 1, 8 if self._tiny else max(SINGLES_IN_FLIGHT), rate=SHARE * best)
+            for images in reversed(batches[1:] if self._transport == "native" and not self._free else batches[-1:]):
                 in_flight = CONNECTIONS if self._tiny else max(CONNECTIONS, IMAGES_IN_FLIGHT // images)
                 self._load(address, images, in_flight - in_flight % CONNECTIONS)
 

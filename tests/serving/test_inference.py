@@ -6,6 +6,7 @@ import asyncio
 import queue
 import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,9 +14,15 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 import tritonclient.grpc.aio as triton_aio
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
+
+from protos import inference_pb2 as pb
+from serving import inference, models
+from serving.limits import Limits
+from serving.server import Server
 
 Heldout = tuple[NDArray[np.uint8], NDArray[np.int32]]
 
@@ -282,3 +289,59 @@ def test_a_bad_request_has_its_code_and_one_sentence(
     assert caught.value.code().name == code  # type: ignore[attr-defined]
     good = service_pb2.ModelInferRequest(model_name="digits", inputs=[image()], raw_input_contents=[PIXELS])
     assert len(stub.ModelInfer(good).raw_output_contents) == 1
+
+
+def test_a_large_request_is_parsed_as_protobuf_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole, cut off, with bytes that were changed, and with fields that nobody knows: the same, or no message."""
+    monkeypatch.setattr(inference, "LARGE_BYTES", 0)
+    rng = np.random.default_rng(0)
+    tensor = pb.ModelInferRequest.InferInputTensor(name="image", datatype="UINT8", shape=[2, 4, 4, 3])
+    request = pb.ModelInferRequest(
+        model_name="digits", id="7", inputs=[tensor, tensor], raw_input_contents=[rng.bytes(96), b"", rng.bytes(300)]
+    )
+    request.parameters["priority"].int64_param = 1
+    whole = request.SerializeToString()
+    unknown = [b"\x98\x06\x05", b"\xa2\x06\x02ab", b"\x9d\x06abcd", b"\x99\x06abcdefgh"]  # varint, bytes, 32, 64 bits
+    payloads = [whole[:size] for size in range(len(whole) + 1)]
+    payloads += [extra + whole for extra in unknown] + [whole + extra for extra in unknown]
+    payloads += [whole + whole, whole + b"\x80" * 12, b"\x3a" + b"\xff" * 9 + b"\x01", b"\x3b", b"\x00"]
+    for _ in range(2000):
+        changed = bytearray(whole)
+        changed[rng.integers(len(changed) if rng.random() < 0.5 else 60)] = rng.integers(256)
+        payloads.append(bytes(changed))
+    split = 0
+    for payload in payloads:
+        try:
+            expected = pb.ModelInferRequest.FromString(payload)
+        except DecodeError:
+            with pytest.raises(DecodeError):
+                inference.parse(payload)
+            continue
+        found = inference.parse(payload)
+        if isinstance(found, inference.Split):
+            split += 1
+            found.message.raw_input_contents.extend(map(bytes, found.raw))
+            found = found.message
+        assert found == expected
+    assert split > 1000
+
+
+def test_large_requests_are_answered_as_others(
+    repository: Path, heldout: tuple[NDArray[np.uint8], NDArray[np.int32]], probabilities: NDArray[np.float32]
+) -> None:
+    """Of pixels in both types, over the transport that leaves them where they came."""
+    model = models.load(repository / "digits" / "1", "cpu")
+    pixels = heldout[0][:100]
+    assert pixels.nbytes > inference.LARGE_BYTES
+    with Server(models.Models([model]), "127.0.0.1", 0, Limits(), transport="native") as server:
+        client = triton.InferenceServerClient(server.address)
+        for dtype, kind in ((np.uint8, "UINT8"), (np.float32, "FP32")):
+            tensor = triton.InferInput("image", list(pixels.shape), kind)
+            tensor.set_data_from_numpy(pixels.astype(dtype))
+            found = client.infer("digits", [tensor]).as_numpy("probabilities")
+            np.testing.assert_allclose(found, probabilities[:100], atol=1e-5)
+        short = triton.InferInput("image", [101, 32, 32, 3], "UINT8")
+        short._raw_content = pixels.tobytes()
+        with pytest.raises(InferenceServerException, match="the tensor's data has 307200 bytes"):
+            client.infer("digits", [short])
+        client.close()
