@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -105,12 +105,23 @@ class _Batch:
     spare: bool = False
 
 
-class Threads(Protocol):
-    """Has something done on one of several threads."""
+class Leaders(Protocol):
+    """Threads for those who form batches and have them computed."""
 
     def submit(self, work: Callable[[], object], /) -> object:
-        """Begin it there, or as soon as one is free."""
+        """Begin it on one of them, or as soon as one is free."""
         ...
+
+    def gather(self, parts: Sequence[Images], /) -> Images:
+        """Put the images of several requests together, on such a thread."""
+        ...
+
+
+class _Pool(ThreadPoolExecutor):
+    """Threads of no special kind."""
+
+    def gather(self, parts: Sequence[Images]) -> Images:
+        return np.concatenate(parts)
 
 
 class Queue(ABC):
@@ -207,7 +218,7 @@ class Batcher(Queue):
         curve: CostCurve | None = None,
         lanes: int = 1,
         spare: int = 0,
-        leaders: Threads | None = None,
+        leaders: Leaders | None = None,
     ) -> None:
         """Start empty.
 
@@ -235,7 +246,7 @@ class Batcher(Queue):
         self._answering = 0  # batches
         self._closed = False
         # Threads of these end with the batcher.
-        self._leaders: Threads = leaders or ThreadPoolExecutor(lanes + spare, thread_name_prefix="lead")
+        self._leaders: Leaders = leaders or _Pool(lanes + spare, thread_name_prefix="lead")
         self._answerer = ThreadPoolExecutor(1, thread_name_prefix="answer")
 
     def post(
@@ -414,7 +425,7 @@ class Batcher(Queue):
         if not batch:
             return None
         try:
-            images = batch[0].images if len(batch) == 1 else np.concatenate([job.images for job in batch])
+            images = batch[0].images if len(batch) == 1 else self._leaders.gather([job.images for job in batch])
             probabilities = self._run(images)
             if len(probabilities) != len(images):
                 raise RuntimeError(f"the engine returned {len(probabilities)} rows for {len(images)} images")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,10 +69,15 @@ class Buffers:
         self.images = self._allocate(self._host_images.nbytes)
         self.probabilities = self._allocate(self._host_probabilities.nbytes)
 
+    def gather(self, parts: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        """Put images together in the memory that `send` copies from, at most as many as there is room for."""
+        return np.concatenate(parts, out=self._host_images[: sum(map(len, parts))])
+
     def send(self, images: NDArray[np.uint8]) -> None:
-        """Copy images to the GPU, at most as many as there is room for."""
+        """Copy images to the GPU, at most as many as there is room for; what was gathered lies there already."""
         staged = self._host_images[: len(images)]
-        np.copyto(staged, images)
+        if images.ctypes.data != staged.ctypes.data:
+            np.copyto(staged, images)
         self._copy(self.images, staged.ctypes.data, staged.nbytes, cudart.cudaMemcpyKind.cudaMemcpyHostToDevice)
 
     def fetch(self, probabilities: NDArray[np.float32]) -> None:

@@ -138,6 +138,11 @@ class EnginePool:
         finally:
             self._free.put(engine)
 
+    def gather(self, parts: Sequence[Images]) -> Images:
+        """Put the images of several requests together; see `CudaEngine.gather`."""
+        own = self._by_thread.get(threading.get_ident())
+        return own.gather(parts) if own else np.concatenate(parts)
+
     def submit(self, work: Callable[[], object]) -> None:
         """Have something done on the thread of an engine that is free, which it holds until the end."""
         engine = self._free.get()
@@ -205,6 +210,12 @@ class CudaEngine:
         for start in range(0, len(images), step):
             self._slot.compute(images[start : start + step], probabilities[start : start + step])
         return probabilities
+
+    def gather(self, parts: Sequence[Images]) -> Images:
+        """Put the images of several requests together for the next `run`: in pinned memory, where this thread may."""
+        if threading.get_ident() != self.thread or sum(map(len, parts)) > self.buckets[-1]:
+            return np.concatenate(parts)
+        return self._slot.gather(parts)
 
     def submit(self, work: Callable[[], object]) -> None:
         """Have something done on the thread that computes: from there `run` changes none."""
@@ -295,6 +306,7 @@ class Slot:
         _, height, width, channels = manifest.input.shape
         image_shape, classes = (height, width, channels), manifest.output.shape[1]
         self._buffers = Buffers(device, buckets[-1], image_shape, classes)
+        self.gather = self._buffers.gather
         self._buckets, self._runs = buckets, {}
         for number, bucket in enumerate(buckets, start=1):  # onnxruntime takes 0 for no graph
             binding, options = session.io_binding(), onnxruntime.RunOptions()

@@ -17,7 +17,7 @@ from export import manifest as manifests
 from export.manifest import Manifest, Variant
 from resnet import BadInput
 from serving import cuda, tuning
-from serving.batcher import Batcher, Queue, Threads
+from serving.batcher import Batcher, Leaders, Queue
 from serving.batching import Batching
 from serving.cost import CostCurve
 from serving.engine import Device, Engine, Images, OnnxEngine, Probabilities
@@ -131,7 +131,7 @@ def start(
     plan: str = "",
     lanes: int = 1,
     spare: int = 0,
-    leaders: Threads | None = None,
+    leaders: Leaders | None = None,
 ) -> Model:
     """Put an engine behind a batcher, once it has run the smallest and the largest batch.
 

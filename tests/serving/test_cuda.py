@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +163,31 @@ def test_memory_is_given_back_with_the_engine(machine: Machine, path: Path) -> N
     del engine
     gc.collect()
     assert not machine.allocated
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_requests_are_put_together_where_the_gpu_fetches_them(machine: Machine, path: Path, devices: int) -> None:
+    """On the thread that computes, as far as a batch goes; anywhere else the memory belongs to somebody."""
+    machine.devices = devices
+    engine = cuda.load(path, about(), "cuda", 8)
+    small, large = [pixels(2, 1), pixels(3, 2)], [pixels(6, 3), pixels(6, 4)]
+
+    def is_pinned(images: NDArray[np.uint8]) -> bool:
+        return any(np.may_share_memory(images, memory) for memory in machine.allocated.values())
+
+    def try_it() -> list[bool]:
+        found = []
+        for parts in (small, large, small):
+            images = engine.gather(parts)
+            np.testing.assert_array_equal(images, np.concatenate(parts))
+            found.append(is_pinned(images))
+            assert_answers(engine.run, images)
+        return found
+
+    assert try_it() == [False] * 3
+    inside: Future[list[bool]] = Future()
+    engine.submit(lambda: inside.set_result(try_it()))
+    assert inside.result(10) == [True, False, True]
 
 
 def test_a_replaced_version_gives_its_memory_back_with_its_last_answer(machine: Machine, path: Path) -> None:
