@@ -208,14 +208,14 @@ class CudaEngine:
         probabilities = np.empty((len(images), self._manifest.output.shape[1]), np.float32)
         step = self.buckets[-1]
         for start in range(0, len(images), step):
-            self._slot.compute(images[start : start + step], probabilities[start : start + step])
+            self._bindings.compute(images[start : start + step], probabilities[start : start + step])
         return probabilities
 
     def gather(self, parts: Sequence[Images]) -> Images:
         """Put the images of several requests together for the next `run`: in pinned memory, where this thread may."""
         if threading.get_ident() != self.thread or sum(map(len, parts)) > self.buckets[-1]:
             return np.concatenate(parts)
-        return self._slot.gather(parts)
+        return self._bindings.gather(parts)
 
     def submit(self, work: Callable[[], object]) -> None:
         """Have something done on the thread that computes: from there `run` changes none."""
@@ -259,7 +259,7 @@ class CudaEngine:
         if self.provider != wanted:
             raise BadInput(f"onnxruntime could not start {wanted} and would use {self.provider}")
         self.graphs = graphs
-        self._slot = Slot(session, self._manifest, self._device, self.buckets, graphs)
+        self._bindings = Bindings(session, self._manifest, self._device, self.buckets, graphs)
         for bucket in self.buckets:
             for _ in range(RUNS_TO_CAPTURE):
                 self.run(self._make_batch(bucket))
@@ -283,8 +283,8 @@ class CudaEngine:
         return np.zeros((images, *self._manifest.input.shape[1:]), np.uint8)
 
 
-class Slot:
-    """Buffers, and a binding to them for each bucket."""
+class Bindings:
+    """Buffers on a GPU, and for each bucket a binding of the model to them."""
 
     def __init__(
         self,

@@ -47,7 +47,7 @@ LENGTH_DELIMITED = 2  # the wire type of texts, bytes and messages
 LARGE_BYTES = 2**18  # from here on copies of a request cost more than to look for its parts
 
 
-class Split(NamedTuple):
+class SplitRequest(NamedTuple):
     """A request, and apart from it its raw contents, which are views of the bytes that came."""
 
     message: pb.ModelInferRequest
@@ -199,7 +199,7 @@ class InferenceServicer(GRPCInferenceServiceServicer):
 
     @computed(unpacks=lambda request: "BYTES" in [tensor.datatype for tensor in _split(request).message.inputs])
     def ModelInfer(
-        self, request: pb.ModelInferRequest | Split, context: grpc.ServicerContext
+        self, request: pb.ModelInferRequest | SplitRequest, context: grpc.ServicerContext
     ) -> Work[pb.ModelInferResponse]:
         """Answer one request."""
         return self._infer(request, context)
@@ -229,7 +229,9 @@ class InferenceServicer(GRPCInferenceServiceServicer):
                 response.parameters["triton_final_response"].bool_param = True
                 yield pb.ModelStreamInferResponse(infer_response=response)
 
-    def _infer(self, whole: pb.ModelInferRequest | Split, context: grpc.ServicerContext) -> Work[pb.ModelInferResponse]:
+    def _infer(
+        self, whole: pb.ModelInferRequest | SplitRequest, context: grpc.ServicerContext
+    ) -> Work[pb.ModelInferResponse]:
         request, raw = _split(whole)
         deadline = min(find_deadline(context), _find_timeout(request))
         model = self._find(request.model_name, request.model_version)
@@ -287,7 +289,7 @@ class InferenceServicer(GRPCInferenceServiceServicer):
                 raise InvalidRequest(f"input {wanted!r} is UINT8, FP32 or BYTES, not {other!r}")
 
 
-def parse(payload: bytes) -> pb.ModelInferRequest | Split:
+def parse(payload: bytes) -> pb.ModelInferRequest | SplitRequest:
     """Return a request; one that is large without the two copies of its raw contents that protobuf would make.
 
     Raises:
@@ -310,7 +312,7 @@ def parse(payload: bytes) -> pb.ModelInferRequest | Split:
             at = end
     except IndexError:
         return pb.ModelInferRequest.FromString(payload)
-    return Split(pb.ModelInferRequest.FromString(b"".join(kept)), raw)
+    return SplitRequest(pb.ModelInferRequest.FromString(b"".join(kept)), raw)
 
 
 def _read_varint(data: bytes, at: int) -> tuple[int, int]:
@@ -324,8 +326,8 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
             return value, at
 
 
-def _split(request: pb.ModelInferRequest | Split) -> Split:
-    return request if isinstance(request, Split) else Split(request, request.raw_input_contents)
+def _split(request: pb.ModelInferRequest | SplitRequest) -> SplitRequest:
+    return request if isinstance(request, SplitRequest) else SplitRequest(request, request.raw_input_contents)
 
 
 def _check_repository(name: str) -> None:
