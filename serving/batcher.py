@@ -350,6 +350,9 @@ class Batcher(Queue):
                 self._answerer.submit(self._answer, batch, probabilities, took)
             else:
                 self._answer(batch, probabilities, took)
+            if batch.jobs and probabilities is None:
+                self._leaders.submit(self._lead)  # to another thread, and perhaps to one that fares better
+                return
 
     def _take(self) -> _Batch | None:
         """Take whole requests from the queue, up to a batch, leaving out those nobody waits for; give up the lead if

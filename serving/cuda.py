@@ -14,12 +14,12 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import queue
 import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from serving.engine import Device, Images, Probabilities
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 NAMES = {"cuda": "CUDA", "tensorrt": "TensorRT"}
 TRIALS = 5  # of each bucket when an engine starts
+REST_SECONDS = 1.0  # for a GPU among several that has failed
 RUNS_TO_CAPTURE = 3  # the first allocates, the second is recorded, the third shows that the record holds
 
 log = logging.getLogger(__name__)
@@ -124,19 +125,22 @@ class EnginePool:
         """Share the work out among `engines`, at least one."""
         self.provider, self.lanes, self.curve = engines[0].provider, len(engines), engines[0].curve
         self._by_thread = {engine.thread: engine for engine in engines}
-        self._free: queue.SimpleQueue[CudaEngine] = queue.SimpleQueue()
-        for engine in engines:
-            self._free.put(engine)
+        self._lock = threading.Lock()
+        self._free, self._waiting = deque(engines), deque[Callable[[], object]]()
+        self._failed: set[CudaEngine] = set()
 
     def run(self, images: Images) -> Probabilities:
         """Map uint8 [n, height, width, 3] to float32 [n, classes]."""
-        if own := self._by_thread.get(threading.get_ident()):
-            return own.run(images)
-        engine = self._free.get()
+        engine = self._by_thread.get(threading.get_ident())
+        if engine is None:
+            found: Future[Probabilities] = Future()
+            self.submit(partial(self._run_for, found, images))
+            return found.result()
         try:
             return engine.run(images)
-        finally:
-            self._free.put(engine)
+        except Exception:
+            self._failed.add(engine)
+            raise
 
     def gather(self, parts: Sequence[Images]) -> Images:
         """Put the images of several requests together; see `CudaEngine.gather`."""
@@ -144,16 +148,40 @@ class EnginePool:
         return own.gather(parts) if own else np.concatenate(parts)
 
     def submit(self, work: Callable[[], object]) -> None:
-        """Have something done on the thread of an engine that is free, which it holds until the end."""
-        engine = self._free.get()
+        """Have something done on the thread of the next engine that is free, which it holds until the end."""
+        with self._lock:
+            self._waiting.append(work)
+            self._assign()
 
-        def hold() -> None:
-            try:
-                work()
-            finally:
-                self._free.put(engine)
+    def _run_for(self, found: Future[Probabilities], images: Images) -> None:
+        try:
+            found.set_result(self.run(images))
+        except Exception as error:
+            found.set_exception(error)
 
-        engine.submit(hold)
+    def _assign(self) -> None:
+        """Give what waits to those that are free; the lock is held."""
+        while self._waiting and self._free:
+            engine = self._free.popleft()
+            engine.submit(partial(self._hold, engine, self._waiting.popleft()))
+
+    def _hold(self, engine: CudaEngine, work: Callable[[], object]) -> None:
+        try:
+            work()
+        finally:
+            if engine in self._failed:
+                # A GPU that fails is quick, and after some errors fails for good: it would take what others could do.
+                self._failed.discard(engine)
+                rest = threading.Timer(REST_SECONDS, self._release, [engine])
+                rest.daemon = True
+                rest.start()
+            else:
+                self._release(engine)
+
+    def _release(self, engine: CudaEngine) -> None:
+        with self._lock:
+            self._free.append(engine)
+            self._assign()
 
 
 class CudaEngine:

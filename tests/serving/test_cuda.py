@@ -346,18 +346,48 @@ def test_all_gpus_work(machine: Machine, path: Path) -> None:
     assert sorted(run.device for run in machine.runs) == [0, 0, 0, 1, 1, 1]
 
 
-def test_a_failed_batch_leaves_its_gpu_in_the_pool(machine: Machine, path: Path) -> None:
+def test_a_failed_batch_leaves_its_gpu_in_the_pool(
+    machine: Machine, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Otherwise the second failure would be the last answer."""
+    monkeypatch.setattr(cuda, "REST_SECONDS", 0)
     machine.devices = 2
     engine = cuda.load(path, about(), "cuda", 8, PLAIN)
-    for _ in range(3):
+    for _ in range(5):
         machine.failure = RuntimeError("an illegal memory access")
         with pytest.raises(RuntimeError):
             engine.run(pixels(1))
     machine.runs.clear()
-    for seed in range(4):
-        assert_answers(engine.run, pixels(2, seed))
+    together = threading.Barrier(2)
+    machine.on_run = lambda _: together.wait(timeout=10)
+    with ThreadPoolExecutor(2) as callers:
+        for seed, answers in enumerate(callers.map(engine.run, [pixels(2, 0), pixels(2, 1)])):
+            np.testing.assert_array_equal(answers, compute(pixels(2, seed)))
     assert {run.device for run in machine.runs} == {0, 1}
+
+
+def test_a_gpu_that_fails_does_not_take_what_others_could_do(
+    machine: Machine, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is quick at it; of two hundred requests it gets one batch, and rests while the other computes the rest."""
+    monkeypatch.setattr(cuda, "REST_SECONDS", 60)
+
+    def run(device: int) -> None:
+        if device:
+            raise RuntimeError("the launch failed")
+
+    machine.devices = 2
+    engine = cuda.load(path, about(), "cuda", 4)
+    model = models.start(about(), engine, Batching(max_batch=4, max_queue=1000), lanes=engine.lanes, leaders=engine)
+    machine.on_run = run
+    with ThreadPoolExecutor(8) as callers:
+        answers = [callers.submit(model.batcher.submit, pixels(1, seed)) for seed in range(200)]
+        failed = [answer.exception(10) for answer in answers if answer.exception(10)]
+    assert 0 < len(failed) <= 4
+    for seed, answer in enumerate(answers):
+        if not answer.exception():
+            np.testing.assert_array_equal(answer.result().probabilities, compute(pixels(1, seed)))
+    assert model.batcher.drain(10)
 
 
 @pytest.mark.parametrize("devices", [1, 2])
