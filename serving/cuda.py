@@ -24,7 +24,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import onnxruntime
@@ -47,19 +47,6 @@ Gpu = Literal["cuda", "tensorrt"]
 Options = Mapping[str, str]
 
 
-class Tactics(NamedTuple):
-    """What an engine does to be quick; a benchmark turns it off.
-
-    Attributes:
-        graphs: Record CUDA graphs, where the model allows it.
-        options: Further options of onnxruntime's CUDA provider, such as `use_tf32`.
-    """
-
-    graphs: bool = True
-    options: Options = MappingProxyType({})
-
-
-QUICK = Tactics()
 # TF32 rounds to 10 bits what fp32 has 23 of; the certificate allows a difference of 1e-5. An EXHAUSTIVE search for
 # kernels won up to 12 % with one network and nothing with the other.
 FULL: Options = MappingProxyType({"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"})
@@ -86,9 +73,7 @@ def choose(path: Path, manifest: Manifest, device: Device, max_batch: int) -> Cu
         return None
 
 
-def load(
-    path: Path, manifest: Manifest, device: Gpu, max_batch: int, tactics: Tactics = QUICK
-) -> CudaEngine | EnginePool:
+def load(path: Path, manifest: Manifest, device: Gpu, max_batch: int, graphs: bool = True) -> CudaEngine | EnginePool:
     """Load a model on every GPU that this process may use, and run each bucket there.
 
     Args:
@@ -96,7 +81,7 @@ def load(
         manifest: That of the version.
         device: `tensorrt` has TensorRT compute, `cuda` onnxruntime's own kernels.
         max_batch: Images in the largest bucket; more are computed in several steps.
-        tactics: What to do for speed.
+        graphs: Record CUDA graphs, where the model allows it.
 
     Raises:
         BadInput: There is no GPU, its libraries are missing or do not start, or the model does not fit.
@@ -108,7 +93,7 @@ def load(
         raise BadInput("there is no GPU that CUDA could use; look at what nvidia-smi and CUDA_VISIBLE_DEVICES say")
     onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
     providers = _tensorrt(path, manifest, max_batch) if device == "tensorrt" else []
-    engines = [CudaEngine(path, manifest, max_batch, number, tactics, providers) for number in devices]
+    engines = [CudaEngine(path, manifest, max_batch, number, graphs, providers) for number in devices]
     return engines[0] if len(engines) == 1 else EnginePool(engines)
 
 
@@ -204,7 +189,7 @@ class CudaEngine:
         manifest: Manifest,
         max_batch: int,
         device: int = 0,
-        tactics: Tactics = QUICK,
+        graphs: bool = True,
         providers: Sequence[tuple[str, Options]] = (),
     ) -> None:
         """Load and warm a model.
@@ -214,7 +199,7 @@ class CudaEngine:
             manifest: Names its input and output, and the precision of the file.
             max_batch: Images in the largest bucket.
             device: Number of the GPU.
-            tactics: What to do for speed.
+            graphs: Record CUDA graphs, where the model allows it.
             providers: Execution providers of onnxruntime that go before CUDA.
 
         Raises:
@@ -222,11 +207,10 @@ class CudaEngine:
         """
         self.buckets = list_buckets(max_batch)
         self._path, self._manifest, self._device, self._providers = path, manifest, device, providers
-        self._options = {**find_options(path, manifest), **tactics.options}
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"gpu-{device}")
         self.thread: int = self._executor.submit(threading.get_ident).result()
         # TensorRT has the whole model as one step, of which a graph would save little.
-        self._start(tactics.graphs and not providers)
+        self._start(graphs and not providers)
         self.curve = CostCurve(self._executor.submit(self._measure).result())
 
     def run(self, images: Images) -> Probabilities:
@@ -272,7 +256,7 @@ class CudaEngine:
         cuda = {
             "device_id": str(self._device),
             "enable_cuda_graph": "1" if graphs else "0",
-            **self._options,
+            **find_options(self._path, self._manifest),
         }
         providers = [
             *((name, {"device_id": str(self._device), **options}) for name, options in self._providers),

@@ -78,13 +78,15 @@ def main() -> int:
     except BadInput as error:
         print(f"benchmarks.gpu: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 def run_all(args: argparse.Namespace) -> int:
     """Run the parts, and return 1 if one failed.
 
     Raises:
-        BadInput: A part has another name, or a folder has no ONNX file.
+        BadInput: A part has another name, a folder has no ONNX file, or the one for what is found cannot be written.
     """
     wanted, names = args.parts.split(","), [part.name for part in PARTS]
     if unknown := [name for name in wanted if name not in names]:
@@ -92,7 +94,10 @@ def run_all(args: argparse.Namespace) -> int:
     for folder in args.folders:
         if not list_files([folder], *PRECISIONS.values()):
             raise BadInput(f"{folder} has no ONNX file: none of {', '.join(PRECISIONS)}")
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {args.out} cannot be written ({error.strerror})") from None
     _add(args.out, kind="machine", **report.machine())
     end, failed = time.monotonic() + args.seconds, False
     for part in (part for part in PARTS if part.name in wanted):

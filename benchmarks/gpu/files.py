@@ -13,16 +13,13 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from numpy.typing import NDArray
 
 from export import manifest as manifests
 from export.manifest import Budget, Certificate, Cost, Manifest, Preprocessing, TensorSpec, Variant
 from resnet import BadInput
 from serving import cuda
-from serving.cuda import Tactics
 from serving.engine import Engine, OnnxEngine
 
-Images = NDArray[np.uint8]
 # Images a request; a network of large images is measured with fewer.
 BATCHES, LARGE_BATCHES, LARGE_PIXELS = (1, 2, 4, 8, 16, 32, 64, 128, 256), (1, 8, 32, 64, 128), 128 * 128
 TINY_BATCHES = (1, 2, 3)
@@ -97,10 +94,10 @@ def describe(path: Path) -> Manifest:
     )
 
 
-def open_engine(path: Path, about: Manifest, device: str, max_batch: int, tactics: Tactics = cuda.QUICK) -> Engine:
+def open_engine(path: Path, about: Manifest, device: str, max_batch: int, graphs: bool = True) -> Engine:
     """Return what computes a served model."""
     if device == "cuda":
-        return cuda.load(path, about, "cuda", max_batch, tactics)
+        return cuda.load(path, about, "cuda", max_batch, graphs)
     return OnnxEngine(path, about)
 
 
@@ -109,6 +106,7 @@ class Results:
 
     def __init__(self, args: argparse.Namespace) -> None:
         """Write to the folder of the run."""
+        args.out.mkdir(parents=True, exist_ok=True)
         self._path = args.out / "results.jsonl"
         self.failed = False
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from benchmarks.gpu.files import Results, describe, list_files, parse_args, title
 from benchmarks.gpu.loops import SECONDS, make_batch, measure
+from resnet import BadInput
 
 BATCHES, TINY_BATCHES = (1, 8, 32, 128), (1, 2)
 POLICIES = {"fp32": "float32", "fp16": "mixed_float16"}
@@ -36,7 +37,11 @@ def main() -> None:
 
 
 def _measure(path: Path, precision: str, tiny: bool, results: Results) -> None:
-    """Measure a network at its batch sizes."""
+    """Measure a network at its batch sizes.
+
+    Raises:
+        BadInput: Its original is not there in this precision, and the folder is not named after a network.
+    """
     import jax
     import keras
 
@@ -48,7 +53,9 @@ def _measure(path: Path, precision: str, tiny: bool, results: Results) -> None:
     if precision == "fp32" and original.is_file():
         model = keras.models.load_model(original, compile=False)
     else:
-        architecture = family.ARCHITECTURES[path.parent.parent.name]
+        architecture = family.ARCHITECTURES.get(path.parent.parent.name)
+        if architecture is None:
+            raise BadInput(f"{path.parent.parent.name!r} is no network of `resnet family`, so it cannot be built anew")
         _, height, width, channels = about.input.shape
         model = family.build(architecture, (height, width, channels), about.output.shape[1])
     variables = [[one.value for one in some] for some in (model.trainable_variables, model.non_trainable_variables)]

@@ -13,20 +13,11 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from benchmarks.gpu.files import (
-    Images,
-    Results,
-    describe,
-    list_batches,
-    list_files,
-    open_engine,
-    parse_args,
-    title,
-)
+from benchmarks.gpu.files import Results, describe, list_batches, list_files, open_engine, parse_args, title
 from export.manifest import Manifest
 from resnet import BadInput
 from serving import cuda
-from serving.cuda import Tactics
+from serving.engine import Images
 
 ROUNDS, SECONDS = 3, 0.15
 
@@ -142,7 +133,7 @@ class Loops:
     def engine(self, way: str, graphs: bool = True) -> None:
         """Measure the engine that is served."""
         started = time.monotonic()
-        engine = open_engine(self._path, self._about, self._device, max(self._batches), Tactics(graphs))
+        engine = open_engine(self._path, self._about, self._device, max(self._batches), graphs)
         self._measure(way, engine.run, time.monotonic() - started)
 
     def _measure(self, way: str, run: Callable[[Images], object], start_seconds: float) -> None:

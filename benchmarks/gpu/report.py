@@ -176,7 +176,8 @@ def _tactics(lines: Sequence[Line]) -> str:
 
 def _loops(lines: Sequence[Line]) -> str:
     found = rates(lines)
-    ways = [way for way in WAYS if any(way in row for row in found.values())]
+    measured = dict.fromkeys(way for row in found.values() for way in row)
+    ways = sorted(measured, key=[*WAYS, *measured].index)  # those of earlier versions last
     rows = []
     for (file, images), row in found.items():
         share = f"{row['served'] / row['raw']:.0%}" if {"served", "raw"} <= row.keys() else ""

@@ -18,16 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import h2load
-from benchmarks.gpu.files import (
-    Images,
-    Results,
-    describe,
-    list_batches,
-    list_files,
-    open_engine,
-    parse_args,
-    title,
-)
+from benchmarks.gpu.files import Results, describe, list_batches, list_files, open_engine, parse_args, title
 from benchmarks.gpu.loops import make_batch
 from benchmarks.process import ServerProcess
 from export.manifest import Manifest
@@ -36,6 +27,7 @@ from resnet import CheckFailed
 from serving import models, native
 from serving.batching import Batching
 from serving.cuda import CudaEngine, EnginePool
+from serving.engine import Images
 from serving.limits import Limits
 from serving.server import Server
 
@@ -157,6 +149,9 @@ def main() -> None:
     args = parse_args(__doc__)
     results = Results(args)
     files = list_files(args.folders, "fp32", "fp16")[::-1]  # half precision first
+    if not files:
+        print("left out: there is no file in fp32 or fp16")
+        return
     if native.SUPPORTED:
         for path in files:
             results.attempt(f"{title(path)} on native", Service(path, "native", args, results).measure)

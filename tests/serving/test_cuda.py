@@ -23,10 +23,9 @@ from export.repository import models as list_models
 from resnet import BadInput
 from serving import buffers, cuda, models
 from serving.batching import Batching
-from serving.cuda import CudaEngine, EnginePool, Tactics
+from serving.cuda import CudaEngine, EnginePool
 from tests.serving.fake_gpu import CLASSES, CpuSession, Machine, compute
 
-PLAIN = Tactics(graphs=False)
 SHAPE = (4, 3, 3)
 
 
@@ -95,7 +94,7 @@ def test_buckets_are_the_powers_of_two_and_the_largest_batch() -> None:
 @pytest.mark.parametrize("graphs", [True, False])
 def test_every_batch_size_is_answered(machine: Machine, path: Path, graphs: bool) -> None:
     """Up to and beyond the largest bucket, whatever the tactics; no padding comes back, and no answer of before."""
-    engine = cuda.load(path, about(), "cuda", 12, Tactics(graphs))
+    engine = cuda.load(path, about(), "cuda", 12, graphs)
     for images in (*range(1, 26), *range(25, 0, -1)):
         assert_answers(engine.run, pixels(images, seed=images))
     assert engine.provider == "CUDAExecutionProvider"
@@ -124,7 +123,7 @@ def test_each_bucket_has_a_graph_of_its_own(machine: Machine, path: Path) -> Non
 
 def test_no_graph_is_asked_for_where_there_is_none(machine: Machine, path: Path) -> None:
     """Without graphs a run has no number."""
-    cuda.load(path, about(), "cuda", 4, PLAIN)
+    cuda.load(path, about(), "cuda", 4, graphs=False)
     assert {run.graph for run in machine.runs} == {0}
 
 
@@ -279,21 +278,20 @@ def test_a_provider_that_is_asked_for_and_not_got_is_an_error(machine: Machine, 
 
 def test_fp32_is_fp32(machine: Machine, path: Path) -> None:
     """TF32 would be outside the certificate's budget, and a search for kernels would stall the start."""
-    cuda.load(path, about(), "cuda", 2, Tactics(options={"fuse_conv_bias": "1"}))
+    cuda.load(path, about(), "cuda", 2)
     options = machine.sessions[0]["CUDAExecutionProvider"]
     assert options["use_tf32"] == "0"
     assert options["cudnn_conv_algo_search"] == "HEURISTIC"
-    assert options["fuse_conv_bias"] == "1"
     assert "prefer_nhwc" not in options
 
 
-def test_fp16_has_the_tensor_cores(machine: Machine, path: Path) -> None:
+def test_fp16_has_the_tensor_cores(machine: Machine, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Denied to fp32, they would be denied to half precision too, which has no other plans; channels come last."""
     cuda.load(path.with_name("model.fp16.onnx"), about(), "cuda", 2)
     assert not machine.unplanned
     assert machine.sessions[0]["CUDAExecutionProvider"]["prefer_nhwc"] == "1"
-    slow = Tactics(options={"use_tf32": "0"})
-    cuda.load(path.with_name("model.fp16.onnx"), about(), "cuda", 2, slow)
+    monkeypatch.setattr(cuda, "HALF", cuda.FULL)
+    cuda.load(path.with_name("model.fp16.onnx"), about(), "cuda", 2)
     assert machine.unplanned == ["model.fp16.onnx"]
 
 
@@ -333,7 +331,7 @@ def test_a_repository_that_cannot_be_written_has_no_cache(
 def test_all_gpus_work(machine: Machine, path: Path) -> None:
     """At the same time, each for as many callers as it can serve: one."""
     machine.devices = 2
-    engine = cuda.load(path, about(), "cuda", 8, PLAIN)
+    engine = cuda.load(path, about(), "cuda", 8, graphs=False)
     assert isinstance(engine, EnginePool)
     assert engine.lanes == 2
     machine.runs.clear()
@@ -352,7 +350,7 @@ def test_a_failed_batch_leaves_its_gpu_in_the_pool(
     """Otherwise the second failure would be the last answer."""
     monkeypatch.setattr(cuda, "REST_SECONDS", 0)
     machine.devices = 2
-    engine = cuda.load(path, about(), "cuda", 8, PLAIN)
+    engine = cuda.load(path, about(), "cuda", 8, graphs=False)
     for _ in range(5):
         machine.failure = RuntimeError("an illegal memory access")
         with pytest.raises(RuntimeError):
