@@ -26,14 +26,24 @@ def test_nothing_is_known_before_the_first_batch() -> None:
 
 
 def test_what_slows_one_size_slows_the_others() -> None:
-    """Half as much, as long as they are not seen; their own batches correct it."""
+    """By the root of it, as long as they are not seen; their own batches correct it."""
     curve = CostCurve({1: 100, 8: 400})
     curve.learn(8, 800)
-    assert curve.points() == {1: pytest.approx(110), 8: pytest.approx(480)}
+    assert curve.points() == {1: pytest.approx(100 * 2**0.1), 8: pytest.approx(400 * 2**0.2)}
     for _ in range(50):
         curve.learn(8, 800)
         curve.learn(1, 100)
     assert curve.points() == {1: pytest.approx(100, rel=0.1), 8: pytest.approx(800, rel=0.1)}
+
+
+def test_what_passes_leaves_no_trace() -> None:
+    """One batch in ten takes a hundred times as long; a size that is not seen keeps its cost all the same."""
+    curve = CostCurve({1: 100, 8: 400})
+    for _ in range(100):
+        curve.learn(1, 10_000)
+        for _ in range(30):
+            curve.learn(1, 100)
+    assert curve.points() == {1: pytest.approx(100, rel=0.1), 8: pytest.approx(400, rel=0.1)}
 
 
 def test_the_best_size_is_the_smallest_at_which_an_image_costs_nearly_the_least() -> None:
