@@ -263,7 +263,7 @@ class Batcher(Queue):
             self._admit(job)
             heapq.heappush(self._queue, (priority, next(self._numbers), job))
             self.queued += len(images)
-            leads = self._leads < self._lanes + (self._spare if self._spares() else 0)
+            leads = self._leads < self._lanes or (self._spares() and self._leads < self._lanes + self._spare)
             self._leads += leads
             if self._linger_ns:
                 self._came.notify_all()
@@ -290,6 +290,8 @@ class Batcher(Queue):
         if fits and not self._leads:
             return  # an idle engine turns nothing down: what a batch really takes, only a batch can tell
         wait_ns = self._wait_ns(self.queued, job.arrived)
+        if fits and wait_ns <= self._max_queue_ns and job.deadline == float("inf") and not self._goal:
+            return
         retry_ms = 1 + int(wait_ns / 1e6)
         if not fits:
             raise Overloaded(
@@ -393,6 +395,8 @@ class Batcher(Queue):
         """Say whether spare lanes may begin: for a full batch, or where cores would idle beside a batch that has but a
         part of them.
         """
+        if not self._spare:
+            return False
         return self.queued >= self._limit() or any(batch.spare for batch in self._running)
 
     def _limit(self) -> int:

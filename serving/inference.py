@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import struct
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from typing import NamedTuple, Protocol
 
@@ -27,7 +27,8 @@ from serving.calls import Job, Work, answer, find_deadline, name_method, report,
 from serving.engine import Images, Probabilities
 from serving.errors import InvalidRequest, NotFound, Unavailable, Unsupported, to_trailers
 from serving.events import computed
-from serving.intake import Intake, to_bytes, to_priority
+from serving.head import Request, split
+from serving.intake import Intake, Layout, to_bytes, to_priority
 from serving.models import Model, Models
 from serving.policy import ALL, Policy
 from serving.statistics import Counts, Duration
@@ -42,16 +43,29 @@ EXTENSIONS = (
     "statistics",
 )
 DATATYPES = {"uint8": "UINT8", "float32": "FP32"}
+DTYPES = {datatype: dtype for dtype, datatype in DATATYPES.items()}
+ENCODED = "BYTES"
 PLATFORM = "onnxruntime_onnx"  # Triton's name of it
-LENGTH_DELIMITED = 2  # the wire type of texts, bytes and messages
-LARGE_BYTES = 2**18  # from here on copies of a request cost more than to look for its parts
 
 
-class SplitRequest(NamedTuple):
-    """A request, and apart from it its raw contents, which are views of the bytes that came."""
+class Terms(NamedTuple):
+    """What a request asks of a model, and how its images came.
 
-    message: pb.ModelInferRequest
-    raw: Sequence[bytes | memoryview]
+    Attributes:
+        top_k: Classes to name; 0 asks for the probabilities.
+        timeout: How long its caller waits at most, in seconds, whatever the deadline of the call; 0 is for ever.
+        priority: Of the request.
+        layout: That of its pixels; None for encoded images.
+        inline: Whether the images are in the tensor, in place of the raw contents.
+        id: The field of the response that gives the request's id back, serialized.
+    """
+
+    top_k: int
+    timeout: float
+    priority: int
+    layout: Layout | None
+    inline: bool
+    id: bytes
 
 
 class Readiness(Protocol):
@@ -197,11 +211,9 @@ class InferenceServicer(GRPCInferenceServiceServicer):
         self._control().unload(request.model_name)
         return pb.RepositoryModelUnloadResponse()
 
-    @computed(unpacks=lambda request: "BYTES" in [tensor.datatype for tensor in _split(request).message.inputs])
-    def ModelInfer(
-        self, request: pb.ModelInferRequest | SplitRequest, context: grpc.ServicerContext
-    ) -> Work[pb.ModelInferResponse]:
-        """Answer one request."""
+    @computed(unpacks=lambda request: request.head.encoded)
+    def ModelInfer(self, request: Request, context: grpc.ServicerContext) -> Work[bytes]:
+        """Answer one request, with a serialized ModelInferResponse."""
         return self._infer(request, context)
 
     def ModelStreamInfer(
@@ -216,7 +228,7 @@ class InferenceServicer(GRPCInferenceServiceServicer):
         for request in request_iterator:
             started = time.perf_counter_ns()
             try:
-                response = answer(self._infer(request, context), context)
+                response = pb.ModelInferResponse.FromString(answer(self._infer(split(request), context), context))
             except Exception as error:
                 refusal = report(error, name_method(self, self.ModelStreamInfer), context, started)
                 if ends:
@@ -229,18 +241,17 @@ class InferenceServicer(GRPCInferenceServiceServicer):
                 response.parameters["triton_final_response"].bool_param = True
                 yield pb.ModelStreamInferResponse(infer_response=response)
 
-    def _infer(
-        self, whole: pb.ModelInferRequest | SplitRequest, context: grpc.ServicerContext
-    ) -> Work[pb.ModelInferResponse]:
-        request, raw = _split(whole)
-        deadline = min(find_deadline(context), _find_timeout(request))
-        model = self._find(request.model_name, request.model_version)
+    def _infer(self, request: Request, context: grpc.ServicerContext) -> Work[bytes]:
+        deadline = find_deadline(context)
+        model = self._find(request.head.name, request.head.version)
         with model.statistics.request() as record:
-            top_k, priority = _find_outputs(request, model), to_priority(_find_number(request, "priority"))
-            images = self._images(request, raw, model)
+            terms = request.head.resolve(model, self._find_terms)
+            if terms.timeout:
+                deadline = min(deadline, time.monotonic() + terms.timeout)
+            images = self._read(request, terms, model)
             record.decoded()
-            record.answer = yield Job(model.batcher, images, deadline, priority)
-            return _respond(request, model, record.answer.probabilities, top_k)
+            record.answer = yield Job(model.batcher, images, deadline, terms.priority)
+            return _respond(terms, model, record.answer.probabilities)
 
     def _control(self) -> Repository:
         if self._repository is None:
@@ -259,75 +270,47 @@ class InferenceServicer(GRPCInferenceServiceServicer):
             raise NotFound(f"there is no version 0 of model {name!r}; versions begin with 1")
         return self._models.find(name, int(version))
 
-    def _images(self, request: pb.ModelInferRequest, raw: Sequence[bytes | memoryview], model: Model) -> Images:
-        """Return the pixels of the one input, in whichever form they came."""
-        wanted = model.manifest.input.name
+    def _find_terms(self, request: pb.ModelInferRequest, model: Model) -> Terms:
+        """Return what a request asks, its raw contents apart."""
+        timeout, top_k = _find_number(request, "timeout") / 1e6, _find_outputs(request, model)
+        priority, wanted = to_priority(_find_number(request, "priority")), model.manifest.input.name
         if len(request.inputs) != 1 or request.inputs[0].name != wanted:
             names = [tensor.name for tensor in request.inputs]
             raise InvalidRequest(f"model {model.name!r} takes one input, {wanted!r}; the request has {names}")
         tensor = request.inputs[0]
         if "shared_memory_region" in tensor.parameters:
             raise Unsupported("this server reads no shared memory; send the tensor in the request")
-        if raw and tensor.HasField("contents"):
-            raise InvalidRequest(f"contents must not be set beside raw_input_contents, for input {wanted!r}")
+        if tensor.datatype != ENCODED and tensor.datatype not in DTYPES:
+            raise InvalidRequest(f"input {wanted!r} is UINT8, FP32 or BYTES, not {tensor.datatype!r}")
+        dtype = DTYPES.get(tensor.datatype)
+        return Terms(
+            top_k,
+            timeout,
+            priority,
+            self._intake.expect(tuple(tensor.shape), dtype, model) if dtype else None,
+            tensor.HasField("contents"),
+            pb.ModelInferResponse(id=request.id).SerializeToString(),
+        )
+
+    def _read(self, request: Request, terms: Terms, model: Model) -> Images:
+        """Return the pixels of the one input, in whichever form they came."""
+        raw = request.raw
+        if raw and terms.layout and not terms.inline and len(raw) == 1:
+            return self._intake.read(raw[0], terms.layout)
+        tensor = request.head.message.inputs[0]
+        if raw and terms.inline:
+            raise InvalidRequest(f"contents must not be set beside raw_input_contents, for input {tensor.name!r}")
         if len(raw) > 1:
             raise InvalidRequest(f"raw_input_contents has {len(raw)} entries for one input")
-        shape = list(tensor.shape)
-        match tensor.datatype:
-            case "BYTES":
-                files = _unpack(bytes(raw[0])) if raw else list(tensor.contents.bytes_contents)
-                if shape not in ([len(files)], [len(files), 1]):
-                    raise InvalidRequest(f"input {wanted!r} has the shape {shape}, but {len(files)} encoded images")
-                return self._intake.decode(files, model)
-            case "UINT8":
-                data = raw[0] if raw else to_bytes(tensor.contents.uint_contents)
-                return self._intake.read(data, shape, "uint8", model)
-            case "FP32":
-                data = raw[0] if raw else np.array(tensor.contents.fp32_contents, "<f4").tobytes()
-                return self._intake.read(data, shape, "float32", model)
-            case other:
-                raise InvalidRequest(f"input {wanted!r} is UINT8, FP32 or BYTES, not {other!r}")
-
-
-def parse(payload: bytes) -> pb.ModelInferRequest | SplitRequest:
-    """Return a request; one that is large without the two copies of its raw contents that protobuf would make.
-
-    Raises:
-        google.protobuf.message.DecodeError: The bytes are no such message.
-    """
-    if len(payload) < LARGE_BYTES:
-        return pb.ModelInferRequest.FromString(payload)
-    view, kept, raw, at = memoryview(payload), [], [], 0
-    try:
-        while at < len(payload):
-            start = at
-            tag, at = _read_varint(payload, at)
-            size, at = _read_varint(payload, at)
-            if tag & 7 != LENGTH_DELIMITED or (end := at + size) > len(payload):
-                return pb.ModelInferRequest.FromString(payload)  # protobuf knows what to make of it
-            if tag >> 3 == pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER:
-                raw.append(view[at:end])
-            else:
-                kept.append(view[start:end])
-            at = end
-    except IndexError:
-        return pb.ModelInferRequest.FromString(payload)
-    return SplitRequest(pb.ModelInferRequest.FromString(b"".join(kept)), raw)
-
-
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """Return a number of protobuf's encoding, and where the next byte is: seven bits a byte, the lowest first."""
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
-
-
-def _split(request: pb.ModelInferRequest | SplitRequest) -> SplitRequest:
-    return request if isinstance(request, SplitRequest) else SplitRequest(request, request.raw_input_contents)
+        if terms.layout is None:
+            files, shape = _unpack(bytes(raw[0])) if raw else list(tensor.contents.bytes_contents), list(tensor.shape)
+            if shape not in ([len(files)], [len(files), 1]):
+                raise InvalidRequest(f"input {tensor.name!r} has the shape {shape}, but {len(files)} encoded images")
+            return self._intake.decode(files, model)
+        contents = tensor.contents
+        is_uint8 = terms.layout.dtype == np.uint8
+        data = to_bytes(contents.uint_contents) if is_uint8 else np.array(contents.fp32_contents, "<f4").tobytes()
+        return self._intake.read(data, terms.layout)
 
 
 def _check_repository(name: str) -> None:
@@ -362,12 +345,6 @@ def _find_policy(request: pb.RepositoryModelLoadRequest) -> Policy | None:
             )
 
 
-def _find_timeout(request: pb.ModelInferRequest) -> float:
-    """Return when the parameter `timeout`, in microseconds, ends the wait; 0 is never."""
-    microseconds = _find_number(request, "timeout")
-    return time.monotonic() + microseconds / 1e6 if microseconds else float("inf")
-
-
 def _find_number(request: pb.ModelInferRequest, name: str) -> int:
     """Return a parameter that is a number, 0 if it is not there."""
     if name not in request.parameters:
@@ -400,32 +377,31 @@ def _find_outputs(request: pb.ModelInferRequest, model: Model) -> int:
     return min(count, classes)
 
 
-def _respond(
-    request: pb.ModelInferRequest, model: Model, probabilities: Probabilities, top_k: int
-) -> pb.ModelInferResponse:
-    if top_k:
-        best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
+def _respond(terms: Terms, model: Model, probabilities: Probabilities) -> bytes:
+    """Return a serialized ModelInferResponse: bytes of messages one after the other are those of all they say."""
+    if terms.top_k:
+        best = np.argsort(-probabilities, axis=1, kind="stable")[:, : terms.top_k]
         labels = model.manifest.labels
         texts = [
             f"{row[index]:f}:{index}:{labels[index]}".encode()
             for row, indices in zip(probabilities, best, strict=True)
             for index in indices
         ]
-        datatype, shape, raw = "BYTES", best.shape, b"".join(struct.pack("<I", len(text)) + text for text in texts)
+        datatype, shape, raw = ENCODED, best.shape, b"".join(struct.pack("<I", len(text)) + text for text in texts)
     else:
         datatype, shape, raw = "FP32", probabilities.shape, probabilities.astype("<f4", copy=False).tobytes()
-    response = pb.ModelInferResponse()
-    response.CopyFrom(_frame(model.name, model.version, model.manifest.output.name, datatype, shape))
-    response.id = request.id
-    response.raw_output_contents.append(raw)
-    return response
+    frame = _frame(model.name, model.version, model.manifest.output.name, datatype, shape, len(raw))
+    return b"".join((frame, raw, terms.id))
 
 
 @functools.lru_cache(1024)
-def _frame(model: str, version: int, output: str, datatype: str, shape: tuple[int, ...]) -> pb.ModelInferResponse:
-    """Return what all responses have in common that are alike in all of this; to copy, because that is quicker."""
+def _frame(model: str, version: int, output: str, datatype: str, shape: tuple[int, ...], size: int) -> bytes:
+    """Return what responses that are alike in all of this begin with, up to their raw contents of so many bytes."""
     tensor = pb.ModelInferResponse.InferOutputTensor(name=output, datatype=datatype, shape=shape)
-    return pb.ModelInferResponse(model_name=model, model_version=str(version), outputs=[tensor])
+    response = pb.ModelInferResponse(
+        model_name=model, model_version=str(version), outputs=[tensor], raw_output_contents=[bytes(size)]
+    )
+    return response.SerializeToString().removesuffix(bytes(size))
 
 
 def _unpack(raw: bytes) -> list[bytes]:

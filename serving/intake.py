@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +19,23 @@ from training.images import InvalidImage, decode
 
 SMALL_PIXELS = 2**18  # of 512x512: a few MB while it is unpacked, which every call may have at the same time
 
+DTYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype(np.uint8), "float32": np.dtype("<f4")}
+
 Admit = Callable[[int], AbstractContextManager[object]]
+
+
+class Layout(NamedTuple):
+    """How the bytes of a tensor are pixels.
+
+    Attributes:
+        shape: [n, height, width, 3], as the model takes it.
+        dtype: Of the values, little-endian.
+        size: Of the whole, in bytes.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    size: int
 
 
 class Intake:
@@ -40,28 +57,38 @@ class Intake:
         admit = self._count_pixels()
         return np.stack([self._decode(data, index, (height, width), admit) for index, data in enumerate(files)])
 
-    def read(self, data: bytes | memoryview, shape: Sequence[int], dtype: str, model: Model) -> Images:
-        """Return the pixels of a tensor: uint8 [n, height, width, 3].
+    def expect(self, shape: Sequence[int], dtype: str, model: Model) -> Layout:
+        """Return the layout of a tensor that `read` takes.
 
         Args:
-            data: Its values, row-major, little-endian.
             shape: [n, height, width, 3], as the model takes it.
             dtype: Of its values, NumPy's name: `uint8`, or `float32` for pixels of 0 to 255, which are rounded.
             model: The model.
 
         Raises:
-            InvalidRequest: The shape is not the model's, there are too many images, data is missing or left over, or a
-                value is no pixel.
+            InvalidRequest: The shape is not the model's, or there are too many images.
         """
         if len(shape) != 4 or tuple(shape[1:]) != model.image_shape:
             wanted = ", ".join(map(str, model.image_shape))
             raise InvalidRequest(f"the tensor's shape is {list(shape)}, model {model.name!r} takes [images, {wanted}]")
         self._check_count(shape[0])
-        size = math.prod(shape) * np.dtype(dtype).itemsize
+        return Layout(tuple(shape), DTYPES[dtype], math.prod(shape) * DTYPES[dtype].itemsize)
+
+    def read(self, data: bytes | memoryview, layout: Layout) -> Images:
+        """Return the pixels of a tensor: uint8 [n, height, width, 3].
+
+        Args:
+            data: Its values, row-major, little-endian.
+            layout: What `expect` returned.
+
+        Raises:
+            InvalidRequest: Data is missing or left over, or a value is no pixel.
+        """
+        shape, dtype, size = layout
         if len(data) != size:
             raise InvalidRequest(f"the tensor's data has {len(data)} bytes, its shape {list(shape)} needs {size}")
-        values = np.frombuffer(data, np.dtype(dtype).newbyteorder("<")).reshape(shape)
-        if dtype == "uint8":
+        values = np.frombuffer(data, dtype).reshape(shape)
+        if dtype == np.uint8:
             return values
         if not (values.min() >= 0 and values.max() <= 255):  # which NaN is not
             raise InvalidRequest("the tensor's values are not pixels: they must be from 0 to 255")

@@ -19,13 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import grpc
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 
 from resnet import BadInput
 from serving.calls import UnaryCall, Work
 from serving.cores import count_cores
 from serving.errors import Trailers
-from serving.guard import NO_MESSAGE
+from serving.guard import NO_MESSAGE, serialize
 from serving.limits import Limits
 from serving.security import TokenInterceptor
 
@@ -36,7 +36,8 @@ except ImportError:  # there are no wheels for every platform
 
 SUPPORTED = pygrpc_native is not None
 IO_THREADS = 2  # of the library; with 8 on 16 cores calls took longer, for each of them wakes the interpreter
-BATCH = 64  # calls that are taken over at a time
+# Calls that are taken over at a time, and about how many bytes: while they are copied, no other thread can go on.
+BATCH, BATCH_BYTES = 64, 2**19
 QUICK_BYTES = 2**20  # larger requests are taken in on other threads; see `serving.events`
 RESERVED = "grpc-"  # trailers of gRPC's own, which the library refuses to send
 
@@ -137,7 +138,8 @@ class NativeFront:
 
     def _receive(self) -> None:
         """Take calls in until the end."""
-        while (events := self.front.recv_batch_details(BATCH)) is not None:
+        most = BATCH
+        while (events := self.front.recv_batch_details(most)) is not None:
             for kind, number, which, payload, _, details in events:
                 if kind == pygrpc_native.EVENT_CALL:
                     path, method = self._methods[which]
@@ -146,6 +148,7 @@ class NativeFront:
                         self._take(call, payload or b"")
                     except Exception as error:
                         self._refuse(call, error)
+                    most = max(1, min(BATCH, BATCH_BYTES // (1 + len(payload or b""))))
                 elif gone := self._open.pop(number, None):
                     gone.context.active = False
 
@@ -214,7 +217,7 @@ class _NativeCall(UnaryCall):
 
     def __init__(self, front: NativeFront, number: int, path: str, method: Method, details: Any) -> None:
         self.context = _Context(details)
-        super().__init__(method.begin, path.rpartition(".")[2], self.context, _serialize)
+        super().__init__(method.begin, path.rpartition(".")[2], self.context, serialize)
         self._front, self.number, self.path, self._unary = front, number, path, method
 
     def take(self, payload: bytes, others: ThreadPoolExecutor | None = None) -> None:
@@ -240,7 +243,3 @@ class _NativeCall(UnaryCall):
         self._front.done(self.number)
         sent = [(key, value) for key, value in trailers if not key.startswith(RESERVED)]
         self._front.front.fail(self.number, code.value[0], details, sent)
-
-
-def _serialize(response: Message) -> bytes:
-    return response.SerializeToString()

@@ -111,10 +111,11 @@ class PredictionServicer(PredictionServiceServicer):
                 return self._intake.decode(files, model)
             case tf.DT_UINT8:
                 data = tensor.tensor_content or _repeat(to_bytes(tensor.int_val), 1, size)
-                return self._intake.read(data, shape, "uint8", model)
+                return self._intake.read(data, self._intake.expect(shape, "uint8", model))
             case tf.DT_FLOAT:
                 values = np.array(tensor.float_val, "<f4").tobytes()
-                return self._intake.read(tensor.tensor_content or _repeat(values, 4, size), shape, "float32", model)
+                layout = self._intake.expect(shape, "float32", model)
+                return self._intake.read(tensor.tensor_content or _repeat(values, 4, size), layout)
             case other:
                 raise InvalidRequest(f"input {wanted!r} is DT_UINT8, DT_FLOAT or DT_STRING, not of dtype {other}")
 

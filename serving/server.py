@@ -23,7 +23,8 @@ from protos.tensorflow_serving_pb2_grpc import (
 )
 from resnet import BadInput
 from serving.guard import Guard
-from serving.inference import InferenceServicer, Repository, parse
+from serving.head import Parser
+from serving.inference import InferenceServicer, Repository
 from serving.intake import Intake
 from serving.limits import Limits
 from serving.models import Models
@@ -38,7 +39,7 @@ SERVICES = tuple(
     for file in (classifier_pb2.DESCRIPTOR, inference_pb2.DESCRIPTOR, tensorflow_serving_pb2.DESCRIPTOR)
     for service in file.services_by_name.values()
 )
-
+MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
 
 Transport = Literal["grpcio", "native"]
 
@@ -107,7 +108,8 @@ class Server:
             ],
         )
         intake = Intake(limits)
-        guard: Any = Guard(self._server, closed(host, token, admin_token), NO_ADMIN)
+        parse = Parser().parse
+        guard: Any = Guard(self._server, closed(host, token, admin_token), NO_ADMIN, {MODEL_INFER: parse})
         self._classifier = Servicer(models, intake)
         add_ClassifierServicer_to_server(self._classifier, guard)
         inference, prediction = InferenceServicer(models, intake, self, repository), PredictionServicer(models, intake)
@@ -126,7 +128,7 @@ class Server:
             host = f"[{host}]" if ":" in host and not host.startswith("[") else host  # as clients write it
             methods = {
                 f"/{SERVICE}/Classify": (self._classifier, classifier_pb2.ClassifyRequest.FromString),
-                "/inference.GRPCInferenceService/ModelInfer": (inference, parse),
+                MODEL_INFER: (inference, parse),
                 "/tensorflow.serving.PredictionService/Predict": (prediction, PredictRequest.FromString),
             }
             computing = {path: _compute(path, *method) for path, method in methods.items()}

@@ -75,7 +75,7 @@ class Servicer(ClassifierServicer):
                     raise InvalidRequest(
                         f"the tensor's data_type is {tensor.data_type}, it must be DATA_TYPE_UINT8 (1)"
                     )
-                return self._intake.read(tensor.data, tensor.shape, "uint8", model)
+                return self._intake.read(tensor.data, self._intake.expect(tensor.shape, "uint8", model))
             case _:
                 raise InvalidRequest("the request holds no images: set `encoded` or `tensor`")
 

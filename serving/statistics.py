@@ -5,15 +5,19 @@ from __future__ import annotations
 import threading
 import time
 from bisect import bisect_left
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
+
+import numpy as np
 
 from serving.batcher import Answer
 from serving.errors import ServingError
 
 # Upper bounds of the buckets of a histogram: from 0.1 ms to 10 s, three a decade.
 BOUNDS_NS = (*(digit * 10**power for power in range(5, 10) for digit in (1, 2, 5)), 10**10)
+AT_ONCE = 512  # answers that are counted together: one by one they cost as much as to check a request
 
 
 @dataclass
@@ -35,6 +39,13 @@ class Duration:
         self.count += 1
         self.ns += ns
         self.buckets[bisect_left(BOUNDS_NS, ns)] += 1
+
+    def extend(self, times: Sequence[int]) -> None:
+        """Count it once for each of these, in nanoseconds."""
+        self.count += len(times)
+        self.ns += sum(times)
+        found = np.bincount(np.searchsorted(BOUNDS_NS, times), minlength=len(self.buckets))
+        self.buckets = [mine + more for mine, more in zip(self.buckets, found.tolist(), strict=True)]
 
     def merge(self, other: Duration) -> None:
         """Count all that another one has."""
@@ -126,16 +137,24 @@ class Counts:
         self.last_ms = max(self.last_ms, other.last_ms)
 
 
-@dataclass
-class Statistics(Counts):
+class Statistics:
     """What this process answers with a model version; threads may share it.
 
     Attributes:
+        model: Name of the model.
+        version: Of the model.
         observer: Is told of every request too, if there is one.
     """
 
-    observer: Observer | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    def __init__(self, model: str, version: int) -> None:
+        """Begin with nothing."""
+        self.model, self.version = model, version
+        self.observer: Observer | None = None
+        self._lock = threading.Lock()
+        self._counts = Counts(model, version)
+        # Images, and the time in all, in the queue, for unpacking, computing and the rest, of those not counted yet.
+        self._answered: deque[tuple[int, int, int, int, int, int]] = deque()
+        self._last_ns = 0
 
     def request(self) -> Request:
         """Return what counts the request that is answered within its block: as failed if an exception leaves it."""
@@ -146,20 +165,18 @@ class Statistics(Counts):
         total, answer = request.elapsed_ns(), request.answer
         if error is None:
             assert answer is not None, "a request that ends well has an answer"
-            rest = total - answer.queue_ns - request.decode_ns - answer.compute_ns
-            with self.lock:
-                self.images += len(answer.probabilities)
-                self.success.add(total)
-                self.codes["OK"] += 1
-                self.queue.add(answer.queue_ns)
-                self.decode.add(request.decode_ns)
-                self.compute.add(answer.compute_ns)
-                self.respond.add(max(0, rest))
-                self.last_ms = time.time_ns() // 1_000_000
+            images, waited, computed = len(answer.probabilities), answer.queue_ns, answer.compute_ns
+            decoded = request.decode_ns
+            rest = max(0, total - waited - decoded - computed)
+            self._answered.append((images, total, waited, decoded, computed, rest))
+            self._last_ns = time.time_ns()
+            if len(self._answered) >= AT_ONCE:
+                with self._lock:
+                    self._settle()
         else:
-            with self.lock:
-                self.fail.add(total)
-                self.codes[error.code.name if isinstance(error, ServingError) else "INTERNAL"] += 1
+            with self._lock:
+                self._counts.fail.add(total)
+                self._counts.codes[error.code.name if isinstance(error, ServingError) else "INTERNAL"] += 1
             if isinstance(error, ServingError):
                 error.model, error.version = self.model, self.version
         if self.observer:
@@ -167,12 +184,27 @@ class Statistics(Counts):
 
     def batch(self, images: int, ns: int) -> None:
         """Count a call of the engine."""
-        with self.lock:
-            self.batches[images].add(ns)
+        with self._lock:
+            self._counts.batches[images].add(ns)
 
     def counts(self) -> Counts:
         """Return what was counted until now."""
         counts = Counts(self.model, self.version)
-        with self.lock:
-            counts.merge(self)
+        with self._lock:
+            self._settle()
+            counts.merge(self._counts)
         return counts
+
+    def _settle(self) -> None:
+        """Count what was answered since the last time; the lock is held."""
+        # Others go on adding: what is taken out here is counted here.
+        rows = [self._answered.popleft() for _ in range(len(self._answered))]
+        if not rows:
+            return
+        counts, (images, *times) = self._counts, zip(*rows, strict=True)
+        counts.images += sum(images)
+        counts.codes["OK"] += len(rows)
+        durations = (counts.success, counts.queue, counts.decode, counts.compute, counts.respond)
+        for duration, some in zip(durations, times, strict=True):
+            duration.extend(some)
+        counts.last_ms = self._last_ns // 1_000_000

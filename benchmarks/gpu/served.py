@@ -24,7 +24,7 @@ from benchmarks.process import ServerProcess
 from export.manifest import Manifest
 from protos import inference_pb2 as pb
 from resnet import CheckFailed
-from serving import models, native
+from serving import memory, models, native
 from serving.batching import Batching
 from serving.cuda import CudaEngine, EnginePool
 from serving.engine import Images
@@ -120,6 +120,7 @@ def pack(about: Manifest, images: int) -> bytes:
 
 def serve(args: argparse.Namespace) -> None:
     """Serve one file until the process is ended."""
+    memory.settle()
     about = describe(args.file)
     engine = FreeEngine(about) if args.free else open_engine(args.file, about, args.device, args.max_batch)
     batching = Batching(max_batch=args.max_batch, max_queue=MAX_QUEUE, max_queue_ms=1e9)

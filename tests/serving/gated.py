@@ -54,7 +54,7 @@ class Gated:
 
     def await_code(self, code: str, count: int = 1) -> None:
         """Return once so many requests have ended with a status."""
-        while self.model.statistics.codes[code] < count:
+        while self.model.statistics.counts().codes[code] < count:
             time.sleep(0)  # gives way to the server
 
 

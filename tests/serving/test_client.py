@@ -223,7 +223,7 @@ def test_a_refused_request_is_tried_again_when_the_server_says(full: gated.Gated
         full.engine.gate.release(10)
         assert again.result().images[0][0].probability == 4
         assert time.monotonic() - began >= 0.6
-    assert full.model.statistics.codes["RESOURCE_EXHAUSTED"] == 1
+    assert full.model.statistics.counts().codes["RESOURCE_EXHAUSTED"] == 1
 
 
 def test_a_refused_stream_is_tried_again_when_the_server_says(full: gated.Gated) -> None:
@@ -242,7 +242,7 @@ def test_a_refused_stream_is_tried_again_when_the_server_says(full: gated.Gated)
         values = [expect(result).images[0][0].probability for result in (*again.result(), *other.result())]
         assert values == [4, 5]
         assert time.monotonic() - began >= 0.6
-    assert full.model.statistics.codes["RESOURCE_EXHAUSTED"] == 2
+    assert full.model.statistics.counts().codes["RESOURCE_EXHAUSTED"] == 2
 
 
 def test_the_deadline_counts_all_attempts(full: gated.Gated) -> None:
@@ -271,7 +271,7 @@ def test_without_retries_a_refusal_is_raised_at_once(full: gated.Gated) -> None:
             with pytest.raises(Overloaded) as refusal:
                 ask(pixels(4))  # type: ignore[operator]
             assert refusal.value.retry_ms == 601
-    assert full.model.statistics.codes["RESOURCE_EXHAUSTED"] == 2
+    assert full.model.statistics.counts().codes["RESOURCE_EXHAUSTED"] == 2
 
 
 # A server that says what the test wants
@@ -426,16 +426,19 @@ def test_requests_go_to_all_servers_in_turn(start: Callable[..., tuple[Server, m
     """And to the other one when one stops, without an error."""
     (first, one), (second, two) = start(), start()
     with Client([first.address, second.address]) as client:
-        while not (one.statistics.success.count and two.statistics.success.count):
+        while not (one.statistics.counts().success.count and two.statistics.counts().success.count):
             client.classify(pixels(1))
-        before = one.statistics.success.count, two.statistics.success.count
+        before = one.statistics.counts().success.count, two.statistics.counts().success.count
         for _ in range(10):
             client.classify(pixels(1))
-        assert (one.statistics.success.count, two.statistics.success.count) == (before[0] + 5, before[1] + 5)
+        assert (one.statistics.counts().success.count, two.statistics.counts().success.count) == (
+            before[0] + 5,
+            before[1] + 5,
+        )
         first.stop(5)
         for _ in range(10):
             client.classify(pixels(1))
-        assert two.statistics.success.count == before[1] + 15
+        assert two.statistics.counts().success.count == before[1] + 15
 
 
 def test_a_stream_goes_on_when_its_server_stops(start: Callable[..., tuple[Server, models.Model]]) -> None:
@@ -444,13 +447,13 @@ def test_a_stream_goes_on_when_its_server_stops(start: Callable[..., tuple[Serve
     images = pixels(*(number % 256 for number in range(3000)))
     with Client([server.address for server, _ in servers]) as client:
         expected = [expect(result).images for result in client.classify_each(images[:256])]
-        before = [model.statistics.images for _, model in servers]
+        before = [model.statistics.counts().images for _, model in servers]
         results = client.classify_each(images)
         found = [expect(next(results)).images for _ in range(100)]
-        (used,) = [place for place in (0, 1) if servers[place][1].statistics.images > before[place]]
+        (used,) = [place for place in (0, 1) if servers[place][1].statistics.counts().images > before[place]]
         servers[used][0].stop(5)
         found += [expect(result).images for result in results]
-    assert servers[1 - used][1].statistics.images > before[1 - used]
+    assert servers[1 - used][1].statistics.counts().images > before[1 - used]
     assert len(found) == 3000
     for place, classes in enumerate(found):
         for item, other in zip(classes[0], expected[place % 256][0], strict=True):
@@ -471,10 +474,10 @@ def test_a_server_that_is_killed_is_replaced_by_another(
     ):
 
         def is_in_turn() -> bool:
-            before = model.statistics.success.count
+            before = model.statistics.counts().success.count
             for _ in range(10):
                 client.classify(pixels(1))
-            return model.statistics.success.count == before + 5
+            return model.statistics.counts().success.count == before + 5
 
         while not is_in_turn():
             pass

@@ -96,7 +96,7 @@ def test_with_another_grpcio_calls_have_a_thread_each(repository: Path, monkeypa
         server.engine.entered.acquire()
         server.engine.gate.release(1)
         assert call.result(10).classifications[0].classes[0].probability == 3
-        assert server.model.statistics.codes["OK"] == 1
+        assert server.model.statistics.counts().codes["OK"] == 1
 
 
 def test_this_grpcio_has_what_is_needed() -> None:

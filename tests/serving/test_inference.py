@@ -20,7 +20,8 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from protos import inference_pb2 as pb
-from serving import inference, models
+from serving import head, models
+from serving.head import Parser, Request
 from serving.limits import Limits
 from serving.server import Server
 
@@ -291,9 +292,9 @@ def test_a_bad_request_has_its_code_and_one_sentence(
     assert len(stub.ModelInfer(good).raw_output_contents) == 1
 
 
-def test_a_large_request_is_parsed_as_protobuf_would(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_is_parsed_as_protobuf_would() -> None:
     """Whole, cut off, with bytes that were changed, and with fields that nobody knows: the same, or no message."""
-    monkeypatch.setattr(inference, "LARGE_BYTES", 0)
+    parse = Parser().parse
     rng = np.random.default_rng(0)
     tensor = pb.ModelInferRequest.InferInputTensor(name="image", datatype="UINT8", shape=[2, 4, 4, 3])
     request = pb.ModelInferRequest(
@@ -309,21 +310,52 @@ def test_a_large_request_is_parsed_as_protobuf_would(monkeypatch: pytest.MonkeyP
         changed = bytearray(whole)
         changed[rng.integers(len(changed) if rng.random() < 0.5 else 60)] = rng.integers(256)
         payloads.append(bytes(changed))
-    split = 0
+    apart = 0
     for payload in payloads:
         try:
             expected = pb.ModelInferRequest.FromString(payload)
         except DecodeError:
             with pytest.raises(DecodeError):
-                inference.parse(payload)
+                parse(payload)
             continue
-        found = inference.parse(payload)
-        if isinstance(found, inference.SplitRequest):
-            split += 1
-            found.message.raw_input_contents.extend(map(bytes, found.raw))
-            found = found.message
-        assert found == expected
-    assert split > 1000
+        found = parse(payload)
+        assert join(found) == expected
+        apart += not found.head.message.raw_input_contents
+    assert apart > 1000
+
+
+def join(request: Request) -> pb.ModelInferRequest:
+    """Return the message that was taken apart."""
+    message = pb.ModelInferRequest()
+    message.CopyFrom(request.head.message)
+    if not message.raw_input_contents:
+        message.raw_input_contents.extend(map(bytes, request.raw))
+    return message
+
+
+def test_a_head_that_is_known_is_that_of_the_same_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever came before: other pixels, other ids, more pixels behind the same head, fields behind the pixels."""
+    monkeypatch.setattr(head, "KEPT", 50)
+    parse = Parser().parse
+    rng = np.random.default_rng(0)
+    tensor = pb.ModelInferRequest.InferInputTensor(name="image", datatype="UINT8", shape=[1, 4, 4, 3])
+    for _ in range(3000):
+        size = rng.integers(200)
+        request = pb.ModelInferRequest(
+            model_name=rng.choice(["digits", "letter", "cat"]), id=rng.choice(["", "1", "23"]), inputs=[tensor]
+        )
+        request.raw_input_contents.append(rng.bytes(size))
+        payload = request.SerializeToString()
+        payload += rng.choice([b"", b"", b"", b"\x1a\x01x", b"\x3a\x02ab", b"\x3a"])
+        try:
+            expected = pb.ModelInferRequest.FromString(payload)
+        except DecodeError:
+            with pytest.raises(DecodeError):
+                parse(payload)
+            continue
+        assert join(parse(payload)) == expected
+    payload = pb.ModelInferRequest(inputs=[tensor], raw_input_contents=[bytes(7)]).SerializeToString()
+    assert parse(payload).head is parse(payload[:-1] + b"x").head
 
 
 def test_large_requests_are_answered_as_others(
@@ -332,7 +364,6 @@ def test_large_requests_are_answered_as_others(
     """Of pixels in both types, over the transport that leaves them where they came."""
     model = models.load(repository / "digits" / "1", "cpu")
     pixels = heldout[0][:100]
-    assert pixels.nbytes > inference.LARGE_BYTES
     with Server(models.Models([model]), "127.0.0.1", 0, Limits(), transport="native") as server:
         client = triton.InferenceServerClient(server.address)
         for dtype, kind in ((np.uint8, "UINT8"), (np.float32, "FP32")):

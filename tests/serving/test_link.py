@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from export import manifest
+from serving.batcher import Answer
 from serving.errors import Cancelled, DeadlineExceeded, InternalError, NotFound, Overloaded, ServingError, Unavailable
 from serving.link import (
     Computed,
@@ -34,7 +36,8 @@ def test_messages_arrive_in_any_pieces(piece: int, repository: Path) -> None:
     """One after the other, none missing, each with all of its values."""
     statistics = Statistics("digits", 1)
     statistics.batch(3, 5_000_000)
-    statistics.codes["OK"] += 2
+    with statistics.request() as record:
+        record.answer = Answer(np.zeros((3, 10), np.float32), 1, 2, 3)
     about = manifest.read(repository / "digits" / "1")
     said: list[Message] = [
         Request(1, 2, 64, 3, float("inf"), 2),

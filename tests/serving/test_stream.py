@@ -167,7 +167,7 @@ def test_streamed_requests_are_counted_as_others(server: Gated, talk: Talk) -> N
     talk.send(ask(1, 1), ask(2, 2, 2), pb.ClassifyStreamRequest(id=3, request=bad))
     talk.half_close()
     assert len(list(talk.call)) == 3
-    found = server.model.statistics
+    found = server.model.statistics.counts()
     assert found.codes == {"OK": 2, "INVALID_ARGUMENT": 1}
     assert (found.images, found.success.count, found.fail.count, found.queue.count) == (3, 2, 1, 2)
     assert min(found.decode.ns, found.queue.ns, found.compute.ns) > 0
