@@ -55,8 +55,8 @@ PARTS = (
     Part("tactics", 60),
     Part("loops", 120),
     Part("served", 150),
-    Part("keras", 75),
-    Part("training", 240),
+    Part("keras", 90),
+    Part("training", 270),
 )
 
 
@@ -68,7 +68,7 @@ def main() -> int:
     parser.add_argument("--parts", default=",".join(part.name for part in PARTS), help="of the run (default: all)")
     parser.add_argument("--seconds", type=float, default=600, metavar="S", help="the whole run may take")
     parser.add_argument("--data", default="digits", help="images to train with (default: digits)")
-    parser.add_argument("--epochs", type=int, default=30, metavar="N", help="of the training")
+    parser.add_argument("--epochs", type=int, default=60, metavar="N", help="of the training")
     parser.add_argument("--tiny", action="store_true", help="the shortest run that shows that everything works")
     parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder to add what is found to (default: gpu)")
     args = parser.parse_args()
