@@ -17,8 +17,9 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -92,6 +93,8 @@ class _Batch:
         jobs: What is computed.
         refused: What is not, and why.
         size: Images to compute.
+        taken: Images, with those that are refused.
+        gathered: The images put together, if that was begun ahead.
         expected_ns: What computing them is expected to take while nothing else shares the cores.
         began: When that began, on the clock of `time.perf_counter_ns`.
         spare: Whether others were under way, on every lane: it is computed by a part of the cores.
@@ -100,28 +103,39 @@ class _Batch:
     jobs: list[_Job] = field(default_factory=list)
     refused: list[tuple[_Job, ServingError]] = field(default_factory=list)
     size: int = 0
+    taken: int = 0
+    gathered: Future[Images] | None = None
     expected_ns: float = 0.0
     began: int = 0
     spare: bool = False
 
 
+Gather = Callable[[Sequence[Images]], Images]
+"""Puts the images of several requests together."""
+
+
 class Leaders(Protocol):
     """Threads for those who form batches and have them computed."""
+
+    ahead: bool
+    """Whether the next batch is put together while one is computed, if enough waits to fill it."""
 
     def submit(self, work: Callable[[], object], /) -> object:
         """Begin it on one of them, or as soon as one is free."""
         ...
 
-    def gather(self, parts: Sequence[Images], /) -> Images:
-        """Put the images of several requests together, on such a thread."""
+    def gatherer(self) -> Gather:
+        """Return, on such a thread, what puts batches for it together, on any; the last but one may be overwritten."""
         ...
 
 
 class _Pool(ThreadPoolExecutor):
     """Threads of no special kind."""
 
-    def gather(self, parts: Sequence[Images]) -> Images:
-        return np.concatenate(parts)
+    ahead = False
+
+    def gatherer(self) -> Gather:
+        return np.concatenate
 
 
 class Queue(ABC):
@@ -240,7 +254,7 @@ class Batcher(Queue):
         self._idle, self._came = threading.Condition(self._lock), threading.Condition(self._lock)
         self._queue: list[tuple[int, int, _Job]] = []  # a heap: by priority, then as they came
         self._numbers = itertools.count()
-        self.queued = 0
+        self.queued = self._ahead = 0  # images that wait, and how many of these are taken for a batch already
         self._leads = 0
         self._running: list[_Batch] = []
         self._answering = 0  # batches
@@ -248,6 +262,7 @@ class Batcher(Queue):
         # Threads of these end with the batcher.
         self._leaders: Leaders = leaders or _Pool(lanes + spare, thread_name_prefix="lead")
         self._answerer = ThreadPoolExecutor(1, thread_name_prefix="answer")
+        self._gatherers = ThreadPoolExecutor(lanes, thread_name_prefix="gather")
 
     def post(
         self,
@@ -336,10 +351,12 @@ class Batcher(Queue):
         crowd = 1 + (self._spare / self._lanes if self._spares() else 0)
         return self._wait_ns(self.queued + images - batch, now) + crowd * self.curve.ns(batch)
 
-    def _lead(self) -> None:
-        """Compute batches as long as there are requests."""
-        while batch := self._take():
-            probabilities = self._compute(batch.jobs)
+    def _lead(self, batch: _Batch | None = None) -> None:
+        """Compute batches as long as there are requests, and first one that was taken, if any."""
+        gather = self._leaders.gatherer()
+        while batch := self._begin(batch):
+            ahead = self._look_ahead(gather)
+            probabilities = self._compute(batch, gather)
             took = time.perf_counter_ns() - batch.began
             with self._lock:
                 if batch.jobs:
@@ -353,42 +370,66 @@ class Batcher(Queue):
             else:
                 self._answer(batch, probabilities, took)
             if batch.jobs and probabilities is None:
-                self._leaders.submit(self._lead)  # to another thread, and perhaps to one that fares better
+                if ahead:
+                    ahead.gathered = None  # it was meant for this thread
+                # To another thread, and perhaps to one that fares better.
+                self._leaders.submit(partial(self._lead, ahead))
                 return
+            batch = ahead
 
-    def _take(self) -> _Batch | None:
-        """Take whole requests from the queue, up to a batch, leaving out those nobody waits for; give up the lead if
-        there are none.
-        """
-        batch = _Batch()
+    def _begin(self, batch: _Batch | None) -> _Batch | None:
+        """Return what is computed now: a batch that was taken, or what waits; give up the lead if there is nothing."""
         with self._lock:
-            if len(self._running) >= self._lanes and not self._spares():
-                self._rest()  # another leads, and will take what there is
-                return None
-            limit = self._limit()
-            if self._linger_ns:
-                self._linger(limit)
-            soonest = float("inf")
-            while self._queue:
-                job = self._queue[0][-1]
-                error = job.refusal()
-                if error is None:
-                    size, soonest = batch.size + len(job.images), min(soonest, job.deadline)
-                    if batch.jobs and (size > limit or self._misses(size, soonest)):
-                        break
-                    batch.jobs.append(job)
-                    batch.size = size
-                else:
-                    batch.refused.append((job, error))
-                heapq.heappop(self._queue)
-                self.queued -= len(job.images)
+            if batch:
+                self._ahead -= batch.taken
+            else:
+                if len(self._running) >= self._lanes and not self._spares():
+                    self._rest()  # another leads, and will take what there is
+                    return None
+                limit = self._limit()
+                if self._linger_ns:
+                    self._linger(limit)
+                batch = self._take(limit)
+                if not batch.taken:
+                    self._rest()
+                    return None
+            self.queued -= batch.taken
             if batch.jobs:
                 batch.spare = len(self._running) >= self._lanes
                 batch.expected_ns, batch.began = self.curve.ns(batch.size), time.perf_counter_ns()
                 self._running.append(batch)
-            elif not batch.refused:
-                self._rest()
+        return batch
+
+    def _look_ahead(self, gather: Gather) -> _Batch | None:
+        """Take the next batch already, and begin to put it together, if it will be a full one."""
+        if not self._leaders.ahead:
+            return None
+        with self._lock:
+            limit = self._limit()
+            if self.queued - self._ahead < limit:
                 return None
+            batch = self._take(limit)
+            self._ahead += batch.taken
+        if batch.jobs:
+            batch.gathered = self._gatherers.submit(gather, [job.images for job in batch.jobs])
+        return batch
+
+    def _take(self, limit: int) -> _Batch:
+        """Take whole requests from the queue, up to a batch, and those that nobody waits for; the lock is held."""
+        batch, soonest = _Batch(), float("inf")
+        while self._queue:
+            job = self._queue[0][-1]
+            error = job.refusal()
+            if error is None:
+                size, soonest = batch.size + len(job.images), min(soonest, job.deadline)
+                if batch.jobs and (size > limit or self._misses(size, soonest)):
+                    break
+                batch.jobs.append(job)
+                batch.size = size
+            else:
+                batch.refused.append((job, error))
+            heapq.heappop(self._queue)
+            batch.taken += len(job.images)
         return batch
 
     def _spares(self) -> bool:
@@ -427,17 +468,21 @@ class Batcher(Queue):
                 return
             self._came.wait(left / 1e9)
 
-    def _compute(self, batch: list[_Job]) -> Probabilities | None:
+    def _compute(self, batch: _Batch, gather: Gather) -> Probabilities | None:
         """Return the probabilities of a batch; None if there are none because the engine failed."""
-        if not batch:
+        if not batch.jobs:
             return None
         try:
-            images = batch[0].images if len(batch) == 1 else self._leaders.gather([job.images for job in batch])
+            if batch.gathered:
+                images = batch.gathered.result()
+            else:
+                parts = [job.images for job in batch.jobs]
+                images = parts[0] if len(parts) == 1 else gather(parts)
             probabilities = self._run(images)
             if len(probabilities) != len(images):
                 raise RuntimeError(f"the engine returned {len(probabilities)} rows for {len(images)} images")
         except Exception:
-            log.exception("the engine failed on a batch of %d requests", len(batch))
+            log.exception("the engine failed on a batch of %d requests", len(batch.jobs))
             return None
         return probabilities
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import logging
 import weakref
 from collections.abc import Callable, Sequence
@@ -64,21 +65,26 @@ class Buffers:
         # Not the default stream, on which a copy would wait for all others, and fail while a graph is captured.
         (self._stream,) = _do(cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking))
         self._free(cudart.cudaStreamDestroy, self._stream)
-        self._host_images: NDArray[np.uint8] = self._pin((size, *image_shape), np.uint8)
+        # One for images that lie elsewhere, and two so that a batch can be put together while another is on its way.
+        self._host_images, *areas = self._pin((3, size, *image_shape), np.uint8)
+        self._areas, self._addresses = itertools.cycle(areas), {area.ctypes.data for area in areas}
         self._host_probabilities: NDArray[np.float32] = self._pin((size, classes), np.float32)
         self.images = self._allocate(self._host_images.nbytes)
         self.probabilities = self._allocate(self._host_probabilities.nbytes)
 
     def gather(self, parts: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-        """Put images together in the memory that `send` copies from, at most as many as there is room for."""
-        return np.concatenate(parts, out=self._host_images[: sum(map(len, parts))])
+        """Put images together in pinned memory, at most as many as there is room for; of what was gathered before, the
+        last stays, and the one before is overwritten.
+        """
+        return np.concatenate(parts, out=next(self._areas)[: sum(map(len, parts))])
 
     def send(self, images: NDArray[np.uint8]) -> None:
-        """Copy images to the GPU, at most as many as there is room for; what was gathered lies there already."""
-        staged = self._host_images[: len(images)]
-        if images.ctypes.data != staged.ctypes.data:
-            np.copyto(staged, images)
-        self._copy(self.images, staged.ctypes.data, staged.nbytes, cudart.cudaMemcpyKind.cudaMemcpyHostToDevice)
+        """Copy images to the GPU, at most as many as there is room for."""
+        source = images.ctypes.data
+        if source not in self._addresses:
+            np.copyto(self._host_images[: len(images)], images)
+            source = self._host_images.ctypes.data
+        self._copy(self.images, source, images.nbytes, cudart.cudaMemcpyKind.cudaMemcpyHostToDevice)
 
     def fetch(self, probabilities: NDArray[np.float32]) -> None:
         """Copy the first probabilities from the GPU, as many as there are rows to fill."""

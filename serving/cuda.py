@@ -31,6 +31,7 @@ import onnxruntime
 
 from export.manifest import Manifest
 from resnet import BadInput
+from serving.batcher import Gather
 from serving.buffers import Buffers, count_devices
 from serving.cost import CostCurve
 from serving.engine import Device, Images, Probabilities
@@ -109,6 +110,7 @@ class EnginePool:
     def __init__(self, engines: Sequence[CudaEngine]) -> None:
         """Share the work out among `engines`, at least one."""
         self.provider, self.lanes, self.curve = engines[0].provider, len(engines), engines[0].curve
+        self.ahead = True
         self._by_thread = {engine.thread: engine for engine in engines}
         self._lock = threading.Lock()
         self._free, self._waiting = deque(engines), deque[Callable[[], object]]()
@@ -127,10 +129,10 @@ class EnginePool:
             self._failed.add(engine)
             raise
 
-    def gather(self, parts: Sequence[Images]) -> Images:
-        """Put the images of several requests together; see `CudaEngine.gather`."""
+    def gatherer(self) -> Gather:
+        """Return what puts batches for the engine of this thread together."""
         own = self._by_thread.get(threading.get_ident())
-        return own.gather(parts) if own else np.concatenate(parts)
+        return own.gather if own else np.concatenate
 
     def submit(self, work: Callable[[], object]) -> None:
         """Have something done on the thread of the next engine that is free, which it holds until the end."""
@@ -181,7 +183,7 @@ class CudaEngine:
         curve: What a batch costs, from its arrival in host memory to its answer there.
     """
 
-    lanes = 1
+    lanes, ahead = 1, True
 
     def __init__(
         self,
@@ -223,11 +225,13 @@ class CudaEngine:
             self._bindings.compute(images[start : start + step], probabilities[start : start + step])
         return probabilities
 
+    def gatherer(self) -> Gather:
+        """Return what puts batches together."""
+        return self.gather
+
     def gather(self, parts: Sequence[Images]) -> Images:
-        """Put the images of several requests together for the next `run`: in pinned memory, where this thread may."""
-        if threading.get_ident() != self.thread or sum(map(len, parts)) > self.buckets[-1]:
-            return np.concatenate(parts)
-        return self._bindings.gather(parts)
+        """Put the images of several requests together: in pinned memory, as long as they are the last but one."""
+        return np.concatenate(parts) if sum(map(len, parts)) > self.buckets[-1] else self._bindings.gather(parts)
 
     def submit(self, work: Callable[[], object]) -> None:
         """Have something done on the thread that computes: from there `run` changes none."""

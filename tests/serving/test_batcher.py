@@ -6,14 +6,14 @@ import gc
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 
 import numpy as np
 import pytest
 
-from serving.batcher import DEFAULT_PRIORITY, Answer, Batcher, Outcome
+from serving.batcher import DEFAULT_PRIORITY, Answer, Batcher, Gather, Outcome
 from serving.batching import Batching
 from serving.cost import CostCurve
 from serving.engine import Images, Probabilities
@@ -45,15 +45,40 @@ def images(*values: int) -> Images:
     return np.array(values, np.uint8).reshape(-1, 1, 1, 1) * np.ones((1, 2, 2, 3), np.uint8)
 
 
+class Ahead(ThreadPoolExecutor):
+    """A thread that leads, for which batches are put together ahead."""
+
+    ahead = True
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.gathered: queue.Queue[int] = queue.Queue()
+
+    def gatherer(self) -> Gather:
+        """Return what notes the size of each batch."""
+
+        def gather(parts: Sequence[Images]) -> Images:
+            together = np.concatenate(parts)
+            self.gathered.put(len(together))
+            return together
+
+        return gather
+
+
 class Bench:
     """A batcher over a gated engine, and threads that submit to it in a known order."""
 
     def __init__(
-        self, pool: ThreadPoolExecutor, curve: CostCurve | None = None, spare: int = 0, **batching: float
+        self,
+        pool: ThreadPoolExecutor,
+        curve: CostCurve | None = None,
+        spare: int = 0,
+        leaders: Ahead | None = None,
+        **batching: float,
     ) -> None:
         self.engine = GatedEngine()
         options: dict[str, Any] = {"max_batch": 4, "max_queue": 8, "max_queue_ms": float("inf"), **batching}
-        self.batcher = Batcher(self.engine.run, Batching(**options), curve, spare=spare)
+        self.batcher = Batcher(self.engine.run, Batching(**options), curve, spare=spare, leaders=leaders)
         self._pool = pool
 
     def lead(self, *values: int) -> Future[Answer]:
@@ -128,6 +153,31 @@ def test_what_waits_becomes_the_next_batch_in_order_of_arrival(pool: ThreadPoolE
     assert [answer.probabilities[:, 0].tolist() for answer in answers] == [[1], [2], [3, 4], [5, 6], [7]]
     assert [answer.batch_size for answer in answers] == [1, 3, 3, 3, 3]
     assert answers[1].queue_ns > 0
+
+
+def test_a_full_batch_is_put_together_while_another_is_computed(pool: ThreadPoolExecutor) -> None:
+    """Those in it wait as the others do, and are computed though the engine fails on the batch before."""
+    leaders = Ahead()
+    bench = Bench(pool, leaders=leaders, max_queue=20)
+    futures = [bench.lead(1), *(bench.wait(value, 100 + value) for value in range(2, 8))]
+    bench.compute()
+    assert bench.engine.entered.acquire(timeout=10)
+    assert [leaders.gathered.get(timeout=10) for _ in range(2)] == [4, 4]
+    assert bench.batcher.queued == 8
+    futures.append(bench.wait(9))
+    bench.engine.failure = RuntimeError("out of memory")
+    bench.compute()
+    for future in futures[1:3]:
+        with pytest.raises(InternalError):
+            future.result(10)
+    assert bench.engine.entered.acquire(timeout=10)
+    bench.engine.failure = None
+    bench.compute(3)
+    answers = [future.result(10) for future in (futures[0], *futures[3:])]
+    assert [answer.batch_size for answer in answers] == [1, 4, 4, 4, 4, 1]
+    assert [answer.probabilities[0, 0] for answer in answers] == [1, 4, 5, 6, 7, 9]
+    assert bench.batcher.drain(10)
+    assert bench.batcher.queued == 0
 
 
 def test_a_request_that_arrives_during_a_batch_is_in_the_next(pool: ThreadPoolExecutor) -> None:

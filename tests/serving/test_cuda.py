@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import os
 import threading
@@ -24,6 +25,7 @@ from resnet import BadInput
 from serving import buffers, cuda, models
 from serving.batching import Batching
 from serving.cuda import CudaEngine, EnginePool
+from serving.errors import InternalError
 from tests.serving.fake_gpu import CLASSES, CpuSession, Machine, compute
 
 SHAPE = (4, 3, 3)
@@ -166,7 +168,7 @@ def test_memory_is_given_back_with_the_engine(machine: Machine, path: Path) -> N
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_requests_are_put_together_where_the_gpu_fetches_them(machine: Machine, path: Path, devices: int) -> None:
-    """On the thread that computes, as far as a batch goes; anywhere else the memory belongs to somebody."""
+    """As far as a batch goes, and as long as it is the last but one."""
     machine.devices = devices
     engine = cuda.load(path, about(), "cuda", 8)
     small, large = [pixels(2, 1), pixels(3, 2)], [pixels(6, 3), pixels(6, 4)]
@@ -175,18 +177,52 @@ def test_requests_are_put_together_where_the_gpu_fetches_them(machine: Machine, 
         return any(np.may_share_memory(images, memory) for memory in machine.allocated.values())
 
     def try_it() -> list[bool]:
-        found = []
-        for parts in (small, large, small):
-            images = engine.gather(parts)
+        gather = engine.gatherer()
+        found, before = [], gather(small)
+        for parts in (small, large, small, small[:1]):
+            images = gather(parts)
             np.testing.assert_array_equal(images, np.concatenate(parts))
             found.append(is_pinned(images))
+            assert_answers(engine.run, before)
+            assert_answers(engine.run, pixels(19))  # which lie elsewhere, and are too many for a batch
             assert_answers(engine.run, images)
+            before = images
         return found
 
-    assert try_it() == [False] * 3
     inside: Future[list[bool]] = Future()
     engine.submit(lambda: inside.set_result(try_it()))
-    assert inside.result(10) == [True, False, True]
+    assert inside.result(10) == [True, False, True, True]
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_batches_that_are_put_together_ahead_get_their_own_answers(machine: Machine, path: Path, devices: int) -> None:
+    """Requests of all sizes, more than the GPUs can take, and a GPU that fails now and then."""
+    machine.devices = devices
+    engine = cuda.load(path, about(), "cuda", 8)
+    model = models.start(
+        about(), engine, Batching(max_batch=8, max_queue=10**6, max_queue_ms=1e9), lanes=engine.lanes, leaders=engine
+    )
+    calls = itertools.count()
+
+    def fail_at_times(_: int) -> None:
+        if next(calls) % 50 == 49:
+            raise RuntimeError("the GPU fell off the bus")
+
+    machine.on_run = fail_at_times
+
+    def ask(number: int) -> bool:
+        images = pixels(1 + number % 11, number)
+        try:
+            answer = model.batcher.submit(images)
+        except InternalError:
+            return False
+        np.testing.assert_array_equal(answer.probabilities, compute(images))
+        return True
+
+    with ThreadPoolExecutor(24) as callers:
+        answered = list(callers.map(ask, range(600)))
+    assert 400 < sum(answered) < 600
+    assert model.batcher.queued == 0
 
 
 def test_a_replaced_version_gives_its_memory_back_with_its_last_answer(machine: Machine, path: Path) -> None:
