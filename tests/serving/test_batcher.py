@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from serving import batcher
 from serving.batcher import DEFAULT_PRIORITY, Answer, Batcher, Gather, Outcome
 from serving.batching import Batching
 from serving.cost import CostCurve
@@ -155,8 +156,11 @@ def test_what_waits_becomes_the_next_batch_in_order_of_arrival(pool: ThreadPoolE
     assert answers[1].queue_ns > 0
 
 
-def test_a_full_batch_is_put_together_while_another_is_computed(pool: ThreadPoolExecutor) -> None:
+def test_a_full_batch_is_put_together_while_another_is_computed(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those in it wait as the others do, and are computed though the engine fails on the batch before."""
+    monkeypatch.setattr(batcher, "LARGE_BYTES", 24)  # two images of this test
     leaders = Ahead()
     bench = Bench(pool, leaders=leaders, max_queue=20)
     futures = [bench.lead(1), *(bench.wait(value, 100 + value) for value in range(2, 8))]

@@ -22,7 +22,7 @@ from export import manifest
 from export.manifest import Budget, Certificate, Cost, Manifest, Preprocessing, TensorSpec, Variant
 from export.repository import models as list_models
 from resnet import BadInput
-from serving import buffers, cuda, models
+from serving import batcher, buffers, cuda, models
 from serving.batching import Batching
 from serving.cuda import CudaEngine, EnginePool
 from serving.errors import InternalError
@@ -195,8 +195,11 @@ def test_requests_are_put_together_where_the_gpu_fetches_them(machine: Machine, 
 
 
 @pytest.mark.parametrize("devices", [1, 3])
-def test_batches_that_are_put_together_ahead_get_their_own_answers(machine: Machine, path: Path, devices: int) -> None:
+def test_batches_that_are_put_together_ahead_get_their_own_answers(
+    machine: Machine, path: Path, devices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Requests of all sizes, more than the GPUs can take, and a GPU that fails now and then."""
+    monkeypatch.setattr(batcher, "LARGE_BYTES", 0)
     machine.devices = devices
     engine = cuda.load(path, about(), "cuda", 8)
     model = models.start(
