@@ -17,9 +17,9 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -89,6 +89,10 @@ class _Job:
         return None
 
 
+_Entry = tuple[int, int, _Job]
+"""One of the heap of those that wait: its priority, its number in the order of arrival, and the request."""
+
+
 @dataclass(eq=False)
 class _Batch:
     """What was taken from the queue at once.
@@ -97,7 +101,7 @@ class _Batch:
         jobs: What is computed.
         refused: What is not, and why.
         size: Images to compute.
-        taken: Images, with those that are refused.
+        entries: What was taken from the queue, for the one and the other.
         gathered: The images put together, if that was begun ahead.
         expected_ns: What computing them is expected to take while nothing else shares the cores.
         began: When that began, on the clock of `time.perf_counter_ns`.
@@ -107,11 +111,16 @@ class _Batch:
     jobs: list[_Job] = field(default_factory=list)
     refused: list[tuple[_Job, ServingError]] = field(default_factory=list)
     size: int = 0
-    taken: int = 0
+    entries: list[_Entry] = field(default_factory=list)
     gathered: Future[Images] | None = None
     expected_ns: float = 0.0
     began: int = 0
     spare: bool = False
+
+    @property
+    def taken(self) -> int:
+        """Images that were taken from the queue."""
+        return sum(len(job.images) for _, _, job in self.entries)
 
 
 Gather = Callable[[Sequence[Images]], Images]
@@ -122,14 +131,14 @@ class Leaders(Protocol):
     """Threads for those who form batches and have them computed."""
 
     ahead: bool
-    """Whether the next batch is put together while one is computed, if enough waits to fill it."""
+    """Whether the next batch is put together while one is computed, if enough waits to fill it; for one lane only."""
 
     def submit(self, work: Callable[[], object], /) -> object:
         """Begin it on one of them, or as soon as one is free."""
         ...
 
     def gatherer(self) -> Gather:
-        """Return, on such a thread, what puts batches for it together, on any; the last but one may be overwritten."""
+        """Return, on such a thread, what puts batches for it together, on any: each overwrites the last but one."""
         ...
 
 
@@ -256,9 +265,9 @@ class Batcher(Queue):
         self._goal = Goal(batching.target_p99_ms, self.curve) if batching.target_p99_ms else None
         self._lock = threading.Lock()
         self._idle, self._came = threading.Condition(self._lock), threading.Condition(self._lock)
-        self._queue: list[tuple[int, int, _Job]] = []  # a heap: by priority, then as they came
+        self._queue: list[_Entry] = []  # a heap: by priority, then as they came
         self._numbers = itertools.count()
-        self.queued = self._ahead = 0  # images that wait, and how many of these are taken for a batch already
+        self.queued = 0  # images that wait, among them those that are taken ahead
         self._leads = 0
         self._running: list[_Batch] = []
         self._answering = 0  # batches
@@ -266,7 +275,7 @@ class Batcher(Queue):
         # Threads of these end with the batcher.
         self._leaders: Leaders = leaders or _Pool(lanes + spare, thread_name_prefix="lead")
         self._answerer = ThreadPoolExecutor(1, thread_name_prefix="answer")
-        self._gatherers = ThreadPoolExecutor(lanes, thread_name_prefix="gather")
+        self._gatherer = ThreadPoolExecutor(1, thread_name_prefix="gather")
 
     def post(
         self,
@@ -355,19 +364,22 @@ class Batcher(Queue):
         crowd = 1 + (self._spare / self._lanes if self._spares() else 0)
         return self._wait_ns(self.queued + images - batch, now) + crowd * self.curve.ns(batch)
 
-    def _lead(self, batch: _Batch | None = None) -> None:
-        """Compute batches as long as there are requests, and first one that was taken, if any."""
+    def _lead(self) -> None:
+        """Compute batches as long as there are requests."""
         gather = self._leaders.gatherer()
-        while batch := self._begin(batch):
+        ahead: _Batch | None = None
+        while batch := self._begin(ahead):
+            # In this order: what is put together ahead takes the place of the batch before this one.
+            images = self._assemble(batch, gather)
             ahead = self._look_ahead(gather)
-            probabilities = self._compute(batch, gather)
+            probabilities = self._compute(batch, images)
             took = time.perf_counter_ns() - batch.began
             with self._lock:
                 if batch.jobs:
                     if probabilities is not None:
                         self.curve.learn(batch.size, took / self._crowd())
                     self._running.remove(batch)
-                others = bool(self._queue or self._answering)  # also keeps the order of answers
+                others = bool(self._queue or self._answering or ahead)  # also keeps the order of answers
                 self._answering += 1
             if others:
                 self._answerer.submit(self._answer, batch, probabilities, took)
@@ -375,18 +387,18 @@ class Batcher(Queue):
                 self._answer(batch, probabilities, took)
             if batch.jobs and probabilities is None:
                 if ahead:
-                    ahead.gathered = None  # it was meant for this thread
-                # To another thread, and perhaps to one that fares better.
-                self._leaders.submit(partial(self._lead, ahead))
+                    with self._lock:
+                        self._put_back(ahead)
+                self._leaders.submit(self._lead)  # to another thread, and perhaps to one that fares better
                 return
-            batch = ahead
 
     def _begin(self, batch: _Batch | None) -> _Batch | None:
         """Return what is computed now: a batch that was taken, or what waits; give up the lead if there is nothing."""
         with self._lock:
-            if batch:
-                self._ahead -= batch.taken
-            else:
+            if batch and self._is_stale(batch):
+                self._put_back(batch)
+                batch = None
+            if batch is None:
                 if len(self._running) >= self._lanes and not self._spares():
                     self._rest()  # another leads, and will take what there is
                     return None
@@ -394,7 +406,7 @@ class Batcher(Queue):
                 if self._linger_ns:
                     self._linger(limit)
                 batch = self._take(limit)
-                if not batch.taken:
+                if not batch.entries:
                     self._rest()
                     return None
             self.queued -= batch.taken
@@ -410,14 +422,12 @@ class Batcher(Queue):
             return None
         with self._lock:
             limit = self._limit()
-            if self.queued - self._ahead < limit or len(self._running) < self._lanes:
-                return None
-            if self._queue[0][-1].images.nbytes < LARGE_BYTES:
+            if self.queued < limit or self._queue[0][-1].images.nbytes < LARGE_BYTES:
                 return None
             batch = self._take(limit)
-            self._ahead += batch.taken
         if batch.jobs:
-            batch.gathered = self._gatherers.submit(gather, [job.images for job in batch.jobs])
+            with suppress(RuntimeError):  # no further thread is to be had; then it is put together when it begins
+                batch.gathered = self._gatherer.submit(gather, [job.images for job in batch.jobs])
         return batch
 
     def _take(self, limit: int) -> _Batch:
@@ -434,9 +444,20 @@ class Batcher(Queue):
                 batch.size = size
             else:
                 batch.refused.append((job, error))
-            heapq.heappop(self._queue)
-            batch.taken += len(job.images)
+            batch.entries.append(heapq.heappop(self._queue))
         return batch
+
+    def _is_stale(self, batch: _Batch) -> bool:
+        """Say whether another would be taken now: somebody has left, or somebody came who goes first."""
+        overtaken = self._queue and self._queue[0] < batch.entries[-1]
+        return bool(overtaken) or any(job.refusal() for job in batch.jobs)
+
+    def _put_back(self, batch: _Batch) -> None:
+        """Have those who were taken ahead wait as before; the lock is held."""
+        if batch.gathered:
+            wait([batch.gathered])  # it could overwrite what is put together next
+        for entry in batch.entries:
+            heapq.heappush(self._queue, entry)
 
     def _spares(self) -> bool:
         """Say whether spare lanes may begin: for a full batch, or where cores would idle beside a batch that has but a
@@ -474,16 +495,22 @@ class Batcher(Queue):
                 return
             self._came.wait(left / 1e9)
 
-    def _compute(self, batch: _Batch, gather: Gather) -> Probabilities | None:
-        """Return the probabilities of a batch; None if there are none because the engine failed."""
-        if not batch.jobs:
-            return None
+    def _assemble(self, batch: _Batch, gather: Gather) -> Images | None:
+        """Return the images of a batch; None if there are none, or they cannot be put together."""
+        parts = [job.images for job in batch.jobs]
         try:
             if batch.gathered:
-                images = batch.gathered.result()
-            else:
-                parts = [job.images for job in batch.jobs]
-                images = parts[0] if len(parts) == 1 else gather(parts)
+                return batch.gathered.result()
+            return gather(parts) if len(parts) > 1 else parts[0] if parts else None
+        except Exception:
+            log.exception("a batch of %d requests cannot be put together", len(parts))
+            return None
+
+    def _compute(self, batch: _Batch, images: Images | None) -> Probabilities | None:
+        """Return the probabilities of a batch; None if there are none because the engine failed."""
+        if images is None:
+            return None
+        try:
             probabilities = self._run(images)
             if len(probabilities) != len(images):
                 raise RuntimeError(f"the engine returned {len(probabilities)} rows for {len(images)} images")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 NEARLY = 1.05  # is within the noise of measuring
 WEIGHT = 0.2  # of the newest batch: five batches ago counts for a third
 SHARED = 0.1  # for batches of other sizes
-LIMIT = 4.0  # to what one batch says: it may have been held up by something else
+LIMIT = 4.0  # to how far one batch is believed: it may have been held up by something else
 
 
 class CostCurve:
@@ -57,8 +57,10 @@ class CostCurve:
         with self._lock:
             sizes, times = self._known
             at = bisect_left(sizes, images)
+            if expected := self.ns(images):
+                ns = min(max(ns, expected / LIMIT), expected * LIMIT)
             if at < len(sizes) and sizes[at] == images:
-                factor = min(max(ns / times[at], 1 / LIMIT), LIMIT)
+                factor = ns / times[at]
                 shared = factor**SHARED
                 learned = [time * shared for time in times]
                 learned[at] = times[at] * factor**WEIGHT

@@ -110,7 +110,7 @@ class EnginePool:
     def __init__(self, engines: Sequence[CudaEngine]) -> None:
         """Share the work out among `engines`, at least one."""
         self.provider, self.lanes, self.curve = engines[0].provider, len(engines), engines[0].curve
-        self.ahead = True
+        self.ahead = False  # a batch that one of them has taken could not be computed by another
         self._by_thread = {engine.thread: engine for engine in engines}
         self._lock = threading.Lock()
         self._free, self._waiting = deque(engines), deque[Callable[[], object]]()

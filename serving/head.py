@@ -7,6 +7,7 @@ look into a table, where to parse it, to check its fields and to copy its pixels
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 from export.manifest import Manifest
@@ -14,7 +15,8 @@ from protos import inference_pb2 as pb
 from serving.models import Model
 
 LENGTH_DELIMITED = 2  # the wire type of texts, bytes and messages
-RAW = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER
+RAW = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | LENGTH_DELIMITED  # what raw contents begin with
+FIELDS = 32  # of a request, in which its raw contents are looked for: no client sends so many
 KEPT = 1024  # heads, and bytes of each
 
 Found = TypeVar("Found")
@@ -35,7 +37,7 @@ class Head:
     def __init__(self, message: pb.ModelInferRequest) -> None:
         """Take in a message, whose raw contents may be elsewhere."""
         self.message, self.name, self.version = message, message.model_name, message.model_version
-        self.encoded = any(tensor.datatype == "BYTES" for tensor in message.inputs)
+        self.encoded = len(message.inputs) == 1 and message.inputs[0].datatype == "BYTES"
         self._found: tuple[Manifest | None, Any] = None, None
 
     def resolve(self, model: Model, find: Callable[[pb.ModelInferRequest, Model], Found]) -> Found:
@@ -77,26 +79,24 @@ class Parser:
         return self._split(payload)
 
     def _split(self, payload: bytes) -> Request:
-        """Look for the raw contents of a request; keep its head, if they are all that comes after it."""
-        view, kept, raw, at = memoryview(payload), [], [], 0
-        try:
-            while at < len(payload):
-                start = at
+        """Look for raw contents at the end of a request, and keep the head that comes before them."""
+        at = 0
+        with suppress(IndexError):
+            for _ in range(FIELDS):
+                if payload[at] == RAW:
+                    size, begins = _read_varint(payload, at + 1)
+                    if begins + size != len(payload):
+                        break
+                    head = Head(pb.ModelInferRequest.FromString(payload[:at]))
+                    if begins <= KEPT:
+                        self._keep(payload[:begins], len(payload), head)
+                    return Request(head, (memoryview(payload)[begins:],))
                 tag, at = _read_varint(payload, at)
-                size, begins = _read_varint(payload, at)
-                at = begins + size
-                if tag & 7 != LENGTH_DELIMITED or at > len(payload):
-                    return split(pb.ModelInferRequest.FromString(payload))  # protobuf knows what to make of it
-                if tag >> 3 == RAW:
-                    raw.append(view[begins:at])
-                else:
-                    kept.append(view[start:at])
-        except IndexError:
-            return split(pb.ModelInferRequest.FromString(payload))
-        head = Head(pb.ModelInferRequest.FromString(b"".join(kept)))
-        if len(raw) == 1 and tag >> 3 == RAW and begins <= KEPT:
-            self._keep(payload[:begins], len(payload), head)
-        return Request(head, raw)
+                size, at = _read_varint(payload, at)
+                if tag & 7 != LENGTH_DELIMITED or tag == RAW:  # which may be written with more bytes than it needs
+                    break
+                at += size
+        return split(pb.ModelInferRequest.FromString(payload))  # protobuf knows what to make of it
 
     def _keep(self, head_bytes: bytes, whole: int, head: Head) -> None:
         if len(self._heads) >= KEPT:  # of callers that number their requests, say
@@ -114,13 +114,13 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
     """Return a number of protobuf's encoding, and where the next byte is: seven bits a byte, the lowest first.
 
     Raises:
-        IndexError: There is none.
+        IndexError: It is cut off, or longer than that of any size.
     """
     value = 0
-    for shift in range(0, 70, 7):  # ten bytes at most
+    for shift in range(0, 35, 7):
         byte = data[at]
         value |= (byte & 127) << shift
         at += 1
         if byte < 128:
             return value, at
-    raise IndexError("the number is too long")
+    raise IndexError

@@ -168,8 +168,8 @@ class Statistics:
             images, waited, computed = len(answer.probabilities), answer.queue_ns, answer.compute_ns
             decoded = request.decode_ns
             rest = max(0, total - waited - decoded - computed)
-            self._answered.append((images, total, waited, decoded, computed, rest))
             self._last_ns = time.time_ns()
+            self._answered.append((images, total, waited, decoded, computed, rest))
             if len(self._answered) >= AT_ONCE:
                 with self._lock:
                     self._settle()

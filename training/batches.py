@@ -27,8 +27,8 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]  # Keras has no type
             upper bound of what a training waits.
     """
 
-    def __init__(self, split: Split, chosen: NDArray[np.intp], classes: int, batch_size: int) -> None:
-        super().__init__(workers=WORKERS, max_queue_size=2 * WORKERS)
+    def __init__(self, split: Split, chosen: NDArray[np.intp], classes: int, batch_size: int, workers: int = 1) -> None:
+        super().__init__(workers=workers, max_queue_size=2 * workers)
         self.seconds = 0.0
         self._lock = threading.Lock()
         self._split, self._order = split, chosen
@@ -43,7 +43,7 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]  # Keras has no type
         chosen = self._order[index * self._batch_size : (index + 1) * self._batch_size]
         batch = self._prepare(self._split.images[chosen], index), self._one_hot[self._split.labels[chosen]]
         with self._lock:
-            self.seconds += (time.perf_counter() - started) / WORKERS
+            self.seconds += (time.perf_counter() - started) / self.workers
         return batch
 
     def _prepare(self, images: Pixels, index: int) -> Pixels:  # noqa: ARG002
@@ -53,8 +53,10 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]  # Keras has no type
 class TrainingBatches(Batches):
     """Batches in another order, with other augmentations, in every epoch; `seed` and epoch decide both."""
 
-    def __init__(self, split: Split, chosen: NDArray[np.intp], classes: int, recipe: Recipe, seed: int) -> None:
-        super().__init__(split, chosen, classes, recipe.batch_size)
+    def __init__(
+        self, split: Split, chosen: NDArray[np.intp], classes: int, recipe: Recipe, seed: int, workers: int = 1
+    ) -> None:
+        super().__init__(split, chosen, classes, recipe.batch_size, workers)
         self._chosen, self._recipe, self._seed = chosen, recipe, seed
         self.begin(0)
 

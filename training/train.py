@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from resnet import BadInput
 from training import data, distribute, model
-from training.batches import Batches, TrainingBatches
+from training.batches import WORKERS, Batches, TrainingBatches
 from training.data import Dataset, Split
 from training.journal import Journal
 from training.optimizer import compile_for
@@ -87,7 +87,9 @@ def train(
         network, rows = _start_or_resume(settings, run, dataset, steps)
     if strategy:
         distribute.prepare(network, strategy)
-    batches = TrainingBatches(dataset.train, training, len(dataset.classes), recipe, settings.seed)
+    # With a strategy Keras keeps batches of its threads from one pass for the next.
+    workers = 1 if strategy else WORKERS
+    batches = TrainingBatches(dataset.train, training, len(dataset.classes), recipe, settings.seed, workers)
     journal = Journal(run, rows, batches, recipe.patience, answers)
     if not journal.stops:
         network.fit(

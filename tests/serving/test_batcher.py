@@ -184,6 +184,37 @@ def test_a_full_batch_is_put_together_while_another_is_computed(
     assert bench.batcher.queued == 0
 
 
+def test_what_is_put_together_ahead_is_given_up_for_who_goes_first(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And for those who left: their images are not computed, and neither waits longer than it would have."""
+    monkeypatch.setattr(batcher, "LARGE_BYTES", 24)
+    leaders, here = Ahead(), True
+    bench = Bench(pool, leaders=leaders, max_queue=20)
+    futures = [bench.lead(1), bench.wait(2, 102), bench.wait(3, 103)]
+    left = bench.wait(4, 104, alive=lambda: here)
+    futures.append(bench.wait(5, 105))
+    bench.compute()
+    assert [leaders.gathered.get(timeout=10) for _ in range(2)] == [4, 4]
+    futures.append(bench.wait(6, 106, priority=1))
+    here = False
+    bench.compute(2)
+    assert [future.result(10).probabilities[0, 0] for future in futures] == [1, 2, 3, 5, 6]
+    assert bench.engine.batches == [[1], [2, 102, 3, 103], [6, 106, 5, 105]]
+    with pytest.raises(Cancelled):
+        left.result(10)
+
+
+def test_a_thread_that_cannot_be_had_ends_nothing(pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then batches are put together when they begin."""
+    monkeypatch.setattr(batcher, "LARGE_BYTES", 24)
+    bench = Bench(pool, leaders=Ahead(), max_queue=20)
+    bench.batcher._gatherer.shutdown()
+    futures = [bench.lead(1), *(bench.wait(value, 100 + value) for value in range(2, 8))]
+    bench.compute(4)
+    assert [future.result(10).batch_size for future in futures] == [1, 4, 4, 4, 4, 4, 4]
+
+
 def test_a_request_that_arrives_during_a_batch_is_in_the_next(pool: ThreadPoolExecutor) -> None:
     """The batch is fixed when the engine is free, not before."""
     bench = Bench(pool)

@@ -46,6 +46,16 @@ def test_what_passes_leaves_no_trace() -> None:
     assert curve.points() == {1: pytest.approx(100, rel=0.1), 8: pytest.approx(400, rel=0.1)}
 
 
+def test_a_new_size_is_believed_as_far_as_the_others_allow() -> None:
+    """Its first batch was held up for seconds: within some others it is right, and they are not far off."""
+    curve = CostCurve({1: 100, 8: 400})
+    curve.learn(4, 10**6)
+    for _ in range(60):
+        curve.learn(4, 250)
+    assert curve.points()[4] == pytest.approx(250, rel=0.1)
+    assert 50 <= curve.points()[1] <= 100
+
+
 def test_the_best_size_is_the_smallest_at_which_an_image_costs_nearly_the_least() -> None:
     """The largest allowed while nothing is known."""
     assert CostCurve({1: 100, 2: 180, 4: 330, 8: 645}).best(8) == 4

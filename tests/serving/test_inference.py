@@ -298,7 +298,7 @@ def test_a_request_is_parsed_as_protobuf_would() -> None:
     rng = np.random.default_rng(0)
     tensor = pb.ModelInferRequest.InferInputTensor(name="image", datatype="UINT8", shape=[2, 4, 4, 3])
     request = pb.ModelInferRequest(
-        model_name="digits", id="7", inputs=[tensor, tensor], raw_input_contents=[rng.bytes(96), b"", rng.bytes(300)]
+        model_name="digits", id="7", inputs=[tensor, tensor], raw_input_contents=[rng.bytes(300)]
     )
     request.parameters["priority"].int64_param = 1
     whole = request.SerializeToString()
@@ -306,6 +306,12 @@ def test_a_request_is_parsed_as_protobuf_would() -> None:
     payloads = [whole[:size] for size in range(len(whole) + 1)]
     payloads += [extra + whole for extra in unknown] + [whole + extra for extra in unknown]
     payloads += [whole + whole, whole + b"\x80" * 12, b"\x3a" + b"\xff" * 9 + b"\x01", b"\x3b", b"\x00"]
+    # Contents with tags and sizes that are longer than need be; many of them, or none.
+    payloads += [
+        head + tail + whole for head in (b"\xba\x80\x00", b"\xba\x80\x80\x80\x80\x80\x00") for tail in (b"\0", b"\1a")
+    ]
+    payloads += [b"\x3a\x81" + b"\x80" * count + b"\x00a" for count in range(10)]
+    payloads += [b"\x3a\x00" * 100, whole + b"\x3a\x00", b"\x3a\x00" + whole, b"\x3a\x00", b"\x0a\x00" * 100 + whole]
     for _ in range(2000):
         changed = bytearray(whole)
         changed[rng.integers(len(changed) if rng.random() < 0.5 else 60)] = rng.integers(256)

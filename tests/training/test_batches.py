@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -88,6 +89,24 @@ def test_an_epoch_sees_every_image_once_and_the_next_in_another_order(images: Pi
     np.testing.assert_array_equal(fresh[1][0], first)
     fresh.begin(2)
     assert not np.array_equal(fresh[1][0], first)
+
+
+def test_several_threads_change_nothing(images: Pixels) -> None:
+    """What a network has learned after two epochs, to the bit."""
+    split = Split(images, np.arange(50, dtype=np.int32) % 7)
+    recipe = Recipe(name="", batch_size=4, flip=True, crop=0.25, cutout=0.5)
+
+    def train(workers: int) -> NDArray[np.float32]:
+        keras.utils.set_random_seed(0)
+        batches = TrainingBatches(split, np.arange(50), 7, recipe, seed=3, workers=workers)
+        network = keras.Sequential([keras.layers.Flatten(), keras.layers.Dense(7, activation="softmax")])
+        network.compile("sgd", "categorical_crossentropy")
+        begin = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, _: batches.begin(epoch))
+        network.fit(batches, epochs=2, shuffle=False, callbacks=[begin], verbose=0)
+        weights: NDArray[np.float32] = network.get_weights()[0]
+        return weights
+
+    np.testing.assert_array_equal(train(3), train(1))
 
 
 def test_validation_images_come_as_they_are(images: Pixels) -> None:
