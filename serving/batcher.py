@@ -318,8 +318,6 @@ class Batcher(Queue):
         if fits and not self._leads:
             return  # an idle engine turns nothing down: what a batch really takes, only a batch can tell
         wait_ns = self._wait_ns(self.queued, job.arrived)
-        if fits and wait_ns <= self._max_queue_ns and job.deadline == float("inf") and not self._goal:
-            return
         retry_ms = 1 + int(wait_ns / 1e6)
         if not fits:
             raise Overloaded(
@@ -328,6 +326,8 @@ class Batcher(Queue):
         if wait_ns > self._max_queue_ns:
             allowed = f"{self._max_queue_ns / 1e6:g} ms"
             raise Overloaded(f"{wait_ns / 1e6:.0f} ms of work are waiting, more than the {allowed} allowed", retry_ms)
+        if not self._goal and job.deadline == float("inf"):
+            return
         takes_ns = self._takes_ns(images, job.arrived)
         if self._goal and takes_ns > self._goal.allowed_ns:
             raise Overloaded(f"the answer would take {takes_ns / 1e6:.0f} ms, too long for the server's goal", retry_ms)

@@ -50,7 +50,7 @@ def serve(config: Config) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain."""
     from serving import memory, supervisor
 
-    memory.settle()
+    memory.prepare()
     # What the queue could never hold is too large, not a matter of trying again.
     config = dataclasses.replace(config, max_images=min(config.max_images, config.max_queue))
     logs.start(config.log_format, config.log_level)

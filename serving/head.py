@@ -14,6 +14,7 @@ from export.manifest import Manifest
 from protos import inference_pb2 as pb
 from serving.models import Model
 
+ENCODED = "BYTES"  # the datatype of images in files
 LENGTH_DELIMITED = 2  # the wire type of texts, bytes and messages
 RAW = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | LENGTH_DELIMITED  # what raw contents begin with
 FIELDS = 32  # of a request, in which its raw contents are looked for: no client sends so many
@@ -37,7 +38,7 @@ class Head:
     def __init__(self, message: pb.ModelInferRequest) -> None:
         """Take in a message, whose raw contents may be elsewhere."""
         self.message, self.name, self.version = message, message.model_name, message.model_version
-        self.encoded = len(message.inputs) == 1 and message.inputs[0].datatype == "BYTES"
+        self.encoded = len(message.inputs) == 1 and message.inputs[0].datatype == ENCODED
         self._found: tuple[Manifest | None, Any] = None, None
 
     def resolve(self, model: Model, find: Callable[[pb.ModelInferRequest, Model], Found]) -> Found:
@@ -49,7 +50,7 @@ class Head:
         return result
 
 
-class Request(NamedTuple):
+class InferRequest(NamedTuple):
     """A request in its two parts; raw contents may be views of the bytes that came."""
 
     head: Head
@@ -64,7 +65,7 @@ class Parser:
         self._heads: dict[bytes, tuple[int, Head]] = {}  # each with the bytes of the whole request
         self._sizes: dict[int, int] = {}  # bytes of the head, by those of the whole request
 
-    def parse(self, payload: bytes) -> Request:
+    def parse(self, payload: bytes) -> InferRequest:
         """Take a request apart.
 
         Raises:
@@ -75,10 +76,10 @@ class Parser:
             # Raw contents end with the request: where the bytes before them are alike, and the sizes, all is but them.
             known, head = self._heads.get(payload[:size], (0, None))
             if head and known == whole:
-                return Request(head, (memoryview(payload)[size:],))
+                return InferRequest(head, (memoryview(payload)[size:],))
         return self._split(payload)
 
-    def _split(self, payload: bytes) -> Request:
+    def _split(self, payload: bytes) -> InferRequest:
         """Look for raw contents at the end of a request, and keep the head that comes before them."""
         at = 0
         with suppress(IndexError):
@@ -90,7 +91,7 @@ class Parser:
                     head = Head(pb.ModelInferRequest.FromString(payload[:at]))
                     if begins <= KEPT:
                         self._keep(payload[:begins], len(payload), head)
-                    return Request(head, (memoryview(payload)[begins:],))
+                    return InferRequest(head, (memoryview(payload)[begins:],))
                 tag, at = _read_varint(payload, at)
                 size, at = _read_varint(payload, at)
                 if tag & 7 != LENGTH_DELIMITED or tag == RAW:  # which may be written with more bytes than it needs
@@ -105,9 +106,9 @@ class Parser:
         self._heads[head_bytes], self._sizes[whole] = (whole, head), len(head_bytes)
 
 
-def split(message: pb.ModelInferRequest) -> Request:
+def split(message: pb.ModelInferRequest) -> InferRequest:
     """Return a request that was parsed as a whole."""
-    return Request(Head(message), message.raw_input_contents)
+    return InferRequest(Head(message), message.raw_input_contents)
 
 
 def _read_varint(data: bytes, at: int) -> tuple[int, int]:

@@ -27,7 +27,7 @@ from serving.calls import Job, Work, answer, find_deadline, name_method, report,
 from serving.engine import Images, Probabilities
 from serving.errors import InvalidRequest, NotFound, Unavailable, Unsupported, to_trailers
 from serving.events import computed
-from serving.head import Request, split
+from serving.head import ENCODED, InferRequest, split
 from serving.intake import Intake, Layout, to_bytes, to_priority
 from serving.models import Model, Models
 from serving.policy import ALL, Policy
@@ -43,8 +43,6 @@ EXTENSIONS = (
     "statistics",
 )
 DATATYPES = {"uint8": "UINT8", "float32": "FP32"}
-DTYPES = {datatype: dtype for dtype, datatype in DATATYPES.items()}
-ENCODED = "BYTES"
 PLATFORM = "onnxruntime_onnx"  # Triton's name of it
 
 
@@ -212,7 +210,7 @@ class InferenceServicer(GRPCInferenceServiceServicer):
         return pb.RepositoryModelUnloadResponse()
 
     @computed(unpacks=lambda request: request.head.encoded)
-    def ModelInfer(self, request: Request, context: grpc.ServicerContext) -> Work[bytes]:
+    def ModelInfer(self, request: InferRequest, context: grpc.ServicerContext) -> Work[bytes]:
         """Answer one request, with a serialized ModelInferResponse."""
         return self._infer(request, context)
 
@@ -241,7 +239,7 @@ class InferenceServicer(GRPCInferenceServiceServicer):
                 response.parameters["triton_final_response"].bool_param = True
                 yield pb.ModelStreamInferResponse(infer_response=response)
 
-    def _infer(self, request: Request, context: grpc.ServicerContext) -> Work[bytes]:
+    def _infer(self, request: InferRequest, context: grpc.ServicerContext) -> Work[bytes]:
         deadline = find_deadline(context)
         model = self._find(request.head.name, request.head.version)
         with model.statistics.request() as record:
@@ -280,9 +278,9 @@ class InferenceServicer(GRPCInferenceServiceServicer):
         tensor = request.inputs[0]
         if "shared_memory_region" in tensor.parameters:
             raise Unsupported("this server reads no shared memory; send the tensor in the request")
-        if tensor.datatype != ENCODED and tensor.datatype not in DTYPES:
+        dtype = next((dtype for dtype, datatype in DATATYPES.items() if datatype == tensor.datatype), None)
+        if dtype is None and tensor.datatype != ENCODED:
             raise InvalidRequest(f"input {wanted!r} is UINT8, FP32 or BYTES, not {tensor.datatype!r}")
-        dtype = DTYPES.get(tensor.datatype)
         return Terms(
             top_k,
             timeout,
@@ -292,24 +290,24 @@ class InferenceServicer(GRPCInferenceServiceServicer):
             pb.ModelInferResponse(id=request.id).SerializeToString(),
         )
 
-    def _read(self, request: Request, terms: Terms, model: Model) -> Images:
+    def _read(self, request: InferRequest, terms: Terms, model: Model) -> Images:
         """Return the pixels of the one input, in whichever form they came."""
-        raw = request.raw
-        if raw and terms.layout and not terms.inline and len(raw) == 1:
-            return self._intake.read(raw[0], terms.layout)
-        tensor = request.head.message.inputs[0]
+        raw, wanted = request.raw, model.manifest.input.name
         if raw and terms.inline:
-            raise InvalidRequest(f"contents must not be set beside raw_input_contents, for input {tensor.name!r}")
+            raise InvalidRequest(f"contents must not be set beside raw_input_contents, for input {wanted!r}")
         if len(raw) > 1:
             raise InvalidRequest(f"raw_input_contents has {len(raw)} entries for one input")
+        if raw and terms.layout:
+            return self._intake.read(raw[0], terms.layout)
+        tensor = request.head.message.inputs[0]
         if terms.layout is None:
             files, shape = _unpack(bytes(raw[0])) if raw else list(tensor.contents.bytes_contents), list(tensor.shape)
             if shape not in ([len(files)], [len(files), 1]):
-                raise InvalidRequest(f"input {tensor.name!r} has the shape {shape}, but {len(files)} encoded images")
+                raise InvalidRequest(f"input {wanted!r} has the shape {shape}, but {len(files)} encoded images")
             return self._intake.decode(files, model)
-        contents = tensor.contents
+        values = tensor.contents
         is_uint8 = terms.layout.dtype == np.uint8
-        data = to_bytes(contents.uint_contents) if is_uint8 else np.array(contents.fp32_contents, "<f4").tobytes()
+        data = to_bytes(values.uint_contents) if is_uint8 else np.array(values.fp32_contents, "<f4").tobytes()
         return self._intake.read(data, terms.layout)
 
 

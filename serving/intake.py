@@ -19,8 +19,6 @@ from training.images import InvalidImage, decode
 
 SMALL_PIXELS = 2**18  # of 512x512: a few MB while it is unpacked, which every call may have at the same time
 
-DTYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype(np.uint8), "float32": np.dtype("<f4")}
-
 Admit = Callable[[int], AbstractContextManager[object]]
 
 
@@ -72,7 +70,8 @@ class Intake:
             wanted = ", ".join(map(str, model.image_shape))
             raise InvalidRequest(f"the tensor's shape is {list(shape)}, model {model.name!r} takes [images, {wanted}]")
         self._check_count(shape[0])
-        return Layout(tuple(shape), DTYPES[dtype], math.prod(shape) * DTYPES[dtype].itemsize)
+        values = np.dtype(dtype).newbyteorder("<")
+        return Layout(tuple(shape), values, math.prod(shape) * values.itemsize)
 
     def read(self, data: bytes | memoryview, layout: Layout) -> Images:
         """Return the pixels of a tensor: uint8 [n, height, width, 3].

@@ -140,15 +140,16 @@ class NativeFront:
         """Take calls in until the end."""
         most = BATCH
         while (events := self.front.recv_batch_details(most)) is not None:
-            for kind, number, which, payload, _, details in events:
+            for kind, number, which, message, _, details in events:
                 if kind == pygrpc_native.EVENT_CALL:
                     path, method = self._methods[which]
+                    payload = message or b""
                     call = _NativeCall(self, number, path, method, details)
                     try:
-                        self._take(call, payload or b"")
+                        self._take(call, payload)
                     except Exception as error:
                         self._refuse(call, error)
-                    most = max(1, min(BATCH, BATCH_BYTES // (1 + len(payload or b""))))
+                    most = max(1, min(BATCH, BATCH_BYTES // (1 + len(payload))))
                 elif gone := self._open.pop(number, None):
                     gone.context.active = False
 

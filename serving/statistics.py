@@ -172,7 +172,7 @@ class Statistics:
             self._answered.append((images, total, waited, decoded, computed, rest))
             if len(self._answered) >= AT_ONCE:
                 with self._lock:
-                    self._settle()
+                    self._sum_up()
         else:
             with self._lock:
                 self._counts.fail.add(total)
@@ -191,11 +191,11 @@ class Statistics:
         """Return what was counted until now."""
         counts = Counts(self.model, self.version)
         with self._lock:
-            self._settle()
+            self._sum_up()
             counts.merge(self._counts)
         return counts
 
-    def _settle(self) -> None:
+    def _sum_up(self) -> None:
         """Count what was answered since the last time; the lock is held."""
         # Others go on adding: what is taken out here is counted here.
         rows = [self._answered.popleft() for _ in range(len(self._answered))]

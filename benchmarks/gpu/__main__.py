@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.gpu import report
-from benchmarks.gpu.files import PRECISIONS, list_files
+from benchmarks.gpu.files import PRECISIONS, list_files, make_parser
 from resnet import BadInput
 
 
@@ -62,15 +62,13 @@ PARTS = (
 
 def main() -> int:
     """Run all parts that were asked for, and print the tables; 1 if one failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="versions of models, or ONNX files")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what computes (default: cuda)")
-    parser.add_argument("--parts", default=",".join(part.name for part in PARTS), help="of the run (default: all)")
-    parser.add_argument("--seconds", type=float, default=600, metavar="S", help="the whole run may take")
-    parser.add_argument("--data", default="digits", help="images to train with (default: digits)")
-    parser.add_argument("--epochs", type=int, default=60, metavar="N", help="of the training")
-    parser.add_argument("--tiny", action="store_true", help="the shortest run that shows that everything works")
-    parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder to add what is found to (default: gpu)")
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--parts", default=",".join(part.name for part in PARTS), help="those to run, with commas (default: all)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=600, metavar="S", help="that the whole run may take (default: 600)"
+    )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:

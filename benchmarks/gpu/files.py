@@ -26,16 +26,21 @@ TINY_BATCHES = (1, 2, 3)
 PRECISIONS = {"model.onnx": "fp32", "model.fp16.onnx": "fp16", "model.int8.onnx": "int8"}
 
 
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return what reads the arguments of the run, which are those of every part."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="versions of models, or ONNX files")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what computes (default: cuda)")
+    parser.add_argument("--data", default="digits", help="images to train with (default: digits)")
+    parser.add_argument("--epochs", type=int, default=60, metavar="N", help="epochs of the training (default: 60)")
+    parser.add_argument("--tiny", action="store_true", help="the shortest run that shows that everything works")
+    parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder to add what is found to (default: gpu)")
+    return parser
+
+
 def parse_args(description: str | None) -> argparse.Namespace:
-    """Return the arguments that every part takes."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("folders", nargs="*", type=Path)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--data", default="digits")
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--out", type=Path, default=Path("gpu"))
-    parser.add_argument("--tiny", action="store_true")
-    return parser.parse_args()
+    """Return the arguments of a part."""
+    return make_parser(description).parse_args()
 
 
 def list_files(folders: list[Path], *precisions: str) -> list[Path]:

@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import h2load
+from benchmarks.endpoints import PROTOCOLS, Input
 from benchmarks.gpu.files import Results, describe, list_batches, list_files, open_engine, parse_args, title
 from benchmarks.gpu.loops import make_batch
 from benchmarks.process import ServerProcess
 from export.manifest import Manifest
-from protos import inference_pb2 as pb
 from resnet import CheckFailed
 from serving import memory, models, native
 from serving.batching import Batching
@@ -31,7 +31,6 @@ from serving.engine import Images
 from serving.limits import Limits
 from serving.server import Server
 
-METHOD = "/inference.GRPCInferenceService/ModelInfer"
 CONNECTIONS, THREADS = 8, 6  # of h2load
 SINGLES_IN_FLIGHT = (32, 128, 512)
 IMAGES_IN_FLIGHT = 1024  # four of the largest batches: the server never waits for its clients
@@ -88,8 +87,11 @@ class Service:
 
     def _load(self, address: str, images: int, in_flight: int, rate: float | None = None) -> float:
         """Return images per second."""
-        message = pack(self._about, images)
-        sample = h2load.measure(address, METHOD, message, in_flight, images, self._seconds, CONNECTIONS, THREADS, rate)
+        about, protocol = self._about, PROTOCOLS["kserve"]
+        message = protocol.pack(Input(about.model, about.input.name, (), "UINT8"), make_batch(about, images))
+        sample = h2load.measure(
+            address, protocol.path, message, in_flight, images, self._seconds, CONNECTIONS, THREADS, rate
+        )
         if not len(sample.latencies_ms):
             raise CheckFailed(f"{in_flight} requests of {images} images were not answered in {self._seconds} s")
         p50, p99 = np.percentile(sample.latencies_ms, (50, 99))
@@ -108,19 +110,9 @@ class Service:
         return sample.images_per_second
 
 
-def pack(about: Manifest, images: int) -> bytes:
-    """Return a request of KServe with the pixels of so many images."""
-    shape = [images, *about.input.shape[1:]]
-    tensor = pb.ModelInferRequest.InferInputTensor(name=about.input.name, datatype="UINT8", shape=shape)
-    pixels = make_batch(about, images).tobytes()
-    return pb.ModelInferRequest(
-        model_name=about.model, inputs=[tensor], raw_input_contents=[pixels]
-    ).SerializeToString()
-
-
 def serve(args: argparse.Namespace) -> None:
     """Serve one file until the process is ended."""
-    memory.settle()
+    memory.prepare()
     about = describe(args.file)
     engine = FreeEngine(about) if args.free else open_engine(args.file, about, args.device, args.max_batch)
     batching = Batching(max_batch=args.max_batch, max_queue=MAX_QUEUE, max_queue_ms=1e9)

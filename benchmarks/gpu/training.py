@@ -18,7 +18,7 @@ from resnet import CheckFailed
 
 TINY = ("--images", "256")
 # Four times the images a step that suit two cores, and twice the rate: the GPU waits less for what launches its work.
-LARGE_BATCHES = ("--batch-size", "512", "--learning-rate", "0.4")
+STEPS = ("--batch-size", "512", "--learning-rate", "0.4")
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def _train(data: str, epochs: int, device: str, tiny: bool, out: Path, results: 
         model, precision = ("resnet20", "float32") if tiny else ("resnet18-cifar", "mixed_bfloat16")
         what = ["--data", data, "--model", model, "--recipe", "modern", "--precision", precision]
         command = [sys.executable, "-c", "import sys, resnet; sys.exit(resnet.main())", "train", *what]
-        command += ["--epochs", str(1 if tiny else epochs), "--out", str(run), *(TINY if tiny else LARGE_BATCHES)]
+        command += ["--epochs", str(1 if tiny else epochs), "--out", str(run), *(TINY if tiny else STEPS)]
         variables = os.environ | {"KERAS_BACKEND": "jax"} | ({"JAX_PLATFORMS": "cpu"} if device == "cpu" else {})
         started = time.monotonic()
         code = subprocess.run(command, env=variables, check=False).returncode

@@ -7,7 +7,6 @@ import itertools
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -201,19 +200,18 @@ def test_batches_that_are_put_together_ahead_get_their_own_answers(
 ) -> None:
     """Requests of all sizes, more than the GPUs can take, and a GPU that fails now and then."""
     monkeypatch.setattr(batcher, "LARGE_BYTES", 0)
-    send = buffers.Buffers.send
-
-    def send_slowly(self: buffers.Buffers, images: NDArray[np.uint8]) -> None:
-        time.sleep(0.001)  # in which what lies in its memory must not change
-        send(self, images)
-
-    monkeypatch.setattr(buffers.Buffers, "send", send_slowly)
     machine.devices = devices
     engine = cuda.load(path, about(), "cuda", 8)
     model = models.start(
         about(), engine, Batching(max_batch=8, max_queue=10**6, max_queue_ms=1e9), lanes=engine.lanes, leaders=engine
     )
-    calls = itertools.count()
+    calls, send = itertools.count(), buffers.Buffers.send
+
+    def send_last(self: buffers.Buffers, images: NDArray[np.uint8]) -> None:
+        model.batcher._gatherer.submit(lambda: None).result(10)  # what is put together ahead is there
+        send(self, images)
+
+    monkeypatch.setattr(buffers.Buffers, "send", send_last)
 
     def fail_at_times(_: int) -> None:
         if next(calls) % 50 == 49:

@@ -21,7 +21,7 @@ from tritonclient.utils import InferenceServerException
 
 from protos import inference_pb2 as pb
 from serving import head, models
-from serving.head import Parser, Request
+from serving.head import InferRequest, Parser
 from serving.limits import Limits
 from serving.server import Server
 
@@ -320,7 +320,7 @@ def test_a_request_is_parsed_as_protobuf_would() -> None:
     assert sum(request is not None and not request.head.message.raw_input_contents for request in found) > 1000
 
 
-def parse_as_protobuf(parse: Callable[[bytes], Request], payload: bytes) -> Request | None:
+def parse_as_protobuf(parse: Callable[[bytes], InferRequest], payload: bytes) -> InferRequest | None:
     """Check that a request says what protobuf reads in it, and return it; None if both say that it is none."""
     try:
         expected = pb.ModelInferRequest.FromString(payload)
