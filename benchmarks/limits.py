@@ -38,8 +38,9 @@ from serving import client, errors, models
 from serving.channel import UNLIMITED
 from serving.client import Client
 from serving.limits import Limits
-from serving.security import ADMIN, Tls
 from serving.server import SERVICE, SERVICES, Server
+from serving.transports.auth import ADMIN
+from serving.transports.tls import Tls
 from training.images import MAX_PIXELS
 
 TOKEN, ADMIN_TOKEN = "sesame", "open-wide"

@@ -1,208 +1,214 @@
-"""What every call has in common, whichever protocol it speaks: how long it may take, and how a failure is told.
-
-What is computed for a request is `Work`: a generator that checks the request, yields the `Job` for the batcher, takes
-its answer and returns the response. So the same lines serve whoever waits for the answer on a thread of his own, and
-whoever is told of it on another.
-"""
+"""How a call is answered, whatever protocol it speaks and whatever it came by, and how a failure is told."""
 
 from __future__ import annotations
 
-import functools
 import logging
-import secrets
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
-import grpc
+from google.protobuf.message import DecodeError, Message
 
-from serving.batcher import DEFAULT_PRIORITY, Answer, Outcome, Queue
+from serving.batcher import DEFAULT_PRIORITY, Answer, Outcome
 from serving.engine import Images
-from serving.errors import REQUEST_ID, InternalError, Overloaded, ServingError, Trailers, to_trailers
+from serving.errors import InternalError, Malformed, Overloaded, ServingError, Trailers
 from serving.logs import Tally, log_fields
+from serving.models import Model
+from serving.transports.call import Call, Unary
 
-Handler = TypeVar("Handler", bound=Callable[..., Any])
-Response = TypeVar("Response")
+Request = TypeVar("Request")
 
-LONGEST_ID = 128
+TIMING = "server-timing"  # https://www.w3.org/TR/server-timing/
+QUICK_BYTES = 2**20  # to check and round so many bytes of float32 takes about a millisecond
 
 log = logging.getLogger(__name__)
 
 OVERLOADS = Tally(log, "overloaded: refused %d more requests, the last because %s", seconds=10)
 
 
-class Job(NamedTuple):
-    """What is to be computed for a request; the attributes are those of `Queue.submit`."""
+@dataclass(slots=True)
+class Query:
+    """What a request asks a model to compute.
 
-    batcher: Queue
+    Attributes:
+        images: uint8 [n, height, width, 3].
+        respond: Makes the response, serialized, of the answer and the time that unpacking took, in nanoseconds.
+        timeout: How long its caller waits at most, in seconds, whatever the deadline of the call; 0 is for ever.
+        priority: One of `serving.batcher.PRIORITIES`.
+    """
+
     images: Images
-    deadline: float = float("inf")
+    respond: Callable[[Answer, int], bytes]
+    timeout: float = 0.0
     priority: int = DEFAULT_PRIORITY
 
 
-Work = Generator[Job, Answer, Response]
+class Reader(Protocol[Request]):
+    """Reads the requests of a method that computes: bytes, images and answers, as its protocol has them."""
+
+    def parse(self, payload: bytes, /) -> Request:
+        """Return the request that these bytes are; raises `DecodeError` if they are none."""
+        ...
+
+    def unpacks(self, request: Request, /) -> bool:
+        """Say whether it holds encoded images, which take long to unpack."""
+        ...
+
+    def find(self, request: Request, /) -> Model:
+        """Return the model that it names."""
+        ...
+
+    def read(self, request: Request, model: Model, /) -> Query:
+        """Return what it asks the model."""
+        ...
 
 
-def finish(work: Work[Response], outcome: Outcome) -> Response:
-    """Give work its answer, or the error that took its place, and return the response.
+class Inference(Generic[Request]):
+    """Answers the calls of a method that computes: by the batcher of the model that each names."""
 
-    Raises:
-        ServingError: The error.
-    """
-    try:
-        if isinstance(outcome, Answer):
-            work.send(outcome)
-        else:
-            work.throw(outcome)
-    except StopIteration as end:
-        response: Response = end.value
-        return response
-    raise AssertionError("a request is computed once")
+    def __init__(self, reader: Reader[Request], workers: ThreadPoolExecutor) -> None:
+        """Read requests by `reader`; what takes long to read is left to `workers`."""
+        self._reader, self._workers = reader, workers
 
+    def answer(self, call: Call) -> None:
+        """Begin a call on a thread that has to be quick."""
+        try:
+            if len(call.payload) > QUICK_BYTES:
+                self._workers.submit(self.begin, call)
+                return
+            request = read(self._reader.parse, call.payload)
+            if self._reader.unpacks(request):
+                self._workers.submit(self.begin, call, request)
+            else:
+                self.begin(call, request)
+        except Exception as error:
+            refuse(call, error)
 
-class UnaryCall(ABC):
-    """A call with one request and one response, which no thread waits for; a transport says how it is answered."""
-
-    def __init__(
-        self, begin: Callable[[Any, Any], Work[Any]], method: str, context: Any, serialize: Callable[[Any], bytes]
-    ) -> None:
-        """Take a call on.
+    def begin(self, call: Call, request: Request | None = None) -> None:
+        """Leave what a call asks for with the batcher; whatever goes wrong is its answer.
 
         Args:
-            begin: Returns the work for a request and the context.
-            method: Service/Method, for the log.
-            context: Of the call: a `grpc.ServicerContext`, or what has the same methods as far as they are used here.
-            serialize: Makes bytes of the response.
+            call: To be answered.
+            request: What its payload is, if that is known already.
         """
-        self._to_work, self._method, self._context, self._serialize = begin, method, context, serialize
-        self._started = time.perf_counter_ns()
-
-    def begin(self, request: Any) -> None:
-        """Leave what is to be computed with the batcher; whatever goes wrong is the caller's answer."""
         try:
-            self._work = self._to_work(request, self._context)
-            job = next(self._work)
+            if request is None:
+                request = read(self._reader.parse, call.payload)
+            model = self._reader.find(request)
         except Exception as error:
-            self.refuse(error)
+            refuse(call, error)
             return
+        record = model.statistics.begin(call.span)
         try:
-            job.batcher.post(job.images, self._finish, job.deadline, self._context.is_active, job.priority)
-        except ServingError as error:
-            self._finish(error)
+            query = self._reader.read(request, model)
+            record.decoded()
+            deadline = min(call.deadline, time.monotonic() + query.timeout) if query.timeout else call.deadline
 
-    def refuse(self, error: Exception) -> None:
-        """Answer with an error, and log it."""
-        refusal = report(error, self._method, self._context, self._started)
-        self.abort(refusal.code, str(refusal), to_trailers(refusal))
+            def done(outcome: Outcome) -> None:
+                try:
+                    if not isinstance(outcome, Answer):
+                        raise outcome
+                    response = query.respond(outcome, record.decode_ns)
+                    record.end(outcome)
+                except Exception as error:
+                    record.fail(error)
+                    refuse(call, error)
+                else:
+                    log_answered(call)
+                    call.respond(response, to_timing(outcome))
 
-    @abstractmethod
-    def reply(self, response: bytes) -> None:
-        """Send the response; it goes nowhere if the client is gone."""
-
-    @abstractmethod
-    def abort(self, code: grpc.StatusCode, details: str, trailers: Trailers = ()) -> None:
-        """Send a status in place of a response."""
-
-    def _finish(self, outcome: Outcome) -> None:
-        try:
-            response = self._serialize(finish(self._work, outcome))
+            model.batcher.post(query.images, done, deadline, call.is_wanted, query.priority)
         except Exception as error:
-            self.refuse(error)
-        else:
-            log_answered(self._method, self._context, self._started)
-            self.reply(response)
+            record.fail(error)
+            refuse(call, error)
 
 
-def answer(work: Work[Response], context: grpc.ServicerContext) -> Response:
-    """Do all of some work, and wait for it."""
-    job = next(work)
-    outcome: Outcome
-    try:
-        outcome = job.batcher.submit(job.images, job.deadline, context.is_active, job.priority)
-    except ServingError as error:
-        outcome = error
-    return finish(work, outcome)
+def to_timing(answer: Answer) -> Trailers:
+    """Return where the time of an answer went, in milliseconds, as the header of HTTP that tells it.
+
+    One item, because each that differs from call to call costs a few microseconds.
+    """
+    queue, compute = answer.queue_ns / 1e6, answer.compute_ns / 1e6
+    return ((TIMING, f"queue;dur={queue:.3f}, compute;dur={compute:.3f}, batch;desc={answer.batch_size}"),)
 
 
-def tells_failures(handler: Handler) -> Handler:
-    """Decorate the method of a servicer: what it raises becomes the status of the call, and a line of the log."""
-
-    @functools.wraps(handler)
-    def call(servicer: Any, request: Any, context: grpc.ServicerContext) -> Any:
-        started = time.perf_counter_ns()
-        try:
-            response = handler(servicer, request, context)
-        except Exception as error:
-            refusal = report(error, name_method(servicer, handler), context, started)
-        else:
-            log_answered(name_method(servicer, handler), context, started)
-            return response
-        context.set_trailing_metadata(to_trailers(refusal))
-        return context.abort(refusal.code, str(refusal))
-
-    return call  # type: ignore[return-value]
-
-
-def report(error: Exception, method: str, context: grpc.ServicerContext, started: int) -> ServingError:
-    """Log why a request failed, and return what its caller may be told, with an id to quote.
+def reply(
+    function: Callable[[Any], Message],
+    request_type: type[Message],
+    workers: ThreadPoolExecutor | None = None,
+    limited: bool = True,
+) -> Unary:
+    """Return a method that maps one message to another.
 
     Args:
-        error: What was raised. If it is no `ServingError` it is a bug, and its traceback is for the log only.
-        method: Service/Method.
-        context: Of the call.
-        started: When the request began, on the clock of `time.perf_counter_ns`.
+        function: Does it; raises a `ServingError`.
+        request_type: What it takes.
+        workers: Where it does so; None is on the thread that all calls come through, for what takes microseconds.
+        limited: As in `Unary`.
     """
+
+    def answer(call: Call) -> None:
+        try:
+            response = function(read(request_type.FromString, call.payload)).SerializeToString()
+        except Exception as error:
+            refuse(call, error)
+        else:
+            log_answered(call)
+            call.respond(response)
+
+    def hand_over(call: Call) -> None:
+        assert workers is not None
+        workers.submit(answer, call)
+
+    return Unary(hand_over if workers else answer, limited)
+
+
+def refuse(call: Call, error: Exception) -> None:
+    """Answer a call with an error, and log it; what is no `ServingError` is a bug, whose traceback is for the log."""
+    call.fail(report(call, error))
+
+
+def report(call: Call, error: Exception) -> ServingError:
+    """Log why a request failed, and return what its caller may be told, with an id to quote."""
     if isinstance(error, ServingError):
         refusal, bug = error, None
     else:
         refusal, bug = InternalError("the server failed on this request; its log has the details"), error
-    refusal.request_id = find_request_id(context)
+    refusal.request_id = call.find_id()
     level = logging.ERROR if isinstance(refusal, InternalError) else logging.INFO
+    if isinstance(refusal, Overloaded | Malformed):
+        level = logging.DEBUG  # a line for each would be one more load
     if isinstance(refusal, Overloaded):
-        # A line for each would be one more load; the metrics count them.
         OVERLOADS.add(str(refusal))
-        level = logging.DEBUG
-    _log(
-        level,
-        str(refusal),
-        method,
-        refusal.code.name,
-        refusal.request_id,
-        started,
-        error=bug,
-        model=refusal.model,
-        version=refusal.version or None,
-    )
+    if log.isEnabledFor(level):
+        known = {"error": bug, "model": refusal.model, "version": refusal.version or None}
+        _log(level, str(refusal), call, refusal.status.name, refusal.request_id, **known)
     return refusal
 
 
-def log_answered(method: str, context: grpc.ServicerContext, started: int) -> None:
-    """Log that a request was answered, where that is of interest; the arguments are those of `report`."""
+def log_answered(call: Call) -> None:
+    """Log that a request was answered, where that is of interest."""
     if log.isEnabledFor(logging.DEBUG):  # before anything is looked up
-        _log(logging.DEBUG, "answered", method, "OK", find_request_id(context), started)
+        _log(logging.DEBUG, "answered", call, "OK", call.find_id())
 
 
-def name_method(servicer: object, handler: Callable[..., Any]) -> str:
-    """Return Service/Method; gRPC's generator named the servicer's base after the service."""
-    return f"{type(servicer).__bases__[0].__name__.removesuffix('Servicer')}/{handler.__name__}"
+def read(parse: Callable[[bytes], Request], payload: bytes) -> Request:
+    """Return the message that a payload is.
+
+    Raises:
+        Malformed: It is none.
+    """
+    try:
+        return parse(payload)
+    except DecodeError:
+        raise Malformed("the request cannot be parsed: it is no message of this method's type") from None
 
 
-def find_request_id(context: grpc.ServicerContext) -> str:
-    """Return the id that the caller gave the request, as far as it is plain and short, or else a new one."""
-    given = next((value for key, value in context.invocation_metadata() or () if key == REQUEST_ID), "")
-    plain = "".join(sign for sign in str(given) if "!" <= sign <= "~")
-    return plain[:LONGEST_ID] or secrets.token_hex(8)
-
-
-def find_deadline(context: grpc.ServicerContext) -> float:
-    """Return when the caller stops waiting, in seconds of `time.monotonic`; infinity if never."""
-    remaining = context.time_remaining()
-    return float("inf") if remaining is None else time.monotonic() + remaining
-
-
-def _log(level: int, message: str, method: str, code: str, request_id: str, started: int, **known: Any) -> None:
-    if not log.isEnabledFor(level):
-        return
-    milliseconds = round((time.perf_counter_ns() - started) / 1e6, 3)
-    log_fields(log, level, message, request_id=request_id, method=method, code=code, milliseconds=milliseconds, **known)
+def _log(level: int, message: str, call: Call, code: str, request_id: str, **known: Any) -> None:
+    milliseconds = round((time.perf_counter_ns() - call.started) / 1e6, 3)
+    fields = {"request_id": request_id, "method": call.name, "code": code, "milliseconds": milliseconds, **known}
+    if call.trace_id:
+        fields["trace_id"] = call.trace_id
+    log_fields(log, level, message, **fields)

@@ -6,10 +6,12 @@ import ipaddress
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import grpc
 
 from protos import classifier_pb2 as pb
+from serving.errors import ServingError, from_status
 
 MAX_RETRIES = 4  # gRPC makes five attempts at most, whatever a policy says
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 1.0
@@ -114,3 +116,10 @@ def _find_kind(server: str) -> str:
             f"{server!r} is no IP:PORT; of several servers each must be one, or give one name that stands for all"
         ) from None
     return f"ipv{address.version}"
+
+
+def from_rpc(error: grpc.RpcError) -> ServingError:
+    """Return what a failed call raised on the server, or what kept it from getting there."""
+    code = error.code()
+    trailers = dict(cast(Any, error.trailing_metadata()) or ())  # pairs; the types say otherwise
+    return from_status(code.value[0], error.details() or f"the call failed with {code.name}", trailers)

@@ -18,7 +18,8 @@ from pathlib import Path
 from resnet import BadInput
 from serving.client import DEFAULT_SERVER, Client, Result, Tls
 from serving.errors import InvalidRequest, ServingError, Unavailable
-from serving.security import read_file, read_token
+from serving.transports.auth import read_tokens
+from serving.transports.tls import read_file
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +59,8 @@ def run(args: argparse.Namespace) -> None:
     tls = Tls(authority, certificate, key, args.tls_name) if authority else None
     servers = args.server or [DEFAULT_SERVER]
     try:
-        client = Client(servers, tls=tls, token=read_token(args.token_file) if args.token_file else None)
+        token = read_tokens(args.token_file).splitlines()[0] if args.token_file else None
+        client = Client(servers, tls=tls, token=token)
     except ValueError as error:
         raise BadInput(f"--server: {error}") from None
     with client:

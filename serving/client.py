@@ -24,8 +24,8 @@ import numpy as np
 
 from protos import classifier_pb2 as pb
 from protos.classifier_pb2_grpc import ClassifierStub
-from serving.channel import MAX_RETRIES, Tls, to_options, to_target
-from serving.errors import DeadlineExceeded, InvalidRequest, ServingError, Unavailable, from_rpc
+from serving.channel import MAX_RETRIES, Tls, from_rpc, to_options, to_target
+from serving.errors import DeadlineExceeded, InvalidRequest, ServingError, Unavailable
 from serving.messages import Answer, Class, Image, Images, Question, to_answer
 from serving.window import Result, Window
 

@@ -24,12 +24,9 @@ from serving import logs
 from serving.config import Config
 
 if TYPE_CHECKING:
-    from serving.inference import Repository
-    from serving.metrics import Count
     from serving.models import Model, Models
-    from serving.security import Tls
-    from serving.server import Server
     from serving.tracing import Tracing
+    from serving.transports.tls import Tls
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -48,32 +45,24 @@ def run(args: argparse.Namespace) -> None:
 
 def serve(config: Config) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain."""
-    from serving import memory, supervisor
+    from serving import memory, models, policy
+    from serving.server import Server
+    from serving.transports import auth
+    from serving.watcher import Watcher
 
     memory.prepare()
     # What the queue could never hold is too large, not a matter of trying again.
     config = dataclasses.replace(config, max_images=min(config.max_images, config.max_queue))
     logs.start(config.log_format, config.log_level)
-    if count := supervisor.choose(config):
-        supervisor.run(config, count)
-    else:
-        _serve_alone(config)
-
-
-def _serve_alone(config: Config) -> None:
-    """Do all in this process."""
-    from serving import models, policy, security
-    from serving.watcher import Watcher
-
     stop, wake = _listen()
     access = read_access(config)
-    security.warn_if_open(config.host, access.tls, access.token)
+    auth.warn_if_open(config.host, access.tls, access.token)
     tracing = start_tracing(config)
     served = models.Models()
     watcher = Watcher(config.repository, served, loader(config, tracing), policy.parse(config.versions))
     watcher.start()
-    server = open_server(config, access, served, watcher, tracing)
-    show_metrics(config, served)
+    server = Server(served, config.host, config.port, config, *access, watcher, tracing, config.transport)
+    show_metrics(config, served, server.transport)
     print(f"serving on {server.address}", flush=True)
     while not stop.is_set():
         wake.wait(config.watch or None)
@@ -100,29 +89,15 @@ def read_access(config: Config) -> Access:
     Raises:
         BadInput: One cannot be read, or holds no token.
     """
-    from serving import security
+    from serving.transports import auth
+    from serving.transports.tls import Tls
 
     tls = None
     if config.tls_cert and config.tls_key:
-        tls = security.Tls(config.tls_cert, config.tls_key, config.tls_client_ca)
+        tls = Tls(config.tls_cert, config.tls_key, config.tls_client_ca)
     return Access(
-        tls, *(security.read_token(path) if path else None for path in (config.token_file, config.admin_token_file))
+        tls, *(auth.read_tokens(path) if path else None for path in (config.token_file, config.admin_token_file))
     )
-
-
-def open_server(
-    config: Config,
-    access: Access,
-    served: Models,
-    repository: Repository,
-    tracing: Tracing | None,
-    shared: bool = False,
-) -> Server:
-    """Listen, and answer; `shared` is whether other processes listen on the port too."""
-    from serving.server import Server
-
-    interceptors = [tracing.interceptor] if tracing else []
-    return Server(served, config.host, config.port, config, *access, repository, interceptors, shared, config.transport)
 
 
 def start_tracing(config: Config) -> Tracing | None:
@@ -155,12 +130,13 @@ def loader(config: Config, tracing: Tracing | None = None) -> Callable[[Path], M
     return load
 
 
-def show_metrics(config: Config, served: Models, count: Count | None = None) -> None:
-    """Listen for Prometheus, if that is wanted; `count` as in `serving.metrics.MetricsServer`."""
+def show_metrics(config: Config, served: Models, transport: str) -> None:
+    """Listen for Prometheus, if that is wanted."""
     if config.metrics_port is not None:
         from serving.metrics import MetricsServer
 
-        metrics = MetricsServer(served, config.host, config.metrics_port, count)  # its thread ends with the process
+        host = "127.0.0.1" if config.host.startswith("unix:") else config.host
+        metrics = MetricsServer(served, host, config.metrics_port, transport)  # its thread ends with the process
         print(f"metrics on http://{metrics.address}/metrics", flush=True)
 
 

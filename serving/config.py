@@ -48,7 +48,7 @@ class Config(Limits, Batching):
     """
 
     repository: Path = option(MISSING, "folder of models that `resnet export` wrote")
-    host: str = option("127.0.0.1", "interface to listen on, by default for this machine only")
+    host: str = option("127.0.0.1", "interface to listen on, by default for this machine only; or unix:PATH")
     port: int = option(8001, "port; 0 takes a free one", low=0, high=65535)
     metrics_port: int | None = option(
         None, "also serve Prometheus metrics over HTTP; 0 takes a free port", low=0, high=65535
@@ -89,19 +89,10 @@ class Config(Limits, Batching):
         "measure for a few seconds how to compute a model fastest on this machine, once; not so, one thread for "
         "each core computes each batch",
     )
-    transport: Literal["grpcio", "native"] = option(
-        "grpcio",
-        "what receives calls: grpcio, or native code that takes in several times as many, for trusted callers: "
-        "it has no TLS, no traces, and fewer limits",
-    )
-    frontends: int | None = option(
-        None,
-        "processes that take requests on the one port, for one that computes; 0 is a single process for all; by "
-        "default as many as a GPU can use; the limits of calls and connections are those of each",
-        low=0,
-    )
-    frontend_bytes: int = option(
-        256 * 2**20, "shared memory of each front end, where the images of its requests wait", low=1
+    transport: Literal["auto", "native", "grpcio"] = option(
+        "auto",
+        "what receives calls: native takes in several times as many, but has no TLS and fewer limits; auto is native "
+        "for callers on this machine without TLS",
     )
     origins: Mapping[str, Origin] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
@@ -119,10 +110,8 @@ class Config(Limits, Batching):
         if (self.tls_cert is None) != (self.tls_key is None) or (self.tls_client_ca and self.tls_cert is None):
             certificate, key, authority = map(self.name_of, ("tls_cert", "tls_key", "tls_client_ca"))
             raise BadInput(f"{certificate} and {key} belong together, and {authority} needs both")
-        if self.transport == "native":
-            for name in ("tls_cert", "trace", "frontends"):
-                if getattr(self, name):
-                    raise BadInput(f"{self.name_of(name)} needs --transport grpcio")
+        if self.transport == "native" and self.tls_cert:
+            raise BadInput(f"{self.name_of('tls_cert')} needs --transport grpcio: native has no TLS")
 
     def name_of(self, field: str) -> str:
         """Return what the user called an option, or its flag if nothing was said of it."""

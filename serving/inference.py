@@ -9,29 +9,29 @@ from __future__ import annotations
 
 import functools
 import struct
-import time
-from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from typing import NamedTuple, Protocol
 
-import grpc
 import numpy as np
 from google.protobuf import json_format, text_format
+from google.protobuf.message import DecodeError
 
 from export import triton
 from protos import POOL
 from protos import inference_pb2 as pb
-from protos.inference_pb2_grpc import GRPCInferenceServiceServicer
-from serving.batcher import DEFAULT_PRIORITY, PRIORITIES
-from serving.calls import Job, Work, answer, find_deadline, name_method, report, tells_failures
-from serving.engine import Images, Probabilities
-from serving.errors import InvalidRequest, NotFound, Unavailable, Unsupported, to_trailers
-from serving.events import computed
-from serving.head import ENCODED, InferRequest, split
+from serving.batcher import DEFAULT_PRIORITY, PRIORITIES, Answer
+from serving.calls import Inference, Query
+from serving.engine import Images
+from serving.errors import InvalidRequest, NotFound, ServingError, Unavailable, Unsupported
+from serving.head import ENCODED, InferRequest, Parser
 from serving.intake import Intake, Layout, to_bytes, to_priority
 from serving.models import Model, Models
 from serving.policy import ALL, Policy
 from serving.statistics import Counts, Duration
+from serving.stream import Item
+from serving.transports.call import Call
 
 EXTENSIONS = (
     "classification",
@@ -82,41 +82,44 @@ class Repository(Protocol):
         """Serve a model no longer."""
 
 
-class InferenceServicer(GRPCInferenceServiceServicer):
-    """Answers the clients of Triton and KServe."""
+class KServe:
+    """Reads requests of ModelInfer, and answers the other methods, for the clients of Triton and KServe."""
 
-    def __init__(self, models: Models, intake: Intake, server: Readiness, repository: Repository | None = None) -> None:
-        """Serve `models`, to requests that `intake` takes; None is a server without a repository to load from."""
+    def __init__(
+        self, models: Models, intake: Intake, server: Readiness, repository: Repository | None, transport: str
+    ) -> None:
+        """Ask `models`, with images that `intake` takes.
+
+        Args:
+            models: What is served.
+            intake: Takes images.
+            server: Says whether requests are taken.
+            repository: To load models from; None is a server without one.
+            transport: What receives calls, for people.
+        """
         self._models, self._intake, self._server, self._repository = models, intake, server, repository
+        self._transport = transport
+        self._parser = Parser()
 
-    def ServerLive(self, request: pb.ServerLiveRequest, context: grpc.ServicerContext) -> pb.ServerLiveResponse:  # noqa: ARG002
+    def ServerLive(self, _: pb.ServerLiveRequest) -> pb.ServerLiveResponse:
         """Say that the server runs."""
         return pb.ServerLiveResponse(live=True)
 
-    def ServerReady(self, request: pb.ServerReadyRequest, context: grpc.ServicerContext) -> pb.ServerReadyResponse:  # noqa: ARG002
+    def ServerReady(self, _: pb.ServerReadyRequest) -> pb.ServerReadyResponse:
         """Say whether it takes requests."""
         return pb.ServerReadyResponse(ready=self._server.ready)
 
-    @tells_failures
-    def ModelReady(self, request: pb.ModelReadyRequest, context: grpc.ServicerContext) -> pb.ModelReadyResponse:  # noqa: ARG002
+    def ModelReady(self, request: pb.ModelReadyRequest) -> pb.ModelReadyResponse:
         """Say whether a model takes requests; one that is not there is an error."""
         self._find(request.name, request.version)
         return pb.ModelReadyResponse(ready=self._server.ready)
 
-    def ServerMetadata(
-        self,
-        request: pb.ServerMetadataRequest,  # noqa: ARG002
-        context: grpc.ServicerContext,  # noqa: ARG002
-    ) -> pb.ServerMetadataResponse:
+    def ServerMetadata(self, _: pb.ServerMetadataRequest) -> pb.ServerMetadataResponse:
         """Name the server, its version, and the extensions that it has."""
-        return pb.ServerMetadataResponse(name="resnet", version=version("resnet"), extensions=EXTENSIONS)
+        extensions = (*EXTENSIONS, f"transport:{self._transport}")
+        return pb.ServerMetadataResponse(name="resnet", version=version("resnet"), extensions=extensions)
 
-    @tells_failures
-    def ModelMetadata(
-        self,
-        request: pb.ModelMetadataRequest,
-        context: grpc.ServicerContext,  # noqa: ARG002
-    ) -> pb.ModelMetadataResponse:
+    def ModelMetadata(self, request: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:
         """Describe what a model takes and gives, and what was proved of it."""
         model = self._find(request.name, request.version)
         manifest = model.manifest
@@ -141,8 +144,7 @@ class InferenceServicer(GRPCInferenceServiceServicer):
             },
         )
 
-    @tells_failures
-    def ModelConfig(self, request: pb.ModelConfigRequest, context: grpc.ServicerContext) -> pb.ModelConfigResponse:  # noqa: ARG002
+    def ModelConfig(self, request: pb.ModelConfigRequest) -> pb.ModelConfigResponse:
         """Return what config.pbtxt says to Triton, with this server's limit."""
         model = self._find(request.name, request.version)
         config = text_format.Parse(triton.config(model.manifest), pb.ModelConfig())
@@ -151,12 +153,7 @@ class InferenceServicer(GRPCInferenceServiceServicer):
         batching.priority_levels, batching.default_priority_level = len(PRIORITIES), DEFAULT_PRIORITY
         return pb.ModelConfigResponse(config=config)
 
-    @tells_failures
-    def ModelStatistics(
-        self,
-        request: pb.ModelStatisticsRequest,
-        context: grpc.ServicerContext,  # noqa: ARG002
-    ) -> pb.ModelStatisticsResponse:
+    def ModelStatistics(self, request: pb.ModelStatisticsRequest) -> pb.ModelStatisticsResponse:
         """Count requests, images and batches of one model, or of all, since they were loaded."""
         chosen = [self._find(request.name, request.version)] if request.name else self._models
         counts = self._models.counts()
@@ -164,12 +161,7 @@ class InferenceServicer(GRPCInferenceServiceServicer):
             model_stats=[_tell(model, counts.get((model.name, model.version), Counts())) for model in chosen]
         )
 
-    @tells_failures
-    def RepositoryIndex(
-        self,
-        request: pb.RepositoryIndexRequest,
-        context: grpc.ServicerContext,  # noqa: ARG002
-    ) -> pb.RepositoryIndexResponse:
+    def RepositoryIndex(self, request: pb.RepositoryIndexRequest) -> pb.RepositoryIndexResponse:
         """List the models that are served, and versions that are not, with the reason."""
         _check_repository(request.repository_name)
         index = pb.RepositoryIndexResponse.ModelIndex
@@ -184,12 +176,7 @@ class InferenceServicer(GRPCInferenceServiceServicer):
                 ]
         return pb.RepositoryIndexResponse(models=found)
 
-    @tells_failures
-    def RepositoryModelLoad(
-        self,
-        request: pb.RepositoryModelLoadRequest,
-        context: grpc.ServicerContext,  # noqa: ARG002
-    ) -> pb.RepositoryModelLoadResponse:
+    def RepositoryModelLoad(self, request: pb.RepositoryModelLoadRequest) -> pb.RepositoryModelLoadResponse:
         """Serve what the repository holds of a model now; the parameter `config` may choose the versions.
 
         It is JSON, as Triton takes it, of which `version_policy` alone is known here: that is also how to roll back.
@@ -198,58 +185,29 @@ class InferenceServicer(GRPCInferenceServiceServicer):
         self._control().load(request.model_name, _find_policy(request))
         return pb.RepositoryModelLoadResponse()
 
-    @tells_failures
-    def RepositoryModelUnload(
-        self,
-        request: pb.RepositoryModelUnloadRequest,
-        context: grpc.ServicerContext,  # noqa: ARG002
-    ) -> pb.RepositoryModelUnloadResponse:
+    def RepositoryModelUnload(self, request: pb.RepositoryModelUnloadRequest) -> pb.RepositoryModelUnloadResponse:
         """Serve a model no longer, until it is loaded again; no model depends on another here."""
         _check_repository(request.repository_name)
         self._control().unload(request.model_name)
         return pb.RepositoryModelUnloadResponse()
 
-    @computed(unpacks=lambda request: request.head.encoded)
-    def ModelInfer(self, request: InferRequest, context: grpc.ServicerContext) -> Work[bytes]:
-        """Answer one request, with a serialized ModelInferResponse."""
-        return self._infer(request, context)
+    def parse(self, payload: bytes) -> InferRequest:
+        """Return the request of ModelInfer that these bytes are, in its two parts."""
+        return self._parser.parse(payload)
 
-    def ModelStreamInfer(
-        self, request_iterator: Iterable[pb.ModelInferRequest], context: grpc.ServicerContext
-    ) -> Iterator[pb.ModelStreamInferResponse]:
-        """Answer requests as they come, in their order; one that fails does not end the stream.
+    def unpacks(self, request: InferRequest) -> bool:
+        """Say whether it holds encoded images."""
+        return request.head.encoded
 
-        Its error is a message of the stream, unless the client asked with the header `triton_grpc_error: true` for it
-        to become the status of the call.
-        """
-        ends = ("triton_grpc_error", "true") in {(key, value) for key, value in context.invocation_metadata()}
-        for request in request_iterator:
-            started = time.perf_counter_ns()
-            try:
-                response = pb.ModelInferResponse.FromString(answer(self._infer(split(request), context), context))
-            except Exception as error:
-                refusal = report(error, name_method(self, self.ModelStreamInfer), context, started)
-                if ends:
-                    context.set_trailing_metadata(to_trailers(refusal))
-                    context.abort(refusal.code, str(refusal))
-                failed = pb.ModelInferResponse(model_name=request.model_name, id=request.id)
-                failed.parameters["triton_final_response"].bool_param = True
-                yield pb.ModelStreamInferResponse(error_message=str(refusal), infer_response=failed)
-            else:
-                response.parameters["triton_final_response"].bool_param = True
-                yield pb.ModelStreamInferResponse(infer_response=response)
+    def find(self, request: InferRequest) -> Model:
+        """Return the model that it names."""
+        return self._find(request.head.name, request.head.version)
 
-    def _infer(self, request: InferRequest, context: grpc.ServicerContext) -> Work[bytes]:
-        deadline = find_deadline(context)
-        model = self._find(request.head.name, request.head.version)
-        with model.statistics.request() as record:
-            terms = request.head.resolve(model, self._find_terms)
-            if terms.timeout:
-                deadline = min(deadline, time.monotonic() + terms.timeout)
-            images = self._read(request, terms, model)
-            record.decoded()
-            record.answer = yield Job(model.batcher, images, deadline, terms.priority)
-            return _respond(terms, model, record.answer.probabilities)
+    def read(self, request: InferRequest, model: Model) -> Query:
+        """Return what it asks the model."""
+        terms = request.head.resolve(model, self._find_terms)
+        images = self._read(request, terms, model)
+        return Query(images, partial(_respond, terms, model), terms.timeout, terms.priority)
 
     def _control(self) -> Repository:
         if self._repository is None:
@@ -309,6 +267,43 @@ class InferenceServicer(GRPCInferenceServiceServicer):
         is_uint8 = terms.layout.dtype == np.uint8
         data = to_bytes(values.uint_contents) if is_uint8 else np.array(values.fp32_contents, "<f4").tobytes()
         return self._intake.read(data, terms.layout)
+
+
+class ModelStreamInfer:
+    """What the messages of ModelStreamInfer are like.
+
+    A request that fails does not end the stream. Its error is a message, unless the client asked with the header
+    `triton_grpc_error: true` for it to become the status of the call.
+    """
+
+    ordered = True
+
+    def __init__(self, inference: Inference[InferRequest], call: Call) -> None:
+        """Have requests answered by `inference`."""
+        self._inference = inference
+        self._ends = ("triton_grpc_error", "true") in call.metadata
+
+    def begin(self, item: Item) -> None:
+        """Have a message answered, as a call."""
+        self._inference.begin(item)
+
+    def respond(self, _: Item, response: bytes) -> bytes:
+        """Return the message that answers another."""
+        message = pb.ModelStreamInferResponse()
+        message.infer_response.MergeFromString(response)
+        message.infer_response.parameters["triton_final_response"].bool_param = True
+        return message.SerializeToString()
+
+    def refuse(self, item: Item, error: ServingError) -> bytes | ServingError:
+        """Return the message that says why there is no answer, or the error that ends the stream."""
+        if self._ends:
+            return error
+        message = pb.ModelStreamInferResponse(error_message=str(error))
+        with suppress(DecodeError):
+            request = pb.ModelInferRequest.FromString(item.payload)
+            message.infer_response.model_name, message.infer_response.id = request.model_name, request.id
+        message.infer_response.parameters["triton_final_response"].bool_param = True
+        return message.SerializeToString()
 
 
 def _check_repository(name: str) -> None:
@@ -375,8 +370,9 @@ def _find_outputs(request: pb.ModelInferRequest, model: Model) -> int:
     return min(count, classes)
 
 
-def _respond(terms: Terms, model: Model, probabilities: Probabilities) -> bytes:
+def _respond(terms: Terms, model: Model, answer: Answer, _: int) -> bytes:
     """Return a serialized ModelInferResponse: bytes of messages one after the other are those of all they say."""
+    probabilities = answer.probabilities
     if terms.top_k:
         best = np.argsort(-probabilities, axis=1, kind="stable")[:, : terms.top_k]
         labels = model.manifest.labels

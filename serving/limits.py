@@ -23,8 +23,7 @@ class Limits:
     """What a server takes on; `resnet serve --help` says what each is.
 
     At worst its memory holds `max_calls` requests of `max_message_bytes`, and about twelve bytes for each of
-    `max_unpacked_pixels`; with several front ends, each of them may hold as much. Where strangers can ask, lower the
-    first two, or give out tokens.
+    `max_unpacked_pixels`. Where strangers can ask, lower the first two, or give out tokens.
     """
 
     max_images: int = option(256, "images in one request", low=1)

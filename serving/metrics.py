@@ -1,6 +1,6 @@
 """The page that Prometheus reads, by `model` and `version`.
 
-The figures are those of `serving.statistics`, for all processes of the server together.
+The figures are those of `serving.statistics`.
 
 | metric                      | what it is                                                           |
 |-----------------------------|----------------------------------------------------------------------|
@@ -15,12 +15,12 @@ The figures are those of `serving.statistics`, for all processes of the server t
 | resnet_model_info           | 1 for what is served, with `precision`, `provider`, `plan`, `digest` |
 | resnet_certificate_accuracy | share of the held-out images that the original has right             |
 | resnet_refused_info         | 1 for each version that was refused                                  |
-| resnet_build_info           | 1, with `version` and `onnxruntime`, and no other label              |
+| resnet_build_info           | 1, with `version`, `onnxruntime` and `transport`, and no other label |
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from threading import Thread
 from typing import Self
@@ -41,9 +41,6 @@ from serving.cost import CostCurve
 from serving.models import Models
 from serving.statistics import BOUNDS_NS, Counts, Duration
 
-Count = Callable[[], Mapping[tuple[str, int], Counts]]
-"""Returns what was answered so far, by name and version of a model."""
-
 LABELS = ("model", "version")
 BATCH_BOUNDS = tuple(2**power for power in range(9))  # 1 to 256 images
 
@@ -51,20 +48,20 @@ BATCH_BOUNDS = tuple(2**power for power in range(9))  # 1 to 256 images
 class MetricsServer:
     """Answers GET /metrics from when it is made until `close`; as a context manager, until the end of the block."""
 
-    def __init__(self, models: Models, host: str, port: int, count: Count | None = None) -> None:
+    def __init__(self, models: Models, host: str, port: int, transport: str = "") -> None:
         """Listen on a port.
 
         Args:
             models: What is served.
             host: Name or address of an interface.
             port: 0 takes a free one; see the attribute `address`.
-            count: Counts for all processes of the server; None is `models.counts`, for where there is one.
+            transport: What receives calls, for people.
 
         Raises:
             BadInput: The port cannot be had.
         """
         registry = CollectorRegistry()
-        registry.register(_ModelsCollector(models, count or models.counts))
+        registry.register(_ModelsCollector(models, transport))
         self._server: WSGIServer
         self._thread: Thread
         try:
@@ -89,8 +86,8 @@ class MetricsServer:
 
 
 class _ModelsCollector(Collector):
-    def __init__(self, models: Models, count: Count) -> None:
-        self._models, self._count = models, count
+    def __init__(self, models: Models, transport: str) -> None:
+        self._models, self._transport = models, transport
 
     def collect(self) -> Iterable[Metric]:
         requests = CounterMetricFamily("resnet_requests", "Requests, by gRPC status", labels=(*LABELS, "code"))
@@ -105,7 +102,7 @@ class _ModelsCollector(Collector):
         about = GaugeMetricFamily(
             "resnet_model_info", "Models that are served", labels=(*LABELS, "precision", "provider", "plan", "digest")
         )
-        counted = self._count()
+        counted = self._models.counts()
         for model in self._models:
             names, found = [model.name, str(model.version)], counted.get((model.name, model.version), Counts())
             for code, count in found.codes.items():
@@ -124,8 +121,8 @@ class _ModelsCollector(Collector):
         for name in self._models.names():
             for number in self._models.get(name).refusals:
                 refused.add_metric([name, str(number)], 1)
-        build = GaugeMetricFamily("resnet_build_info", "This server", labels=("version", "onnxruntime"))
-        build.add_metric([version("resnet"), onnxruntime.__version__], 1)
+        build = GaugeMetricFamily("resnet_build_info", "This server", labels=("version", "onnxruntime", "transport"))
+        build.add_metric([version("resnet"), onnxruntime.__version__, self._transport], 1)
         return (requests, images, total, queue, compute, batches, queued, costs, accuracy, about, refused, build)
 
 

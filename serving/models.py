@@ -17,7 +17,7 @@ from export import manifest as manifests
 from export.manifest import Manifest, Variant
 from resnet import BadInput
 from serving import cuda, tuning
-from serving.batcher import Batcher, Leaders, Queue
+from serving.batcher import Batcher, Leaders
 from serving.batching import Batching
 from serving.cost import CostCurve
 from serving.engine import Device, Engine, Images, OnnxEngine, Probabilities
@@ -34,7 +34,7 @@ class Model:
 
     manifest: Manifest
     engine: Engine
-    batcher: Queue
+    batcher: Batcher
     statistics: Statistics
     precision: str = "fp32"
     plan: str = ""
@@ -183,7 +183,7 @@ class Models:
         # Replaced whole, never changed: whoever reads it needs no lock.
         self._served: Mapping[str, Served] = {}
         # Who still uses a batcher keeps it: when the last request is answered, its engine gives its memory back.
-        self._retired: weakref.WeakSet[Queue] = weakref.WeakSet()
+        self._retired: weakref.WeakSet[Batcher] = weakref.WeakSet()
         self._listeners: list[Callable[[str, bool], None]] = []
         for model in models:
             self.put(model)

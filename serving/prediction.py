@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
-import grpc
 import numpy as np
 
 from export.manifest import TensorSpec
 from protos import tensorflow_pb2 as tf
 from protos import tensorflow_serving_pb2 as pb
-from protos.tensorflow_serving_pb2_grpc import ModelServiceServicer, PredictionServiceServicer
-from serving.calls import Job, Work, find_deadline, tells_failures
+from serving.batcher import Answer
+from serving.calls import Query
 from serving.engine import Images
-from serving.errors import FailedPrecondition, InvalidRequest, Unsupported
-from serving.events import computed
+from serving.errors import STATUSES, FailedPrecondition, InvalidRequest, Unsupported
 from serving.intake import Intake, to_bytes
 from serving.models import Model, Models
 
@@ -27,39 +26,33 @@ SIGNATURE, SIGNATURE_DEF, METHOD = "serving_default", "signature_def", "tensorfl
 TYPES = {"uint8": tf.DT_UINT8, "float32": tf.DT_FLOAT}
 
 
-class PredictionServicer(PredictionServiceServicer):
-    """Answers Predict and GetModelMetadata."""
+class Prediction:
+    """Reads requests of Predict, and answers the other methods."""
 
     def __init__(self, models: Models, intake: Intake) -> None:
-        """Serve `models`, to requests that `intake` takes."""
+        """Ask `models`, with images that `intake` takes."""
         self._models, self._intake = models, intake
 
-    @computed(unpacks=lambda request: any(tensor.dtype == tf.DT_STRING for tensor in request.inputs.values()))
-    def Predict(self, request: pb.PredictRequest, context: grpc.ServicerContext) -> Work[pb.PredictResponse]:
-        """Answer one request."""
-        deadline = find_deadline(context)
-        model = _find(self._models, request.model_spec)
-        with model.statistics.request() as record:
-            output = model.manifest.output.name
-            if list(request.output_filter) not in ([], [output]):
-                raise InvalidRequest(f"model {model.name!r} has one output, {output!r}; output_filter names others")
-            images = self._images(request, model)
-            record.decoded()
-            record.answer = yield Job(model.batcher, images, deadline)
-            probabilities = record.answer.probabilities
-            found = tf.TensorProto(
-                dtype=tf.DT_FLOAT,
-                tensor_shape=_shape(probabilities.shape),
-                float_val=probabilities.ravel().tolist(),
-            )
-            return pb.PredictResponse(outputs={output: found}, model_spec=_specify(model))
+    def parse(self, payload: bytes) -> pb.PredictRequest:
+        """Return the request that these bytes are."""
+        return pb.PredictRequest.FromString(payload)
 
-    @tells_failures
-    def GetModelMetadata(
-        self,
-        request: pb.GetModelMetadataRequest,
-        context: grpc.ServicerContext,  # noqa: ARG002
-    ) -> pb.GetModelMetadataResponse:
+    def unpacks(self, request: pb.PredictRequest) -> bool:
+        """Say whether it holds encoded images."""
+        return any(tensor.dtype == tf.DT_STRING for tensor in request.inputs.values())
+
+    def find(self, request: pb.PredictRequest) -> Model:
+        """Return the model that it names."""
+        return _find(self._models, request.model_spec)
+
+    def read(self, request: pb.PredictRequest, model: Model) -> Query:
+        """Return what it asks the model."""
+        output = model.manifest.output.name
+        if list(request.output_filter) not in ([], [output]):
+            raise InvalidRequest(f"model {model.name!r} has one output, {output!r}; output_filter names others")
+        return Query(self._images(request, model), partial(_respond, model))
+
+    def GetModelMetadata(self, request: pb.GetModelMetadataRequest) -> pb.GetModelMetadataResponse:
         """Describe the signature of a model."""
         if list(request.metadata_field) != [SIGNATURE_DEF]:
             raise InvalidRequest(f"metadata_field must be [{SIGNATURE_DEF!r}], not {list(request.metadata_field)}")
@@ -72,24 +65,33 @@ class PredictionServicer(PredictionServiceServicer):
         response.metadata[SIGNATURE_DEF].Pack(pb.SignatureDefMap(signature_def={SIGNATURE: signature}))
         return response
 
-    @tells_failures
-    def Classify(self, request: pb.ClassificationRequest, context: grpc.ServicerContext) -> pb.ClassificationResponse:  # noqa: ARG002
+    def Classify(self, _: pb.ClassificationRequest) -> pb.ClassificationResponse:
         """Refuse."""
         raise Unsupported("Classify takes tf.Example records, which hold no images; call Predict")
 
-    @tells_failures
-    def Regress(self, request: pb.RegressionRequest, context: grpc.ServicerContext) -> pb.RegressionResponse:  # noqa: ARG002
+    def Regress(self, _: pb.RegressionRequest) -> pb.RegressionResponse:
         """Refuse."""
         raise Unsupported("the models are classifiers; call Predict")
 
-    @tells_failures
-    def MultiInference(
-        self,
-        request: pb.MultiInferenceRequest,  # noqa: ARG002
-        context: grpc.ServicerContext,  # noqa: ARG002
-    ) -> pb.MultiInferenceResponse:
+    def MultiInference(self, _: pb.MultiInferenceRequest) -> pb.MultiInferenceResponse:
         """Refuse."""
         raise Unsupported("MultiInference takes tf.Example records, which hold no images; call Predict")
+
+    def GetModelStatus(self, request: pb.GetModelStatusRequest) -> pb.GetModelStatusResponse:
+        """Say which versions of a model are served and which were refused, or what became of the one that is named."""
+        spec = request.model_spec
+        served = self._models.get(spec.name)
+        chosen = served.versions.keys() | served.refusals.keys()
+        match spec.WhichOneof("version_choice"):
+            case "version":
+                chosen &= {spec.version.value}
+            case "version_label":
+                chosen &= {_find(self._models, spec).version}
+        if not chosen:
+            chosen = {_find(self._models, spec).version}  # says what is wrong
+        return pb.GetModelStatusResponse(
+            model_version_status=[_tell(number, served.refusals.get(number)) for number in sorted(chosen)]
+        )
 
     def _images(self, request: pb.PredictRequest, model: Model) -> Images:
         """Return the pixels of the one input, in whichever form they came."""
@@ -120,40 +122,21 @@ class PredictionServicer(PredictionServiceServicer):
                 raise InvalidRequest(f"input {wanted!r} is DT_UINT8, DT_FLOAT or DT_STRING, not of dtype {other}")
 
 
-class ModelServicer(ModelServiceServicer):
-    """Answers GetModelStatus."""
-
-    def __init__(self, models: Models) -> None:
-        """Tell of `models`."""
-        self._models = models
-
-    @tells_failures
-    def GetModelStatus(
-        self,
-        request: pb.GetModelStatusRequest,
-        context: grpc.ServicerContext,  # noqa: ARG002
-    ) -> pb.GetModelStatusResponse:
-        """Say which versions of a model are served and which were refused, or what became of the one that is named."""
-        spec = request.model_spec
-        served = self._models.get(spec.name)
-        chosen = served.versions.keys() | served.refusals.keys()
-        match spec.WhichOneof("version_choice"):
-            case "version":
-                chosen &= {spec.version.value}
-            case "version_label":
-                chosen &= {_find(self._models, spec).version}
-        if not chosen:
-            chosen = {_find(self._models, spec).version}  # says what is wrong
-        return pb.GetModelStatusResponse(
-            model_version_status=[_tell(number, served.refusals.get(number)) for number in sorted(chosen)]
-        )
+def _respond(model: Model, answer: Answer, _: int) -> bytes:
+    probabilities = answer.probabilities
+    found = tf.TensorProto(
+        dtype=tf.DT_FLOAT, tensor_shape=_shape(probabilities.shape), float_val=probabilities.ravel().tolist()
+    )
+    return pb.PredictResponse(
+        outputs={model.manifest.output.name: found}, model_spec=_specify(model)
+    ).SerializeToString()
 
 
 def _tell(version: int, refusal: str | None) -> pb.ModelVersionStatus:
     state = pb.ModelVersionStatus
     if refusal is None:
         return state(version=version, state=state.AVAILABLE, status=pb.StatusProto())
-    status = pb.StatusProto(error_code=grpc.StatusCode.FAILED_PRECONDITION.value[0], error_message=refusal)
+    status = pb.StatusProto(error_code=STATUSES[FailedPrecondition].code, error_message=refusal)
     return state(version=version, state=state.END, status=status)
 
 

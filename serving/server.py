@@ -1,37 +1,43 @@
-"""The gRPC server: every protocol, health and reflection on one port."""
+"""A server: every protocol, health and reflection on one port."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Literal, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-import grpc
+from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.descriptor_pool import DescriptorPool
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from protos import POOL, classifier_pb2, inference_pb2, tensorflow_serving_pb2
-from protos.classifier_pb2_grpc import add_ClassifierServicer_to_server
-from protos.inference_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
-from protos.tensorflow_serving_pb2 import PredictRequest
-from protos.tensorflow_serving_pb2_grpc import (
-    add_ModelServiceServicer_to_server,
-    add_PredictionServiceServicer_to_server,
-)
 from resnet import BadInput
-from serving.guard import Guard
-from serving.head import Parser
-from serving.inference import InferenceServicer, Repository
+from serving.calls import Inference, read, reply
+from serving.cores import count_cores
+from serving.health import Health
+from serving.inference import KServe, ModelStreamInfer, Repository
 from serving.intake import Intake
 from serving.limits import Limits
 from serving.models import Models
-from serving.native import Method, NativeFront
-from serving.prediction import ModelServicer, PredictionServicer
-from serving.security import NO_ADMIN, Tls, closed, intercept
-from serving.servicer import Servicer
+from serving.prediction import Prediction
+from serving.servicer import Classifier, ClassifyStream
+from serving.stream import Streams
+from serving.transports import native, unix
+from serving.transports.auth import Tokens, is_local
+from serving.transports.call import Call, Methods, Streaming, Unary
+from serving.transports.door import Door
+from serving.transports.grpcio import GrpcioTransport
+from serving.transports.native import NativeTransport
+from serving.transports.tls import Tls
+
+if TYPE_CHECKING:
+    from serving.tracing import Tracing
 
 SERVICE = classifier_pb2.DESCRIPTOR.services_by_name["Classifier"].full_name
 SERVICES = tuple(
@@ -39,15 +45,22 @@ SERVICES = tuple(
     for file in (classifier_pb2.DESCRIPTOR, inference_pb2.DESCRIPTOR, tensorflow_serving_pb2.DESCRIPTOR)
     for service in file.services_by_name.values()
 )
-MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
+HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+REFLECTION = reflection.SERVICE_NAME
+# What is said of the server itself: at once, whatever is under way.
+PROBES = ("ServerLive", "ServerReady", "ModelReady")
 
-Transport = Literal["grpcio", "native"]
+Transport = Literal["auto", "native", "grpcio"]
+
+log = logging.getLogger(__name__)
 
 
-def _compute(path: str, servicer: Any, parse: Callable[[bytes], Any]) -> Method:
-    """Return a method that `serving.events.computed` decorated, for the native transport."""
-    method = getattr(servicer, path.rpartition("/")[2])
-    return Method(partial(method.begin, servicer), method.unpacks, parse)
+def reflect(_: Call, messages: Iterator[bytes]) -> Iterator[bytes]:
+    """Answer questions for the definitions of services."""
+    servicer = reflection.ReflectionServicer((*SERVICES, HEALTH, REFLECTION), pool=_describe())
+    requests = (read(reflection_pb2.ServerReflectionRequest.FromString, message) for message in messages)
+    for response in servicer.ServerReflectionInfo(requests, None):  # type: ignore[arg-type]
+        yield response.SerializeToString()
 
 
 def _describe() -> DescriptorPool:
@@ -55,6 +68,25 @@ def _describe() -> DescriptorPool:
     for file in (health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR):
         POOL.AddSerializedFile(file.serialized_pb)
     return POOL
+
+
+def choose_transport(wanted: Transport, host: str, tls: bool) -> tuple[Literal["native", "grpcio"], str]:
+    """Return what is to receive calls, and why.
+
+    Raises:
+        BadInput: What is wanted cannot be had.
+    """
+    if wanted == "native" and tls:
+        raise BadInput("--tls-cert needs --transport grpcio: the native transport has no TLS")
+    if wanted != "auto":
+        return wanted, "by --transport"
+    if tls:
+        return "grpcio", "for TLS"
+    if not native.SUPPORTED:
+        return "grpcio", "for pygrpc-native is not installed, which would take in several times as many calls"
+    if is_local(host):
+        return "native", "for callers on this machine"
+    return "grpcio", "for callers elsewhere; --transport native takes in several times as many calls of trusted ones"
 
 
 class Server:
@@ -70,15 +102,14 @@ class Server:
         token: str | None = None,
         admin_token: str | None = None,
         repository: Repository | None = None,
-        interceptors: Sequence[grpc.ServerInterceptor] = (),
-        shared: bool = False,
-        transport: Transport = "grpcio",
+        tracing: Tracing | None = None,
+        transport: Transport = "auto",
     ) -> None:
         """Listen on a port, and answer.
 
         Args:
             models: Loaded and warm.
-            host: Name or address of an interface.
+            host: Name or address of an interface, or unix:PATH.
             port: 0 takes a free one; see the attribute `address`.
             limits: What to take on.
             tls: Certificate and key; None is open text.
@@ -86,82 +117,36 @@ class Server:
             admin_token: What those must give who load and unload models; None lets nobody, but for those on this
                 machine of a server that listens on it alone and has no `token`.
             repository: Loads and unloads models on request; None refuses to.
-            interceptors: See the calls that are let in.
-            shared: Other processes may listen on the port too, and each gets a part of the connections.
-            transport: What receives calls; `native` has neither `tls` nor `interceptors`, and is not `shared`.
+            tracing: Follows calls.
+            transport: What receives calls; `auto` is what `choose_transport` says.
 
         Raises:
             BadInput: The port cannot be had, or a file of `tls` cannot be read or used.
         """
-        self._models = models
+        kind, reason = choose_transport(transport, host, tls is not None)
+        self._models, self._streams, self._health = models, Streams(), Health()
         self.ready = False
         """Whether requests are taken."""
-        tokens = intercept(token, admin_token)
-        self._server = grpc.server(
-            ThreadPoolExecutor(limits.max_calls, thread_name_prefix="call"),
-            interceptors=[*tokens, *interceptors],
-            maximum_concurrent_rpcs=limits.max_calls,
-            options=[
-                ("grpc.so_reuseport", int(shared)),  # two servers that know nothing of each other share no port
-                ("grpc.max_send_message_length", -1),
-                *limits.to_options(),
-            ],
-        )
-        intake = Intake(limits)
-        parse = Parser().parse
-        guard: Any = Guard(self._server, closed(host, token, admin_token), NO_ADMIN, {MODEL_INFER: parse})
-        self._classifier = Servicer(models, intake)
-        add_ClassifierServicer_to_server(self._classifier, guard)
-        inference, prediction = InferenceServicer(models, intake, self, repository), PredictionServicer(models, intake)
-        add_GRPCInferenceServiceServicer_to_server(inference, guard)
-        add_PredictionServiceServicer_to_server(prediction, guard)
-        add_ModelServiceServicer_to_server(ModelServicer(models), guard)
-        # Each watch has a thread, as every call. The other kind needs none, but never closes the stream of one that its
-        # client cancels; in the end the connection has no more to give.
-        self._health = health.HealthServicer(experimental_non_blocking=False)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, guard)
-        reflection.enable_server_reflection(
-            (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), guard, pool=_describe()
-        )
-        self._front: NativeFront | None = None
-        if transport == "native":
-            host = f"[{host}]" if ":" in host and not host.startswith("[") else host  # as clients write it
-            methods = {
-                f"/{SERVICE}/Classify": (self._classifier, classifier_pb2.ClassifyRequest.FromString),
-                MODEL_INFER: (inference, parse),
-                "/tensorflow.serving.PredictionService/Predict": (prediction, PredictRequest.FromString),
-            }
-            computing = {path: _compute(path, *method) for path, method in methods.items()}
-            self._front = NativeFront(host, port, computing, limits, tokens[0] if tokens else None, self._server)
-            bound = self._front.port
-        else:
-            try:
-                bound = (
-                    self._server.add_secure_port(f"{host}:{port}", tls.to_credentials())
-                    if tls
-                    else self._server.add_insecure_port(f"{host}:{port}")
-                )
-            except RuntimeError:
-                raise BadInput(
-                    f"{host}:{port} cannot be listened on; is the port in use? Choose another with --port"
-                ) from None
-        self.address = f"{host}:{bound}"
-        self._server.start()
+        self._workers = ThreadPoolExecutor(count_cores(), thread_name_prefix="intake")
+        methods = self._find_methods(models, Intake(limits), repository, kind)
+        door = Door(tracing.follow_calls(methods) if tracing else methods, limits, Tokens(host, token, admin_token))
+        self._transport = NativeTransport(door) if kind == "native" else GrpcioTransport(door)
+        self.transport = kind
+        """What receives calls."""
+        self._socket: Path | None = None
+        self.address = self._listen(host, port, tls)
+        self._transport.start()
+        log.info("the transport is %s, %s", kind, reason)
         self.announce(True)
-        models.subscribe(self._tell)
+        models.subscribe(self._health.set)
 
     def announce(self, ready: bool) -> None:
         """Let clients know whether requests are taken, by the server and for its services and models."""
         self.ready = ready
         for service in ("", *SERVICES):
-            self._tell(service, ready)
+            self._health.set(service, ready)
         for name in self._models.names():
-            self._tell(name, ready and bool(self._models.get(name).versions))
-
-    def _tell(self, name: str, serving: bool) -> None:
-        """Let health checks know of the server, of a service or of a model."""
-        status = health_pb2.HealthCheckResponse
-        self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
+            self._health.set(name, ready and bool(self._models.get(name).versions))
 
     def stop(self, grace_seconds: float) -> None:
         """Refuse new requests, answer those that are under way, and close.
@@ -171,20 +156,64 @@ class Server:
         """
         end = time.monotonic() + grace_seconds
         self.ready = False
-        self._health.enter_graceful_shutdown()
+        self._health.close()
         # While work is under way, new requests on open connections are refused as UNAVAILABLE, which clients take
         # elsewhere; gRPC's own stop would cancel some of them.
         self._models.close()
-        self._classifier.close()
+        self._streams.close()
         self._models.drain(grace_seconds)
-        if self._front:
-            self._front.drain(max(0.0, end - time.monotonic()))
-        self._server.stop(max(0.0, end - time.monotonic())).wait()
-        if self._front:
-            self._front.close()
+        self._transport.stop(max(0.0, end - time.monotonic()))
+        self._workers.shutdown(wait=False)
+        if self._socket:
+            self._socket.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop(grace_seconds=10)
+
+    def _find_methods(self, models: Models, intake: Intake, repository: Repository | None, transport: str) -> Methods:
+        """Return what is served, by path."""
+        kserve = KServe(models, intake, self, repository, transport)
+        prediction = Prediction(models, intake)
+        classify = Inference(Classifier(models, intake), self._workers)
+        infer = Inference(kserve, self._workers)
+        methods: Methods = {
+            f"/{SERVICE}/Classify": Unary(classify.answer),
+            f"/{SERVICE}/ClassifyStream": self._stream(lambda _: ClassifyStream(classify)),
+            "/inference.GRPCInferenceService/ModelInfer": Unary(infer.answer),
+            "/inference.GRPCInferenceService/ModelStreamInfer": self._stream(partial(ModelStreamInfer, infer)),
+            "/tensorflow.serving.PredictionService/Predict": Unary(Inference(prediction, self._workers).answer),
+            f"/{HEALTH}/Watch": Streaming(self._health.watch, limited=False),
+            f"/{REFLECTION}/ServerReflectionInfo": Streaming(reflect),
+        }
+        served: tuple[tuple[Any, Any], ...] = (
+            (inference_pb2, kserve),
+            (tensorflow_serving_pb2, prediction),
+            (health_pb2, self._health),
+        )
+        for module, protocol in served:
+            for service in module.DESCRIPTOR.services_by_name.values():
+                for method in service.methods:
+                    path = f"/{service.full_name}/{method.name}"
+                    if path not in methods:
+                        methods[path] = self._reply(method, getattr(protocol, method.name))
+        return methods
+
+    def _reply(self, method: MethodDescriptor, function: Any) -> Unary:
+        """Return a method that computes nothing."""
+        probes = method.name in PROBES or method.containing_service.full_name == HEALTH
+        return reply(function, GetMessageClass(method.input_type), None if probes else self._workers, not probes)
+
+    def _stream(self, dialect: Any) -> Streaming:
+        return Streaming(partial(self._streams.answer, dialect))
+
+    def _listen(self, host: str, port: int, tls: Tls | None) -> str:
+        """Listen, and return the address as clients write it."""
+        if host.startswith(unix.PREFIX):
+            self._socket = unix.claim(host)
+            self._transport.listen(f"{unix.PREFIX}{self._socket}", tls)
+            return f"{unix.PREFIX}{self._socket}"
+        host = f"[{host}]" if ":" in host and not host.startswith("[") else host
+        return f"{host}:{self._transport.listen(f'{host}:{port}', tls)}"

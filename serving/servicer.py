@@ -1,68 +1,46 @@
-"""`resnet.v1.Classifier`: check, submit to the batcher, answer."""
+"""`resnet.v1.Classifier`: requests to images, and probabilities to responses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 
-import grpc
 import numpy as np
 
 from protos import classifier_pb2 as pb
-from protos.classifier_pb2_grpc import ClassifierServicer
 from serving.batcher import Answer
-from serving.calls import Job, Work, find_deadline
+from serving.calls import Inference, Query, read
 from serving.engine import Images
-from serving.errors import InvalidRequest
-from serving.events import computed
+from serving.errors import InvalidRequest, ServingError, to_failure
 from serving.intake import Intake, to_priority
 from serving.models import Model, Models
-from serving.stream import Stream
+from serving.stream import Item
 
 DEFAULT_TOP_K = 5
 
 
-class Servicer(ClassifierServicer):
-    """Answers `resnet.v1.Classifier`."""
+class Classifier:
+    """Reads requests of `resnet.v1.Classifier`."""
 
     def __init__(self, models: Models, intake: Intake) -> None:
-        """Serve `models`, to requests that `intake` takes."""
+        """Ask `models`, with images that `intake` takes."""
         self._models, self._intake = models, intake
-        self._streams: set[Stream] = set()
-        self._closed = False
 
-    @computed(unpacks=lambda request: request.WhichOneof("input") == "encoded")
-    def Classify(self, request: pb.ClassifyRequest, context: grpc.ServicerContext) -> Work[pb.ClassifyResponse]:
-        """Classify the images of one request."""
-        return self._work(request, find_deadline(context))
+    def parse(self, payload: bytes) -> pb.ClassifyRequest:
+        """Return the request that these bytes are."""
+        return pb.ClassifyRequest.FromString(payload)
 
-    def ClassifyStream(
-        self, request_iterator: Iterator[pb.ClassifyStreamRequest], context: grpc.ServicerContext
-    ) -> Iterator[pb.ClassifyStreamResponse]:
-        """Classify the images of many requests, and answer each as soon as it is ready."""
-        stream = Stream(self._work, context)
-        self._streams.add(stream)
-        try:
-            if self._closed:
-                stream.close()
-            yield from stream.answer(request_iterator)
-        finally:
-            self._streams.discard(stream)
+    def unpacks(self, request: pb.ClassifyRequest) -> bool:
+        """Say whether it holds encoded images."""
+        return request.WhichOneof("input") == "encoded"
 
-    def close(self) -> None:
-        """End the streams, once what they have read is answered; calls end by themselves."""
-        self._closed = True
-        for stream in self._streams.copy():
-            stream.close()
+    def find(self, request: pb.ClassifyRequest) -> Model:
+        """Return the model that it names."""
+        return self._models.find(request.model, request.version, request.version_label)
 
-    def _work(self, request: pb.ClassifyRequest, deadline: float) -> Work[pb.ClassifyResponse]:
-        """Answer one request."""
-        model = self._models.find(request.model, request.version, request.version_label)
-        with model.statistics.request() as record:
-            top_k, priority = _top_k(request, model), to_priority(request.priority)
-            images = self._images(request, model)
-            record.decoded()
-            record.answer = yield Job(model.batcher, images, deadline, priority)
-            return _respond(model, record.answer, top_k, record.decode_ns)
+    def read(self, request: pb.ClassifyRequest, model: Model) -> Query:
+        """Return what it asks the model."""
+        top_k, priority = _top_k(request, model), to_priority(request.priority)
+        return Query(self._images(request, model), partial(_respond, model, top_k), priority=priority)
 
     def _images(self, request: pb.ClassifyRequest, model: Model) -> Images:
         """Return the pixels that a request carries, uint8 [n, height, width, 3]."""
@@ -80,6 +58,38 @@ class Servicer(ClassifierServicer):
                 raise InvalidRequest("the request holds no images: set `encoded` or `tensor`")
 
 
+class ClassifyStream:
+    """What the messages of ClassifyStream are like."""
+
+    ordered = False
+
+    def __init__(self, inference: Inference[pb.ClassifyRequest]) -> None:
+        """Have requests answered by `inference`."""
+        self._inference = inference
+        self._items: dict[int, Item] = {}  # without an answer
+
+    def begin(self, item: Item) -> None:
+        """Have a message answered, as a call."""
+        message = read(pb.ClassifyStreamRequest.FromString, item.payload)
+        item.id = message.id
+        if self._items.setdefault(item.id, item) is not item:
+            raise InvalidRequest(f"id {item.id} is that of a request without an answer; choose another")
+        self._inference.begin(item, message.request)
+
+    def respond(self, item: Item, response: bytes) -> bytes:
+        """Return the message that answers another."""
+        del self._items[item.id]
+        message = pb.ClassifyStreamResponse(id=item.id)
+        message.response.MergeFromString(response)
+        return message.SerializeToString()
+
+    def refuse(self, item: Item, error: ServingError) -> bytes:
+        """Return the message that says why there is no answer."""
+        if self._items.get(item.id) is item:
+            del self._items[item.id]
+        return pb.ClassifyStreamResponse(id=item.id, failure=to_failure(error)).SerializeToString()
+
+
 def _top_k(request: pb.ClassifyRequest, model: Model) -> int:
     classes = len(model.manifest.labels)
     if not 0 <= request.top_k <= classes:
@@ -87,12 +97,12 @@ def _top_k(request: pb.ClassifyRequest, model: Model) -> int:
     return request.top_k or min(DEFAULT_TOP_K, classes)
 
 
-def _respond(model: Model, answer: Answer, top_k: int, decode_ns: int) -> pb.ClassifyResponse:
+def _respond(model: Model, top_k: int, answer: Answer, decode_ns: int) -> bytes:
     # A stable sort of the negated values: equal probabilities come in the order of the classes.
     best = np.argsort(-answer.probabilities, axis=1, kind="stable")[:, :top_k]
     values = np.take_along_axis(answer.probabilities, best, axis=1)
     labels = model.manifest.labels
-    return pb.ClassifyResponse(
+    response = pb.ClassifyResponse(
         model=model.name,
         version=model.version,
         classifications=[
@@ -111,3 +121,4 @@ def _respond(model: Model, answer: Answer, top_k: int, decode_ns: int) -> pb.Cla
             batch_size=answer.batch_size,
         ),
     )
+    return response.SerializeToString()

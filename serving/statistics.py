@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -55,14 +55,20 @@ class Duration:
 
 
 class Request:
-    """One request under way, counted when its block ends; whoever answers it fills in what became of it."""
+    """One request under way, until `end` or `fail`.
 
-    def __init__(self, statistics: Statistics) -> None:
-        self._statistics, self._arrived = statistics, time.perf_counter_ns()
+    Attributes:
+        span: Of the trace that it is part of, if there is one.
+        decode_ns: Time that it took to unpack, in nanoseconds.
+        answer: What it was answered by, if it was.
+    """
+
+    __slots__ = ("_arrived", "_statistics", "answer", "decode_ns", "span")
+
+    def __init__(self, statistics: Statistics, span: Any) -> None:
+        self._statistics, self.span, self._arrived = statistics, span, time.perf_counter_ns()
         self.decode_ns = 0
         self.answer: Answer | None = None
-        self.span: Any = None
-        """What an observer keeps of it."""
 
     def decoded(self) -> None:
         """Note that its images are unpacked."""
@@ -72,21 +78,18 @@ class Request:
         """Return the time since it arrived."""
         return time.perf_counter_ns() - self._arrived
 
-    def __enter__(self) -> Self:
-        if self._statistics.observer:
-            self._statistics.observer.begin(self)
-        return self
+    def end(self, answer: Answer) -> None:
+        """Count it as answered."""
+        self.answer = answer
+        self._statistics.count(self, answer)
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._statistics.end(self, error)
+    def fail(self, error: Exception) -> None:
+        """Count it as failed."""
+        self._statistics.count_failed(self, error)
 
 
 class Observer(Protocol):
     """Is told of every request for a model, on the thread that answers it."""
-
-    def begin(self, request: Request) -> None:
-        """Note that a request came."""
-        ...
 
     def end(self, request: Request) -> None:
         """Note that it was answered, or if there is no answer, that it failed."""
@@ -156,29 +159,29 @@ class Statistics:
         self._answered: deque[tuple[int, int, int, int, int, int]] = deque()
         self._last_ns = 0
 
-    def request(self) -> Request:
-        """Return what counts the request that is answered within its block: as failed if an exception leaves it."""
-        return Request(self)
+    def begin(self, span: Any = None) -> Request:
+        """Return what counts one more request; `span` as in `Request`."""
+        return Request(self, span)
 
-    def end(self, request: Request, error: BaseException | None) -> None:
-        """Count a request, and let the observer know."""
-        total, answer = request.elapsed_ns(), request.answer
-        if error is None:
-            assert answer is not None, "a request that ends well has an answer"
-            images, waited, computed = len(answer.probabilities), answer.queue_ns, answer.compute_ns
-            decoded = request.decode_ns
-            rest = max(0, total - waited - decoded - computed)
-            self._last_ns = time.time_ns()
-            self._answered.append((images, total, waited, decoded, computed, rest))
-            if len(self._answered) >= AT_ONCE:
-                with self._lock:
-                    self._sum_up()
-        else:
+    def count(self, request: Request, answer: Answer) -> None:
+        """Count a request that was answered, and let the observer know."""
+        total, waited, computed = request.elapsed_ns(), answer.queue_ns, answer.compute_ns
+        rest = max(0, total - waited - request.decode_ns - computed)
+        self._last_ns = time.time_ns()
+        self._answered.append((len(answer.probabilities), total, waited, request.decode_ns, computed, rest))
+        if len(self._answered) >= AT_ONCE:
             with self._lock:
-                self._counts.fail.add(total)
-                self._counts.codes[error.code.name if isinstance(error, ServingError) else "INTERNAL"] += 1
-            if isinstance(error, ServingError):
-                error.model, error.version = self.model, self.version
+                self._sum_up()
+        if self.observer:
+            self.observer.end(request)
+
+    def count_failed(self, request: Request, error: Exception) -> None:
+        """Count a request that failed, and let the observer know."""
+        with self._lock:
+            self._counts.fail.add(request.elapsed_ns())
+            self._counts.codes[error.status.name if isinstance(error, ServingError) else "INTERNAL"] += 1
+        if isinstance(error, ServingError):
+            error.model, error.version = self.model, self.version
         if self.observer:
             self.observer.end(request)
 

@@ -1,4 +1,4 @@
-"""One call of `resnet.v1.Classifier.ClassifyStream`: requests in, answers out as they are ready.
+"""Streams of requests: each message is a call of its own, and many of them are under way at a time.
 
 A thread reads, so that several requests of a stream can be in one batch; the thread of the call answers. Neither
 computes: a client that sends or reads slowly keeps nobody waiting but itself.
@@ -6,124 +6,155 @@ computes: a client that sends or reads slowly keeps nobody waiting but itself.
 
 from __future__ import annotations
 
-import contextvars
 import threading
-import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from functools import partial
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
+from typing import Protocol
 
-import grpc
+from serving.calls import report
+from serving.errors import Malformed, ServingError, Trailers, Unavailable
+from serving.transports.call import Call
 
-from protos import classifier_pb2 as pb
-from serving.batcher import Outcome
-from serving.calls import Work, find_deadline, finish, report
-from serving.errors import InvalidRequest, ServingError, Unavailable, to_failure
-
-METHOD = "Classifier/ClassifyStream"
 READ_AHEAD = 64  # requests that are read and not answered; the .proto tells clients
 
 
+class Item(Call):
+    """A message of a stream, as a call.
+
+    Attributes:
+        id: What the caller calls it, where the protocol has that.
+        answer: The message for the caller, once there is one, or the error that ends the stream.
+    """
+
+    def __init__(self, stream: Stream, call: Call, payload: bytes) -> None:
+        super().__init__(call.method, payload, call.metadata, None)
+        self.deadline, self.span, self.trace_id = call.deadline, call.span, call.trace_id
+        self._stream, self._call = stream, call
+        self.id = 0
+        self.answer: bytes | ServingError | None = None
+
+    def is_wanted(self) -> bool:
+        """Say whether the caller still waits."""
+        return self._call.is_wanted()
+
+    @property
+    def peer(self) -> str:
+        """Address of the caller."""
+        return self._call.peer
+
+    def _send(self, response: bytes, _: Trailers) -> None:
+        self._stream.put(self, self._stream.dialect.respond(self, response))
+
+    def _refuse(self, error: ServingError) -> None:
+        ends = isinstance(error, Malformed)  # what comes after it cannot be trusted either
+        self._stream.put(self, error if ends else self._stream.dialect.refuse(self, error))
+
+
+class Dialect(Protocol):
+    """What the messages of one stream are like."""
+
+    ordered: bool
+    """Whether answers come in the order of the requests."""
+
+    def begin(self, item: Item) -> None:
+        """Have a message answered, as a call; raises what is wrong with it."""
+        ...
+
+    def respond(self, item: Item, response: bytes) -> bytes:
+        """Return the message that answers another."""
+        ...
+
+    def refuse(self, item: Item, error: ServingError) -> bytes | ServingError:
+        """Return the message that says why there is no answer, or the error that ends the stream."""
+        ...
+
+
+class Streams:
+    """The streams of a server that are open."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._open: set[Stream] = set()
+        self._closed = False
+
+    def answer(self, dialect: Callable[[Call], Dialect], call: Call, messages: Iterator[bytes]) -> Iterator[bytes]:
+        """Yield the answers to the messages of a call, of which `dialect` says what they are like."""
+        stream = Stream(call, dialect(call))
+        self._open.add(stream)
+        try:
+            if self._closed:
+                stream.close()
+            yield from stream.answer(messages)
+        finally:
+            self._open.discard(stream)
+
+    def close(self) -> None:
+        """End them, once what they have read is answered."""
+        self._closed = True
+        for stream in self._open.copy():
+            stream.close()
+
+
 class Stream:
-    """A stream while it is open."""
+    """A stream while it is open; `dialect` says what its messages are like."""
 
-    def __init__(
-        self, begin: Callable[[pb.ClassifyRequest, float], Work[pb.ClassifyResponse]], context: grpc.ServicerContext
-    ) -> None:
-        """Read nothing yet.
-
-        Args:
-            begin: Begins the work of one request, which has a deadline, in seconds of `time.monotonic`.
-            context: The call.
-        """
-        self._begin, self._context = begin, context
-        self._deadline = find_deadline(context)
+    def __init__(self, call: Call, dialect: Dialect) -> None:
+        self._call, self.dialect = call, dialect
         self._room = threading.Semaphore(READ_AHEAD)
-        # What makes the next answer; None says that no further request is read, or awaited.
-        self._ready: SimpleQueue[Callable[[], pb.ClassifyStreamResponse] | None] = SimpleQueue()
-        self._computing: set[int] = set()
+        self._items: deque[Item] = deque()  # in the order in which they came, if they are answered in it
+        self._ready: SimpleQueue[Item | None] = SimpleQueue()  # None: no further one is read, or awaited
         self._read = 0  # counted by the reader only
         self._closing = self._left = False
 
-    def answer(self, requests: Iterator[pb.ClassifyStreamRequest]) -> Iterator[pb.ClassifyStreamResponse]:
+    def answer(self, messages: Iterator[bytes]) -> Iterator[bytes]:
         """Yield the answers, until the client has half-closed and has them all, or the server shuts down."""
-        follow = partial(contextvars.copy_context().run, self._follow, requests)  # traces follow the context
-        threading.Thread(target=follow, name="stream", daemon=True).start()
+        threading.Thread(target=self._follow, args=(messages,), name="stream", daemon=True).start()
         answered, ending = 0, False
         try:
             while not (ending and answered == self._read):
-                respond = self._ready.get()
-                if respond is None:
+                item = self._ready.get()
+                if item is None:
                     ending = True
-                else:
-                    yield respond()
+                    continue
+                for ready in self._in_order() if self.dialect.ordered else (item,):
+                    if isinstance(ready.answer, ServingError):
+                        raise ready.answer
+                    assert ready.answer is not None, "what is ready has its answer"
+                    yield ready.answer
                     answered += 1
                     self._room.release()
         finally:
             self._left = True
-            self._sweep()
+            self._room.release()
         if self._closing:
-            self._context.abort(Unavailable.code, "the server is shutting down")
+            raise Unavailable("the server is shutting down")
+
+    def put(self, item: Item, answer: bytes | ServingError) -> None:
+        """Have an item answered."""
+        item.answer = answer
+        self._ready.put(item)
 
     def close(self) -> None:
         """Answer what was read, then end the call as UNAVAILABLE."""
         self._closing = True
         self._ready.put(None)
 
-    def _follow(self, requests: Iterator[pb.ClassifyStreamRequest]) -> None:
+    def _in_order(self) -> Iterator[Item]:
+        while self._items and self._items[0].answer is not None:
+            yield self._items.popleft()
+
+    def _follow(self, messages: Iterator[bytes]) -> None:
         """Read the requests, as far ahead as is allowed."""
         try:
-            while self._room.acquire() and (item := next(requests, None)) is not None:
+            while self._room.acquire() and not self._left and (message := next(messages, None)) is not None:
                 self._read += 1
-                self._submit(item.id, item.request)
-        except grpc.RpcError:
-            pass  # the client cancelled, or is gone
+                item = Item(self, self._call, message)
+                if self.dialect.ordered:
+                    self._items.append(item)
+                try:
+                    self.dialect.begin(item)
+                except Exception as error:
+                    item.fail(report(item, error))
         finally:
             self._ready.put(None)
-
-    def _submit(self, identity: int, request: pb.ClassifyRequest) -> None:
-        started = time.perf_counter_ns()
-        try:
-            if identity in self._computing:
-                raise InvalidRequest(f"id {identity} is that of a request without an answer; choose another")
-            work = self._begin(request, self._deadline)
-            job = next(work)
-        except Exception as error:
-            self._put(partial(self._refuse, identity, error, started))
-            return
-
-        def done(outcome: Outcome) -> None:
-            self._put(partial(self._respond, identity, work, outcome, started))
-
-        self._computing.add(identity)
-        try:
-            job.batcher.post(job.images, done, job.deadline, self._context.is_active, job.priority)
-        except ServingError as error:
-            done(error)
-
-    def _respond(
-        self, identity: int, work: Work[pb.ClassifyResponse], outcome: Outcome, started: int
-    ) -> pb.ClassifyStreamResponse:
-        self._computing.discard(identity)
-        try:
-            return pb.ClassifyStreamResponse(id=identity, response=finish(work, outcome))
-        except Exception as error:
-            return self._refuse(identity, error, started)
-
-    def _refuse(self, identity: int, error: Exception, started: int) -> pb.ClassifyStreamResponse:
-        refusal = report(error, METHOD, self._context, started)
-        return pb.ClassifyStreamResponse(id=identity, failure=to_failure(refusal))
-
-    def _put(self, respond: Callable[[], pb.ClassifyStreamResponse]) -> None:
-        self._ready.put(respond)
-        if self._left:
-            self._sweep()
-
-    def _sweep(self) -> None:
-        """End the work that nobody waits for any longer, so that the statistics count it, and the reader ends too."""
-        self._room.release()
-        with suppress(Empty):
-            while True:
-                if respond := self._ready.get_nowait():
-                    respond()

@@ -6,23 +6,23 @@ OTEL_TRACES_SAMPLER, OTEL_SERVICE_NAME and their like. Importing this module nee
 
 from __future__ import annotations
 
-import logging
 import time
-
-import grpc
+from collections.abc import Iterator
+from functools import partial
 
 from resnet import BadInput
-from serving import calls
+from serving.errors import ServingError
 from serving.models import Model
 from serving.statistics import Request
+from serving.transports.call import Call, Methods, Streaming, Unary
 
 try:
     from opentelemetry import trace
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-    from opentelemetry.instrumentation.grpc import server_interceptor
     from opentelemetry.sdk.resources import OTELResourceDetector, Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
     from opentelemetry.util.types import AttributeValue
 except ModuleNotFoundError as error:
     raise BadInput(f"{error.name} is not installed; to trace calls, install resnet with its extra 'tracing'") from None
@@ -39,10 +39,10 @@ class Tracing:
         self.provider = TracerProvider(resource=name)
         self.provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self.provider.get_tracer("resnet")
-        self.interceptor: grpc.ServerInterceptor = server_interceptor(  # type: ignore[no-untyped-call]
-            self.provider, filter_=lambda details: not details.method.startswith(QUIET)
-        )
-        calls.log.addFilter(_name_trace)
+
+    def follow_calls(self, methods: Methods) -> Methods:
+        """Return methods whose calls are spans, each part of its caller's trace."""
+        return {path: method if path.startswith(QUIET) else self._follow(method) for path, method in methods.items()}
 
     def follow(self, model: Model) -> None:
         """Add to the span of each call what the model does for it."""
@@ -50,8 +50,43 @@ class Tracing:
 
     def close(self) -> None:
         """Send what is left."""
-        calls.log.removeFilter(_name_trace)
         self.provider.shutdown()
+
+    def _follow(self, method: Unary | Streaming) -> Unary | Streaming:
+        if isinstance(method, Unary):
+            unary = method.answer
+
+            def answer(call: Call) -> None:
+                self._begin(call)
+                unary(call)
+
+            return method._replace(answer=answer)
+        streaming = method.answer
+
+        def converse(call: Call, messages: Iterator[bytes]) -> Iterator[bytes]:
+            self._begin(call)
+            error: ServingError | None = None
+            try:
+                yield from streaming(call, messages)
+            except ServingError as raised:
+                error = raised
+                raise
+            finally:
+                _end(call.span, error)
+
+        return method._replace(answer=converse)
+
+    def _begin(self, call: Call) -> None:
+        """Give a call its span."""
+        carrier = {key: value for key, value in call.metadata if isinstance(value, str)}
+        span = self._tracer.start_span(
+            call.method,
+            TraceContextTextMapPropagator().extract(carrier),
+            kind=trace.SpanKind.SERVER,
+            attributes={"rpc.system": "grpc", "rpc.method": call.name, "client.address": call.peer},
+        )
+        call.span, call.trace_id = span, trace.format_trace_id(span.get_span_context().trace_id)
+        call.ended = partial(_end, span)
 
 
 class _ModelObserver:
@@ -65,14 +100,10 @@ class _ModelObserver:
             "resnet.precision": model.precision,
         }
 
-    def begin(self, request: Request) -> None:
-        """Remember the call."""
-        request.span = trace.get_current_span()
-
     def end(self, request: Request) -> None:
         """Set the attributes of the span, of the latest request if there are many, and add a child for each phase."""
         span = request.span
-        if not span.is_recording():
+        if span is None or not span.is_recording():
             return
         attributes = self._known.copy()
         phases = [("decode", request.decode_ns)] if request.decode_ns else []
@@ -87,9 +118,9 @@ class _ModelObserver:
             child.end(at)
 
 
-def _name_trace(record: logging.LogRecord) -> bool:
-    """Add to what is logged of a call the id of its trace."""
-    context = trace.get_current_span().get_span_context()
-    if context.is_valid:
-        record.__dict__["fields"]["trace_id"] = trace.format_trace_id(context.trace_id)
-    return True
+def _end(span: trace.Span, error: ServingError | None) -> None:
+    """End the span of a call, with its status."""
+    span.set_attribute("rpc.grpc.status_code", error.status.code if error else 0)
+    if error:
+        span.set_status(trace.Status(trace.StatusCode.ERROR, f"{error.status.name}: {error}"))
+    span.end()

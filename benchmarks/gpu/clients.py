@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.gpu.files import Results, describe, parse_args
 from benchmarks.process import serve
 from resnet import CheckFailed
-from serving import native
+from serving.transports import native
 
 TOLERANCE = {"fp32": 1e-5, "fp16": 2e-2}
 IMAGES, ENDS = 256, (1, 8, 72)  # in requests of 1, 7, 64, and all others
@@ -50,7 +50,7 @@ def _ask(folder: Path, precision: str, transport: str, device: str, results: Res
     with np.load(folder / "heldout.npz") as arrays:
         images = arrays["images"][:IMAGES]
     expected = np.load(folder / "probabilities.npy")[: len(images)]
-    options = ["--device", device, "--precision", precision, "--transport", transport, "--no-tune", "--frontends", "0"]
+    options = ["--device", device, "--precision", precision, "--transport", transport, "--no-tune"]
     with ExitStack() as stack:
         repository = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         (repository / folder.parent.name).symlink_to(folder.parent.absolute())

@@ -24,12 +24,13 @@ from benchmarks.gpu.loops import make_batch
 from benchmarks.process import ServerProcess
 from export.manifest import Manifest
 from resnet import CheckFailed
-from serving import memory, models, native
+from serving import memory, models
 from serving.batching import Batching
 from serving.cuda import CudaEngine, EnginePool
 from serving.engine import Images
 from serving.limits import Limits
 from serving.server import Server
+from serving.transports import native
 
 CONNECTIONS, THREADS = 8, 6  # of h2load
 SINGLES_IN_FLIGHT = (32, 128, 512)

@@ -38,6 +38,7 @@ from serving.errors import (
 )
 from serving.limits import Limits
 from serving.server import Server
+from serving.transports.grpcio import CODES
 from serving.window import PORTION_IMAGES, PORTIONS
 from tests.serving import gated
 from tests.serving.gated import pixels
@@ -294,7 +295,7 @@ class Scripted(ClassifierServicer):
         reply = next(self._replies)
         if isinstance(reply, ServingError):
             context.set_trailing_metadata(to_trailers(reply))
-            context.abort(reply.code, str(reply))
+            context.abort(CODES[reply.status.code], str(reply))
         return answer(request, reply)
 
     def ClassifyStream(

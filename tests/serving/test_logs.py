@@ -204,7 +204,7 @@ def test_refused_strangers_are_summed_up(repository: Path, caplog: pytest.LogCap
     with Server(served, "127.0.0.1", 0, Limits(), token="sesame") as server:
         for _ in range(5):
             fail(server.address)
-    found = [record.getMessage() for record in caplog.records if record.name == "serving.security"]
+    found = [record.getMessage() for record in caplog.records if record.name == "serving.transports.auth"]
     assert len(found) == 1
     assert found[0].startswith("refused calls without the right token: 1 more, the last from ipv4:127.0.0.1:")
 
@@ -265,7 +265,13 @@ def test_the_server_logs_json_and_keeps_its_words(
     assert out == "finishing the requests under way\n"
     assert process.returncode == 0
     lines = [json.loads(line) for line in err.splitlines()]
-    assert {line["logger"] for line in lines} == {"serving.security", "serving.tuning", "serving.watcher", CALLS}
+    assert {line["logger"] for line in lines} == {
+        "serving.server",
+        "serving.transports.auth",
+        "serving.tuning",
+        "serving.watcher",
+        CALLS,
+    }
     assert lines[-1]["code"] == "OK"
 
 

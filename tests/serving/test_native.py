@@ -15,12 +15,13 @@ import pytest
 from protos import classifier_pb2 as pb
 from protos.classifier_pb2_grpc import ClassifierStub
 from resnet import BadInput
-from serving import config, errors, models, native
+from serving import calls, config, errors, models
 from serving.client import Client
 from serving.intake import Intake
 from serving.limits import Limits
 from serving.server import SERVICE, Server
-from serving.servicer import Servicer
+from serving.servicer import Classifier
+from serving.transports import native
 from tests.serving import gated
 
 
@@ -120,7 +121,7 @@ def test_a_fault_of_the_server_is_told_and_ends_nothing(
 
     read, intake = Intake.read, Intake(Limits())
     monkeypatch.setattr(Intake, "read", fail_first)
-    monkeypatch.setattr(native, "QUICK_BYTES", quick_bytes)
+    monkeypatch.setattr(calls, "QUICK_BYTES", quick_bytes)
     with serve(loaded) as server, grpc.insecure_channel(server.address) as channel:
         stub = ClassifierStub(channel)
         with pytest.raises(grpc.RpcError) as failure:
@@ -133,7 +134,7 @@ def test_a_fault_of_the_server_is_told_and_ends_nothing(
 
 def test_a_fault_before_the_request_is_read_is_told_too(loaded: models.Models, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is left without an answer."""
-    monkeypatch.setattr(Servicer.Classify, "unpacks", lambda _: 1 / 0)
+    monkeypatch.setattr(Classifier, "unpacks", lambda *_: 1 / 0)
     with serve(loaded) as server, grpc.insecure_channel(server.address) as channel:
         with pytest.raises(grpc.RpcError) as failure:
             ClassifierStub(channel).Classify(ask(1), timeout=10)
@@ -167,11 +168,10 @@ def test_a_host_that_cannot_be_listened_on_is_named(loaded: models.Models, host:
         Server(loaded, host, 0, Limits(), transport="native")
 
 
-@pytest.mark.parametrize("more", [{"trace": True}, {"frontends": 2}, {"tls_cert": Path("a"), "tls_key": Path("b")}])
-def test_what_it_lacks_is_refused(more: dict[str, Any]) -> None:
-    """Rather than left out unseen."""
-    with pytest.raises(BadInput, match=f"--{next(iter(more)).replace('_', '-')} needs --transport grpcio"):
-        config.Config(repository=Path("models"), transport="native", **more)
+def test_it_has_no_tls() -> None:
+    """Which is refused, rather than left out unseen."""
+    with pytest.raises(BadInput, match="--tls-cert needs --transport grpcio"):
+        config.Config(repository=Path("models"), transport="native", tls_cert=Path("a"), tls_key=Path("b"))
 
 
 def test_a_folder_without_room_for_a_socket_is_named(

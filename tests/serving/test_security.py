@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,14 @@ from benchmarks.certificates import Pair, issue
 from serving import client, models
 from serving.client import Client
 from serving.errors import Unauthenticated, Unavailable
-from serving.guard import Guard
 from serving.limits import Limits
-from serving.security import ADMIN, NO_ADMIN, Tls, closed, intercept
 from serving.server import Server
+from serving.transports.auth import ADMIN, Tokens
+from serving.transports.call import Methods, Unary
+from serving.transports.door import Door
+from serving.transports.grpcio import GrpcioTransport
+from serving.transports.native import NativeTransport
+from serving.transports.tls import Tls
 
 Images = NDArray[np.uint8]
 IMAGE: Images = np.zeros((1, 32, 32, 3), np.uint8)
@@ -148,17 +151,15 @@ def ask(address: str, path: str, token: str | None) -> str:
 
 
 @pytest.fixture
-def repositories() -> Iterator[Callable[..., str]]:
+def repositories(transport: str) -> Iterator[Callable[..., str]]:
     """Starts servers of nothing but the methods of model repositories, which answer everything."""
-    servers: list[grpc.Server] = []
+    servers: list[GrpcioTransport | NativeTransport] = []
 
     def start(token: str | None, admin_token: str | None, host: str) -> str:
-        server = grpc.server(ThreadPoolExecutor(2), interceptors=intercept(token, admin_token))
-        answer = grpc.unary_unary_rpc_method_handler(lambda _, __: b"", request_deserializer=bytes)
-        names = [path.rpartition("/")[2] for path in (LOAD, UNLOAD, INDEX)]
-        guard = Guard(server, closed(host, token, admin_token), NO_ADMIN)
-        guard.add_registered_method_handlers("inference.GRPCInferenceService", dict.fromkeys(names, answer))
-        port = server.add_insecure_port("127.0.0.1:0")
+        methods: Methods = {path: Unary(lambda call: call.respond(b"")) for path in (LOAD, UNLOAD, INDEX)}
+        door = Door(methods, Limits(), Tokens(host, token, admin_token))
+        server = NativeTransport(door) if transport == "native" else GrpcioTransport(door)
+        port = server.listen("127.0.0.1:0")
         server.start()
         servers.append(server)
         return f"127.0.0.1:{port}"

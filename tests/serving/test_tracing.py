@@ -25,10 +25,10 @@ from protos.classifier_pb2_grpc import ClassifierStub
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving import models
 from serving.engine import Images
+from serving.errors import InvalidRequest
 from serving.limits import Limits
 from serving.logs import JsonFormatter
 from serving.server import Server
-from serving.statistics import Request
 from serving.tracing import Tracing
 from tests.serving.test_command import SERVE
 
@@ -82,7 +82,7 @@ def traced(collector: Collector, repository: Path) -> Iterator[tuple[Tracing, st
     tracing = Tracing()
     model = models.load(repository / "digits" / "1", "cpu")
     tracing.follow(model)
-    with Server(models.Models([model]), "127.0.0.1", 0, Limits(), interceptors=[tracing.interceptor]) as server:
+    with Server(models.Models([model]), "127.0.0.1", 0, Limits(), tracing=tracing) as server:
         yield tracing, server.address
     tracing.close()
 
@@ -154,18 +154,16 @@ def test_each_request_of_a_stream_adds_its_phases(traced: tuple[Tracing, str], c
 
 
 def test_phases_belong_to_the_call_that_they_began_with(collector: Collector, repository: Path) -> None:
-    """Even if they end within another."""
+    """Whichever they end within."""
     tracing = Tracing()
     model = models.load(repository / "digits" / "1", "cpu")
     tracing.follow(model)
-    observer, request = model.statistics.observer, Request(model.statistics)
-    assert observer is not None
     tracer = tracing.provider.get_tracer("test")
-    request.decoded()
     with tracer.start_as_current_span("first") as first:
-        observer.begin(request)
+        request = model.statistics.begin(first)
+        request.decoded()
         with tracer.start_as_current_span("second"):
-            observer.end(request)
+            request.fail(InvalidRequest("for a reason"))
     tracing.close()
     (phase,) = [span for span in collector.spans if span.name == "decode"]
     assert phase.parent_span_id == first.get_span_context().span_id.to_bytes(8, "big")
