@@ -72,6 +72,39 @@ def measure(
     return _summarize(log, f"{address}{path}", images, seconds)
 
 
+def offer(
+    address: str,
+    path: str,
+    message: bytes,
+    rate: float,
+    seconds: float,
+    connections: int = 4,
+    timeout_ms: int | None = None,
+) -> tuple[float, float]:
+    """Send a method of gRPC so many requests a second, whatever becomes of them.
+
+    Args:
+        address: HOST:PORT, without encryption; it answers one request before.
+        path: Of the method.
+        message: The request, serialized.
+        rate: Requests a second, over all connections.
+        seconds: How long.
+        connections: Over which the requests go; each has as many in flight as the server allows.
+        timeout_ms: After which the callers want no answer, as the server is told; None is for ever.
+
+    Returns:
+        Requests that were sent, and that were answered in time, each a second: an answer has bytes, a refusal has none.
+    """
+    size = len(pack_message(_ask(address, path, message)))
+    headers = {"content-type": "application/grpc", "te": "trailers"}
+    if timeout_ms is not None:
+        headers["grpc-timeout"] = f"{timeout_ms}m"
+    streams = ["-c", str(connections), "-m", "1024", f"--rps={rate / connections:.1f}"]
+    log, received = _run(f"http://{address}{path}", pack_message(message), headers, streams, seconds)
+    whole = WARM_UP_SECONDS + seconds
+    return len(log) / whole, received / size / whole
+
+
 def measure_http(
     url: str, body: bytes, in_flight: int, images: int, seconds: float, headers: Mapping[str, str] | None = None
 ) -> Sample:

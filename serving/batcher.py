@@ -3,9 +3,6 @@
 There is no timer, unless one is asked for. A thread leads as long as there is work: it takes a batch, computes it, and
 takes the next. It answers a batch by itself when nothing waits, so that a lone request changes threads once; else
 another thread answers while the engine goes on, because the engine is what there is least of.
-
-What is let in is decided by what it costs. The queue is bounded in images and in milliseconds of work, and a request
-that could not be answered in time is refused at once.
 """
 
 from __future__ import annotations
@@ -15,228 +12,35 @@ import itertools
 import logging
 import threading
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
 
-import numpy as np
-
+from serving.admission import Bounds, Load, judge
 from serving.batching import Batching
 from serving.cost import CostCurve
 from serving.engine import Images, Probabilities
-from serving.errors import Cancelled, DeadlineExceeded, InternalError, Overloaded, ServingError, Unavailable
+from serving.errors import InternalError, ServingError, Unavailable
 from serving.goal import Goal
-
-PRIORITIES, DEFAULT_PRIORITY = (1, 2, 3), 2  # 1 comes first
-
-# What is expected to take all the time that is left is late half of the time, and was computed for nothing. Under five
-# times the load that a server bears, 2 % of the answers took longer than this times what was expected.
-HURRY = 1.35
+from serving.queue import DEFAULT_PRIORITY, Answer, Batch, Entry, Gather, Job, Leaders, Outcome, Pool
 
 # Of a request: smaller ones take the interpreter longer than the copy does, and there is only one interpreter. Single
 # images of 3 KB, put together ahead, cost a server on a GPU a tenth of its requests.
 LARGE_BYTES = 2**15
 
+KEPT_NS = 1_000_000  # how long a refusal holds for others
+DROP_NS = 10_000_000  # from one look through a full queue for those that nobody waits for to the next
+
 log = logging.getLogger(__name__)
 
 
-class Answer(NamedTuple):
-    """What became of one request's images.
+class Batcher:
+    """Runs the requests of many callers through one engine, in batches: by priority, and then in order of arrival.
 
     Attributes:
-        probabilities: float32 [images, classes].
-        queue_ns: Time from arrival to the start of the batch, in nanoseconds.
-        compute_ns: Time to compute the batch, in nanoseconds.
-        batch_size: Images in the batch, those of other requests included.
+        queued: Images that wait, among them those that are taken ahead.
+        curve: What batches cost, as far as it is known.
     """
-
-    probabilities: Probabilities
-    queue_ns: int
-    compute_ns: int
-    batch_size: int
-
-
-Outcome = Answer | ServingError
-
-
-class _Job:
-    """One waiting request: `done` takes what becomes of it."""
-
-    __slots__ = ("alive", "arrived", "deadline", "done", "images")
-
-    def __init__(
-        self, images: Images, deadline: float, alive: Callable[[], bool], done: Callable[[Outcome], None]
-    ) -> None:
-        self.images, self.deadline, self.alive, self.done = images, deadline, alive, done
-        self.arrived = time.perf_counter_ns()
-
-    def tell(self, outcome: Outcome) -> None:
-        """Hand the outcome over; who fails to take it harms no other request, nor the thread that leads."""
-        try:
-            self.done(outcome)
-        except Exception:
-            log.exception("an answer was lost")
-
-    def refusal(self) -> ServingError | None:
-        """Say why there is no use in computing this job, if so."""
-        if not self.alive():
-            return Cancelled("the caller went away")
-        if time.monotonic() > self.deadline:
-            return DeadlineExceeded("the deadline passed while the request was waiting")
-        return None
-
-
-_Entry = tuple[int, int, _Job]
-"""One of the heap of those that wait: its priority, its number in the order of arrival, and the request."""
-
-
-@dataclass(eq=False)
-class _Batch:
-    """What was taken from the queue at once.
-
-    Attributes:
-        jobs: What is computed.
-        refused: What is not, and why.
-        size: Images to compute.
-        entries: What was taken from the queue, for the one and the other.
-        gathered: The images put together, if that was begun ahead.
-        expected_ns: What computing them is expected to take while nothing else shares the cores.
-        began: When that began, on the clock of `time.perf_counter_ns`.
-        spare: Whether others were under way, on every lane: it is computed by a part of the cores.
-    """
-
-    jobs: list[_Job] = field(default_factory=list)
-    refused: list[tuple[_Job, ServingError]] = field(default_factory=list)
-    size: int = 0
-    entries: list[_Entry] = field(default_factory=list)
-    gathered: Future[Images] | None = None
-    expected_ns: float = 0.0
-    began: int = 0
-    spare: bool = False
-
-    @property
-    def taken(self) -> int:
-        """Images that were taken from the queue."""
-        return sum(len(job.images) for _, _, job in self.entries)
-
-
-Gather = Callable[[Sequence[Images]], Images]
-"""Puts the images of several requests together."""
-
-
-class Leaders(Protocol):
-    """Threads for those who form batches and have them computed."""
-
-    ahead: bool
-    """Whether the next batch is put together while one is computed, if enough waits to fill it; for one lane only."""
-
-    def submit(self, work: Callable[[], object], /) -> object:
-        """Begin it on one of them, or as soon as one is free."""
-        ...
-
-    def gatherer(self) -> Gather:
-        """Return, on such a thread, what puts batches for it together, on any: each overwrites the last but one."""
-        ...
-
-
-class _Pool(ThreadPoolExecutor):
-    """Threads of no special kind."""
-
-    ahead = False
-
-    def gatherer(self) -> Gather:
-        return np.concatenate
-
-
-class Queue(ABC):
-    """Takes requests that are to be computed, in this process or by another.
-
-    Attributes:
-        queued: Images that wait now.
-        curve: What batches cost, as far as it is known here.
-    """
-
-    queued: int
-    curve: CostCurve
-
-    def submit(
-        self,
-        images: Images,
-        deadline: float = float("inf"),
-        alive: Callable[[], bool] = lambda: True,
-        priority: int = DEFAULT_PRIORITY,
-    ) -> Answer:
-        """Have the images of one request computed, and wait for it.
-
-        Args:
-            images: uint8 [n, height, width, 3], at least one.
-            deadline: Time on `time.monotonic`'s clock, in seconds, after which the answer is of no use.
-            alive: Says whether the caller still waits; asked once, just before the computation.
-            priority: One of `PRIORITIES`: as long as others wait, a lower number goes before a higher one.
-
-        Raises:
-            Overloaded: The queue is full, or too long for the deadline or the latency that is the goal.
-            Unavailable: The batcher was closed.
-            DeadlineExceeded: The deadline is too near for the computation alone, or passed while the request waited;
-                nothing was computed.
-            Cancelled: `alive` said no; nothing was computed.
-            InternalError: The engine failed on the batch.
-        """
-        outcome: Outcome | None = None
-        turn = threading.Lock()
-        turn.acquire()
-
-        def done(result: Outcome) -> None:
-            nonlocal outcome
-            outcome = result
-            turn.release()
-
-        self.post(images, done, deadline, alive, priority)
-        turn.acquire()
-        if isinstance(outcome, Answer):
-            return outcome
-        assert outcome is not None
-        raise outcome
-
-    @abstractmethod
-    def post(
-        self,
-        images: Images,
-        done: Callable[[Outcome], None],
-        deadline: float = float("inf"),
-        alive: Callable[[], bool] = lambda: True,
-        priority: int = DEFAULT_PRIORITY,
-    ) -> None:
-        """Have the images of one request computed, and do not wait for it.
-
-        Args:
-            images: uint8 [n, height, width, 3], at least one.
-            done: Takes the answer, or the error that `submit` would raise; called once, on another thread, which the
-                next batch may need: it must be quick, and raise nothing.
-            deadline: As in `submit`.
-            alive: As in `submit`.
-            priority: As in `submit`.
-
-        Raises:
-            Overloaded: As in `submit`.
-            Unavailable: The batcher was closed.
-            DeadlineExceeded: The deadline is too near for the computation alone.
-        """
-
-    @abstractmethod
-    def close(self) -> None:
-        """Refuse further requests; those that wait are still computed."""
-
-    @abstractmethod
-    def drain(self, seconds: float) -> bool:
-        """Wait until nothing is computed and nothing waits; return whether it came to that within `seconds`."""
-
-
-class Batcher(Queue):
-    """Runs the requests of many callers through one engine, in batches: by priority, and then in order of arrival."""
 
     def __init__(
         self,
@@ -258,22 +62,26 @@ class Batcher(Queue):
                 that two small batches would take longer than one.
             leaders: Threads for the calls of `run`, where not every thread will do: as many as there are lanes.
         """
-        self._run, self._lanes, self._spare, self._max_queue = run, lanes, spare, batching.max_queue
-        self._max_queue_ns, self._linger_ns = batching.max_queue_ms * 1e6, batching.linger_ms * 1e6
+        self._run, self._lanes, self._spare = run, lanes, spare
+        self._max_queue, self._max_queue_ns = batching.max_queue, batching.max_queue_ms * 1e6
+        self._linger_ns = batching.linger_ms * 1e6
         self.curve = curve or CostCurve()
         self._max_batch = self.curve.best(batching.max_batch)
         self._goal = Goal(batching.target_p99_ms, self.curve) if batching.target_p99_ms else None
         self._lock = threading.Lock()
         self._idle, self._came = threading.Condition(self._lock), threading.Condition(self._lock)
-        self._queue: list[_Entry] = []  # a heap: by priority, then as they came
+        self._queue: list[Entry] = []  # a heap: by priority, then as they came
         self._numbers = itertools.count()
-        self.queued = 0  # images that wait, among them those that are taken ahead
+        self.queued = 0
         self._leads = 0
-        self._running: list[_Batch] = []
+        self._running: list[Batch] = []
         self._answering = 0  # batches
+        self._dropped_at = 0
+        # Until when, and up to which deadline, one request is refused as another was.
+        self._refused: tuple[int, float, ServingError | None] = 0, 0.0, None
         self._closed = False
         # Threads of these end with the batcher.
-        self._leaders: Leaders = leaders or _Pool(lanes + spare, thread_name_prefix="lead")
+        self._leaders: Leaders = leaders or Pool(lanes + spare, thread_name_prefix="lead")
         self._answerer = ThreadPoolExecutor(1, thread_name_prefix="answer")
         self._gatherer = ThreadPoolExecutor(1, thread_name_prefix="gather")
 
@@ -285,10 +93,28 @@ class Batcher(Queue):
         alive: Callable[[], bool] = lambda: True,
         priority: int = DEFAULT_PRIORITY,
     ) -> None:
-        """Have the images of one request computed, and do not wait for it; see `Queue.post`."""
-        job = _Job(images, deadline, alive, done)
+        """Have the images of one request computed, and do not wait for it.
+
+        Args:
+            images: uint8 [n, height, width, 3], at least one.
+            done: Takes the answer, or what an engine or a caller that left made of it; called once, on another thread,
+                which the next batch may need: it must be quick, and raise nothing.
+            deadline: As in `Job`.
+            alive: As in `Job`.
+            priority: One of `PRIORITIES`: as long as others wait, a lower number goes before a higher one.
+
+        Raises:
+            Overloaded: The queue is full, or too long for the deadline or the latency that is the goal.
+            Unavailable: The batcher was closed.
+            DeadlineExceeded: The deadline is too near for the computation alone.
+        """
+        job = Job(images, deadline, alive, done)
         with self._lock:
-            self._admit(job)
+            refusal = self._judge(len(images), deadline, job.arrived)
+            if refusal and self._drop_dead(job.arrived):
+                refusal = self._judge(len(images), deadline, job.arrived)
+            if refusal:
+                raise refusal
             heapq.heappush(self._queue, (priority, next(self._numbers), job))
             self.queued += len(images)
             leads = self._leads < self._lanes or (self._spares() and self._leads < self._lanes + self._spare)
@@ -297,6 +123,16 @@ class Batcher(Queue):
                 self._came.notify_all()
         if leads:
             self._leaders.submit(self._lead)
+
+    def refusal(self, deadline: float) -> ServingError | None:
+        """Return why not even one image would be let in now; None if it might be, which is worth a closer look."""
+        now, (until, latest, refusal) = time.perf_counter_ns(), self._refused
+        if refusal and now < until and deadline <= latest:
+            return refusal
+        if self.queued < self._limit() and not self._closed:
+            return None
+        with self._lock:
+            return self._judge(1, deadline, now)
 
     def close(self) -> None:
         """Refuse further requests; those that wait are still computed."""
@@ -309,65 +145,46 @@ class Batcher(Queue):
         with self._lock:
             return self._idle.wait_for(lambda: not self._leads and not self._answering, seconds)
 
-    def _admit(self, job: _Job) -> None:
-        """Raise what keeps a request out, if anything does."""
+    def _judge(self, images: int, deadline: float, now: int) -> ServingError | None:
+        """Return what keeps a request out, if anything does; the lock is held."""
         if self._closed:
-            raise Unavailable("the server is shutting down")
-        images = len(job.images)
-        fits = self.queued + images <= self._max_queue
-        if fits and not self._leads:
-            return  # an idle engine turns nothing down: what a batch really takes, only a batch can tell
-        wait_ns = self._wait_ns(self.queued, job.arrived)
-        retry_ms = 1 + int(wait_ns / 1e6)
-        if not fits:
-            raise Overloaded(
-                f"{self.queued} images are waiting, {images} more would exceed the {self._max_queue} allowed", retry_ms
-            )
-        if wait_ns > self._max_queue_ns:
-            allowed = f"{self._max_queue_ns / 1e6:g} ms"
-            raise Overloaded(f"{wait_ns / 1e6:.0f} ms of work are waiting, more than the {allowed} allowed", retry_ms)
-        if not self._goal and job.deadline == float("inf"):
-            return
-        takes_ns = self._takes_ns(images, job.arrived)
-        if self._goal and takes_ns > self._goal.allowed_ns:
-            raise Overloaded(f"the answer would take {takes_ns / 1e6:.0f} ms, too long for the server's goal", retry_ms)
-        if job.deadline == float("inf"):
-            return
-        left_ns, own_ns = (job.deadline - time.monotonic()) * 1e9, self.curve.ns(images)
-        if own_ns > left_ns:
-            raise DeadlineExceeded(f"to compute takes {own_ns / 1e6:.0f} ms, {max(0, left_ns) / 1e6:.0f} ms are left")
-        if HURRY * takes_ns > left_ns:
-            raise Overloaded(
-                f"the answer would take {takes_ns / 1e6:.0f} ms, {left_ns / 1e6:.0f} ms are left", retry_ms
-            )
-
-    def _wait_ns(self, images: int, now: int) -> float:
-        """Return when the engine will have begun with so many of the images that wait, in nanoseconds from now."""
-        full, rest = divmod(images, limit := self._limit())
-        waiting = full * self.curve.ns(limit) + (self.curve.ns(rest) if rest else 0)
-        return waiting / self._lanes + self._free_ns(now)
-
-    def _free_ns(self, now: int) -> float:
-        """Return when the next of the batches under way will make room for another, in nanoseconds from now."""
-        if len(self._running) < self._lanes:
-            return 0.0
-        crowd = len(self._running) / self._lanes
-        return max(0.0, min(batch.began + crowd * batch.expected_ns for batch in self._running) - now)
-
-    def _takes_ns(self, images: int, now: int) -> float:
-        """Return how long the answer to so many further images will take.
-
-        Their batch begins after all that waits before it. Those that come later fill it up, and batches share the cores
-        with those of spare lanes: nobody's answer is there before the whole batch is.
-        """
-        batch = max(images, min(self.queued + images, self._limit()))
+            return Unavailable("the server is shutting down")
+        if not self._leads and self.queued + images <= self._max_queue:
+            return None  # an idle engine turns nothing down: what a batch really takes, only a batch can tell
+        running = [(batch.began, batch.expected_ns) for batch in self._running]
         crowd = 1 + (self._spare / self._lanes if self._spares() else 0)
-        return self._wait_ns(self.queued + images - batch, now) + crowd * self.curve.ns(batch)
+        load = Load(self.queued, running, self._lanes, crowd, self._limit(), self.curve, now)
+        left_ns = (deadline - time.monotonic()) * 1e9
+        answer_ns = self._goal.allowed_ns if self._goal else float("inf")
+        refusal = judge(load, images, left_ns, Bounds(self._max_queue, self._max_queue_ns, answer_ns))
+        if refusal and images == 1:
+            self._refused = now + KEPT_NS, deadline + KEPT_NS / 1e9, refusal
+        return refusal
+
+    def _drop_dead(self, now: int) -> bool:
+        """Take out what nobody waits for, once in a while; say whether there was any. The lock is held."""
+        if now - self._dropped_at < DROP_NS:
+            return False
+        self._dropped_at = now
+        batch, alive = Batch(), []
+        for entry in self._queue:
+            if error := entry[-1].refusal():
+                batch.entries.append(entry)
+                batch.refused.append((entry[-1], error))
+            else:
+                alive.append(entry)
+        if batch.entries:
+            heapq.heapify(alive)
+            self._queue = alive
+            self.queued -= batch.taken
+            self._answering += 1
+            self._answerer.submit(self._answer, batch, None, 0)
+        return bool(batch.entries)
 
     def _lead(self) -> None:
         """Compute batches as long as there are requests."""
         gather = self._leaders.gatherer()
-        ahead: _Batch | None = None
+        ahead: Batch | None = None
         while batch := self._begin(ahead):
             # In this order: what is put together ahead takes the place of the batch before this one.
             images = self._assemble(batch, gather)
@@ -392,7 +209,7 @@ class Batcher(Queue):
                 self._leaders.submit(self._lead)  # to another thread, and perhaps to one that fares better
                 return
 
-    def _begin(self, batch: _Batch | None) -> _Batch | None:
+    def _begin(self, batch: Batch | None) -> Batch | None:
         """Return what is computed now: a batch that was taken, or what waits; give up the lead if there is nothing."""
         with self._lock:
             if batch and self._is_stale(batch):
@@ -416,7 +233,7 @@ class Batcher(Queue):
                 self._running.append(batch)
         return batch
 
-    def _look_ahead(self, gather: Gather) -> _Batch | None:
+    def _look_ahead(self, gather: Gather) -> Batch | None:
         """Take the next batch already, and begin to put it together, if it will be a full one of large requests."""
         if not self._leaders.ahead:
             return None
@@ -430,9 +247,9 @@ class Batcher(Queue):
                 batch.gathered = self._gatherer.submit(gather, [job.images for job in batch.jobs])
         return batch
 
-    def _take(self, limit: int) -> _Batch:
+    def _take(self, limit: int) -> Batch:
         """Take whole requests from the queue, up to a batch, and those that nobody waits for; the lock is held."""
-        batch, soonest = _Batch(), float("inf")
+        batch, soonest = Batch(), float("inf")
         while self._queue:
             job = self._queue[0][-1]
             error = job.refusal()
@@ -447,12 +264,12 @@ class Batcher(Queue):
             batch.entries.append(heapq.heappop(self._queue))
         return batch
 
-    def _is_stale(self, batch: _Batch) -> bool:
+    def _is_stale(self, batch: Batch) -> bool:
         """Say whether another would be taken now: somebody has left, or somebody came who goes first."""
         overtaken = self._queue and self._queue[0] < batch.entries[-1]
         return bool(overtaken) or any(job.refusal() for job in batch.jobs)
 
-    def _put_back(self, batch: _Batch) -> None:
+    def _put_back(self, batch: Batch) -> None:
         """Have those who were taken ahead wait as before; the lock is held."""
         if batch.gathered:
             wait([batch.gathered])  # it could overwrite what is put together next
@@ -495,7 +312,7 @@ class Batcher(Queue):
                 return
             self._came.wait(left / 1e9)
 
-    def _assemble(self, batch: _Batch, gather: Gather) -> Images | None:
+    def _assemble(self, batch: Batch, gather: Gather) -> Images | None:
         """Return the images of a batch; None if there are none, or they cannot be put together."""
         parts = [job.images for job in batch.jobs]
         try:
@@ -506,7 +323,7 @@ class Batcher(Queue):
             log.exception("a batch of %d requests cannot be put together", len(parts))
             return None
 
-    def _compute(self, batch: _Batch, images: Images | None) -> Probabilities | None:
+    def _compute(self, batch: Batch, images: Images | None) -> Probabilities | None:
         """Return the probabilities of a batch; None if there are none because the engine failed."""
         if images is None:
             return None
@@ -519,7 +336,7 @@ class Batcher(Queue):
             return None
         return probabilities
 
-    def _answer(self, batch: _Batch, probabilities: Probabilities | None, took: int) -> None:
+    def _answer(self, batch: Batch, probabilities: Probabilities | None, took: int) -> None:
         """Tell those whose requests were taken what became of them."""
         for job, error in batch.refused:
             job.tell(error)

@@ -11,11 +11,11 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from serving.batcher import DEFAULT_PRIORITY, Answer, Outcome
 from serving.engine import Images
 from serving.errors import InternalError, Malformed, Overloaded, ServingError, Trailers
 from serving.logs import Tally, log_fields
-from serving.models import Model
+from serving.models import Model, Models
+from serving.queue import DEFAULT_PRIORITY, Answer, Outcome
 from serving.transports.call import Call, Unary
 
 Request = TypeVar("Request")
@@ -36,7 +36,7 @@ class Query:
         images: uint8 [n, height, width, 3].
         respond: Makes the response, serialized, of the answer and the time that unpacking took, in nanoseconds.
         timeout: How long its caller waits at most, in seconds, whatever the deadline of the call; 0 is for ever.
-        priority: One of `serving.batcher.PRIORITIES`.
+        priority: One of `serving.queue.PRIORITIES`.
     """
 
     images: Images
@@ -68,18 +68,19 @@ class Reader(Protocol[Request]):
 class Inference(Generic[Request]):
     """Answers the calls of a method that computes: by the batcher of the model that each names."""
 
-    def __init__(self, reader: Reader[Request], workers: ThreadPoolExecutor) -> None:
-        """Read requests by `reader`; what takes long to read is left to `workers`."""
-        self._reader, self._workers = reader, workers
+    def __init__(self, reader: Reader[Request], models: Models, workers: ThreadPoolExecutor) -> None:
+        """Read requests for `models` by `reader`; what takes long to read is left to `workers`."""
+        self._reader, self._models, self._workers = reader, models, workers
 
     def answer(self, call: Call) -> None:
         """Begin a call on a thread that has to be quick."""
         try:
-            if len(call.payload) > QUICK_BYTES:
+            # What an overloaded server refuses, it should not have read.
+            if (model := self._models.only) and (refusal := model.batcher.refusal(call.deadline)):
+                _turn_away(call, model, refusal)
+            elif len(call.payload) > QUICK_BYTES:
                 self._workers.submit(self.begin, call)
-                return
-            request = read(self._reader.parse, call.payload)
-            if self._reader.unpacks(request):
+            elif self._reader.unpacks(request := read(self._reader.parse, call.payload)):
                 self._workers.submit(self.begin, call, request)
             else:
                 self.begin(call, request)
@@ -163,6 +164,17 @@ def reply(
         workers.submit(answer, call)
 
     return Unary(hand_over if workers else answer, limited)
+
+
+def _turn_away(call: Call, model: Model, refusal: ServingError) -> None:
+    """Refuse a call that nothing was done for, at the least expense: it has no id, as the log has no line for it."""
+    if log.isEnabledFor(logging.DEBUG) or model.statistics.observer:
+        model.statistics.begin(call.span).fail(refusal)
+        refuse(call, refusal)
+    else:
+        model.statistics.count_refused(refusal)
+        OVERLOADS.add(str(refusal))
+        call.fail(refusal)
 
 
 def refuse(call: Call, error: Exception) -> None:

@@ -31,10 +31,10 @@ import onnxruntime
 
 from export.manifest import Manifest
 from resnet import BadInput
-from serving.batcher import Gather
 from serving.buffers import Buffers, count_devices
 from serving.cost import CostCurve
 from serving.engine import Device, Images, Probabilities
+from serving.queue import Gather
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 NAMES = {"cuda": "CUDA", "tensorrt": "TensorRT"}

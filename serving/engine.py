@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Protocol, get_args
 
@@ -75,26 +74,6 @@ class OnnxEngine:
         """Map uint8 [n, height, width, 3] to float32 [n, classes]."""
         result: Probabilities = self._session.run(self._outputs, {self._input: images})[0]
         return result
-
-
-class SplitEngine:
-    """Cuts each batch into equal shares and computes them side by side: the first on the caller's thread, each other on
-    a thread of its own. Pixels are not copied, probabilities once.
-    """
-
-    def __init__(self, engines: Sequence[Engine]) -> None:
-        """Give a share to each of these, at least two; one that is there several times is run by as many threads."""
-        self.provider = engines[0].provider
-        self._engine, *self._others = engines
-        self._threads = ThreadPoolExecutor(len(self._others), thread_name_prefix="share")  # they end with the engine
-
-    def run(self, images: Images) -> Probabilities:
-        """Map uint8 [n, height, width, 3] to float32 [n, classes]."""
-        size = -(-len(images) // (1 + len(self._others)))
-        first, *rest = (images[start : start + size] for start in range(0, len(images), size))
-        others = [self._threads.submit(engine.run, share) for engine, share in zip(self._others, rest, strict=False)]
-        probabilities = self._engine.run(first)
-        return np.concatenate([probabilities, *(other.result() for other in others)]) if others else probabilities
 
 
 class ConcurrentEngine:

@@ -21,7 +21,6 @@ from google.protobuf.message import DecodeError
 from export import triton
 from protos import POOL
 from protos import inference_pb2 as pb
-from serving.batcher import DEFAULT_PRIORITY, PRIORITIES, Answer
 from serving.calls import Inference, Query
 from serving.engine import Images
 from serving.errors import InvalidRequest, NotFound, ServingError, Unavailable, Unsupported
@@ -29,6 +28,7 @@ from serving.head import ENCODED, InferRequest, Parser
 from serving.intake import Intake, Layout, to_bytes, to_priority
 from serving.models import Model, Models
 from serving.policy import ALL, Policy
+from serving.queue import DEFAULT_PRIORITY, PRIORITIES, Answer
 from serving.statistics import Counts, Duration
 from serving.stream import Item
 from serving.transports.call import Call

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from serving.batcher import DEFAULT_PRIORITY, PRIORITIES
 from serving.engine import Images
 from serving.errors import InvalidRequest
 from serving.limits import Limits
 from serving.models import Model
+from serving.queue import DEFAULT_PRIORITY, PRIORITIES
 from training.images import InvalidImage, decode
 
 SMALL_PIXELS = 2**18  # of 512x512: a few MB while it is unpacked, which every call may have at the same time

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any
 
 import numpy as np
 
@@ -23,18 +21,17 @@ def find_version() -> str | None:
 
 
 class OpenvinoEngine:
-    """An ONNX model in OpenVINO, on the CPU; as many threads may run it at a time as it has streams."""
+    """An ONNX model in OpenVINO, on the CPU; one thread may run it at a time."""
 
     provider = "OpenVINO"
 
-    def __init__(self, path: Path, manifest: Manifest, streams: int, threads: int) -> None:
+    def __init__(self, path: Path, manifest: Manifest, threads: int) -> None:
         """Load a model.
 
         Args:
             path: The ONNX file.
             manifest: Names its input and output.
-            streams: Batches that it can compute at a time; all share its weights.
-            threads: Of each stream.
+            threads: That compute a batch.
 
         Raises:
             BadInput: The file cannot be run.
@@ -44,26 +41,20 @@ class OpenvinoEngine:
         options = {
             # Left alone it takes bfloat16 where the CPU has it, which is not what the certificate speaks of.
             "INFERENCE_PRECISION_HINT": "f32",
-            "NUM_STREAMS": streams,
-            "INFERENCE_NUM_THREADS": streams * threads,
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": threads,
             # Threads that are bound to cores could not give way to those that receive requests.
             "ENABLE_CPU_PINNING": False,
         }
         self._input, self._output = manifest.input.name, manifest.output.name
-        self._idle: SimpleQueue[Any] = SimpleQueue()  # of requests, as OpenVINO calls what one thread computes with
         try:
             model = openvino.Core().compile_model(path, "CPU", options)
-            for _ in range(streams):
-                self._idle.put(model.create_infer_request())
+            self._request = model.create_infer_request()
             self.run(np.zeros((1, *manifest.input.shape[1:]), np.uint8))
         except RuntimeError as error:
             raise BadInput(f"{path} cannot be run by OpenVINO: {error}") from None
 
     def run(self, images: Images) -> Probabilities:
         """Map uint8 [n, height, width, 3] to float32 [n, classes]."""
-        request = self._idle.get()
-        try:
-            result: Probabilities = request.infer({self._input: images}, share_inputs=True)[self._output]
-        finally:
-            self._idle.put(request)
+        result: Probabilities = self._request.infer({self._input: images}, share_inputs=True)[self._output]
         return result

@@ -15,12 +15,12 @@ import numpy as np
 from export.manifest import TensorSpec
 from protos import tensorflow_pb2 as tf
 from protos import tensorflow_serving_pb2 as pb
-from serving.batcher import Answer
 from serving.calls import Query
 from serving.engine import Images
 from serving.errors import STATUSES, FailedPrecondition, InvalidRequest, Unsupported
 from serving.intake import Intake, to_bytes
 from serving.models import Model, Models
+from serving.queue import Answer
 
 SIGNATURE, SIGNATURE_DEF, METHOD = "serving_default", "signature_def", "tensorflow/serving/predict"
 TYPES = {"uint8": tf.DT_UINT8, "float32": tf.DT_FLOAT}

@@ -177,14 +177,15 @@ class Server:
         """Return what is served, by path."""
         kserve = KServe(models, intake, self, repository, transport)
         prediction = Prediction(models, intake)
-        classify = Inference(Classifier(models, intake), self._workers)
-        infer = Inference(kserve, self._workers)
+        classify = Inference(Classifier(models, intake), models, self._workers)
+        infer = Inference(kserve, models, self._workers)
+        predict = Inference(prediction, models, self._workers)
         methods: Methods = {
             f"/{SERVICE}/Classify": Unary(classify.answer),
             f"/{SERVICE}/ClassifyStream": self._stream(lambda _: ClassifyStream(classify)),
             "/inference.GRPCInferenceService/ModelInfer": Unary(infer.answer),
             "/inference.GRPCInferenceService/ModelStreamInfer": self._stream(partial(ModelStreamInfer, infer)),
-            "/tensorflow.serving.PredictionService/Predict": Unary(Inference(prediction, self._workers).answer),
+            "/tensorflow.serving.PredictionService/Predict": Unary(predict.answer),
             f"/{HEALTH}/Watch": Streaming(self._health.watch, limited=False),
             f"/{REFLECTION}/ServerReflectionInfo": Streaming(reflect),
         }

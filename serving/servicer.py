@@ -7,12 +7,12 @@ from functools import partial
 import numpy as np
 
 from protos import classifier_pb2 as pb
-from serving.batcher import Answer
 from serving.calls import Inference, Query, read
 from serving.engine import Images
 from serving.errors import InvalidRequest, ServingError, to_failure
 from serving.intake import Intake, to_priority
 from serving.models import Model, Models
+from serving.queue import Answer
 from serving.stream import Item
 
 DEFAULT_TOP_K = 5

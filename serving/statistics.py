@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from serving.batcher import Answer
 from serving.errors import ServingError
+from serving.queue import Answer
 
 # Upper bounds of the buckets of a histogram: from 0.1 ms to 10 s, three a decade.
 BOUNDS_NS = (*(digit * 10**power for power in range(5, 10) for digit in (1, 2, 5)), 10**10)
@@ -184,6 +184,12 @@ class Statistics:
             error.model, error.version = self.model, self.version
         if self.observer:
             self.observer.end(request)
+
+    def count_refused(self, error: ServingError) -> None:
+        """Count a request that failed as soon as it had come."""
+        with self._lock:
+            self._counts.fail.add(0)
+            self._counts.codes[error.status.name] += 1
 
     def batch(self, images: int, ns: int) -> None:
         """Count a call of the engine."""

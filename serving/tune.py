@@ -1,7 +1,6 @@
 """Measure how this machine's CPU computes a model fastest, as `resnet serve` does by itself, and show it.
 
-A way such as "2 x 1 threads" cuts each batch in two, and computes each half by one thread. What was measured is kept
-for the servers of this user; do it again where the machine was busy.
+What was measured is kept for the servers of this user; do it again where the machine was busy.
 
 Examples:
   resnet tune models/digits

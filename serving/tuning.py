@@ -33,13 +33,12 @@ from serving.cost import CostCurve
 from serving.engine import ConcurrentEngine, Engine, Images, OnnxEngine, Probabilities, SizedEngine
 from serving.ways import Way, describe
 
-FORMAT = 2
+FORMAT = 3
 WARM_UP_SECONDS = 1.0  # after which no larger batches are tried: they cost in proportion
 ROUNDS, SECONDS = 15, 3.0  # of measuring, whichever ends first
-# By which another way must be faster, for more threads, for more shares, and of another runtime. Quiet measurements
-# flatter the first two: in a busy server more threads wait for cores that take requests in, and shares for the slowest
-# of them. int8 in 2 shares took 20 % less than by 2 threads, and answered 20 % fewer requests.
-MARGIN, SHARES_MARGIN, RUNTIME_MARGIN = 0.25, 0.35, 0.10
+# By which another way must be faster, for more threads, and of another runtime. Quiet measurements flatter the first:
+# in a busy server more threads wait for cores that take requests in.
+MARGIN, RUNTIME_MARGIN = 0.25, 0.10
 # The same for threads that spin. They are for a single image, when nothing else waits: with larger batches they took
 # the cores from requests on their way, and 8 callers got 8 % fewer answers.
 SPINS_MARGIN = 0.30
@@ -116,7 +115,7 @@ class Tuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 engine.run(np.zeros((images, *manifest.input.shape[1:]), np.uint8))
         if not self.spare:
             return engine
-        single = Way("onnxruntime", 1, 1)
+        single = Way("onnxruntime", 1)
         return ConcurrentEngine(engine, engines.get(single) or single.build(path, manifest))
 
 
@@ -218,9 +217,7 @@ def choose(ways: Sequence[Way], ns: Mapping[int, Sequence[int]]) -> dict[int, Wa
 
 def _margin(way: Way, other: Way) -> float:
     """Return by how much another way must be faster to be taken."""
-    if other.runtime != way.runtime:
-        return RUNTIME_MARGIN
-    return SHARES_MARGIN if other.shares > way.shares else MARGIN
+    return MARGIN if other.runtime == way.runtime else RUNTIME_MARGIN
 
 
 def find_violations(

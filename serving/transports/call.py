@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import time
 from abc import ABC, abstractmethod
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 from serving.errors import REQUEST_ID, ServingError, Trailers
 
 LONGEST_ID = 128
+PROCESS, COUNTER = secrets.token_hex(4), itertools.count(1)  # of new ids; random ones cost a call of the system each
 
 Metadata = Sequence[tuple[str, str | bytes]]
 
@@ -76,7 +78,12 @@ class Call(ABC):
         """Return the id that the caller gave the request, as far as it is plain and short, or else a new one."""
         given = next((value for key, value in self.metadata if key == REQUEST_ID), "")
         plain = "".join(sign for sign in str(given) if "!" <= sign <= "~")
-        return plain[:LONGEST_ID] or secrets.token_hex(8)
+        return plain[:LONGEST_ID] or f"{PROCESS}-{next(COUNTER):x}"
+
+    @property
+    def answered(self) -> bool:
+        """Whether there was an answer."""
+        return not self._turn
 
     def forget(self) -> None:
         """Count no longer as under way."""

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 
 from serving import batcher
-from serving.batcher import DEFAULT_PRIORITY, Answer, Batcher, Gather, Outcome
+from serving.batcher import Batcher
 from serving.batching import Batching
 from serving.cost import CostCurve
 from serving.engine import Images, Probabilities
 from serving.errors import Cancelled, DeadlineExceeded, InternalError, Overloaded, Unavailable
+from serving.queue import DEFAULT_PRIORITY, Answer, Gather, Outcome
+from tests.serving.waiting import submit
 
 
 class GatedEngine:
@@ -84,7 +86,7 @@ class Bench:
 
     def lead(self, *values: int) -> Future[Answer]:
         """Submit a request that finds the engine free, and return once it is being computed."""
-        future = self._pool.submit(self.batcher.submit, images(*values))
+        future = self._pool.submit(submit, self.batcher, images(*values))
         assert self.engine.entered.acquire(timeout=10)
         return future
 
@@ -97,7 +99,7 @@ class Bench:
     ) -> Future[Answer]:
         """Submit a request while the engine is busy, and return once it is in the queue."""
         before = self.batcher.queued
-        future = self._pool.submit(self.batcher.submit, images(*values), deadline, alive, priority)
+        future = self._pool.submit(submit, self.batcher, images(*values), deadline, alive, priority)
         while self.batcher.queued == before:
             time.sleep(0)  # gives way to the submitting thread
         return future
@@ -272,7 +274,7 @@ def test_a_full_queue_refuses_at_once(pool: ThreadPoolExecutor) -> None:
     bench = Bench(pool, max_queue=3)
     futures = [bench.lead(1), bench.wait(2, 3)]
     with pytest.raises(Overloaded, match="2 images are waiting, 2 more would exceed the 3 allowed") as refusal:
-        bench.batcher.submit(images(4, 5))
+        submit(bench.batcher, images(4, 5))
     assert refusal.value.retry_ms >= 1
     futures.append(bench.wait(6))
     bench.compute(2)
@@ -308,7 +310,7 @@ def test_closing_refuses_new_requests_and_answers_old_ones(pool: ThreadPoolExecu
     futures = [bench.lead(1), bench.wait(2)]
     bench.batcher.close()
     with pytest.raises(Unavailable, match="shutting down"):
-        bench.batcher.submit(images(3))
+        submit(bench.batcher, images(3))
     assert not bench.batcher.drain(0)
     bench.compute(2)
     assert bench.batcher.drain(10)
@@ -351,7 +353,7 @@ def test_a_posted_request_is_refused_or_fails_like_others(pool: ThreadPoolExecut
     assert bench.engine.entered.acquire(timeout=10)
     cancelled, last = bench.post(2, alive=lambda: False), bench.post(3)
     with pytest.raises(Overloaded):
-        bench.post(4, 5)
+        bench.post(4, 5, 6)
     bench.compute()
     assert isinstance(first.result(10), Answer)
     bench.engine.failure = ValueError("secret")
@@ -363,6 +365,20 @@ def test_a_posted_request_is_refused_or_fails_like_others(pool: ThreadPoolExecut
     assert isinstance(cancelled.result(10), Cancelled)
     assert isinstance(last.result(10), InternalError)
     assert bench.batcher.drain(10)
+
+
+def test_whoever_is_gone_makes_room_in_a_full_queue(pool: ThreadPoolExecutor) -> None:
+    """At once, not only when the engine comes to it."""
+    bench, here = Bench(pool, max_queue=3), True
+    first = bench.post(1)
+    assert bench.engine.entered.acquire(timeout=10)
+    gone = [bench.post(value, alive=lambda: here) for value in (2, 3, 4)]
+    here = False
+    others = [bench.post(value) for value in (5, 6, 7)]
+    assert all(isinstance(call.result(10), Cancelled) for call in gone)
+    bench.compute(2)
+    assert all(isinstance(call.result(10), Answer) for call in (first, *others))
+    assert bench.engine.batches == [[1], [5, 6, 7]]
 
 
 def test_the_threads_of_a_batcher_end_with_it() -> None:
@@ -397,7 +413,7 @@ def test_many_threads_get_their_own_answers(pool: ThreadPoolExecutor) -> None:
     def ask(number: int) -> bool:
         values = [number % 251] * (1 + number % 3)
         if number % 2:
-            answer: Outcome = batcher.submit(images(*values))
+            answer: Outcome = submit(batcher, images(*values))
         else:
             future: Future[Outcome] = Future()
             batcher.post(images(*values), future.set_result)
@@ -431,7 +447,7 @@ def test_the_queue_is_bounded_in_milliseconds_of_work(pool: ThreadPoolExecutor) 
     bench = Bench(pool, CostCurve(HOUR_EACH), max_queue_ms=1.5 * HOUR_MS)
     futures = [bench.lead(1), bench.wait(2)]
     with pytest.raises(Overloaded, match="ms of work are waiting, more than the 5.4e[+]06 ms allowed") as refusal:
-        bench.batcher.submit(images(3))
+        submit(bench.batcher, images(3))
     assert 1.9 * HOUR_MS < refusal.value.retry_ms <= 2 * HOUR_MS
     bench.compute(2)
     for future in futures:
@@ -445,10 +461,10 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once(pool: ThreadPoolExecut
     bench = Bench(pool, CostCurve({1: HOUR_NS, 2: 1.8 * HOUR_NS, 4: 3 * HOUR_NS}))
     futures = [bench.lead(1), bench.wait(2, 3)]
     with pytest.raises(DeadlineExceeded, match="to compute takes 10800000 ms, [89]...... ms are left"):
-        bench.batcher.submit(images(4, 5, 6, 7), deadline=time.monotonic() + 2.5 * HOUR)
+        submit(bench.batcher, images(4, 5, 6, 7), deadline=time.monotonic() + 2.5 * HOUR)
     # An hour until the engine is free, and 2.4 for the batch that all of them are in.
     with pytest.raises(Overloaded, match="the answer would take 122..... ms, 14...... ms are left"):
-        bench.batcher.submit(images(4), deadline=time.monotonic() + 4 * HOUR)
+        submit(bench.batcher, images(4), deadline=time.monotonic() + 4 * HOUR)
     futures.append(bench.wait(8, deadline=time.monotonic() + 5 * HOUR))
     bench.compute(2)
     assert [future.result(10).batch_size for future in futures] == [1, 3, 3]
@@ -515,7 +531,7 @@ def test_a_spare_lane_begins_with_a_full_batch(pool: ThreadPoolExecutor) -> None
     """And leaves less than that to the batch that is next anyway."""
     bench = Bench(pool, spare=1)
     futures = [bench.lead(1), bench.wait(2), bench.wait(3, 4)]
-    futures.append(pool.submit(bench.batcher.submit, images(5)))  # makes the batch full
+    futures.append(pool.submit(submit, bench.batcher, images(5)))  # makes the batch full
     assert bench.engine.entered.acquire(timeout=10)
     futures += [bench.wait(6), bench.wait(7)]
     assert bench.engine.batches == [[1], [2, 3, 4, 5]]
@@ -560,7 +576,7 @@ def test_a_latency_goal_refuses_what_would_miss_it(pool: ThreadPoolExecutor) -> 
     bench = Bench(pool, curve, target_p99_ms=3.3 * HOUR_MS)
     futures = [bench.lead(1), bench.wait(2), bench.wait(3)]  # an hour for the first, 1.2 for the others
     with pytest.raises(Overloaded, match="the answer would take .* ms, too long for the server's goal"):
-        bench.batcher.submit(images(4, 5))
+        submit(bench.batcher, images(4, 5))
     bench.compute(2)
     assert [future.result(10).batch_size for future in futures] == [1, 2, 2]
 

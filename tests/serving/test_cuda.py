@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from serving.batching import Batching
 from serving.cuda import CudaEngine, EnginePool
 from serving.errors import InternalError
 from tests.serving.fake_gpu import CLASSES, CpuSession, Machine, compute
+from tests.serving.waiting import submit
 
 SHAPE = (4, 3, 3)
 
@@ -222,7 +224,7 @@ def test_batches_that_are_put_together_ahead_get_their_own_answers(
     def ask(number: int) -> bool:
         images = pixels(1 + number % 11, number)
         try:
-            answer = model.batcher.submit(images)
+            answer = submit(model.batcher, images)
         except InternalError:
             return False
         np.testing.assert_array_equal(answer.probabilities, compute(images))
@@ -247,7 +249,7 @@ def test_a_replaced_version_gives_its_memory_back_with_its_last_answer(machine: 
     size = len(machine.allocated)
     machine.on_run = lambda _: (begun.set(), gate.wait(10))
     with ThreadPoolExecutor(1) as caller:
-        answer = caller.submit(served.find("shapes").batcher.submit, pixels(2))
+        answer = caller.submit(submit, served.find("shapes").batcher, pixels(2))
         assert begun.wait(10)
         machine.on_run = lambda _: None
         served.put(start(2))
@@ -424,7 +426,7 @@ def test_a_gpu_that_fails_does_not_take_what_others_could_do(
     model = models.start(about(), engine, Batching(max_batch=4, max_queue=1000), lanes=engine.lanes, leaders=engine)
     machine.on_run = run
     with ThreadPoolExecutor(8) as callers:
-        answers = [callers.submit(model.batcher.submit, pixels(1, seed)) for seed in range(200)]
+        answers = [callers.submit(submit, model.batcher, pixels(1, seed)) for seed in range(200)]
         failed = [answer.exception(10) for answer in answers if answer.exception(10)]
     assert 0 < len(failed) <= 4
     for seed, answer in enumerate(answers):
@@ -453,7 +455,7 @@ def test_a_batcher_leads_on_the_threads_that_compute(machine: Machine, path: Pat
     batcher = model.batcher
     with ThreadPoolExecutor(8) as callers:
         requests = [pixels(1 + seed % 6, seed) for seed in range(40)]
-        for request, answer in zip(requests, callers.map(batcher.submit, requests), strict=True):
+        for request, answer in zip(requests, callers.map(partial(submit, batcher), requests), strict=True):
             np.testing.assert_array_equal(answer.probabilities, compute(request))
     assert led <= set(threads.values())
     assert {(run.device, run.thread) for run in machine.runs} <= set(threads.items())

@@ -14,12 +14,10 @@ from serving import models
 from serving.cores import count_cores
 from serving.engine import (
     ConcurrentEngine,
-    Engine,
     Images,
     OnnxEngine,
     Probabilities,
     SizedEngine,
-    SplitEngine,
 )
 from serving.openvino import OpenvinoEngine
 from serving.ways import Way, list_ways
@@ -32,15 +30,12 @@ class Echo:
 
     provider = "test"
 
-    def __init__(self, barrier: threading.Barrier | None = None) -> None:
+    def __init__(self) -> None:
         self.batches: list[int] = []
-        self._barrier = barrier
 
     def run(self, images: Images) -> Probabilities:
-        """Compute once as many others do."""
+        """Compute."""
         self.batches.append(len(images))
-        if self._barrier is not None:
-            self._barrier.wait(timeout=10)
         return images[:, 0, 0, :1].astype(np.float32)
 
 
@@ -76,33 +71,6 @@ def test_a_container_counts_the_cores_of_its_quota(
     (tmp_path / "cpu.max").write_text(content)
     assert count_cores(tmp_path / "cpu.max") == cores
     assert count_cores(tmp_path / "nowhere") == 4
-
-
-@pytest.mark.parametrize(
-    ("count", "shares"),
-    [(1, [1, 0, 0]), (2, [1, 1, 0]), (3, [1, 1, 1]), (4, [2, 2, 0]), (5, [2, 2, 1]), (33, [11, 11, 11])],
-)
-def test_a_batch_is_cut_into_equal_shares(count: int, shares: list[int]) -> None:
-    """The answers are in the order of the images."""
-    engines = [Echo() for _ in range(3)]
-    assert SplitEngine(engines).run(number(count))[:, 0].tolist() == list(range(count))
-    assert [sum(engine.batches) for engine in engines] == shares
-
-
-def test_shares_are_computed_side_by_side() -> None:
-    """One engine that is there twice is run by two threads at a time; each waits for the other."""
-    engine = Echo(threading.Barrier(2))
-    split = SplitEngine([engine, engine])
-    for _ in range(3):
-        assert split.run(number(4))[:, 0].tolist() == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("engines", [[Echo(), Broken()], [Broken(), Echo()]])
-def test_a_share_that_fails_fails_the_batch(engines: list[Engine]) -> None:
-    """Whichever thread it was on; the next batch is computed if it can be."""
-    split = SplitEngine(engines)
-    with pytest.raises(RuntimeError, match="no memory for 2 images"):
-        split.run(number(4))
 
 
 def test_beside_others_a_batch_has_an_engine_of_its_own() -> None:
@@ -153,13 +121,13 @@ def test_every_way_computes_the_same(way: Way, repository: Path) -> None:
         np.testing.assert_allclose(engine.run(images), plain.run(images), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("shares", [1, 2])
-def test_openvino_computes_the_same(shares: int, repository: Path) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_openvino_computes_the_same(threads: int, repository: Path) -> None:
     """Where it is installed, within what the certificate allows; also of pixels that may not be written."""
     pytest.importorskip("openvino")
     manifest = models.read_checked(repository / VERSION)
     path = repository / VERSION / "model.onnx"
-    plain, engine = OnnxEngine(path, manifest, 1), Way("openvino", shares, 1).build(path, manifest)
+    plain, engine = OnnxEngine(path, manifest, 1), Way("openvino", threads).build(path, manifest)
     assert engine.provider == OpenvinoEngine.provider
     for count in range(1, 34):
         images = pixels(count)

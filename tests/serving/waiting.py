@@ -1,0 +1,20 @@
+"""Asking a batcher, and waiting for what becomes of it."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any
+
+from serving.batcher import Batcher
+from serving.engine import Images
+from serving.queue import Answer, Outcome
+
+
+def submit(batcher: Batcher, images: Images, *rest: Any, **options: Any) -> Answer:
+    """Have images computed as `post` does; return the answer, or raise the error that took its place."""
+    future: Future[Outcome] = Future()
+    batcher.post(images, future.set_result, *rest, **options)
+    outcome = future.result(60)
+    if isinstance(outcome, Answer):
+        return outcome
+    raise outcome
