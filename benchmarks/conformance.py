@@ -51,9 +51,11 @@ def main() -> None:
     """Print the table, a row for each call."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("repository", type=Path, help="a model repository")
-    folder = parser.parse_args().repository
+    parser.add_argument("--transport", default="auto", choices=("auto", "native", "grpcio"), help="(default: auto)")
+    args = parser.parse_args()
+    folder = args.repository
     failed = 0
-    with serve(folder) as server, ExitStack() as stack:
+    with serve(folder, f"--transport={args.transport}") as server, ExitStack() as stack:
         subject = _Subject(server.address, repository.models(folder)[0], stack)
         print("| client | RPC | what came back |\n| --- | --- | --- |")
         for client, name, call in _checks(subject):

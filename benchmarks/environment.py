@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,21 @@ from export.speed import name_cpu
 
 
 def describe(libraries: Iterable[str]) -> dict[str, Any]:
-    """Return processor, cores, versions and commit of this machine and this source tree."""
+    """Return processor, cores, commit and the versions of those libraries that are there."""
     return {
         "cpu": name_cpu(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "versions": {library: version(library) for library in libraries},
+        "versions": {library: found for library in libraries if (found := _find_version(library))},
         "commit": _commit(),
     }
+
+
+def _find_version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def _commit() -> str:

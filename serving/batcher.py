@@ -63,7 +63,7 @@ class Batcher:
             leaders: Threads for the calls of `run`, where not every thread will do: as many as there are lanes.
         """
         self._run, self._lanes, self._spare = run, lanes, spare
-        self._max_queue, self._max_queue_ns = batching.max_queue, batching.max_queue_ms * 1e6
+        self._bounds = Bounds(batching.max_queue, batching.max_queue_ms * 1e6)
         self._linger_ns = batching.linger_ms * 1e6
         self.curve = curve or CostCurve()
         self._max_batch = self.curve.best(batching.max_batch)
@@ -125,14 +125,9 @@ class Batcher:
             self._leaders.submit(self._lead)
 
     def refusal(self, deadline: float) -> ServingError | None:
-        """Return why not even one image would be let in now; None if it might be, which is worth a closer look."""
-        now, (until, latest, refusal) = time.perf_counter_ns(), self._refused
-        if refusal and now < until and deadline <= latest:
-            return refusal
-        if self.queued < self._limit() and not self._closed:
-            return None
-        with self._lock:
-            return self._judge(1, deadline, now)
+        """Return why a request need not be read: just now another one was refused that had as long to wait."""
+        until, latest, refusal = self._refused
+        return refusal if refusal and deadline <= latest and time.perf_counter_ns() < until else None
 
     def close(self) -> None:
         """Refuse further requests; those that wait are still computed."""
@@ -149,14 +144,14 @@ class Batcher:
         """Return what keeps a request out, if anything does; the lock is held."""
         if self._closed:
             return Unavailable("the server is shutting down")
-        if not self._leads and self.queued + images <= self._max_queue:
+        if not self._leads and self.queued + images <= self._bounds.images:
             return None  # an idle engine turns nothing down: what a batch really takes, only a batch can tell
         running = [(batch.began, batch.expected_ns) for batch in self._running]
         crowd = 1 + (self._spare / self._lanes if self._spares() else 0)
         load = Load(self.queued, running, self._lanes, crowd, self._limit(), self.curve, now)
-        left_ns = (deadline - time.monotonic()) * 1e9
-        answer_ns = self._goal.allowed_ns if self._goal else float("inf")
-        refusal = judge(load, images, left_ns, Bounds(self._max_queue, self._max_queue_ns, answer_ns))
+        left_ns = deadline if deadline == float("inf") else (deadline - time.monotonic()) * 1e9
+        bounds = self._bounds._replace(answer_ns=self._goal.allowed_ns) if self._goal else self._bounds
+        refusal = judge(load, images, left_ns, bounds)
         if refusal and images == 1:
             self._refused = now + KEPT_NS, deadline + KEPT_NS / 1e9, refusal
         return refusal

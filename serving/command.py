@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from serving import config as options
 from serving import logs
 from serving.config import Config
+from serving.transports import choice
 
 if TYPE_CHECKING:
     from serving.models import Model, Models
@@ -39,6 +40,8 @@ def run(args: argparse.Namespace) -> None:
     config = options.load(args)
     if args.print_config:
         print(config.to_toml(), end="")
+        transport, reason = choice.choose(config.transport, config.host, config.tls_cert is not None)
+        print(f"# the transport will be {transport}, {reason}")
     else:
         serve(config)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.descriptor_pool import DescriptorPool
@@ -17,7 +17,6 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from protos import POOL, classifier_pb2, inference_pb2, tensorflow_serving_pb2
-from resnet import BadInput
 from serving.calls import Inference, read, reply
 from serving.cores import count_cores
 from serving.health import Health
@@ -28,9 +27,10 @@ from serving.models import Models
 from serving.prediction import Prediction
 from serving.servicer import Classifier, ClassifyStream
 from serving.stream import Streams
-from serving.transports import native, unix
-from serving.transports.auth import Tokens, is_local
+from serving.transports import unix
+from serving.transports.auth import Tokens
 from serving.transports.call import Call, Methods, Streaming, Unary
+from serving.transports.choice import Transport, choose
 from serving.transports.door import Door
 from serving.transports.grpcio import GrpcioTransport
 from serving.transports.native import NativeTransport
@@ -50,8 +50,6 @@ REFLECTION = reflection.SERVICE_NAME
 # What is said of the server itself: at once, whatever is under way.
 PROBES = ("ServerLive", "ServerReady", "ModelReady")
 
-Transport = Literal["auto", "native", "grpcio"]
-
 log = logging.getLogger(__name__)
 
 
@@ -68,25 +66,6 @@ def _describe() -> DescriptorPool:
     for file in (health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR):
         POOL.AddSerializedFile(file.serialized_pb)
     return POOL
-
-
-def choose_transport(wanted: Transport, host: str, tls: bool) -> tuple[Literal["native", "grpcio"], str]:
-    """Return what is to receive calls, and why.
-
-    Raises:
-        BadInput: What is wanted cannot be had.
-    """
-    if wanted == "native" and tls:
-        raise BadInput("--tls-cert needs --transport grpcio: the native transport has no TLS")
-    if wanted != "auto":
-        return wanted, "by --transport"
-    if tls:
-        return "grpcio", "for TLS"
-    if not native.SUPPORTED:
-        return "grpcio", "for pygrpc-native is not installed, which would take in several times as many calls"
-    if is_local(host):
-        return "native", "for callers on this machine"
-    return "grpcio", "for callers elsewhere; --transport native takes in several times as many calls of trusted ones"
 
 
 class Server:
@@ -118,12 +97,12 @@ class Server:
                 machine of a server that listens on it alone and has no `token`.
             repository: Loads and unloads models on request; None refuses to.
             tracing: Follows calls.
-            transport: What receives calls; `auto` is what `choose_transport` says.
+            transport: What receives calls; `auto` is what `serving.transports.choice` says.
 
         Raises:
             BadInput: The port cannot be had, or a file of `tls` cannot be read or used.
         """
-        kind, reason = choose_transport(transport, host, tls is not None)
+        kind, reason = choose(transport, host, tls is not None)
         self._models, self._streams, self._health = models, Streams(), Health()
         self.ready = False
         """Whether requests are taken."""

@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.gpu.files import Results, describe, parse_args
 from benchmarks.process import serve
 from resnet import CheckFailed
-from serving.transports import native
+from serving.transports import choice
 
 TOLERANCE = {"fp32": 1e-5, "fp16": 2e-2}
 IMAGES, ENDS = 256, (1, 8, 72)  # in requests of 1, 7, 64, and all others
@@ -29,7 +29,7 @@ def main() -> None:
         sys.exit()
     for folder in args.folders:
         if (folder / "probabilities.npy").is_file() and (folder / "saved_model.pb").is_file():
-            for transport in ("native", "grpcio") if native.SUPPORTED else ("grpcio",):
+            for transport in ("native", "grpcio") if not choice.find_problem() else ("grpcio",):
                 for precision in TOLERANCE:
                     what = f"{folder.parent.name} in {precision} by tritonclient, {transport}"
                     results.attempt(what, partial(_ask, folder, precision, transport, args.device, results))

@@ -30,7 +30,7 @@ from serving.cuda import CudaEngine, EnginePool
 from serving.engine import Images
 from serving.limits import Limits
 from serving.server import Server
-from serving.transports import native
+from serving.transports import choice
 
 CONNECTIONS, THREADS = 8, 6  # of h2load
 SINGLES_IN_FLIGHT = (32, 128, 512)
@@ -146,12 +146,12 @@ def main() -> None:
     if not files:
         print("left out: there is no file in fp32 or fp16")
         return
-    if native.SUPPORTED:
+    if not choice.find_problem():
         for path in files:
             results.attempt(f"{title(path)} on native", Service(path, "native", args, results).measure)
     for path in (files[-1], files[0]):
         results.attempt(f"{title(path)} on grpcio", Service(path, "grpcio", args, results).measure)
-    for transport in ("native", "grpcio") if native.SUPPORTED else ("grpcio",):
+    for transport in ("native", "grpcio") if not choice.find_problem() else ("grpcio",):
         free = Service(files[-1], transport, args, results, free=True)
         results.attempt(f"no engine on {transport}", free.measure)
     results.end()

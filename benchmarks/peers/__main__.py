@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.environment import describe
 from benchmarks.peers import environments
-from benchmarks.peers.catalog import PEERS, Ours, Peer, Served, choose
+from benchmarks.peers.catalog import PEERS, Peer, Served, choose
 from benchmarks.peers.race import COLUMNS, Row, as_dict, race, table
 from benchmarks.peers.systems import Images, Loop, Probabilities, Server
 from export import manifest, repository
@@ -40,7 +40,7 @@ def main() -> None:
         "--precision",
         default="fp32",
         metavar="NAME,...",
-        help="the exported variant that all serve; of any further ones `resnet serve` alone (default: fp32)",
+        help="the exported variant that all serve; any further ones `resnet serve` and mosec (default: fp32)",
     )
     run.add_argument("--rounds", type=int, default=5, help="measurements behind each figure (default: 5)")
     run.add_argument("--seconds", type=float, default=2, help="length of one measurement (default: 2)")
@@ -80,7 +80,7 @@ def measure(args: argparse.Namespace) -> None:
     about = manifest.read(folder)
     rows = line_up(peers, args.environments.absolute(), folder, precisions, loops=not args.no_loops)
     race(rows, args.rounds, args.seconds, say=functools.partial(print, flush=True))
-    environment = describe(("onnxruntime", "grpcio", "keras", "numpy")) | {
+    environment = describe(("onnxruntime", "openvino", "grpcio", "pygrpc-native", "keras", "numpy")) | {
         "model": f"{about.model}/{about.version}",
         "rounds": args.rounds,
         "seconds": args.seconds,
@@ -95,7 +95,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def line_up(peers: Sequence[Peer], installed: Path, folder: Path, precisions: Sequence[str], loops: bool) -> list[Row]:
-    """Return a row for each system: all serve the first precision, only ours the others."""
+    """Return a row for each system: all serve the first precision, some the others too."""
     about = manifest.read(folder)
     with np.load(folder / "heldout.npz") as arrays:
         images = arrays["images"]
@@ -105,7 +105,7 @@ def line_up(peers: Sequence[Peer], installed: Path, folder: Path, precisions: Se
         model = _find(folder, about, precision)
         expected = OnnxEngine(model.path, about).run(images)
         for peer in peers:
-            if precision == precisions[0] or isinstance(peer, Ours):
+            if precision == precisions[0] or peer.every:
                 start = functools.partial(_start, peer, installed, model, images, expected)
                 rows.append(Row(f"{peer.title}, {precision}" if peer.checked else peer.title, start))
         for batch, sessions in LOOPS if loops else ():

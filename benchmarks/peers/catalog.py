@@ -42,6 +42,7 @@ class Peer:
         requirements: What to install into an environment of its own; without any it runs in this project's.
         checked: Whether it answers with probabilities, which can be checked.
         restless: Whether it takes processor time while nobody asks, which would be at the cost of the others.
+        every: Whether it is measured in each precision, and not in the first alone.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Peer:
     requirements: tuple[str, ...] = ()
     checked: bool = True
     restless: bool = False
+    every: bool = False
 
     def command(self, python: Path, model: Served, port: int) -> Sequence[str]:
         """Return what starts it on a port of 127.0.0.1."""
@@ -70,8 +72,8 @@ RUNTIME = f"onnxruntime=={version('onnxruntime')}"  # the same for all
 NUMPY = "numpy==2.4.6"
 
 PEERS = (
-    Ours("ours", "resnet serve", KServe()),
-    Peer("mosec", "mosec 0.9.8 (HTTP)", RAW, ("mosec==0.9.8", NUMPY, RUNTIME)),
+    Ours("ours", "resnet serve", KServe(), every=True),
+    Peer("mosec", "mosec 0.9.8 (HTTP)", RAW, ("mosec==0.9.8", NUMPY, RUNTIME), every=True),
     Peer("pytriton", "pytriton 0.7.0 (Triton)", KServe(), ("nvidia-pytriton==0.7.0", "numpy==1.26.4", RUNTIME)),
     Peer("mlserver", "MLServer 1.7.1", KServe(), ("mlserver==1.7.1", NUMPY, RUNTIME)),
     Peer(

@@ -73,8 +73,9 @@ class Server:
         self._address = f"127.0.0.1:{port}"
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # for whatever it leaves behind
         self._log = Path(self._folder.name) / "log"
-        # Two of the servers take the messages of KServe from `protos`.
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": self._folder.name}
+        # Two of the servers take the messages of KServe from `protos`; a runtime may come by the user's own path.
+        paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = os.environ | {"PYTHONPATH": paths, "TMPDIR": self._folder.name}
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 peer.command(python, model, port),

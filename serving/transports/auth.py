@@ -11,6 +11,7 @@ from resnet import BadInput
 from serving.errors import PermissionDenied, ServingError, Unauthenticated
 from serving.logs import Tally
 from serving.transports.call import Call
+from serving.transports.choice import is_local
 from serving.transports.tls import Tls, read_file
 
 OPEN = "/grpc.health.v1.Health/"  # probes have no token, and learn no more than whether the server is up
@@ -88,11 +89,6 @@ def read_tokens(path: Path) -> str:
     if not tokens or not all(token.isascii() and token.isprintable() and " " not in token for token in tokens):
         raise BadInput(f"{path} holds no token: each is one line of ASCII letters, digits and signs")
     return "\n".join(tokens)
-
-
-def is_local(host: str) -> bool:
-    """Say whether a server that listens on `host` is reached from this machine only."""
-    return host in ("localhost", "::1", "[::1]") or host.startswith(("127.", "unix:"))
 
 
 def warn_if_open(host: str, tls: Tls | None, token: str | None) -> None:

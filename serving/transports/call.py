@@ -31,12 +31,14 @@ class Call(ABC):
         trace_id: Id of the trace, for the log.
         ended: Is told of the answer, None or the error, once there is one.
         under_way: Those among which it counts until it is answered.
+        refused: Whether it was answered by an error.
     """
 
     span: Any = None
     trace_id = ""
     ended: Callable[[ServingError | None], None] | None = None
     under_way: set[Call] | None = None
+    refused = False
 
     def __init__(self, method: str, payload: bytes, metadata: Metadata, remaining: float | None) -> None:
         """Take a call in; `remaining` is how long the caller still waits, in seconds, and None is for ever."""
@@ -61,6 +63,7 @@ class Call(ABC):
     def fail(self, error: ServingError) -> None:
         """Send an error in place of a response, unless there was an answer already."""
         if self._take_turn():
+            self.refused = True
             self._refuse(error)
             if self.ended:
                 self.ended(error)
@@ -79,11 +82,6 @@ class Call(ABC):
         given = next((value for key, value in self.metadata if key == REQUEST_ID), "")
         plain = "".join(sign for sign in str(given) if "!" <= sign <= "~")
         return plain[:LONGEST_ID] or f"{PROCESS}-{next(COUNTER):x}"
-
-    @property
-    def answered(self) -> bool:
-        """Whether there was an answer."""
-        return not self._turn
 
     def forget(self) -> None:
         """Count no longer as under way."""

@@ -15,6 +15,7 @@ import os
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 from resnet import BadInput
@@ -25,12 +26,9 @@ from serving.transports.grpcio import GrpcioTransport, cannot_listen
 from serving.transports.tls import Tls
 from serving.transports.unix import LONGEST
 
-try:
+with suppress(ImportError):  # `choice.find_problem` says why
     import pygrpc_native
-except ImportError:  # there are no wheels for every platform
-    pygrpc_native = None  # type: ignore[assignment]
 
-SUPPORTED = pygrpc_native is not None
 IO_THREADS = 2  # of the library; with 8 on 16 cores calls took longer, for each of them wakes the interpreter
 # Calls that are taken over at a time, and about how many bytes: while they are copied, no other thread can go on.
 BATCH, BATCH_BYTES = 64, 2**19
@@ -49,13 +47,7 @@ class NativeTransport:
     name = "native"
 
     def __init__(self, door: Door) -> None:
-        """Serve the methods of `door`.
-
-        Raises:
-            BadInput: The library is not installed.
-        """
-        if not SUPPORTED:
-            raise BadInput("--transport native needs a package that is not there: pip install pygrpc-native")
+        """Serve the methods of `door`."""
         self.door = door
         self._methods = list(find_unary(door.methods).items())
         self._calls: dict[int, _NativeCall] = {}
@@ -114,7 +106,7 @@ class NativeTransport:
         """Take calls in until the end; after many refusals, those that follow wait a little, and come together."""
         most, behind = BATCH, False
         while (events := self._front.recv_batch_details(most)) is not None:
-            if len(events) == BATCH or behind:
+            if behind:
                 events = self._catch_up(events)
             refused = 0
             for kind, number, which, message, _, details in events:
@@ -123,7 +115,7 @@ class NativeTransport:
                     payload = message or b""
                     call = self._calls[number] = _NativeCall(self, number, path, payload, details)
                     self.door.answer(call, method)
-                    refused += call.answered
+                    refused += call.refused
                     most = max(1, min(BATCH, BATCH_BYTES // (1 + len(payload))))
                 elif gone := self._calls.pop(number, None):
                     gone.cancelled = True

@@ -17,7 +17,8 @@ from serving.batching import Batching
 from serving.engine import Images, Probabilities
 from serving.limits import Limits
 from serving.models import Model
-from serving.server import Server, Transport
+from serving.server import Server
+from serving.transports.choice import Transport
 from tests.serving.test_batcher import GatedEngine
 
 

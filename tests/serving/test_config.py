@@ -126,7 +126,9 @@ def test_the_command_prints_its_options(monkeypatch: pytest.MonkeyPatch, capsys:
     assert resnet.main(["serve", "nowhere", "--print-config"]) == 0
     shown = capsys.readouterr().out
     assert "max-batch = 8  # environment: RESNET_MAX_BATCH\n" in shown
-    assert len(shown.splitlines()) == len(config.options())
+    *lines, last = shown.splitlines()
+    assert len(lines) == len(config.options())
+    assert last == "# the transport will be native, for callers on this machine"
 
 
 def test_a_config_cannot_be_changed() -> None:

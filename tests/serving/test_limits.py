@@ -28,7 +28,8 @@ from protos import classifier_pb2 as pb
 from serving import models
 from serving.intake import SMALL_PIXELS, Room
 from serving.limits import Limits
-from serving.server import SERVICE, SERVICES, Server, Transport
+from serving.server import SERVICE, SERVICES, Server
+from serving.transports.choice import Transport
 
 CLASSIFY = f"/{SERVICE}/Classify"
 INFER, STREAM = "/inference.GRPCInferenceService/ModelInfer", "/inference.GRPCInferenceService/ModelStreamInfer"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +23,7 @@ from serving.intake import Intake
 from serving.limits import Limits
 from serving.server import SERVICE, Server
 from serving.servicer import Classifier
-from serving.transports import native
+from serving.transports import choice
 from tests.serving import gated
 
 
@@ -153,11 +155,20 @@ def test_many_connections_are_all_answered(repository: Path) -> None:
             assert list(pool.map(call, range(100))) == list(range(100))
 
 
-def test_a_library_that_is_missing_is_named(loaded: models.Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what to do."""
-    monkeypatch.setattr(native, "SUPPORTED", False)
-    with pytest.raises(BadInput, match="--transport native needs a package that is not there: pip install"):
-        serve(loaded)
+def test_a_library_that_cannot_be_loaded_is_named(
+    loaded: models.Models, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With what to do; grpcio takes its place where nothing else was asked for."""
+    monkeypatch.setitem(sys.modules, "pygrpc_native", None)
+    choice.find_problem.cache_clear()
+    try:
+        with pytest.raises(BadInput, match="native cannot be had, for pygrpc-native cannot be loaded .*: pip install"):
+            serve(loaded)
+        with caplog.at_level(logging.INFO), Server(loaded, "127.0.0.1", 0, Limits()) as server:
+            assert server.transport == "grpcio"
+        assert "the transport is grpcio, for pygrpc-native cannot be loaded" in caplog.text
+    finally:
+        choice.find_problem.cache_clear()
 
 
 @pytest.mark.parametrize("host", ["256.0.0.1", "no.such.host.invalid"])
