@@ -7,6 +7,7 @@ another thread answers while the engine goes on, because the engine is what ther
 
 from __future__ import annotations
 
+import copy
 import heapq
 import itertools
 import logging
@@ -153,7 +154,8 @@ class Batcher:
         bounds = self._bounds._replace(answer_ns=self._goal.allowed_ns) if self._goal else self._bounds
         refusal = judge(load, images, left_ns, bounds)
         if refusal and images == 1:
-            self._refused = now + KEPT_NS, deadline + KEPT_NS / 1e9, refusal
+            # A copy: what is raised here will carry the id of its call.
+            self._refused = now + KEPT_NS, deadline + KEPT_NS / 1e9, copy.copy(refusal)
         return refusal
 
     def _drop_dead(self, now: int) -> bool:

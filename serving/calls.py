@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Callable
@@ -169,8 +170,9 @@ def reply(
 def _turn_away(call: Call, model: Model, refusal: ServingError) -> None:
     """Refuse a call that nothing was done for, at the least expense: it has no id, as the log has no line for it."""
     if log.isEnabledFor(logging.DEBUG) or model.statistics.observer:
-        model.statistics.begin(call.span).fail(refusal)
-        refuse(call, refusal)
+        own = copy.copy(refusal)
+        model.statistics.begin(call.span).fail(own)
+        refuse(call, own)
     else:
         model.statistics.count_refused(refusal)
         OVERLOADS.add(str(refusal))

@@ -45,6 +45,7 @@ class Door:
     def converse(self, call: Call, method: Streaming, messages: Iterator[bytes]) -> Iterator[bytes]:
         """Yield the answers to the messages of a call; raises the error that ends it."""
         if refusal := self._judge(call, method.limited):
+            refusal.request_id = call.find_id()  # as if it had been logged, which strangers could cause at will
             raise refusal
         try:
             yield from method.answer(call, messages)

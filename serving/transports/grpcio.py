@@ -4,8 +4,8 @@ grpcio's server gives every call a thread of a pool, which waits for the message
 threads cost several times what the call does: with an engine that costs nothing two cores took in 2,600 calls a second
 so, and 4,400 without. So here a call has no thread: gRPC's own takes the request in, and whoever computed its batch
 answers. grpcio has the place for it, `experimental_thread_pool`, but no public way to answer from elsewhere: `_Polled`
-uses what grpcio keeps to itself. Where a release of grpcio lacks any of it, or answers one call at the start otherwise,
-calls have a thread each, as usual.
+uses what grpcio keeps to itself. With a release of grpcio that is later than those that were tested, that lacks any of
+it, or that answers one call at the start otherwise, calls have a thread each, as usual.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from contextlib import suppress
 from typing import Any
 
 import grpc
-from grpc import _server
-from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from resnet import BadInput
 from serving.calls import report
@@ -31,7 +29,14 @@ from serving.transports.call import Call, Streaming, Unary
 from serving.transports.door import Door
 from serving.transports.tls import Tls
 
+try:
+    from grpc import _server
+    from grpc._cython import cygrpc  # type: ignore[attr-defined]
+except ImportError:  # of a release that has neither
+    _server = cygrpc = None  # type: ignore[assignment]
+
 NEEDED = ("_Context", "_RECEIVE_MESSAGE_TOKEN", "_receive_message", "_status")
+TESTED = 1, 85  # the latest release that was seen to have it
 SPARE_THREADS = 8  # beyond those of calls that count against the limit, for those that say how the server is
 PATIENCE_SECONDS = 5.0  # for the one call at the start
 CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -100,7 +105,9 @@ def cannot_listen(address: str) -> BadInput:
 @functools.cache
 def works() -> bool:
     """Say whether calls can be answered without a thread each: there is what is needed, and one call comes back."""
-    if not all(hasattr(_server, name) for name in NEEDED):
+    version = tuple(map(int, grpc.__version__.split(".")[:2]))
+    if version > TESTED or not all(hasattr(_server, name) for name in NEEDED):
+        log.warning("calls have a thread each, which is slower: grpcio %s was not tested without", grpc.__version__)
         return False
     path = "/resnet.Self/Test"
     door = Door({path: Unary(lambda call: call.respond(call.payload))}, Limits(), Tokens("localhost", None, None))

@@ -381,6 +381,29 @@ def test_whoever_is_gone_makes_room_in_a_full_queue(pool: ThreadPoolExecutor) ->
     assert bench.engine.batches == [[1], [5, 6, 7]]
 
 
+def test_a_refusal_holds_for_a_moment_for_those_who_can_wait_no_longer(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They need not be read; it is nobody's own."""
+    now = time.perf_counter_ns()
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: now)
+    bench = Bench(pool, max_queue=1)
+    assert bench.batcher.refusal(float("inf")) is None
+    bench.post(1)
+    assert bench.engine.entered.acquire(timeout=10)
+    bench.post(2)
+    assert bench.batcher.refusal(float("inf")) is None
+    with pytest.raises(Overloaded) as caught:
+        bench.post(3)
+    caught.value.request_id = "of the one that was refused"
+    found = bench.batcher.refusal(float("inf"))
+    assert isinstance(found, Overloaded)
+    assert (str(found), found.retry_ms, found.request_id) == (str(caught.value), caught.value.retry_ms, "")
+    now += batcher.KEPT_NS
+    assert bench.batcher.refusal(float("inf")) is None
+    bench.compute(2)
+
+
 def test_the_threads_of_a_batcher_end_with_it() -> None:
     """A version that is served no longer leaves nothing behind."""
     leaders: list[threading.Thread] = []
