@@ -69,7 +69,8 @@ class Server:
             CheckFailed: It answers differently.
         """
         self.restless = peer.restless
-        self._transport, self._model, self._pixels = peer.transport, model.name, images.astype(np.float32)
+        self._transport, self._model, self._precision = peer.transport, model.name, model.precision
+        self._pixels = images.astype(np.float32)
         port = _find_port()
         self._address = f"127.0.0.1:{port}"
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # for whatever it leaves behind
@@ -120,7 +121,7 @@ class Server:
         raise BadInput(f"it did not start: {last_line(self._log.read_text(errors='replace'))}")
 
     def _compare(self, sizes: Iterable[int], expected: Probabilities) -> None:
-        tolerance = TOLERANCES[self._model.precision]
+        tolerance = TOLERANCES[self._precision]
         for size in sizes:
             answer = self._transport.ask(self._address, self._request(size)).reshape(-1)
             wanted = expected[:size].reshape(-1)
