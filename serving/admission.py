@@ -22,6 +22,7 @@ class Load(NamedTuple):
 
     Attributes:
         queued: Images that wait.
+        before: Of these, those that go before a request that comes now.
         running: Of each batch that is computed, when that began and what it was expected to take while nothing else
             shared the cores, in nanoseconds.
         lanes: Batches that are computed at a time, each with cores of its own.
@@ -32,6 +33,7 @@ class Load(NamedTuple):
     """
 
     queued: int
+    before: int
     running: Sequence[tuple[int, float]]
     lanes: int
     crowd: float
@@ -67,8 +69,8 @@ def answer_ns(load: Load, images: int) -> float:
     Their batch begins after all that waits before it. Those that come later fill it up, and batches share the cores
     with others: nobody's answer is there before the whole batch is.
     """
-    batch = max(images, min(load.queued + images, load.limit))
-    return wait_ns(load, load.queued + images - batch) + load.crowd * load.curve.ns(batch)
+    batch = max(images, min(load.before + images, load.limit))
+    return wait_ns(load, load.before + images - batch) + load.crowd * load.curve.ns(batch)
 
 
 def judge(load: Load, images: int, left_ns: float, bounds: Bounds) -> ServingError | None:
@@ -80,7 +82,7 @@ def judge(load: Load, images: int, left_ns: float, bounds: Bounds) -> ServingErr
         left_ns: How long its caller still waits, in nanoseconds; infinity is for ever.
         bounds: How much may wait.
     """
-    waits = wait_ns(load, load.queued)
+    waits = wait_ns(load, load.before)
     retry_ms = 1 + int(waits / 1e6)
     if load.queued + images > bounds.images:
         return Overloaded(
@@ -97,7 +99,9 @@ def judge(load: Load, images: int, left_ns: float, bounds: Bounds) -> ServingErr
     if (own := load.curve.ns(images)) > left_ns:
         return DeadlineExceeded(f"to compute takes {own / 1e6:.0f} ms, {max(0.0, left_ns) / 1e6:.0f} ms are left")
     if HURRY * takes > left_ns:
-        return Overloaded(f"the answer would take {takes / 1e6:.0f} ms, {left_ns / 1e6:.0f} ms are left", retry_ms)
+        return Overloaded(
+            f"the answer may take {HURRY * takes / 1e6:.0f} ms, {left_ns / 1e6:.0f} ms are left", retry_ms
+        )
     return None
 
 

@@ -80,6 +80,7 @@ class Batcher:
         self._dropped_at = 0
         # Until when, and up to which deadline, one request is refused as another was.
         self._refused: tuple[int, float, ServingError | None] = 0, 0.0, None
+        self._prefers = False  # whether any request had another priority: what holds for one may not for others then
         self._closed = False
         # Threads of these end with the batcher.
         self._leaders: Leaders = leaders or Pool(lanes + spare, thread_name_prefix="lead")
@@ -111,9 +112,9 @@ class Batcher:
         """
         job = Job(images, deadline, alive, done)
         with self._lock:
-            refusal = self._judge(len(images), deadline, job.arrived)
+            refusal = self._judge(len(images), deadline, job.arrived, priority)
             if refusal and self._drop_dead(job.arrived):
-                refusal = self._judge(len(images), deadline, job.arrived)
+                refusal = self._judge(len(images), deadline, job.arrived, priority)
             if refusal:
                 raise refusal
             heapq.heappush(self._queue, (priority, next(self._numbers), job))
@@ -141,7 +142,7 @@ class Batcher:
         with self._lock:
             return self._idle.wait_for(lambda: not self._leads and not self._answering, seconds)
 
-    def _judge(self, images: int, deadline: float, now: int) -> ServingError | None:
+    def _judge(self, images: int, deadline: float, now: int, priority: int) -> ServingError | None:
         """Return what keeps a request out, if anything does; the lock is held."""
         if self._closed:
             return Unavailable("the server is shutting down")
@@ -149,11 +150,15 @@ class Batcher:
             return None  # an idle engine turns nothing down: what a batch really takes, only a batch can tell
         running = [(batch.began, batch.expected_ns) for batch in self._running]
         crowd = 1 + (self._spare / self._lanes if self._spares() else 0)
-        load = Load(self.queued, running, self._lanes, crowd, self._limit(), self.curve, now)
+        before = self.queued
+        if self._prefers or priority != DEFAULT_PRIORITY:
+            self._prefers = True
+            before = sum(len(job.images) for other, _, job in self._queue if other <= priority)
+        load = Load(self.queued, before, running, self._lanes, crowd, self._limit(), self.curve, now)
         left_ns = deadline if deadline == float("inf") else (deadline - time.monotonic()) * 1e9
         bounds = self._bounds._replace(answer_ns=self._goal.allowed_ns) if self._goal else self._bounds
         refusal = judge(load, images, left_ns, bounds)
-        if refusal and images == 1:
+        if refusal and images == 1 and not self._prefers:
             # A copy: what is raised here will carry the id of its call.
             self._refused = now + KEPT_NS, deadline + KEPT_NS / 1e9, copy.copy(refusal)
         return refusal

@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from serving.engine import Images
-from serving.errors import InternalError, Malformed, Overloaded, ServingError, Trailers
+from serving.errors import Cancelled, InternalError, Malformed, Overloaded, ServingError, Trailers
 from serving.logs import Tally, log_fields
 from serving.models import Model, Models
 from serving.queue import DEFAULT_PRIORITY, Answer, Outcome
@@ -192,7 +192,7 @@ def report(call: Call, error: Exception) -> ServingError:
         refusal, bug = InternalError("the server failed on this request; its log has the details"), error
     refusal.request_id = call.find_id()
     level = logging.ERROR if isinstance(refusal, InternalError) else logging.INFO
-    if isinstance(refusal, Overloaded | Malformed):
+    if isinstance(refusal, Overloaded | Malformed | Cancelled):
         level = logging.DEBUG  # a line for each would be one more load
     if isinstance(refusal, Overloaded):
         OVERLOADS.add(str(refusal))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from grpc_health.v1 import health_pb2 as pb
 
 from serving.calls import read
-from serving.errors import NotFound
+from serving.errors import NotFound, Unavailable
 from serving.transports.call import Call
 
 POLL_SECONDS = 1.0  # after which a watch looks whether its client is still there
@@ -44,13 +44,15 @@ class Health:
         return pb.HealthCheckResponse(status=status)
 
     def watch(self, call: Call, messages: Iterator[bytes]) -> Iterator[bytes]:
-        """Say whether something is served, now and whenever that changes."""
+        """Say whether something is served, now and whenever that changes, until the server ends."""
         name = read(pb.HealthCheckRequest.FromString, next(messages, b"")).service
         told = None
         while call.is_wanted():
             with self._changed:
                 status = self._find(name)
                 if status == told:
+                    if self._closed:
+                        raise Unavailable("the server is shutting down")
                     self._changed.wait(POLL_SECONDS)
                     continue
             yield pb.HealthCheckResponse(status=status).SerializeToString()

@@ -48,6 +48,7 @@ SERVICES = tuple(
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 REFLECTION = reflection.SERVICE_NAME
 # What is said of the server itself: at once, whatever is under way.
+LAST_SECONDS = 0.5  # for clients to hear of the end
 PROBES = ("ServerLive", "ServerReady", "ModelReady")
 
 log = logging.getLogger(__name__)
@@ -141,7 +142,9 @@ class Server:
         self._models.close()
         self._streams.close()
         self._models.drain(grace_seconds)
-        self._transport.stop(max(0.0, end - time.monotonic()))
+        self._transport.door.drain(max(0.0, end - time.monotonic()))
+        # What is left asks for nothing: those who watch or reflect, and requests that never came.
+        self._transport.stop(min(LAST_SECONDS, max(0.0, end - time.monotonic())))
         self._workers.shutdown(wait=False)
         if self._socket:
             self._socket.unlink(missing_ok=True)
@@ -165,8 +168,8 @@ class Server:
             "/inference.GRPCInferenceService/ModelInfer": Unary(infer.answer),
             "/inference.GRPCInferenceService/ModelStreamInfer": self._stream(partial(ModelStreamInfer, infer)),
             "/tensorflow.serving.PredictionService/Predict": Unary(predict.answer),
-            f"/{HEALTH}/Watch": Streaming(self._health.watch, limited=False),
-            f"/{REFLECTION}/ServerReflectionInfo": Streaming(reflect),
+            f"/{HEALTH}/Watch": Streaming(self._health.watch, apart=True),
+            f"/{REFLECTION}/ServerReflectionInfo": Streaming(reflect, apart=True),
         }
         served: tuple[tuple[Any, Any], ...] = (
             (inference_pb2, kserve),

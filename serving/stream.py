@@ -111,6 +111,7 @@ class Stream:
         """Yield the answers, until the client has half-closed and has them all, or the server shuts down."""
         threading.Thread(target=self._follow, args=(messages,), name="stream", daemon=True).start()
         answered, ending = 0, False
+        fatal: ServingError | None = None
         try:
             while not (ending and answered == self._read):
                 item = self._ready.get()
@@ -119,14 +120,17 @@ class Stream:
                     continue
                 for ready in self._in_order() if self.dialect.ordered else (item,):
                     if isinstance(ready.answer, ServingError):
-                        raise ready.answer
-                    assert ready.answer is not None, "what is ready has its answer"
-                    yield ready.answer
+                        fatal = ready.answer  # those that came before it are answered first
+                    else:
+                        assert ready.answer is not None, "what is ready has its answer"
+                        yield ready.answer
                     answered += 1
                     self._room.release()
         finally:
             self._left = True
             self._room.release()
+        if fatal:
+            raise fatal
         if self._closing:
             raise Unavailable("the server is shutting down")
 
@@ -156,5 +160,7 @@ class Stream:
                     self.dialect.begin(item)
                 except Exception as error:
                     item.fail(report(item, error))
+                if isinstance(item.answer, ServingError):
+                    return  # the end of the stream
         finally:
             self._ready.put(None)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from serving.errors import REQUEST_ID, ServingError, Trailers
 
 LONGEST_ID = 128
+APART = 64
 PROCESS, COUNTER = secrets.token_hex(4), itertools.count(1)  # of new ids; random ones cost a call of the system each
 
 Metadata = Sequence[tuple[str, str | bytes]]
@@ -128,11 +129,12 @@ class Streaming(NamedTuple):
     Attributes:
         answer: Maps the messages of the caller to those for it, serialized both. It has a thread while it lasts, and
             ends the call with the error that it raises.
-        limited: As in `Unary`.
+        apart: Whether its calls have a limit of their own, `APART` at a time, and do not count against that of all:
+            those that may last as long as the server.
     """
 
     answer: Callable[[Call, Iterator[bytes]], Iterator[bytes]]
-    limited: bool = True
+    apart: bool = False
 
 
 Methods = dict[str, Unary | Streaming]

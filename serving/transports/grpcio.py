@@ -25,7 +25,7 @@ from serving.calls import report
 from serving.errors import ServingError, Trailers, Unsupported, to_trailers
 from serving.limits import Limits
 from serving.transports.auth import Tokens
-from serving.transports.call import Call, Streaming, Unary
+from serving.transports.call import APART, Call, Streaming, Unary
 from serving.transports.door import Door
 from serving.transports.tls import Tls
 
@@ -37,7 +37,7 @@ except ImportError:  # of a release that has neither
 
 NEEDED = ("_Context", "_RECEIVE_MESSAGE_TOKEN", "_receive_message", "_status")
 TESTED = 1, 85  # the latest release that was seen to have it
-SPARE_THREADS = 8  # beyond those of calls that count against the limit, for those that say how the server is
+SPARE_THREADS = 8  # beyond those of calls that count against a limit, for those that say how the server is
 PATIENCE_SECONDS = 5.0  # for the one call at the start
 CODES = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -59,7 +59,7 @@ class GrpcioTransport:
         self.door = door
         limits = door.limits
         self._server = grpc.server(
-            ThreadPoolExecutor(limits.max_calls + SPARE_THREADS, thread_name_prefix="call"),
+            ThreadPoolExecutor(limits.max_calls + APART + SPARE_THREADS, thread_name_prefix="call"),
             options=[("grpc.so_reuseport", 0), ("grpc.max_send_message_length", -1), *limits.to_options()],
         )
         services: dict[str, dict[str, Any]] = {}

@@ -269,6 +269,19 @@ def test_what_is_no_message_is_the_fault_of_the_caller(
     assert ask(address, CLASSIFY, GOOD)[0] == "OK"
 
 
+def test_what_came_before_a_broken_message_is_answered(address: str) -> None:
+    """Then the stream ends."""
+    with grpc.insecure_channel(address) as channel:
+        method: Any = channel.stream_stream(f"/{SERVICE}/ClassifyStream")
+        request = pb.ClassifyRequest.FromString(GOOD)
+        items = [pb.ClassifyStreamRequest(id=number, request=request).SerializeToString() for number in range(1, 21)]
+        call = method(iter([*items, b"\xff\xff"]), timeout=20)
+        answered = [pb.ClassifyStreamResponse.FromString(next(call)).id for _ in items]
+        assert sorted(answered) == list(range(1, 21))
+        with pytest.raises(grpc.RpcError, match="cannot be parsed"):
+            next(call)
+
+
 def test_fields_that_nobody_knows_are_passed_over(address: str) -> None:
     """Those of a newer protocol, and those of another type."""
     assert ask(address, CLASSIFY, GOOD + b"\xba\x3e\x02hi")[0] == "OK"  # field 999, two bytes

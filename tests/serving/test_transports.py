@@ -21,6 +21,7 @@ from serving import models
 from serving.client import Client
 from serving.limits import Limits
 from serving.server import Server
+from serving.transports.call import APART
 from serving.transports.choice import Transport, choose
 from tests.serving import gated
 
@@ -97,6 +98,36 @@ def test_health_waits_for_nobody(repository: Path, transport: Transport) -> None
         assert kserve.ModelReady(inference_pb2.ModelReadyRequest(name="digits"), timeout=10).ready
         server.engine.gate.release(10)
         assert [call.result(10).classifications[0].classes[0].probability for call in waiting] == [1, 2]
+
+
+def test_who_watches_keeps_no_server_from_ending(loaded: models.Models, transport: Transport) -> None:
+    """It is told, and its call ends."""
+    server = Server(loaded, "127.0.0.1", 0, Limits(), transport=transport)
+    with grpc.insecure_channel(server.address) as channel:
+        watch: Any = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service="digits"))
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        server.stop(60)
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        with pytest.raises(grpc.RpcError) as ended:
+            next(watch)
+        assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_so_many_may_watch(loaded: models.Models, transport: Transport) -> None:
+    """One more is refused, and keeps no other call waiting."""
+    with (
+        Server(loaded, "127.0.0.1", 0, Limits(), transport=transport) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        watch: Any = health_pb2_grpc.HealthStub(channel).Watch
+        watches = [watch(health_pb2.HealthCheckRequest()) for _ in range(APART)]
+        assert all(next(call).status == 1 for call in watches)
+        with pytest.raises(grpc.RpcError, match="the server has 64 calls under way that watch"):
+            next(watch(health_pb2.HealthCheckRequest()))
+        with Client(server.address) as client:
+            assert len(list(client.classify_each([IMAGE[0]]))) == 1
+        for call in watches:
+            call.cancel()
 
 
 def test_a_server_listens_on_a_unix_socket(repository: Path, tmp_path: Path, transport: Transport) -> None:
