@@ -36,6 +36,7 @@ MOST = 4096  # calls that are taken over, in so many batches, before the first o
 # Refusing one by one takes the cores from the engine: at ten times what the server bears, with a pause after as many
 # refusals it answered 90 % of that, without 73 %.
 MANY, PAUSE_SECONDS = 16, 0.005
+FLUSH_SECONDS = 0.3  # for what was answered to leave: the library closes connections without waiting for it
 RESERVED = "grpc-"  # trailers of gRPC's own, which the library refuses to send
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,9 @@ class NativeTransport:
 
     def stop(self, grace_seconds: float) -> None:
         """Close; calls to the server behind have so long, all others fail that are not answered."""
+        end = time.monotonic() + min(grace_seconds, FLUSH_SECONDS)
         self._fallback.stop(grace_seconds)
+        time.sleep(max(0.0, end - time.monotonic()))
         self._front.close()
         self._folder.cleanup()
 
