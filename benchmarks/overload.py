@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from benchmarks import h2load
 from benchmarks.endpoints import Input, pack_kserve
 from benchmarks.process import serve
+from benchmarks.tree import read_peak_bytes
 from export import manifest, repository
 from resnet import BadInput, CheckFailed
 
@@ -153,11 +154,11 @@ def measure(
 def _stretch(
     address: str, pid: int, message: bytes, capacity: float, factor: int, deadline: int | None, seconds: float
 ) -> Row:
-    before = _read_resident_mb(pid)
+    before = read_peak_bytes(pid)
     with Probe(address, message, None if deadline is None else deadline / 1e3) as probe:
         sent, answered = h2load.offer(address, METHOD, message, factor * capacity, seconds, timeout_ms=deadline)
     refused = float(np.percentile(probe.refused_ms, 99)) if probe.refused_ms else None
-    grown = _read_resident_mb(pid) - before
+    grown = (read_peak_bytes(pid) - before) / 2**20
     return Row(factor, deadline, sent, answered / capacity, refused, max(probe.health_ms), grown)
 
 
@@ -192,11 +193,6 @@ def _pack(folder: Path, images: int) -> bytes:
     about = manifest.read(folder / str(repository.versions(folder)[-1]))
     pixels: NDArray[np.uint8] = np.random.default_rng(0).integers(0, 256, (images, *about.input.shape[1:]), np.uint8)
     return pack_kserve(Input(about.model, about.input.name, pixels.shape, "UINT8"), pixels)
-
-
-def _read_resident_mb(pid: int) -> float:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ class Inference(Generic[Request]):
                 _turn_away(call, model, refusal)
             elif len(call.payload) > QUICK_BYTES:
                 self._workers.submit(self.begin, call)
-            elif self._reader.unpacks(request := read(self._reader.parse, call.payload)):
+            elif self._reader.unpacks(request := parse_message(self._reader.parse, call.payload)):
                 self._workers.submit(self.begin, call, request)
             else:
                 self.begin(call, request)
@@ -97,7 +97,7 @@ class Inference(Generic[Request]):
         """
         try:
             if request is None:
-                request = read(self._reader.parse, call.payload)
+                request = parse_message(self._reader.parse, call.payload)
             model = self._reader.find(request)
         except Exception as error:
             refuse(call, error)
@@ -153,7 +153,7 @@ def reply(
 
     def answer(call: Call) -> None:
         try:
-            response = function(read(request_type.FromString, call.payload)).SerializeToString()
+            response = function(parse_message(request_type.FromString, call.payload)).SerializeToString()
         except Exception as error:
             refuse(call, error)
         else:
@@ -208,7 +208,7 @@ def log_answered(call: Call) -> None:
         _log(logging.DEBUG, "answered", call, "OK", call.find_id())
 
 
-def read(parse: Callable[[bytes], Request], payload: bytes) -> Request:
+def parse_message(parse: Callable[[bytes], Request], payload: bytes) -> Request:
     """Return the message that a payload is.
 
     Raises:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from grpc_health.v1 import health_pb2 as pb
 
-from serving.calls import read
+from serving.calls import parse_message
 from serving.errors import NotFound, Unavailable
 from serving.transports.call import Call
 
@@ -45,7 +45,7 @@ class Health:
 
     def watch(self, call: Call, messages: Iterator[bytes]) -> Iterator[bytes]:
         """Say whether something is served, now and whenever that changes, until the server ends."""
-        name = read(pb.HealthCheckRequest.FromString, next(messages, b"")).service
+        name = parse_message(pb.HealthCheckRequest.FromString, next(messages, b"")).service
         told = None
         while call.is_wanted():
             with self._changed:

@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from protos import POOL, classifier_pb2, inference_pb2, tensorflow_serving_pb2
-from serving.calls import Inference, read, reply
+from serving.calls import Inference, parse_message, reply
 from serving.cores import count_cores
 from serving.health import Health
 from serving.inference import KServe, ModelStreamInfer, Repository
@@ -47,9 +47,8 @@ SERVICES = tuple(
 )
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 REFLECTION = reflection.SERVICE_NAME
-# What is said of the server itself: at once, whatever is under way.
+PROBES = ("ServerLive", "ServerReady", "ModelReady")  # answered at once, whatever is under way
 LAST_SECONDS = 0.5  # for clients to hear of the end
-PROBES = ("ServerLive", "ServerReady", "ModelReady")
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ log = logging.getLogger(__name__)
 def reflect(_: Call, messages: Iterator[bytes]) -> Iterator[bytes]:
     """Answer questions for the definitions of services."""
     servicer = reflection.ReflectionServicer((*SERVICES, HEALTH, REFLECTION), pool=_describe())
-    requests = (read(reflection_pb2.ServerReflectionRequest.FromString, message) for message in messages)
+    requests = (parse_message(reflection_pb2.ServerReflectionRequest.FromString, message) for message in messages)
     for response in servicer.ServerReflectionInfo(requests, None):  # type: ignore[arg-type]
         yield response.SerializeToString()
 
@@ -186,8 +185,8 @@ class Server:
 
     def _reply(self, method: MethodDescriptor, function: Any) -> Unary:
         """Return a method that computes nothing."""
-        probes = method.name in PROBES or method.containing_service.full_name == HEALTH
-        return reply(function, GetMessageClass(method.input_type), None if probes else self._workers, not probes)
+        is_probe = method.name in PROBES or method.containing_service.full_name == HEALTH
+        return reply(function, GetMessageClass(method.input_type), None if is_probe else self._workers, not is_probe)
 
     def _stream(self, dialect: Any) -> Streaming:
         return Streaming(partial(self._streams.answer, dialect))

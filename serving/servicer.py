@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 
 from protos import classifier_pb2 as pb
-from serving.calls import Inference, Query, read
+from serving.calls import Inference, Query, parse_message
 from serving.engine import Images
 from serving.errors import InvalidRequest, ServingError, to_failure
 from serving.intake import Intake, to_priority
@@ -70,7 +70,7 @@ class ClassifyStream:
 
     def begin(self, item: Item) -> None:
         """Have a message answered, as a call."""
-        message = read(pb.ClassifyStreamRequest.FromString, item.payload)
+        message = parse_message(pb.ClassifyStreamRequest.FromString, item.payload)
         item.id = message.id
         if self._items.setdefault(item.id, item) is not item:
             raise InvalidRequest(f"id {item.id} is that of a request without an answer; choose another")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from bisect import bisect_left
@@ -46,12 +47,6 @@ class Duration:
         self.ns += sum(times)
         found = np.bincount(np.searchsorted(BOUNDS_NS, times), minlength=len(self.buckets))
         self.buckets = [mine + more for mine, more in zip(self.buckets, found.tolist(), strict=True)]
-
-    def merge(self, other: Duration) -> None:
-        """Count all that another one has."""
-        self.count += other.count
-        self.ns += other.ns
-        self.buckets = [mine + theirs for mine, theirs in zip(self.buckets, other.buckets, strict=True)]
 
 
 class Request:
@@ -98,11 +93,9 @@ class Observer(Protocol):
 
 @dataclass
 class Counts:
-    """What one process has answered with a model version, since it was loaded.
+    """What was answered with a model version, since it was loaded.
 
     Attributes:
-        model: Name of the model.
-        version: Of the model.
         images: Images answered.
         success: Requests answered, from unpacking to packing.
         fail: Requests refused or failed.
@@ -115,8 +108,6 @@ class Counts:
         last_ms: When the last request was answered, milliseconds since 1970.
     """
 
-    model: str = ""
-    version: int = 0
     images: int = 0
     success: Duration = field(default_factory=Duration)
     fail: Duration = field(default_factory=Duration)
@@ -128,20 +119,9 @@ class Counts:
     codes: dict[str, int] = field(default_factory=Counter)
     last_ms: int = 0
 
-    def merge(self, other: Counts) -> None:
-        """Add what another process has answered with the same version."""
-        self.images += other.images
-        for name in ("success", "fail", "queue", "decode", "compute", "respond"):
-            getattr(self, name).merge(getattr(other, name))
-        for size, duration in other.batches.items():
-            self.batches[size].merge(duration)
-        for code, count in other.codes.items():
-            self.codes[code] += count
-        self.last_ms = max(self.last_ms, other.last_ms)
-
 
 class Statistics:
-    """What this process answers with a model version; threads may share it.
+    """What is answered with a model version; threads may share it.
 
     Attributes:
         model: Name of the model.
@@ -154,7 +134,7 @@ class Statistics:
         self.model, self.version = model, version
         self.observer: Observer | None = None
         self._lock = threading.Lock()
-        self._counts = Counts(model, version)
+        self._counts = Counts()
         # Images, and the time in all, in the queue, for unpacking, computing and the rest, of those not counted yet.
         self._answered: deque[tuple[int, int, int, int, int, int]] = deque()
         self._last_ns = 0
@@ -198,11 +178,9 @@ class Statistics:
 
     def counts(self) -> Counts:
         """Return what was counted until now."""
-        counts = Counts(self.model, self.version)
         with self._lock:
             self._sum_up()
-            counts.merge(self._counts)
-        return counts
+            return copy.deepcopy(self._counts)
 
     def _sum_up(self) -> None:
         """Count what was answered since the last time; the lock is held."""

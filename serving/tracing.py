@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from resnet import BadInput
-from serving.errors import ServingError
+from serving.errors import Cancelled, InternalError, ServingError
 from serving.models import Model
 from serving.statistics import Request
 from serving.transports.call import Call, Methods, Streaming, Unary
@@ -68,8 +68,11 @@ class Tracing:
             error: ServingError | None = None
             try:
                 yield from streaming(call, messages)
-            except ServingError as raised:
-                error = raised
+            except GeneratorExit:
+                error = Cancelled("the caller went away")
+                raise
+            except Exception as raised:
+                error = raised if isinstance(raised, ServingError) else InternalError("the server failed")
                 raise
             finally:
                 _end(call.span, error)

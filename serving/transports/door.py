@@ -79,8 +79,3 @@ class Door:
         if len(call.payload) > allowed:
             return TooLarge(f"the request has {len(call.payload):,} bytes, more than the {allowed:,} allowed")
         return None
-
-
-def find_unary(methods: Methods) -> dict[str, Unary]:
-    """Return the methods with one request and one response."""
-    return {path: method for path, method in methods.items() if isinstance(method, Unary)}

@@ -47,8 +47,6 @@ log = logging.getLogger(__name__)
 class GrpcioTransport:
     """A server of grpcio, from `start` to `stop`."""
 
-    name = "grpcio"
-
     def __init__(self, door: Door, polled: bool | None = None) -> None:
         """Serve the methods of `door`.
 
@@ -107,19 +105,19 @@ def works() -> bool:
     """Say whether calls can be answered without a thread each: there is what is needed, and one call comes back."""
     version = tuple(map(int, grpc.__version__.split(".")[:2]))
     if version > TESTED or not all(hasattr(_server, name) for name in NEEDED):
-        log.warning("calls have a thread each, which is slower: grpcio %s was not tested without", grpc.__version__)
+        log.warning("calls have a thread each, which is slower: grpcio %s was not tried otherwise", grpc.__version__)
         return False
     path = "/resnet.Self/Test"
     door = Door({path: Unary(lambda call: call.respond(call.payload))}, Limits(), Tokens("localhost", None, None))
     transport = GrpcioTransport(door, polled=True)
-    port = transport.listen("127.0.0.1:0")
-    transport.start()
     try:
+        port = transport.listen("127.0.0.1:0")
+        transport.start()
         with grpc.insecure_channel(f"127.0.0.1:{port}", [("grpc.enable_http_proxy", 0)]) as channel:
             method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(path)
             return method(b"works", timeout=PATIENCE_SECONDS) == b"works"
-    except grpc.RpcError as error:
-        log.warning("calls have a thread each, which is slower: this grpcio answers %s otherwise", error.code().name)
+    except (BadInput, grpc.RpcError) as error:
+        log.warning("calls have a thread each, which is slower: otherwise this grpcio fails (%s)", error)
         return False
     finally:
         transport.stop(0)
@@ -133,7 +131,7 @@ def _handle(door: Door, path: str, method: Unary | Streaming, polled: bool) -> A
 
 
 class _ContextCall(Call):
-    """A call that knows of its caller by a context of grpcio's."""
+    """A call that knows of its caller by a context of grpcio's; as it is a stream, whose answers are what it yields."""
 
     def __init__(self, path: str, payload: bytes, context: Any) -> None:
         super().__init__(path, payload, context.invocation_metadata() or (), context.time_remaining())

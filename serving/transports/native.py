@@ -20,8 +20,8 @@ from typing import Any
 
 from resnet import BadInput
 from serving.errors import ServingError, Trailers, to_trailers
-from serving.transports.call import Call, Metadata
-from serving.transports.door import Door, find_unary
+from serving.transports.call import Call, Metadata, Unary
+from serving.transports.door import Door
 from serving.transports.grpcio import GrpcioTransport, cannot_listen
 from serving.transports.tls import Tls
 from serving.transports.unix import LONGEST
@@ -45,14 +45,12 @@ log = logging.getLogger(__name__)
 class NativeTransport:
     """A server of `pygrpc-native`, from `start` to `stop`, with one of grpcio behind it."""
 
-    name = "native"
-
     def __init__(self, door: Door) -> None:
         """Serve the methods of `door`."""
         self.door = door
-        self._methods = list(find_unary(door.methods).items())
+        self._methods = [(path, method) for path, method in door.methods.items() if isinstance(method, Unary)]
         self._calls: dict[int, _NativeCall] = {}
-        self._fallback = GrpcioTransport(door)
+        self._fallback = GrpcioTransport(door, polled=False)  # for streams, which have a thread each
 
     def listen(self, address: str, tls: Tls | None = None) -> int:
         """Listen on HOST:PORT or unix:PATH; return the port.
