@@ -64,10 +64,10 @@ def _classify(models: Path) -> tuple[int, int]:
     """Send every test image as a PNG file through a server; return how many were classified right, and of how many."""
     from PIL import Image
 
-    from benchmarks.process import serve
+    from benchmarks.harness.process import serve
     from export import repository
     from export.source import load_heldout
-    from serving.client import Client
+    from serving.client.client import Client
 
     images, labels = load_heldout(repository.latest(models / NAME))
     files = []

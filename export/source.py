@@ -222,7 +222,7 @@ def load_heldout(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
 
 def _load_data(name: str, size: int) -> Evidence:
     from training import data
-    from training.run import choose_calibration
+    from training.run_folder import choose_calibration
 
     dataset = data.load(name, size)
     everything = np.arange(len(dataset.test.labels))

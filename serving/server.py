@@ -17,27 +17,27 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from protos import POOL, classifier_pb2, inference_pb2, tensorflow_serving_pb2
-from serving.calls import Inference, parse_message, reply
-from serving.cores import count_cores
-from serving.health import Health
-from serving.inference import KServe, ModelStreamInfer, Repository
-from serving.intake import Intake
 from serving.limits import Limits
-from serving.models import Models
-from serving.prediction import Prediction
-from serving.servicer import Classifier, ClassifyStream
-from serving.stream import Streams
+from serving.models.registry import Models
+from serving.protocols.calls import Inference, parse_message, reply
+from serving.protocols.classifier import Classifier, ClassifyStream
+from serving.protocols.health import Health
+from serving.protocols.inputs import Intake
+from serving.protocols.kserve import KServe, ModelStreamInfer, Repository
+from serving.protocols.stream import Streams
+from serving.protocols.tfserving import Prediction
+from serving.runtimes.cores import count_cores
 from serving.transports import unix
 from serving.transports.auth import Tokens
 from serving.transports.call import Call, Methods, Streaming, Unary
 from serving.transports.choice import Transport, choose
-from serving.transports.door import Door
+from serving.transports.dispatcher import Door
 from serving.transports.grpcio import GrpcioTransport
 from serving.transports.native import NativeTransport
 from serving.transports.tls import Tls
 
 if TYPE_CHECKING:
-    from serving.tracing import Tracing
+    from serving.observability.tracing import Tracing
 
 SERVICE = classifier_pb2.DESCRIPTOR.services_by_name["Classifier"].full_name
 SERVICES = tuple(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from export.manifest import Manifest
-from training.command import start_tensorflow
+from training.commands.train import start_tensorflow
 
 os.environ["TF_XLA_FLAGS"] = ""  # the small networks of tests compile for longer than they train
 start_tensorflow()
@@ -120,12 +120,12 @@ def transport(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def address(repository: Path, transport: str) -> Iterator[str]:
     """A server of the model repository, on a free port."""
-    from serving import models
     from serving.limits import Limits
+    from serving.models import registry
     from serving.server import Server
 
-    model = models.load(repository / "digits" / "1", "cpu")
-    with Server(models.Models([model]), "127.0.0.1", 0, Limits(), transport=transport) as server:
+    model = registry.load(repository / "digits" / "1", "cpu")
+    with Server(registry.Models([model]), "127.0.0.1", 0, Limits(), transport=transport) as server:
         yield server.address
 
 

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from training.data import Split
-from training.run import Row, Run
+from training.run_folder import Row, Run
 
 
 def plot_curves(history: list[Row], run: Run) -> None:

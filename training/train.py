@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from resnet import BadInput
 from training import data, distribute, model
 from training.batches import WORKERS, Batches, TrainingBatches
+from training.checkpoints import Journal
 from training.data import Dataset, Split
-from training.journal import Journal
 from training.optimizer import compile_for
 from training.plots import plot_confusion, plot_mistakes
 from training.progress import Progress
 from training.recipes import Recipe
-from training.run import Row, Run
+from training.run_folder import Row, Run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ def train(
 
     Args:
         settings: Data set, architecture, recipe and seed.
-        folder: The run folder; see `training.run` for what it will hold.
+        folder: The run folder; see `training.run_folder` for what it will hold.
         resume: Continue the run that the folder holds after its last finished epoch.
         tensorboard: Also write the curves for TensorBoard, into the folder `tensorboard` of the run.
         strategy: See `training.distribute`; None trains on one device.

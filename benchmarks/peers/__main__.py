@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.environment import describe
+from benchmarks.harness.environment import describe
 from benchmarks.peers import environments
 from benchmarks.peers.catalog import PEERS, Peer, Served, choose
 from benchmarks.peers.race import COLUMNS, Row, as_dict, race, table
 from benchmarks.peers.systems import Images, Loop, Probabilities, Server
 from export import manifest, repository
 from resnet import BadInput
-from serving.engine import OnnxEngine
+from serving.runtimes.onnx import OnnxEngine
 
 LOOPS = ((1, 1), (32, 1), (32, 2))  # images at a time, sessions
 PRECISIONS = ("fp32", "fp16", "int8")

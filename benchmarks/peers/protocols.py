@@ -13,10 +13,10 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import h2load
-from benchmarks.load import Sample
+from benchmarks.load import h2load
+from benchmarks.load.samples import Sample
 from protos import inference_pb2 as pb
-from serving.channel import UNLIMITED
+from serving.client.channel import UNLIMITED
 
 Pixels = NDArray[np.float32]
 Probabilities = NDArray[np.float32]

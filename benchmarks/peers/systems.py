@@ -19,11 +19,11 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from benchmarks import load
-from benchmarks.load import Sample
+from benchmarks.harness.tree import Tree
+from benchmarks.load import samples
+from benchmarks.load.samples import Sample
 from benchmarks.peers.catalog import Peer, Served
 from benchmarks.peers.environments import last_line
-from benchmarks.tree import Tree
 from resnet import BadInput, CheckFailed
 
 ROOT = Path(__file__).parents[2]
@@ -153,7 +153,9 @@ class Loop:
 def _loop(path: Path, images: Images, sessions: int, threads: int, seconds: float) -> Sample:
     engines = _open(path, sessions, threads)
     name = engines[0].get_inputs()[0].name
-    return load.run(lambda number: engines[number % sessions].run(None, {name: images}), sessions, len(images), seconds)
+    return samples.run(
+        lambda number: engines[number % sessions].run(None, {name: images}), sessions, len(images), seconds
+    )
 
 
 @functools.cache

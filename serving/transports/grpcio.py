@@ -21,12 +21,12 @@ from typing import Any
 import grpc
 
 from resnet import BadInput
-from serving.calls import report
 from serving.errors import ServingError, Trailers, Unsupported, to_trailers
 from serving.limits import Limits
+from serving.protocols.calls import report
 from serving.transports.auth import Tokens
 from serving.transports.call import APART, Call, Streaming, Unary
-from serving.transports.door import Door
+from serving.transports.dispatcher import Door
 from serving.transports.tls import Tls
 
 try:

@@ -21,7 +21,7 @@ from typing import Any
 from resnet import BadInput
 from serving.errors import ServingError, Trailers, to_trailers
 from serving.transports.call import Call, Metadata, Unary
-from serving.transports.door import Door
+from serving.transports.dispatcher import Door
 from serving.transports.grpcio import GrpcioTransport, cannot_listen
 from serving.transports.tls import Tls
 from serving.transports.unix import LONGEST

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from export import convert, manifest, parity, source
+from export.commands.verify import verify
 from export.export import export
 from export.manifest import Variant
 from export.parity import BudgetError, RunError, ShapeError
-from export.verify import verify
 from resnet import BadInput, CheckFailed
 from tests.conftest import edit_manifest
 

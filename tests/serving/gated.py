@@ -12,14 +12,14 @@ import numpy as np
 
 from export import manifest
 from protos import classifier_pb2 as pb
-from serving import models
 from serving.batching import Batching
-from serving.engine import Images, Probabilities
 from serving.limits import Limits
-from serving.models import Model
+from serving.models import registry
+from serving.models.registry import Model
+from serving.runtimes.onnx import Images, Probabilities
 from serving.server import Server
 from serving.transports.choice import Transport
-from tests.serving.test_batcher import GatedEngine
+from tests.serving.scheduling.test_batcher import GatedEngine
 
 
 class Wide:
@@ -67,11 +67,11 @@ def start(
     engine = GatedEngine()
     engine.gate.release(2)
     about = manifest.read(repository / "digits" / "1")
-    model = models.start(about, Wide(engine), Batching(max_batch=max_batch, max_queue=max_queue))
+    model = registry.start(about, Wide(engine), Batching(max_batch=max_batch, max_queue=max_queue))
     for _ in range(2):
         engine.entered.acquire()
     engine.batches.clear()
-    server = Server(models.Models([model]), "127.0.0.1", 0, Limits(**limits), transport=transport)
+    server = Server(registry.Models([model]), "127.0.0.1", 0, Limits(**limits), transport=transport)
     try:
         yield Gated(engine, model, server)
     finally:

@@ -24,17 +24,18 @@ from protos import classifier_pb2 as pb
 from protos import inference_pb2
 from protos.classifier_pb2_grpc import ClassifierStub
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
-from serving import calls, models
-from serving.client import Client
-from serving.engine import Images, Probabilities
+from serving.client.client import Client
 from serving.errors import MAX_MESSAGE, REQUEST_ID, InternalError, NotFound, Overloaded
 from serving.limits import Limits
 from serving.logs import HumanFormatter, JsonFormatter, Tally
+from serving.models import registry
+from serving.protocols import calls
+from serving.runtimes.onnx import Images, Probabilities
 from serving.server import Server
 from tests.serving import gated
-from tests.serving.test_command import SERVE
+from tests.serving.test_app import SERVE
 
-CALLS = "serving.calls"
+CALLS = "serving.protocols.calls"
 IMAGE: Images = np.zeros((1, 32, 32, 3), np.uint8)
 
 
@@ -170,13 +171,13 @@ def test_a_bug_leaves_its_traceback_in_the_log_and_only_an_id_with_the_caller(
     repository: Path, lines: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once, whichever module it is in."""
-    model = models.start(models.read_checked(repository / "digits" / "1"), Broken())
-    with Server(models.Models([model]), "127.0.0.1", 0, Limits()) as server, Client(server.address) as client:
+    model = registry.start(registry.read_checked(repository / "digits" / "1"), Broken())
+    with Server(registry.Models([model]), "127.0.0.1", 0, Limits()) as server, Client(server.address) as client:
         with pytest.raises(InternalError, match="the engine failed"):
             client.classify(IMAGE)
         (line,) = lines.take()
         assert (line["level"], line["model"], line["code"]) == ("error", "digits", "INTERNAL")
-        monkeypatch.setattr(models.Models, "find", lambda *_: {}["bug"])
+        monkeypatch.setattr(registry.Models, "find", lambda *_: {}["bug"])
         with pytest.raises(InternalError, match="the server failed") as caught:
             client.classify(IMAGE)
     (line,) = lines.take()
@@ -200,7 +201,7 @@ def test_a_line_for_people_has_its_fields_at_the_end_and_a_traceback_below() -> 
 
 def test_refused_strangers_are_summed_up(repository: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The first is a line at once, many are no more than that."""
-    served = models.Models([models.load(repository / "digits" / "1", "cpu")])
+    served = registry.Models([registry.load(repository / "digits" / "1", "cpu")])
     with Server(served, "127.0.0.1", 0, Limits(), token="sesame") as server:
         for _ in range(5):
             fail(server.address)
@@ -268,8 +269,8 @@ def test_the_server_logs_json_and_keeps_its_words(
     assert {line["logger"] for line in lines} == {
         "serving.server",
         "serving.transports.auth",
-        "serving.tuning",
-        "serving.watcher",
+        "serving.runtimes.autotune",
+        "serving.models.watcher",
         CALLS,
     }
     assert lines[-1]["code"] == "OK"

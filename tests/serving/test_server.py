@@ -20,14 +20,15 @@ from export import manifest
 from protos import classifier_pb2 as pb
 from protos.classifier_pb2_grpc import ClassifierStub
 from resnet import BadInput
-from serving import errors, models
+from serving import errors
 from serving.batching import Batching
-from serving.client import AsyncClient, Client
-from serving.engine import Images, Probabilities
+from serving.client.client import AsyncClient, Client
 from serving.limits import Limits
+from serving.models import registry
+from serving.runtimes.onnx import Images, Probabilities
 from serving.server import SERVICE, Server
 from tests.conftest import edit_manifest
-from tests.serving.test_batcher import GatedEngine
+from tests.serving.scheduling.test_batcher import GatedEngine
 
 Heldout = tuple[NDArray[np.uint8], NDArray[np.int32]]
 
@@ -163,7 +164,7 @@ def test_the_client_refuses_pixels_that_are_no_bytes(client: Client) -> None:
 
 
 @pytest.fixture
-def gated(repository: Path, transport: str) -> Iterator[tuple[GatedEngine, models.Model, Server]]:
+def gated(repository: Path, transport: str) -> Iterator[tuple[GatedEngine, registry.Model, Server]]:
     """A server whose engine waits for the test."""
     about = manifest.read(repository / "digits" / "1")
     engine = GatedEngine()
@@ -177,17 +178,17 @@ def gated(repository: Path, transport: str) -> Iterator[tuple[GatedEngine, model
             return np.repeat(engine.run(images), 10, axis=1)
 
     engine.gate.release(2)
-    model = models.start(about, Wide(), Batching(max_batch=2, max_queue=2))
+    model = registry.start(about, Wide(), Batching(max_batch=2, max_queue=2))
     for _ in range(2):
         engine.entered.acquire()
     engine.batches.clear()
-    server = Server(models.Models([model]), "127.0.0.1", 0, Limits(), transport=transport)
+    server = Server(registry.Models([model]), "127.0.0.1", 0, Limits(), transport=transport)
     yield engine, model, server
     engine.gate.release(100)
     server.stop(0)
 
 
-def test_a_full_queue_is_told_to_the_client(gated: tuple[GatedEngine, models.Model, Server]) -> None:
+def test_a_full_queue_is_told_to_the_client(gated: tuple[GatedEngine, registry.Model, Server]) -> None:
     """RESOURCE_EXHAUSTED, with the time to try again."""
     engine, model, server = gated
     image = np.zeros((1, 32, 32, 3), np.uint8)
@@ -204,7 +205,7 @@ def test_a_full_queue_is_told_to_the_client(gated: tuple[GatedEngine, models.Mod
         assert (len(running.result().images), len(waiting.result().images)) == (1, 2)
 
 
-def test_a_request_that_was_given_up_is_never_computed(gated: tuple[GatedEngine, models.Model, Server]) -> None:
+def test_a_request_that_was_given_up_is_never_computed(gated: tuple[GatedEngine, registry.Model, Server]) -> None:
     """Neither one that was cancelled nor one whose deadline passed."""
     engine, model, server = gated
     with grpc.insecure_channel(server.address) as channel, ThreadPoolExecutor() as pool:
@@ -228,7 +229,7 @@ def test_a_request_that_was_given_up_is_never_computed(gated: tuple[GatedEngine,
     assert [len(batch) for batch in engine.batches] == [1, 1]
 
 
-def test_stopping_answers_what_is_under_way(gated: tuple[GatedEngine, models.Model, Server]) -> None:
+def test_stopping_answers_what_is_under_way(gated: tuple[GatedEngine, registry.Model, Server]) -> None:
     """Health says NOT_SERVING meanwhile, and new requests are refused as UNAVAILABLE."""
     engine, _, server = gated
     with Client(server.address) as client, ThreadPoolExecutor() as pool:
@@ -248,7 +249,7 @@ def test_stopping_answers_what_is_under_way(gated: tuple[GatedEngine, models.Mod
 
 
 def test_an_engine_that_fails_is_an_internal_error_without_details(
-    gated: tuple[GatedEngine, models.Model, Server],
+    gated: tuple[GatedEngine, registry.Model, Server],
 ) -> None:
     """The server lives on."""
     engine, _, server = gated
@@ -266,9 +267,9 @@ def test_two_models_are_told_apart_by_name(repository: Path, tmp_path: Path) -> 
     """With several models a request must name one."""
     shutil.copytree(repository / "digits", tmp_path / "numbers")
     edit_manifest(tmp_path / "numbers" / "1", lambda content: content.update(model="numbers"))
-    loaded = [models.load(folder / "1", "cpu") for folder in (repository / "digits", tmp_path / "numbers")]
+    loaded = [registry.load(folder / "1", "cpu") for folder in (repository / "digits", tmp_path / "numbers")]
     image = np.zeros((1, 32, 32, 3), np.uint8)
-    with Server(models.Models(loaded), "127.0.0.1", 0, Limits()) as server, Client(server.address) as client:
+    with Server(registry.Models(loaded), "127.0.0.1", 0, Limits()) as server, Client(server.address) as client:
         assert client.classify(image, model="numbers").model == "numbers"
         assert client.classify(image, model="digits", version=1).model == "digits"
         with pytest.raises(errors.InvalidRequest, match="name one of the models digits, numbers"):
@@ -278,7 +279,7 @@ def test_two_models_are_told_apart_by_name(repository: Path, tmp_path: Path) -> 
 def test_a_port_in_use_is_refused(address: str) -> None:
     """Two servers never share a port unseen."""
     with pytest.raises(BadInput, match="is the port in use, or"):
-        Server(models.Models([]), "127.0.0.1", int(address.rpartition(":")[2]), Limits())
+        Server(registry.Models([]), "127.0.0.1", int(address.rpartition(":")[2]), Limits())
 
 
 def test_a_version_that_does_not_hold_is_not_loaded(own_repository: Path) -> None:
@@ -291,14 +292,14 @@ def test_a_version_that_does_not_hold_is_not_loaded(own_repository: Path) -> Non
 
     edit_manifest(version, worsen, forge=False)
     with pytest.raises(BadInput, match="manifest.json was edited: its digest differs"):
-        models.load(version, "cpu")
+        registry.load(version, "cpu")
     edit_manifest(version, worsen)
     with pytest.raises(BadInput, match="the certificate of .* does not hold, the largest difference"):
-        models.load(version, "cpu")
+        registry.load(version, "cpu")
     (version / "manifest.json").write_text(good)
     (version / "variables" / "variables.index").write_bytes(b"")
     with pytest.raises(BadInput, match=r"variables.index is not the file that was exported"):
-        models.load(version, "cpu")
+        registry.load(version, "cpu")
 
 
 def test_cuda_that_is_not_there_is_refused(repository: Path) -> None:
@@ -308,7 +309,7 @@ def test_cuda_that_is_not_there_is_refused(repository: Path) -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
     with pytest.raises(BadInput, match="--device cuda: this onnxruntime has no CUDA"):
-        models.load(repository / "digits" / "1", "cuda")
-    assert models.load(repository / "digits" / "1", "auto").engine.provider == "CPUExecutionProvider"
+        registry.load(repository / "digits" / "1", "cuda")
+    assert registry.load(repository / "digits" / "1", "auto").engine.provider == "CPUExecutionProvider"
     with pytest.raises(BadInput, match="has no int8 variant; export it again with --precision fp32,int8"):
-        models.load(repository / "digits" / "1", "auto", precision="int8")
+        registry.load(repository / "digits" / "1", "auto", precision="int8")

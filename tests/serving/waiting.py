@@ -5,9 +5,9 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import Any
 
-from serving.batcher import Batcher
-from serving.engine import Images
-from serving.queue import Answer, Outcome
+from serving.runtimes.onnx import Images
+from serving.scheduling.batcher import Batcher
+from serving.scheduling.queue import Answer, Outcome
 
 
 def submit(batcher: Batcher, images: Images, *rest: Any, **options: Any) -> Answer:

@@ -25,7 +25,7 @@ ARGUMENTS = ["train", "--data=digits", "--model=tiny", "--epochs=3"]
 
 # Two devices on a machine that has one.
 DEVICES = """
-from training.command import start_tensorflow
+from training.commands.train import start_tensorflow
 import os
 os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"
 import tensorflow as tf

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.bombs import add_scans, add_text
+from tests.acceptance.bombs import add_scans, add_text
 from training.images import InvalidImage, decode
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 3), np.uint8)

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from training.family import PUBLISHED, parameters
+from training.commands.family import PUBLISHED, parameters
 from training.model import ARCHITECTURES, RESNETS, Architecture, build, residual_block
 
 

@@ -25,7 +25,7 @@ from training.batches import TrainingBatches
 from training.data import Dataset, Split
 from training.model import ARCHITECTURES
 from training.recipes import RECIPES
-from training.run import Run
+from training.run_folder import Run
 from training.train import Settings, _balance, train
 
 
@@ -276,7 +276,7 @@ def test_a_failed_write_keeps_the_file_that_was_there(tmp_path: Path) -> None:
 
 def test_large_evidence_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The held-out images stay within their limit, image and class together."""
-    monkeypatch.setattr("training.run.HELDOUT_BYTES", 12 * 10)
+    monkeypatch.setattr("training.run_folder.HELDOUT_BYTES", 12 * 10)
     images = np.arange(40, dtype=np.uint8).repeat(12).reshape(40, 2, 2, 3)
     split = Split(images, np.arange(40, dtype=np.int32))
     Run(tmp_path).write_evidence(Dataset("numbers", ("a", "b"), split, split))

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from benchmarks.load import Sample
+from benchmarks.harness.tree import Tree
+from benchmarks.load.samples import Sample
 from benchmarks.peers.race import COLUMNS, Figures, Row, race, table
-from benchmarks.tree import Tree
 from resnet import BadInput, CheckFailed
 
 

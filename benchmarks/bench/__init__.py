@@ -1,0 +1,1 @@
+"""`resnet bench`: every way to run one model version, side by side."""

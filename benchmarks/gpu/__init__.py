@@ -1,1 +1,0 @@
-"""What a GPU brings: proof, figures and training in one run of a few minutes; `python -m benchmarks.gpu` starts it."""

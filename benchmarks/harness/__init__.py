@@ -1,0 +1,1 @@
+"""Servers as processes, and the machine that they run on."""

@@ -1,0 +1,1 @@
+"""`resnet load`: load for any server, and what the server bore."""

@@ -1,0 +1,1 @@
+"""Measurements that are made once in a while: exports, GPUs, overload, MLPerf."""

@@ -1,0 +1,1 @@
+"""The commands of this stage: they parse and print; no other module imports them."""

@@ -1,0 +1,1 @@
+"""The models of a server: loaded and checked, held by name and version, replaced while requests run."""

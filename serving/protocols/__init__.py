@@ -1,0 +1,1 @@
+"""Messages to images, and probabilities to messages: what callers speak. Computes nothing and knows no socket."""

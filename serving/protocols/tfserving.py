@@ -1,0 +1,178 @@
+"""`tensorflow.serving.PredictionService` and `ModelService`, for the clients of TensorFlow Serving; without TensorFlow.
+
+A model has the signature `serving_default`, with its one input as DT_UINT8 or DT_FLOAT pixels of 0 to 255,
+[n, height, width, 3], or as DT_STRING, [n] encoded images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+
+from export.manifest import TensorSpec
+from protos import tensorflow_pb2 as tf
+from protos import tensorflow_serving_pb2 as pb
+from serving.errors import STATUSES, FailedPrecondition, InvalidRequest, Unsupported
+from serving.models.registry import Model, Models
+from serving.protocols.calls import Query
+from serving.protocols.inputs import Intake, to_bytes
+from serving.runtimes.onnx import Images
+from serving.scheduling.queue import Answer
+
+SIGNATURE, SIGNATURE_DEF, METHOD = "serving_default", "signature_def", "tensorflow/serving/predict"
+TYPES = {"uint8": tf.DT_UINT8, "float32": tf.DT_FLOAT}
+
+
+class Prediction:
+    """Reads requests of Predict, and answers the other methods."""
+
+    def __init__(self, models: Models, intake: Intake) -> None:
+        """Ask `models`, with images that `intake` takes."""
+        self._models, self._intake = models, intake
+
+    def parse(self, payload: bytes) -> pb.PredictRequest:
+        """Return the request that these bytes are."""
+        return pb.PredictRequest.FromString(payload)
+
+    def unpacks(self, request: pb.PredictRequest) -> bool:
+        """Say whether it holds encoded images."""
+        return any(tensor.dtype == tf.DT_STRING for tensor in request.inputs.values())
+
+    def find(self, request: pb.PredictRequest) -> Model:
+        """Return the model that it names."""
+        return _find(self._models, request.model_spec)
+
+    def read(self, request: pb.PredictRequest, model: Model) -> Query:
+        """Return what it asks the model."""
+        output = model.manifest.output.name
+        if list(request.output_filter) not in ([], [output]):
+            raise InvalidRequest(f"model {model.name!r} has one output, {output!r}; output_filter names others")
+        return Query(self._images(request, model), partial(_respond, model))
+
+    def GetModelMetadata(self, request: pb.GetModelMetadataRequest) -> pb.GetModelMetadataResponse:
+        """Describe the signature of a model."""
+        if list(request.metadata_field) != [SIGNATURE_DEF]:
+            raise InvalidRequest(f"metadata_field must be [{SIGNATURE_DEF!r}], not {list(request.metadata_field)}")
+        model = _find(self._models, request.model_spec)
+        taken, given = model.manifest.input, model.manifest.output
+        signature = tf.SignatureDef(
+            inputs={taken.name: _describe(taken)}, outputs={given.name: _describe(given)}, method_name=METHOD
+        )
+        response = pb.GetModelMetadataResponse(model_spec=_specify(model))
+        response.metadata[SIGNATURE_DEF].Pack(pb.SignatureDefMap(signature_def={SIGNATURE: signature}))
+        return response
+
+    def Classify(self, _: pb.ClassificationRequest) -> pb.ClassificationResponse:
+        """Refuse."""
+        raise Unsupported("Classify takes tf.Example records, which hold no images; call Predict")
+
+    def Regress(self, _: pb.RegressionRequest) -> pb.RegressionResponse:
+        """Refuse."""
+        raise Unsupported("the models are classifiers; call Predict")
+
+    def MultiInference(self, _: pb.MultiInferenceRequest) -> pb.MultiInferenceResponse:
+        """Refuse."""
+        raise Unsupported("MultiInference takes tf.Example records, which hold no images; call Predict")
+
+    def GetModelStatus(self, request: pb.GetModelStatusRequest) -> pb.GetModelStatusResponse:
+        """Say which versions of a model are served and which were refused, or what became of the one that is named."""
+        spec = request.model_spec
+        served = self._models.get(spec.name)
+        chosen = served.versions.keys() | served.refusals.keys()
+        match spec.WhichOneof("version_choice"):
+            case "version":
+                chosen &= {spec.version.value}
+            case "version_label":
+                chosen &= {_find(self._models, spec).version}
+        if not chosen:
+            chosen = {_find(self._models, spec).version}  # says what is wrong
+        return pb.GetModelStatusResponse(
+            model_version_status=[_tell(number, served.refusals.get(number)) for number in sorted(chosen)]
+        )
+
+    def _images(self, request: pb.PredictRequest, model: Model) -> Images:
+        """Return the pixels of the one input, in whichever form they came."""
+        wanted = model.manifest.input.name
+        if list(request.inputs) != [wanted]:
+            raise InvalidRequest(
+                f"model {model.name!r} takes one input, {wanted!r}; the request has {sorted(request.inputs)}"
+            )
+        tensor = request.inputs[wanted]
+        shape = [axis.size for axis in tensor.tensor_shape.dim]
+        # One value stands for all, but only where the shape is one that the intake takes.
+        fits = tuple(shape[1:]) == model.image_shape and 0 < shape[0] <= self._intake.max_images
+        size = math.prod(shape) if fits else 0
+        match tensor.dtype:
+            case tf.DT_STRING:
+                files = list(tensor.string_val)
+                if shape != [len(files)]:
+                    raise InvalidRequest(f"input {wanted!r} has the shape {shape}, but {len(files)} encoded images")
+                return self._intake.decode(files, model)
+            case tf.DT_UINT8:
+                data = tensor.tensor_content or _repeat(to_bytes(tensor.int_val), 1, size)
+                return self._intake.read(data, self._intake.expect(shape, "uint8", model))
+            case tf.DT_FLOAT:
+                values = np.array(tensor.float_val, "<f4").tobytes()
+                layout = self._intake.expect(shape, "float32", model)
+                return self._intake.read(tensor.tensor_content or _repeat(values, 4, size), layout)
+            case other:
+                raise InvalidRequest(f"input {wanted!r} is DT_UINT8, DT_FLOAT or DT_STRING, not of dtype {other}")
+
+
+def _respond(model: Model, answer: Answer, _: int) -> bytes:
+    probabilities = answer.probabilities
+    found = tf.TensorProto(
+        dtype=tf.DT_FLOAT, tensor_shape=_shape(probabilities.shape), float_val=probabilities.ravel().tolist()
+    )
+    return pb.PredictResponse(
+        outputs={model.manifest.output.name: found}, model_spec=_specify(model)
+    ).SerializeToString()
+
+
+def _tell(version: int, refusal: str | None) -> pb.ModelVersionStatus:
+    state = pb.ModelVersionStatus
+    if refusal is None:
+        return state(version=version, state=state.AVAILABLE, status=pb.StatusProto())
+    status = pb.StatusProto(error_code=STATUSES[FailedPrecondition].code, error_message=refusal)
+    return state(version=version, state=state.END, status=status)
+
+
+def _find(models: Models, spec: pb.ModelSpec) -> Model:
+    if spec.signature_name not in ("", SIGNATURE):
+        raise FailedPrecondition(f"there is no signature {spec.signature_name!r}; models have {SIGNATURE!r}")
+    match spec.WhichOneof("version_choice"):
+        case "version":
+            number = spec.version.value
+            if number < 1:
+                raise InvalidRequest(f"the version is {number}; versions begin with 1, and none means the latest")
+            return models.find(spec.name, number)
+        case "version_label":
+            label = spec.version_label
+            # So does perf_analyzer name a version; Python refuses 4301 digits.
+            if label.isascii() and label.isdecimal() and len(label) < 20 and int(label):
+                return models.find(spec.name, int(label))
+            return models.find(spec.name, label=label)
+        case _:
+            return models.find(spec.name)
+
+
+def _specify(model: Model) -> pb.ModelSpec:
+    spec = pb.ModelSpec(name=model.name, signature_name=SIGNATURE)
+    spec.version.value = model.version
+    return spec
+
+
+def _describe(spec: TensorSpec) -> tf.TensorInfo:
+    return tf.TensorInfo(name=f"{spec.name}:0", dtype=TYPES[spec.dtype], tensor_shape=_shape(spec.shape))
+
+
+def _shape(sizes: Sequence[int]) -> tf.TensorShapeProto:
+    return tf.TensorShapeProto(dim=[tf.TensorShapeProto.Dim(size=size) for size in sizes])
+
+
+def _repeat(data: bytes, item: int, size: int) -> bytes:
+    """Return copies for `size` values if `data` holds just one, of `item` bytes; else `data` as it is."""
+    return data * size if len(data) == item and size else data

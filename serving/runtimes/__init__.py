@@ -1,0 +1,1 @@
+"""What computes a batch: onnxruntime, OpenVINO, CUDA, and the choice among them."""

@@ -1,0 +1,342 @@
+"""Finding out how this machine's CPU computes a model fastest: measured once, kept in the user's cache folder.
+
+Every way of `serving.runtimes.plan` computes batches of 1, 2, 4, ... images in turn, for a few seconds. For each size the
+fastest is chosen, if it is clearly faster than the simpler ones; what it took is the first cost curve of the model.
+OpenVINO is not what the export proved: it is held against the certificate of the version before it is chosen.
+
+A version that appears while others are served is measured beside their load. `resnet tune` does it beforehand, or again
+where the machine was busy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from export import parity
+from export.manifest import Budget, Certificate, Manifest, Variant
+from export.speed import name_cpu
+from resnet import BadInput
+from serving.runtimes import openvino
+from serving.runtimes.cores import count_cores
+from serving.runtimes.cost import CostCurve
+from serving.runtimes.onnx import ConcurrentEngine, Engine, Images, OnnxEngine, Probabilities, SizedEngine
+from serving.runtimes.plan import Way, describe
+
+FORMAT = 3
+WARM_UP_SECONDS = 1.0  # after which no larger batches are tried: they cost in proportion
+ROUNDS, SECONDS = 15, 3.0  # of measuring, whichever ends first
+# By which another way must be faster, for more threads, and of another runtime. Quiet measurements flatter the first:
+# in a busy server more threads wait for cores that take requests in.
+MARGIN, RUNTIME_MARGIN = 0.25, 0.10
+# The same for threads that spin. They are for a single image, when nothing else waits: with larger batches they took
+# the cores from requests on their way, and 8 callers got 8 % fewer answers.
+SPINS_MARGIN = 0.30
+PROOF_IMAGES = 256  # at each batch size
+
+log = logging.getLogger(__name__)
+
+
+class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What figures hold for: with anything else they are measured again.
+
+    Attributes:
+        format: Version of this format.
+        model: SHA-256 of the file.
+        budget: What its answers may differ by.
+        cpu: Name of the processor.
+        ways: Those to choose from; they tell how many cores there are.
+        max_batch: The largest batch.
+        versions: Of the runtimes, by name.
+    """
+
+    format: int
+    model: str
+    budget: Budget
+    cpu: str
+    ways: list[Way]
+    max_batch: int
+    versions: dict[str, str | None]
+
+    @property
+    def path(self) -> Path:
+        """Where the cache keeps what was measured in this setting."""
+        key = hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
+        return _cache() / "resnet" / "tuning" / f"{key}.json"
+
+
+class Tuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What was measured, and what follows from it.
+
+    Attributes:
+        setting: What it holds for.
+        ways: What could be tried, the simplest first.
+        ns: Nanoseconds of a batch in each of the ways, by its number of images.
+        plan: The way for each batch, by the largest that it is for; the last one is for larger ones too.
+        refusals: Why a runtime is not used, by its name.
+    """
+
+    setting: Setting
+    ways: list[Way]
+    ns: dict[int, list[int]]
+    plan: dict[int, Way]
+    refusals: dict[str, str]
+
+    def __str__(self) -> str:
+        return describe(self.plan)
+
+    @property
+    def spare(self) -> int:
+        """How many batches may be computed beside another, each by one core."""
+        *_, largest = self.plan.values()
+        return count_cores() - 1 if largest.runtime == "onnxruntime" else 0
+
+    def curve(self) -> CostCurve:
+        """Return what batches cost by this plan."""
+        return CostCurve({images: self.ns[images][self.ways.index(way)] for images, way in self.plan.items()})
+
+    def build(self, path: Path, manifest: Manifest) -> Engine:
+        """Return the engine that follows the plan; what it has no use for is not loaded."""
+        engines = {way: way.build(path, manifest) for way in dict.fromkeys(self.plan.values())}
+        engine: Engine = SizedEngine({images: engines[way] for images, way in self.plan.items()})
+        if any(way.runtime == "openvino" for way in engines):
+            # It compiles for every new size, which is tens of milliseconds that no request should wait for.
+            for images in range(1, self.setting.max_batch + 1):
+                engine.run(np.zeros((images, *manifest.input.shape[1:]), np.uint8))
+        if not self.spare:
+            return engine
+        single = Way("onnxruntime", 1)
+        return ConcurrentEngine(engine, engines.get(single) or single.build(path, manifest))
+
+
+class Found(NamedTuple):
+    """A tuning, and whether it was in the cache."""
+
+    tuning: Tuning
+    cached: bool
+
+
+def tune(
+    folder: Path, manifest: Manifest, variant: Variant, max_batch: int, ways: list[Way], again: bool = False
+) -> Found:
+    """Measure how to compute a variant fastest, or look it up.
+
+    Args:
+        folder: That of the version.
+        manifest: The version's.
+        variant: One of its ONNX files.
+        max_batch: The largest batch.
+        ways: Those to choose from, the simplest first.
+        again: Measure, whatever the cache has.
+
+    Raises:
+        BadInput: The only runtime that may be used cannot load the file, or answers outside of the certified budget.
+    """
+    versions = {"onnxruntime": onnxruntime.__version__, "openvino": openvino.find_version()}
+    model = manifest.files[variant.path]
+    setting = Setting(FORMAT, model, variant.budget, name_cpu(), ways, max_batch, versions)
+    known = None if again else _read(setting)
+    if known is not None:
+        return Found(known, cached=True)
+    log.info("%s/%d: measuring for some seconds how this machine computes it fastest", manifest.model, manifest.version)
+    found = _find(folder, manifest, variant, setting)
+    _write(found)
+    return Found(found, cached=False)
+
+
+def measure(
+    engines: Sequence[Engine], batches: Sequence[Images], clock: Callable[[], int] = time.perf_counter_ns
+) -> dict[int, list[int]]:
+    """Return the least nanoseconds that each engine took for a batch, by its number of images.
+
+    A round runs all sizes and engines in turn, so that what else the machine does meets all of them, and sizes change
+    as they do while serving. The least counts: others only ever add to it. Of a slow model large batches are left out.
+
+    Args:
+        engines: Any number.
+        batches: uint8 [n, height, width, 3] each, ascending.
+        clock: Tells nanoseconds.
+    """
+
+    def run(batch: Images) -> list[int]:
+        times = []
+        for engine in engines:
+            started = clock()
+            engine.run(batch)
+            times.append(clock() - started)
+        return times
+
+    kept: list[Images] = []
+    end = clock() + int(WARM_UP_SECONDS * 1e9)
+    for batch in batches:  # the first run of a size allocates its memory
+        run(batch)
+        kept.append(batch)
+        if clock() > end:
+            break
+    end = clock() + int(SECONDS * 1e9)
+    least = {len(batch): run(batch) for batch in kept}
+    for _ in range(1, ROUNDS):
+        if clock() > end:
+            break
+        for batch in kept:
+            least[len(batch)] = list(map(min, least[len(batch)], run(batch)))
+    return least
+
+
+def choose(ways: Sequence[Way], ns: Mapping[int, Sequence[int]]) -> dict[int, Way]:
+    """Return the way for each size of batch: another one than for the size below only if it is clearly faster.
+
+    Threads spin for a single image only.
+
+    Args:
+        ways: Those to choose from, the simplest first: the one to beat at the smallest size.
+        ns: What a batch takes in each of them, by its number of images, ascending.
+    """
+    plan = {}
+    at = 0
+    for images, row in ns.items():
+        for other, took in enumerate(row):
+            if not ways[other].spins and took < (1 - _margin(ways[at], ways[other])) * row[at]:
+                at = other
+        plan[images] = ways[at]
+        if images == 1:
+            quick = [way for way, took in zip(ways, row, strict=True) if took < (1 - SPINS_MARGIN) * row[at]]
+            plan[images] = next((way for way in quick if way.spins), ways[at])
+    return plan
+
+
+def _margin(way: Way, other: Way) -> float:
+    """Return by how much another way must be faster to be taken."""
+    return MARGIN if other.runtime == way.runtime else RUNTIME_MARGIN
+
+
+def find_violations(
+    engine: Engine,
+    reference: Engine,
+    heldout: tuple[Images, NDArray[np.int32]],
+    certificate: Certificate,
+    variant: Variant,
+    sizes: Collection[int],
+) -> list[str]:
+    """Return a clause for each figure of an engine that is outside of the variant's certified budget.
+
+    Args:
+        engine: The one to prove.
+        reference: onnxruntime, of which the certificate says how close it is to the original.
+        heldout: Images that neither was trained on, and their classes.
+        certificate: The version's.
+        variant: Which both run.
+        sizes: Of batches.
+    """
+    images, labels = heldout
+    expected = _run(reference, images, max(sizes))
+    rows = [parity.compare(expected, _run(engine, images, size), labels, size, variant.budget.tie) for size in sizes]
+    # What the reference has lost already is part of the budget.
+    lost = certificate.accuracy - min(row.accuracy for row in variant.rows)
+    accuracy = float(np.mean(expected.argmax(axis=1) == labels)) + lost
+    return list(msgspec.structs.replace(variant, rows=rows).violations(len(images), accuracy))
+
+
+def _run(engine: Engine, images: Images, size: int) -> Probabilities:
+    return np.concatenate([engine.run(images[start : start + size]) for start in range(0, len(images), size)])
+
+
+def _find(folder: Path, manifest: Manifest, variant: Variant, setting: Setting) -> Tuning:
+    """Measure all ways, choose, and prove what was chosen; every engine is gone afterwards."""
+    path = folder / variant.path
+    engines, refusals = _load(path, manifest, setting.ways)
+    ways = list(engines)
+    ns = measure(list(engines.values()), _batches(manifest, setting.max_batch))
+    plan = _plan(path, ways, ns, refusals)
+    doubtful = [way for way in dict.fromkeys(plan.values()) if way.runtime != "onnxruntime"]
+    if doubtful:
+        reference = OnnxEngine(path, manifest)
+        heldout = _load_heldout(folder)
+        for way in doubtful:
+            sizes = [images for images, chosen in plan.items() if chosen == way]
+            violations = find_violations(engines[way], reference, heldout, manifest.certificate, variant, sizes)
+            if violations:
+                refusals[way.runtime] = "; ".join(violations)
+        plan = _plan(path, ways, ns, refusals)
+    return Tuning(setting, ways, ns, plan, refusals)
+
+
+def _load(path: Path, manifest: Manifest, ways: Sequence[Way]) -> tuple[dict[Way, Engine], dict[str, str]]:
+    """Return the engines of those ways that can be loaded, and why a runtime cannot."""
+    engines: dict[Way, Engine] = {}
+    refusals: dict[str, str] = {}
+    for way in ways:
+        try:
+            engines[way] = way.build(path, manifest)
+        except BadInput as error:
+            refusals[way.runtime] = str(error)
+    return engines, refusals
+
+
+def _load_heldout(folder: Path) -> tuple[Images, NDArray[np.int32]]:
+    """Return `PROOF_IMAGES` of the held-out images of a version, from all over them, and their classes."""
+    with np.load(folder / "heldout.npz") as arrays:
+        images, labels = arrays["images"], arrays["labels"]
+    chosen = np.linspace(0, len(images) - 1, min(len(images), PROOF_IMAGES)).astype(int)
+    return images[chosen], labels[chosen]
+
+
+def _batches(manifest: Manifest, max_batch: int) -> list[Images]:
+    """Return batches of 1, 2, 4, ... and `max_batch` images of noise."""
+    pixels = np.random.default_rng(0).integers(0, 256, (max_batch, *manifest.input.shape[1:]), np.uint8)
+    return [pixels[:size] for size in sorted({1 << power for power in range(max_batch.bit_length())} | {max_batch})]
+
+
+def _plan(
+    path: Path, ways: Sequence[Way], ns: Mapping[int, Sequence[int]], refusals: Mapping[str, str]
+) -> dict[int, Way]:
+    """Return the way for each size, of those whose runtime was not refused."""
+    allowed = [at for at, way in enumerate(ways) if way.runtime not in refusals]
+    if not allowed:
+        raise BadInput(f"{path} cannot be served so, choose another --runtime: {'; '.join(refusals.values())}")
+    return choose([ways[at] for at in allowed], {images: [row[at] for at in allowed] for images, row in ns.items()})
+
+
+def _cache() -> Path:
+    """Return the user's cache folder; one that cannot be written, for a user without a home."""
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"])
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:
+        return Path("/.cache")
+
+
+def _read(setting: Setting) -> Tuning | None:
+    """Return what the cache has, None if it has nothing that can be used."""
+    path = setting.path
+    try:
+        known = msgspec.json.decode(path.read_bytes(), type=Tuning)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        log.warning("%s cannot be used (%s); the model is measured again", path, error)
+        return None
+    return known if known.setting == setting else None
+
+
+def _write(tuning: Tuning) -> None:
+    """Keep what was measured, whole or not at all."""
+    path = tuning.setting.path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_bytes(msgspec.json.format(msgspec.json.encode(tuning), indent=2))
+        part.replace(path)
+    except OSError as error:
+        log.warning("%s cannot be written (%s); the model will be measured at each start", path, error.strerror)

@@ -1,0 +1,1 @@
+"""From waiting requests to batches: the queue, admission, and the batcher."""

@@ -1,0 +1,83 @@
+"""Kill exports at random moments, and look whether anything half-done is ever visible.
+
+  python -m tests.acceptance.kills demo/runs/digits
+
+Each export runs in a process of its own and is killed (SIGKILL) at a moment drawn from the time that one takes; the
+first and the last one are left alone. After every kill all versions that can be seen must be whole: the manifest is
+valid, every file is there with its hash, the certificate holds. The last line of the output is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from export import manifest, repository
+from resnet import CheckFailed
+
+EXPORT = [sys.executable, "-c", "import sys, resnet; sys.exit(resnet.main())", "export"]
+
+
+def main() -> None:
+    """Kill as often as asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("--kills", type=int, default=50, help="(default: 50)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    args = parser.parse_args()
+    print(json.dumps(kill(args.run, args.kills, args.seed)))
+
+
+def kill(run: Path, kills: int, seed: int) -> dict[str, float]:
+    """Return how many exports were killed, how many of them had published, and how much rubbish `prune` removed.
+
+    Raises:
+        CheckFailed: A version that can be seen is not whole.
+    """
+    moments = random.Random(seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        model = Path(temporary) / "models" / "digits"
+        started = time.perf_counter()
+        _start(run, model).wait()
+        seconds = time.perf_counter() - started
+        killed = left = 0
+        for number in range(kills):
+            process = _start(run, model)
+            try:
+                process.wait(moments.uniform(0, seconds))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                killed += 1
+            check(model)
+            left = len(list(model.glob(f"{repository.STAGING}*")))
+            print(f"{number + 1} of {kills}: {len(repository.versions(model))} versions, {left} left over", flush=True)
+        removed = len(list(repository.prune(model, keep=kills + 2)))
+        _start(run, model).wait()
+        check(model)
+        versions = len(repository.versions(model))
+    return {"seconds": round(seconds, 1), "killed": killed, "left over": left, "pruned": removed, "versions": versions}
+
+
+def check(model: Path) -> None:
+    """Raise `CheckFailed` if a visible version is not whole."""
+    for number in repository.versions(model):
+        found = manifest.read(model / str(number))
+        problems = [*manifest.changed_files(model / str(number), found), *found.certificate.violations()]
+        if problems:
+            raise CheckFailed(f"{model / str(number)} is half-done: {'; '.join(problems)}")
+
+
+def _start(run: Path, model: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([*EXPORT, str(run), "--to", str(model)], stdout=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    main()

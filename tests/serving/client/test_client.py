@@ -1,0 +1,523 @@
+"""The clients, against real servers: several, full, slow, dying, and one that says what the test wants."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from benchmarks.harness.process import serve
+from protos import classifier_pb2 as pb
+from protos.classifier_pb2_grpc import ClassifierServicer, add_ClassifierServicer_to_server
+from serving.batching import Batching
+from serving.client.client import Answer, AsyncClient, Client, Result, Tls
+from serving.client.stream import PORTION_IMAGES, PORTIONS
+from serving.errors import (
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    ServingError,
+    Unavailable,
+    to_failure,
+    to_trailers,
+)
+from serving.limits import Limits
+from serving.models import registry
+from serving.runtimes.cost import CostCurve
+from serving.server import Server
+from serving.transports.grpcio import CODES
+from tests.serving import gated
+from tests.serving.gated import pixels
+
+Heldout = tuple[NDArray[np.uint8], NDArray[np.int32]]
+Encode = Callable[[NDArray[np.uint8]], bytes]
+
+
+@pytest.fixture
+def start(repository: Path, transport: str) -> Iterator[Callable[..., tuple[Server, registry.Model]]]:
+    """Starts servers of the digits, and stops them in the end."""
+    servers: list[Server] = []
+
+    def begin(max_queue: int = 1024) -> tuple[Server, registry.Model]:
+        model = registry.load(repository / "digits" / "1", "cpu", Batching(max_queue=max_queue))
+        servers.append(Server(registry.Models([model]), "127.0.0.1", 0, Limits(), transport=transport))
+        return servers[-1], model
+
+    yield begin
+    for server in servers:
+        server.stop(0)
+
+
+def check(answer: Answer, expected: NDArray[np.float32]) -> None:
+    """Hold an answer with all classes against the probabilities of the original, image by image."""
+    assert len(answer.images) == len(expected)
+    for classes, row in zip(answer.images, expected, strict=True):
+        np.testing.assert_allclose(
+            [item.probability for item in classes], row[[item.index for item in classes]], atol=1e-5
+        )
+
+
+def expect(result: Result) -> Answer:
+    """Return an answer, which it must be."""
+    assert isinstance(result, Answer)
+    return result
+
+
+# Many images
+
+
+@pytest.mark.parametrize("form", ["pixels", "files"])
+def test_more_images_than_a_request_takes_become_one_answer(
+    form: str, address: str, heldout: Heldout, probabilities: NDArray[np.float32], png: Encode
+) -> None:
+    """In their order, equal to the original; for threads and for asyncio."""
+    images = heldout[0] if form == "pixels" else [png(image) for image in heldout[0]]
+    assert len(images) > 256
+    with Client(address) as client:
+        answer = client.classify(images, top_k=10)
+    assert (answer.model, answer.version) == ("digits", 1)
+    assert min(answer.decode_ns, answer.queue_ns, answer.compute_ns, answer.batch_size) > 0
+    check(answer, probabilities)
+
+    async def ask() -> Answer:
+        async with AsyncClient(address) as client:
+            return await client.classify(images, top_k=10)
+
+    check(asyncio.run(ask()), probabilities)
+
+
+def test_each_image_of_a_source_gets_its_answer(
+    address: str, heldout: Heldout, probabilities: NDArray[np.float32], png: Encode
+) -> None:
+    """In order, from any iterable, files and pixels mixed; for asyncio from its own kind too."""
+    mixed = [png(image) if number % 50 < 20 else image for number, image in enumerate(heldout[0])]
+    with Client(address) as client:
+        for result, expected in zip(client.classify_each(iter(mixed), top_k=10), probabilities, strict=True):
+            check(expect(result), expected[None])
+        assert list(client.classify_each([])) == []
+
+    async def flow() -> AsyncIterator[bytes | NDArray[np.uint8]]:
+        for image in mixed:
+            yield image
+
+    async def ask() -> None:
+        async with AsyncClient(address) as client:
+            for source in (mixed, flow()):
+                found = [result async for result in client.classify_each(source, top_k=10)]
+                for result, expected in zip(found, probabilities, strict=True):
+                    check(expect(result), expected[None])
+
+    asyncio.run(ask())
+
+
+def test_a_source_without_end_is_read_as_answers_come(address: str) -> None:
+    """No further ahead than a bound; who stops listening ends it."""
+    taken = 0
+
+    def count() -> Iterator[NDArray[np.uint8]]:
+        nonlocal taken
+        for taken in itertools.count(1):
+            yield pixels(taken % 256)[0]
+
+    with Client(address) as client:
+        results = client.classify_each(count())
+        for number in range(1, 500):
+            assert expect(next(results)).images
+            assert taken <= number + PORTION_IMAGES * (PORTIONS + 1)
+        results.close()  # type: ignore[attr-defined]
+        assert client.classify(pixels(1)).images
+
+
+def test_an_image_at_fault_takes_only_its_own_place(address: str, heldout: Heldout, png: Encode) -> None:
+    """Among many, classify_each says which and goes on; classify says which and raises."""
+    files = [png(image) for image in heldout[0][:300]]
+    with Client(address) as client:
+        good = [expect(result).images for result in client.classify_each(files)]
+        for place in (0, 70, 71, 299):
+            files[place] = b"x"
+        results = list(client.classify_each(files))
+        with pytest.raises(InvalidRequest, match="image 0 is not a JPEG or PNG") as failure:
+            client.classify(files)
+        assert failure.value.image == 0
+
+    async def ask() -> list[Result]:
+        async with AsyncClient(address) as client:
+            with pytest.raises(InvalidRequest, match="image 0 is not a JPEG or PNG"):
+                await client.classify(files)
+            return [result async for result in client.classify_each(files)]
+
+    for found in (results, asyncio.run(ask())):
+        assert [place for place, result in enumerate(found) if isinstance(result, InvalidRequest)] == [0, 70, 71, 299]
+        for place, result in enumerate(found):
+            if isinstance(result, InvalidRequest):
+                assert (result.image, str(result)) == (place, f"image {place} is not a JPEG or PNG image")
+            else:
+                assert [item.index for item in result.images[0]] == [item.index for item in good[place][0]]
+
+
+def test_what_is_wrong_with_the_question_is_raised(address: str) -> None:
+    """Before any answer, or instead of one; as is what the source itself raises."""
+    images = pixels(*range(40))
+    with Client(address) as client:
+        with pytest.raises(NotFound, match="no model 'cats'"):
+            next(client.classify_each(images, model="cats"))
+        with pytest.raises(InvalidRequest, match="top_k is 99"):
+            next(client.classify_each(images, top_k=99))
+        with pytest.raises(InvalidRequest, match="shape is"):
+            next(client.classify_each(images[:, :5]))
+        with pytest.raises(TypeError, match="must be uint8"):
+            next(client.classify_each(images.astype(float)))  # type: ignore[arg-type]
+        with pytest.raises(KeyError):
+            next(client.classify_each({}[number] for number in range(3)))
+
+
+def test_a_stream_is_as_fast_as_a_queue_that_holds_less(
+    start: Callable[..., tuple[Server, registry.Model]], heldout: Heldout, probabilities: NDArray[np.float32]
+) -> None:
+    """What the queue has no room for waits for the answers that are under way: no retries are needed for it."""
+    server, _ = start(max_queue=PORTION_IMAGES)
+    with Client(server.address, retries=0) as client:
+        check(client.classify(np.concatenate([heldout[0]] * 3), top_k=10), np.concatenate([probabilities] * 3))
+
+
+# Full queues
+
+
+@pytest.fixture
+def full(repository: Path) -> Iterator[gated.Gated]:
+    """A server with an image under way and a full queue, which expects to be rid of it in 600 ms."""
+    with (
+        gated.start(repository, max_batch=2, max_queue=2) as server,
+        ThreadPoolExecutor() as pool,
+        Client(server.address) as client,
+    ):
+        running = pool.submit(client.classify, pixels(1))
+        server.engine.entered.acquire()
+        waiting = pool.submit(client.classify, pixels(2, 3))
+        server.await_queued(2)
+        server.model.batcher.curve = CostCurve({2: 6e8})
+        yield server
+        server.engine.gate.release(100)
+        assert (len(running.result().images), len(waiting.result().images)) == (1, 2)
+
+
+def test_a_refused_request_is_tried_again_when_the_server_says(full: gated.Gated) -> None:
+    """Not before, and with success."""
+    with Client(full.address) as client, ThreadPoolExecutor() as pool:
+        began = time.monotonic()
+        again = pool.submit(client.classify, pixels(4))
+        full.await_code("RESOURCE_EXHAUSTED")
+        full.engine.gate.release(10)
+        assert again.result().images[0][0].probability == 4
+        assert time.monotonic() - began >= 0.6
+    assert full.model.statistics.counts().codes["RESOURCE_EXHAUSTED"] == 1
+
+
+def test_a_refused_stream_is_tried_again_when_the_server_says(full: gated.Gated) -> None:
+    """As a request is; for asyncio too."""
+
+    async def ask() -> list[Result]:
+        async with AsyncClient(full.address) as client:
+            return [result async for result in client.classify_each(pixels(5))]
+
+    with Client(full.address) as client, ThreadPoolExecutor() as pool:
+        began = time.monotonic()
+        again = pool.submit(lambda: list(client.classify_each(pixels(4))))
+        other = pool.submit(asyncio.run, ask())
+        full.await_code("RESOURCE_EXHAUSTED", 2)
+        full.engine.gate.release(10)
+        values = [expect(result).images[0][0].probability for result in (*again.result(), *other.result())]
+        assert values == [4, 5]
+        assert time.monotonic() - began >= 0.6
+    assert full.model.statistics.counts().codes["RESOURCE_EXHAUSTED"] == 2
+
+
+def test_the_deadline_counts_all_attempts(full: gated.Gated) -> None:
+    """A pause that would outlast it is cut short."""
+    full.model.batcher.curve = CostCurve({2: 2e12})
+    with Client(full.address) as client:
+        with pytest.raises(DeadlineExceeded):
+            client.classify(pixels(4), timeout=0.3)
+        with pytest.raises(DeadlineExceeded):
+            client.classify(pixels(*range(256), 1), timeout=0.3)
+
+    async def ask() -> None:
+        async with AsyncClient(full.address) as client:
+            with pytest.raises(DeadlineExceeded):
+                await client.classify(pixels(4), timeout=0.3)
+            with pytest.raises(DeadlineExceeded):
+                await client.classify(pixels(*range(256), 1), timeout=0.3)
+
+    asyncio.run(ask())
+
+
+def test_without_retries_a_refusal_is_raised_at_once(full: gated.Gated) -> None:
+    """With the time to try again."""
+    with Client(full.address, retries=0) as client:
+        for ask in (client.classify, lambda images: next(client.classify_each(images))):
+            with pytest.raises(Overloaded) as refusal:
+                ask(pixels(4))  # type: ignore[operator]
+            assert refusal.value.retry_ms == 601
+    assert full.model.statistics.counts().codes["RESOURCE_EXHAUSTED"] == 2
+
+
+# A server that says what the test wants
+
+
+Reply = ServingError | int
+"""An error; or the version of the model that answers."""
+
+
+class Scripted(ClassifierServicer):
+    """Gives the replies of a script, one for each request."""
+
+    def __init__(self, replies: list[Reply]) -> None:
+        self._replies = iter(replies)
+        self.requests = 0
+
+    def Classify(self, request: pb.ClassifyRequest, context: grpc.ServicerContext) -> pb.ClassifyResponse:
+        """Answer as the script says."""
+        self.requests += 1
+        reply = next(self._replies)
+        if isinstance(reply, ServingError):
+            context.set_trailing_metadata(to_trailers(reply))
+            context.abort(CODES[reply.status.code], str(reply))
+        return answer(request, reply)
+
+    def ClassifyStream(
+        self, request_iterator: Iterator[pb.ClassifyStreamRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.ClassifyStreamResponse]:
+        """Answer each as the script says; Unavailable ends the call, DeadlineExceeded is no answer at all."""
+        for item in request_iterator:
+            self.requests += 1
+            match next(self._replies):
+                case Unavailable():
+                    context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+                case DeadlineExceeded():
+                    pass
+                case ServingError() as error:
+                    yield pb.ClassifyStreamResponse(id=item.id, failure=to_failure(error))
+                case int(version):
+                    yield pb.ClassifyStreamResponse(id=item.id, response=answer(item.request, version))
+
+
+def answer(request: pb.ClassifyRequest, version: int) -> pb.ClassifyResponse:
+    """Say of each image which value its first pixel has."""
+    images = np.frombuffer(request.tensor.data, np.uint8).reshape(request.tensor.shape)
+    return pb.ClassifyResponse(
+        model="digits",
+        version=version,
+        classifications=[
+            pb.Classification(classes=[pb.Class(label="x", index=int(image.flat[0]), probability=1)])
+            for image in images
+        ],
+    )
+
+
+@contextmanager
+def play(*replies: Reply) -> Iterator[tuple[str, Scripted]]:
+    """Serve a script on a free port."""
+    server = grpc.server(ThreadPoolExecutor(4), options=[("grpc.max_receive_message_length", -1)])
+    script = Scripted(list(replies))
+    add_ClassifierServicer_to_server(script, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}", script
+    finally:
+        server.stop(0).wait()
+
+
+def test_a_large_request_is_tried_again(heldout: Heldout) -> None:
+    """By gRPC, which forgets one that is larger than its buffer and could not send it a second time."""
+    images = heldout[0][:256]
+    assert images.nbytes > 2 * 256 * 1024
+    with play(Overloaded("full", 1), Unavailable("gone"), 1) as (address, script), Client(address) as client:
+        assert len(client.classify(images).images) == 256
+        assert script.requests == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "attempts"), [(Unavailable("gone"), 3), (Overloaded("full", 1), 3), (InternalError("x"), 1)]
+)
+def test_what_fails_so_often_is_raised(error: ServingError, attempts: int) -> None:
+    """Of those that it makes sense to try again; others at the first time."""
+    for stream in (False, True):
+        with play(*[error] * 10) as (address, script), Client(address, retries=2) as client:
+            with pytest.raises(type(error), match=str(error)):
+                next(client.classify_each(pixels(1))) if stream else client.classify(pixels(1))
+            assert script.requests == attempts
+
+
+def test_a_stream_that_breaks_is_continued_over_another() -> None:
+    """Each portion is answered once, and its images are in their places."""
+    images = pixels(*(number % 256 for number in range(10 * PORTION_IMAGES)))
+    script: list[Reply] = [
+        1,
+        Unavailable("gone"),
+        1,
+        1,
+        InvalidRequest("image 2 is odd", 2),
+        Unavailable("gone"),
+        *[1] * 20,
+    ]
+    with play(*script) as (address, _), Client(address) as client:
+        results = list(client.classify_each(images))
+    assert len(results) == len(images)
+    (odd,) = [place for place, result in enumerate(results) if isinstance(result, InvalidRequest)]
+    assert odd % PORTION_IMAGES == 2
+    for place, result in enumerate(results):
+        if place != odd:
+            assert expect(result).images[0][0].index == place % 256
+
+
+def test_an_answer_is_of_one_version() -> None:
+    """If another version takes over meanwhile, all images are asked for again; classify_each says which is which."""
+    images = pixels(*(number % 256 for number in range(10 * PORTION_IMAGES)))
+    script = [*[1] * 4, *[2] * 30]
+    with play(*script) as (address, _), Client(address) as client:
+        answer = client.classify(images)
+        assert answer.version == 2
+        assert [classes[0].index for classes in answer.images] == [number % 256 for number in range(len(images))]
+    with play(*script) as (address, _), Client(address) as client:
+        versions = [expect(result).version for result in client.classify_each(images)]
+        assert versions == [1] * 4 * PORTION_IMAGES + [2] * 6 * PORTION_IMAGES
+
+
+def test_a_silent_server_is_given_up() -> None:
+    """classify_each waits so long for the next answer, however many there were before."""
+    silent = [1, 1, *[DeadlineExceeded("silent")] * 20]
+
+    async def ask(address: str) -> None:
+        async with AsyncClient(address) as client:
+            results = client.classify_each(images, timeout=0.2)
+            for _ in range(2 * PORTION_IMAGES):
+                await anext(results)
+            with pytest.raises(DeadlineExceeded, match="no answer for 0.2 seconds"):
+                await anext(results)
+
+    images = pixels(*(number % 256 for number in range(10 * PORTION_IMAGES)))
+    with play(*silent) as (address, _), Client(address) as client:
+        results = client.classify_each(images, timeout=0.2)
+        assert len(list(itertools.islice(results, 2 * PORTION_IMAGES))) == 2 * PORTION_IMAGES
+        with pytest.raises(DeadlineExceeded, match="no answer for 0.2 seconds"):
+            next(results)
+    with play(*silent) as (address, _):
+        asyncio.run(ask(address))
+
+
+# Several servers
+
+
+def test_requests_go_to_all_servers_in_turn(start: Callable[..., tuple[Server, registry.Model]]) -> None:
+    """And to the other one when one stops, without an error."""
+    (first, one), (second, two) = start(), start()
+    with Client([first.address, second.address]) as client:
+        while not (one.statistics.counts().success.count and two.statistics.counts().success.count):
+            client.classify(pixels(1))
+        before = one.statistics.counts().success.count, two.statistics.counts().success.count
+        for _ in range(10):
+            client.classify(pixels(1))
+        assert (one.statistics.counts().success.count, two.statistics.counts().success.count) == (
+            before[0] + 5,
+            before[1] + 5,
+        )
+        first.stop(5)
+        for _ in range(10):
+            client.classify(pixels(1))
+        assert two.statistics.counts().success.count == before[1] + 15
+
+
+def test_a_stream_goes_on_when_its_server_stops(start: Callable[..., tuple[Server, registry.Model]]) -> None:
+    """With the other one, and nothing is lost or answered twice."""
+    servers = [start(), start()]
+    images = pixels(*(number % 256 for number in range(3000)))
+    with Client([server.address for server, _ in servers]) as client:
+        expected = [expect(result).images for result in client.classify_each(images[:256])]
+        before = [model.statistics.counts().images for _, model in servers]
+        results = client.classify_each(images)
+        found = [expect(next(results)).images for _ in range(100)]
+        (used,) = [place for place in (0, 1) if servers[place][1].statistics.counts().images > before[place]]
+        servers[used][0].stop(5)
+        found += [expect(result).images for result in results]
+    assert servers[1 - used][1].statistics.counts().images > before[1 - used]
+    assert len(found) == 3000
+    for place, classes in enumerate(found):
+        for item, other in zip(classes[0], expected[place % 256][0], strict=True):
+            assert item.index == other.index
+            assert item.probability == pytest.approx(other.probability, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_is_replaced_by_another(
+    repository: Path, start: Callable[..., tuple[Server, registry.Model]]
+) -> None:
+    """Requests and streams that it had not answered are answered by the other one."""
+    server, model = start()
+    with (
+        serve(repository) as dying,
+        ThreadPoolExecutor() as pool,
+        Client([dying.address, server.address]) as client,
+    ):
+
+        def is_in_turn() -> bool:
+            before = model.statistics.counts().success.count
+            for _ in range(10):
+                client.classify(pixels(1))
+            return model.statistics.counts().success.count == before + 5
+
+        while not is_in_turn():
+            pass
+        process = dying._process
+        process.send_signal(signal.SIGSTOP)  # it is connected, and will not answer
+        calls = [pool.submit(client.classify, pixels(1)) for _ in range(4)]
+        streams = [pool.submit(lambda: list(client.classify_each(pixels(*range(100))))) for _ in range(2)]
+        while sum(future.done() for future in (*calls, *streams)) < 3:
+            time.sleep(0)
+        assert not all(future.done() for future in (*calls, *streams))
+        process.kill()
+        assert all(future.result(20).images for future in calls)
+        assert all(len(future.result(20)) == 100 for future in streams)
+
+
+@pytest.mark.parametrize(
+    ("servers", "tls", "message"),
+    [
+        ([], None, "at least one"),
+        (["localhost:1", "127.0.0.1:2"], None, "'localhost:1' is no IP:PORT"),
+        (["127.0.0.1:1", "127.0.0.2"], None, "'127.0.0.2' is no IP:PORT"),
+        (["127.0.0.1:1", "[::1]:2"], None, "of one kind, IPv4 or IPv6"),
+        (["127.0.0.1:1", "127.0.0.1:2"], Tls(), "say which their certificates have"),
+    ],
+)
+def test_servers_that_cannot_be_used_are_refused(servers: list[str], tls: Tls | None, message: str) -> None:
+    """In one sentence, before any call."""
+    with pytest.raises(ValueError, match=message):
+        Client(servers, tls=tls)
+    with pytest.raises(ValueError, match="retries must be 0 to 4"):
+        Client(retries=5)
+
+
+def test_a_client_lives_beside_tritons() -> None:
+    """It loads our classifier.proto only, whose names nobody else has."""
+    code = """
+import sys
+import serving.client.client
+print([name for name in sys.modules if name.startswith("protos.") and "classifier" not in name])
+import tritonclient.grpc
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

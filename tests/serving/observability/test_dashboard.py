@@ -1,0 +1,79 @@
+"""Grafana's dashboard asks for what the server's page has."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+
+from serving.client.client import Client
+from serving.limits import Limits
+from serving.models import registry
+from serving.observability.metrics import MetricsServer
+from serving.server import Server
+
+METRIC = re.compile(r"\bresnet_\w+")
+
+
+@pytest.fixture
+def dashboard() -> dict[str, Any]:
+    """As it ships, in the package."""
+    content: dict[str, Any] = json.loads(resources.files("serving").joinpath("dashboard.json").read_text())
+    return content
+
+
+@pytest.fixture
+def page(repository: Path) -> Iterator[str]:
+    """What Prometheus reads of a server that has answered, and has refused a version."""
+    served = registry.Models([registry.load(repository / "digits" / "1", "cpu", tune=True)])
+    served.refuse("digits", 2, "its files were changed")
+    with Server(served, "127.0.0.1", 0, Limits()) as server, Client(server.address) as client:
+        client.classify(np.zeros((1, 32, 32, 3), np.uint8))
+    with MetricsServer(served, "127.0.0.1", 0) as metrics, urlopen(f"http://{metrics.address}/metrics") as answer:
+        yield answer.read().decode()
+
+
+def test_every_metric_that_is_asked_for_is_on_the_page(dashboard: dict[str, Any], page: str) -> None:
+    """And every one that the page has is asked for."""
+    exposed = set(METRIC.findall("\n".join(line for line in page.splitlines() if not line.startswith("#"))))
+    asked = set(METRIC.findall(" ".join(expressions(dashboard))))
+    assert asked <= exposed
+    names = {re.sub("_(bucket|sum|count)$", "", name) for name in exposed}
+    assert names == {re.sub("_(bucket|sum|count)$", "", name) for name in asked}
+
+
+def test_every_label_that_is_asked_for_is_on_the_page(dashboard: dict[str, Any], page: str) -> None:
+    """In selectors, groupings and legends."""
+    exposed = set(re.findall(r"[{,](\w+)=\"", page))
+    text = " ".join(expressions(dashboard))
+    asked = set(re.findall(r"[{,](\w+)=~?\"", text))
+    asked |= {label.strip() for group in re.findall(r"by \(([^)]*)\)", text) for label in group.split(",")}
+    asked |= {label for panel in dashboard["panels"] for label in re.findall(r"{{(\w+)}}", json.dumps(panel))}
+    assert asked <= exposed
+
+
+def test_panels_have_their_own_place_and_number(dashboard: dict[str, Any]) -> None:
+    """Grafana would move what overlaps."""
+    panels = dashboard["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    cells = [
+        (x, y)
+        for at in (panel["gridPos"] for panel in panels)
+        for x in range(at["x"], at["x"] + at["w"])
+        for y in range(at["y"], at["y"] + at["h"])
+    ]
+    assert len(set(cells)) == len(cells)
+    assert max(x for x, _ in cells) < 24
+
+
+def expressions(dashboard: dict[str, Any]) -> list[str]:
+    """Return all that is asked of Prometheus."""
+    variables = [variable["definition"] for variable in dashboard["templating"]["list"] if "definition" in variable]
+    return [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]] + variables

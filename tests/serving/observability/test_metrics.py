@@ -1,0 +1,98 @@
+"""What Prometheus reads is what was asked, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from prometheus_client.parser import text_string_to_metric_families
+
+import resnet
+from resnet import BadInput
+from serving.batching import Batching
+from serving.client.client import Client
+from serving.errors import InvalidRequest
+from serving.limits import Limits
+from serving.models import registry
+from serving.observability.metrics import MetricsServer
+from serving.server import Server
+
+Heldout = tuple[NDArray[np.uint8], NDArray[np.int32]]
+
+
+@pytest.fixture
+def served(repository: Path) -> registry.Models:
+    """A model that nobody has asked yet."""
+    return registry.Models([registry.load(repository / "digits" / "1", "cpu")])
+
+
+@pytest.fixture
+def metrics(served: registry.Models) -> Iterator[MetricsServer]:
+    """The page about it."""
+    with MetricsServer(served, "127.0.0.1", 0) as server:
+        yield server
+
+
+def read(address: str) -> dict[tuple[str, str], float]:
+    """Return every sample by its name and its last label, as the official parser reads it."""
+    with urlopen(f"http://{address}/metrics") as page:
+        families = list(text_string_to_metric_families(page.read().decode()))
+    return {
+        (sample.name, sample.labels.get("le", sample.labels.get("code", ""))): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def test_the_page_agrees_with_what_was_asked(served: registry.Models, metrics: MetricsServer, heldout: Heldout) -> None:
+    """Requests by code, images, and the buckets of every histogram."""
+    with Server(served, "127.0.0.1", 0, Limits()) as server, Client(server.address) as client:
+        for images in (1, 1, 3, 40):
+            client.classify(heldout[0][:images])
+        with pytest.raises(InvalidRequest):
+            client.classify(heldout[0][:1, :4])
+    found = read(metrics.address)
+    assert found["resnet_requests_total", "OK"] == 4
+    assert found["resnet_requests_total", "INVALID_ARGUMENT"] == 1
+    assert found["resnet_images_total", ""] == 45
+    for name in ("resnet_request_seconds", "resnet_queue_seconds", "resnet_compute_seconds"):
+        assert found[f"{name}_count", ""] == found[f"{name}_bucket", "+Inf"] == 4
+        buckets = [value for (sample, _), value in found.items() if sample == f"{name}_bucket"]
+        assert buckets == sorted(buckets)
+    assert found["resnet_request_seconds_sum", ""] >= found["resnet_compute_seconds_sum", ""] > 0
+    sizes = {bound: found["resnet_batch_images_bucket", bound] for bound in ("1.0", "2.0", "4.0", "32.0", "64.0")}
+    assert sizes == {"1.0": 2, "2.0": 2, "4.0": 3, "32.0": 3, "64.0": 4}
+    assert found["resnet_batch_images_sum", ""] == 45
+    assert found["resnet_queued_images", ""] == 0
+    assert found["resnet_model_info", ""] == found["resnet_build_info", ""] == 1
+
+
+def test_costs_of_batches_are_on_the_page(repository: Path) -> None:
+    """Of the sizes that were measured at load, and how they are computed."""
+    model = registry.load(repository / "digits" / "1", "cpu", Batching(max_batch=4), tune=True)
+    with MetricsServer(registry.Models([model]), "127.0.0.1", 0) as server, urlopen(f"http://{server.address}") as page:
+        text = page.read().decode()
+    for images in (1, 2, 4):
+        ns = model.batcher.curve.ns(images)
+        assert f'resnet_batch_cost_seconds{{images="{images}",model="digits",version="1"}} {ns / 1e9}\n' in text
+    assert f'plan="{model.plan}"' in text
+    assert 'images="8"' not in text
+
+
+def test_a_refused_version_is_on_the_page(served: registry.Models, metrics: MetricsServer) -> None:
+    """Until a good one takes its place."""
+    served.refuse("digits", 2, "its files were changed")
+    assert read(metrics.address)["resnet_refused_info", ""] == 1
+    served.settle("digits", [1], {})
+    assert ("resnet_refused_info", "") not in read(metrics.address)
+
+
+def test_a_port_in_use_is_one_sentence(served: registry.Models, metrics: MetricsServer, repository: Path) -> None:
+    """And one that is none."""
+    with pytest.raises(BadInput, match="choose another with --metrics-port"):
+        MetricsServer(served, "127.0.0.1", int(metrics.address.rpartition(":")[2]))
+    assert resnet.main(["serve", str(repository), "--metrics-port=70000"]) == 2

@@ -1,0 +1,388 @@
+"""How the fastest way is found: with engines that take as long as the test says, and with those of a real model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+import resnet
+from export.manifest import Budget, Manifest
+from resnet import BadInput
+from serving.batching import Batching
+from serving.models import registry
+from serving.runtimes import autotune, openvino
+from serving.runtimes.autotune import Found, choose, find_violations, measure, tune
+from serving.runtimes.onnx import Images, OnnxEngine, Probabilities
+from serving.runtimes.openvino import OpenvinoEngine
+from serving.runtimes.plan import Way, describe, list_ways
+
+ONE, TWO = Way("onnxruntime", 1), Way("onnxruntime", 2)
+OTHER = Way("openvino", 2)
+
+
+class Clock:
+    """Tells the time that passes when an engine says so."""
+
+    def __init__(self) -> None:
+        self.ns = 0
+
+    def __call__(self) -> int:
+        """Return nanoseconds."""
+        return self.ns
+
+
+class Scripted:
+    """Takes the nanoseconds of a script for its batches, the last of it again and again."""
+
+    provider = "test"
+
+    def __init__(self, clock: Clock, *script: int) -> None:
+        self.batches: list[int] = []
+        self._clock, self._script = clock, list(script)
+
+    def run(self, images: Images) -> Probabilities:
+        """Let time pass."""
+        self.batches.append(len(images))
+        self._clock.ns += self._script.pop(0) if len(self._script) > 1 else self._script[0]
+        return np.zeros((len(images), 2), np.float32)
+
+
+def batches(*sizes: int) -> list[Images]:
+    """Return batches of these sizes."""
+    return [np.zeros((size, 1, 1, 3), np.uint8) for size in sizes]
+
+
+def test_the_least_of_all_rounds_but_the_first_counts() -> None:
+    """Sizes and engines take turns."""
+    clock = Clock()
+    engines = [Scripted(clock, 1, 1, 50, 60, 40, 70, 90), Scripted(clock, 1, 1, 30)]
+    assert measure(engines, batches(1, 2), clock) == {1: [40, 30], 2: [60, 30]}
+    assert engines[0].batches == engines[1].batches == [1, 2] * (1 + autotune.ROUNDS)
+
+
+def test_measuring_ends_when_its_time_is_up() -> None:
+    """After the round that is under way; there is always one."""
+    clock = Clock()
+    engine = Scripted(clock, 0, int(autotune.SECONDS * 0.4e9))
+    measure([engine], batches(1), clock)
+    assert len(engine.batches) == 1 + 3
+    slow = Scripted(clock, 0, int(autotune.SECONDS * 2e9))
+    assert measure([slow], batches(1), clock) == {1: [int(autotune.SECONDS * 2e9)]}
+
+
+def test_a_slow_model_is_measured_with_small_batches() -> None:
+    """Larger ones cost in proportion."""
+    clock = Clock()
+    engine = Scripted(clock, int(autotune.WARM_UP_SECONDS * 0.6e9))
+    assert list(measure([engine], batches(1, 2, 4, 8), clock)) == [1, 2]
+    assert 4 not in engine.batches
+
+
+def read_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return what was logged beside that it measures."""
+    return [record.message for record in caplog.records if record.levelno > logging.INFO]
+
+
+@pytest.mark.parametrize(
+    ("ns", "plan"),
+    [
+        ({1: [100, 76]}, "1 thread"),  # not clearly faster: more threads keep cores from taking requests in
+        ({1: [100, 74]}, "2 threads"),
+        ({1: [100, 120], 8: [100, 74]}, "1 thread to 1 image, 2 threads above"),
+        ({1: [100, 60], 8: [100, 104]}, "2 threads"),  # the one that was simpler has to beat it in turn
+        ({1: [9, 5], 8: [5, 9], 9: [7, 9], 16: [9, 5]}, "2 threads to 1 image, 1 thread to 9 images, 2 threads above"),
+        ({1: [100, 100, 91]}, "1 thread"),  # another library has to be faster by less
+        ({1: [100, 100, 89]}, "2 threads of OpenVINO"),
+        ({1: [100, 60, 55]}, "2 threads"),
+    ],
+)
+def test_another_way_has_to_be_clearly_faster(ns: dict[int, list[int]], plan: str) -> None:
+    """Than the one for smaller batches, and at first than the simplest."""
+    assert describe(choose([ONE, TWO, OTHER][: len(ns[1])], ns)) == plan
+
+
+@pytest.mark.parametrize("cores", [1, 2, 64])
+def test_ways_use_one_core_or_all(cores: int) -> None:
+    """The simplest comes first."""
+    more = [f"{cores} threads", f"{cores} threads, spinning"] if cores > 1 else []
+    assert [str(way) for way in list_ways("onnxruntime", cores)] == ["1 thread", *more]
+
+
+def test_threads_spin_for_a_single_image_only() -> None:
+    """Where that is faster by a third; what larger batches are computed by is chosen without them."""
+    ways = [ONE, TWO, Way("onnxruntime", 2, spins=True)]
+    plan = choose(ways, {1: [100, 80, 69], 2: [100, 80, 20], 4: [100, 60, 20]})
+    assert describe(plan) == "2 threads, spinning to 1 image, 1 thread to 2 images, 2 threads above"
+    assert describe(choose(ways, {1: [100, 80, 71]})) == "1 thread"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "resnet" / "tuning"
+
+
+@pytest.fixture
+def version(repository: Path) -> Path:
+    """The folder of a version."""
+    return repository / "digits" / "1"
+
+
+@pytest.fixture
+def manifest(version: Path) -> Manifest:
+    """Its manifest."""
+    return registry.read_checked(version)
+
+
+def find(version: Path, max_batch: int = 4, ways: list[Way] | None = None, again: bool = False) -> Found:
+    """Tune the fp32 variant of a version."""
+    manifest = registry.read_checked(version)
+    variant = registry.find_variant(version, manifest, "fp32")
+    return tune(version, manifest, variant, max_batch, ways or [ONE, TWO], again)
+
+
+def test_what_was_measured_is_not_measured_again(version: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is kept whole, and holds for the same file, machine, versions, ways and batches only."""
+    first = find(version)
+    assert not first.cached
+    assert list(first.tuning.ns) == [1, 2, 4]
+    assert [path.name for path in cache.iterdir()] == [first.tuning.setting.path.name]
+    assert not find(version, ways=[ONE]).cached
+    assert not find(version, max_batch=3).cached
+    with monkeypatch.context() as patch:
+        patch.setattr(autotune, "name_cpu", lambda: "another")
+        assert not find(version).cached
+    with monkeypatch.context() as patch:
+        patch.setattr(autotune, "measure", lambda *_: pytest.fail("it measures"))
+        assert find(version) == (first.tuning, True)
+    assert not find(version, again=True).cached
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b'{"setting": 1}', b"\xff"])
+def test_a_cache_that_is_broken_is_measured_again(
+    content: bytes, version: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a line in the log; then it holds again."""
+    path = find(version, ways=[ONE]).tuning.setting.path
+    path.write_bytes(content)
+    assert not find(version, ways=[ONE]).cached
+    assert [line.partition(" (")[0] for line in read_warnings(caplog)] == [f"{path} cannot be used"]
+    assert find(version, ways=[ONE]).cached
+
+
+def test_a_cache_of_another_setting_is_measured_again(version: Path) -> None:
+    """Whatever the name of the file says."""
+    path = find(version, ways=[ONE]).tuning.setting.path
+    content = json.loads(path.read_text())
+    content["setting"]["cpu"] = "another"
+    path.write_text(json.dumps(content))
+    assert not find(version, ways=[ONE]).cached
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(
+    version: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log says so once."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert not find(version, ways=[ONE]).cached
+    assert len(read_warnings(caplog)) == 1
+    assert "cannot be written (Not a directory); the model will be measured at each start" in caplog.text
+
+
+def test_users_without_a_home_have_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in containers whose user nobody knows."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    setting = autotune.Setting(1, "", Budget(), "", [], 1, {})
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/me"))
+    assert setting.path.parent == Path("/home/me/.cache/resnet/tuning")
+
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", fail)
+    assert setting.path.parent == Path("/.cache/resnet/tuning")
+
+
+def test_a_tuned_model_computes_what_a_plain_one_does(version: Path) -> None:
+    """It knows its costs and says how it computes; a plain one learns the costs later."""
+    model = registry.load(version, "cpu", Batching(max_batch=8), tune=True)
+    plain = registry.load(version, "cpu", Batching(max_batch=8))
+    for count in (1, 3, 8, 20):
+        images = np.random.default_rng(count).integers(0, 256, (count, 32, 32, 3), np.uint8)
+        np.testing.assert_allclose(model.engine.run(images), plain.engine.run(images), rtol=0, atol=1e-6)
+    assert list(model.batcher.curve.points()) == [1, 2, 4, 8]
+    assert model.batcher.curve.ns(8) > 0
+    assert "thread" in model.plan
+    assert (plain.batcher.curve.points(), plain.plan) == ({}, "")
+
+
+class FakeOpenvino:
+    """onnxruntime in the place of OpenVINO, off by `error`."""
+
+    provider = "OpenVINO"
+    error = 0.0
+
+    def __init__(self, path: Path, manifest: Manifest, threads: int) -> None:
+        self._engine = OnnxEngine(path, manifest, threads)
+
+    def run(self, images: Images) -> Probabilities:
+        """Compute, and miss."""
+        return (self._engine.run(images) + self.error).astype(np.float32)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeOpenvino]:
+    """OpenVINO, installed and twice as fast."""
+
+    def run(engines: list[object], given: list[Images]) -> dict[int, list[int]]:
+        return {len(batch): [100] * (len(engines) - 1) + [50] for batch in given}
+
+    fake = type("Fake", (FakeOpenvino,), {})
+    monkeypatch.setattr(openvino, "OpenvinoEngine", fake)
+    monkeypatch.setattr(openvino, "find_version", lambda: "1")
+    monkeypatch.setattr(autotune, "measure", run)
+    return fake
+
+
+def test_openvino_is_chosen_where_it_is_faster_and_the_same(fake: type[FakeOpenvino], version: Path) -> None:
+    """Beside the ways of onnxruntime, or as the only runtime; without measuring it may be asked for, too."""
+    assert describe(find(version, ways=[ONE, TWO, OTHER]).tuning.plan) == "2 threads of OpenVINO"
+    for tuned in (True, False):
+        model = registry.load(version, "auto", Batching(max_batch=4), runtime="openvino", tune=tuned)
+        assert model.engine.provider == fake.provider
+    assert re.fullmatch(r"\d+ threads of OpenVINO", model.plan)
+    assert (
+        registry.load(version, "cpu", Batching(max_batch=4), runtime="onnxruntime", tune=True).engine.provider
+        == "CPUExecutionProvider"
+    )
+
+
+def test_openvino_is_not_chosen_where_it_answers_otherwise(
+    fake: type[FakeOpenvino], version: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log says why; if it alone may be used, that is an error."""
+    fake.error = 1e-3
+    found = find(version, ways=[ONE, TWO, OTHER]).tuning
+    assert describe(found.plan) == "1 thread"
+    assert found.refusals["openvino"].startswith(
+        "the largest difference of onnx at batch size 1 is 0.001, above 1e-05;"
+    )
+    assert registry.load(version, "cpu", Batching(max_batch=4), tune=True).engine.provider == "CPUExecutionProvider"
+    assert "digits/1 is not computed by openvino: the largest difference" in caplog.text
+    with pytest.raises(BadInput, match="choose another --runtime: the largest difference of onnx"):
+        registry.load(version, "cpu", Batching(max_batch=4), runtime="openvino")
+
+
+def test_a_runtime_that_cannot_load_a_model_is_left_out(
+    fake: type[FakeOpenvino], version: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it alone may be used, that is an error."""
+
+    def fail(*_: object) -> None:
+        raise BadInput("model.onnx cannot be run by OpenVINO: an operator is missing")
+
+    monkeypatch.setattr(fake, "__init__", fail)
+    found = find(version, ways=[ONE, TWO, OTHER]).tuning
+    assert [*found.ways, *found.refusals] == [ONE, TWO, "openvino"]
+    with pytest.raises(BadInput, match=r"choose another --runtime: model\.onnx cannot be run by OpenVINO"):
+        find(version, ways=[OTHER])
+
+
+class Table:
+    """Answers an image with the row of a table that its first value says."""
+
+    provider = "test"
+
+    def __init__(self, rows: list[list[float]]) -> None:
+        self._rows = np.array(rows, np.float32)
+
+    def run(self, images: Images) -> Probabilities:
+        """Look up."""
+        return self._rows[images[:, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("right", "clause"),
+    [(3, None), (2, None), (1, "the accuracy of onnx-int8 at batch size 3 is 25.00%, 75.00 points below")],
+)
+def test_another_runtime_may_lose_what_the_certificate_leaves(
+    right: int, clause: str | None, manifest: Manifest
+) -> None:
+    """Of a budget of 60 points, a fourth of the images were lost when the version was proved, another may be now."""
+    onnx = manifest.certificate.variants[0]
+    budget = msgspec.structs.replace(onnx.budget, max_difference=None, accuracy_drop=0.6)
+    row = msgspec.structs.replace(onnx.rows[0], accuracy=0.70)
+    variant = msgspec.structs.replace(onnx, name="onnx-int8", budget=budget, rows=[row])
+    certificate = msgspec.structs.replace(manifest.certificate, accuracy=0.95)
+    images = np.arange(4, dtype=np.uint8).reshape(4, 1, 1, 1)
+    labels = np.zeros(4, np.int32)
+    good, bad = [0.9, 0.1], [0.1, 0.9]
+    reference = Table([good, good, good, bad])
+    engine = Table([good] * right + [bad] * (4 - right))
+    found = find_violations(engine, reference, (images, labels), certificate, variant, [1, 3])
+    assert [violation.startswith(clause or "") for violation in found[1:]] == ([] if clause is None else [True])
+
+
+def command(*arguments: object) -> int:
+    """Run `resnet tune`."""
+    return resnet.main(["tune", *map(str, arguments)])
+
+
+def test_the_command_shows_what_was_measured(repository: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row for each size, a star at the way that is chosen, and where it is kept."""
+    assert command(repository / "digits", "--max-batch=4", "--runtime=onnxruntime") == 0
+    title, header, *rows, plan, kept = capsys.readouterr().out.splitlines()
+    assert title.startswith("digits/1 in fp32 on ")
+    assert "1 thread" in header
+    assert [row.split()[0] for row in rows] == ["1", "2", "4"]
+    assert all(row.count("*") == 1 and row.endswith("/s") for row in rows)
+    assert plan.startswith("  plan: ")
+    assert kept == f"measured now: {next(cache.iterdir())}"
+    assert command(repository / "digits", "--max-batch=4", "--runtime=onnxruntime") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"measured before: {next(cache.iterdir())}"
+
+
+def test_the_command_says_what_is_not_used(
+    fake: type[FakeOpenvino], repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And why."""
+    fake.error = 1e-3
+    assert command(repository / "digits", "--max-batch=2") == 0
+    assert "  openvino is not used: the largest difference of onnx at batch size 1 is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-batch=0"], "--max-batch must be at least 1, not 0"),
+        (["--precision=int8"], "has no int8 variant; export it again with --precision fp32,int8"),
+        (["--version=7"], "has no version 7"),
+        (["--runtime=openvino"], "--runtime openvino: it is not installed; install resnet with its extra 'openvino'"),
+    ],
+)
+def test_the_command_refuses_in_one_sentence(
+    arguments: list[str],
+    message: str,
+    repository: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Exit code 2."""
+    monkeypatch.setattr(openvino, "find_version", lambda: None)
+    assert command(repository / "digits", *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_openvino_is_held_against_the_certificate(version: Path) -> None:
+    """Where it is installed, it passes."""
+    pytest.importorskip("openvino")
+    engine = registry.load(version, "cpu", Batching(max_batch=4), runtime="openvino", tune=True).engine
+    assert engine.provider == OpenvinoEngine.provider

@@ -1,0 +1,135 @@
+"""Engines that are made of others, and that all of them compute the same."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from serving.models import registry
+from serving.runtimes.cores import count_cores
+from serving.runtimes.onnx import (
+    ConcurrentEngine,
+    Images,
+    OnnxEngine,
+    Probabilities,
+    SizedEngine,
+)
+from serving.runtimes.openvino import OpenvinoEngine
+from serving.runtimes.plan import Way, list_ways
+
+VERSION = Path("digits", "1")
+
+
+class Echo:
+    """Answers each image with its first value, and remembers the sizes of its batches."""
+
+    provider = "test"
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def run(self, images: Images) -> Probabilities:
+        """Compute."""
+        self.batches.append(len(images))
+        return images[:, 0, 0, :1].astype(np.float32)
+
+
+class Broken:
+    """Cannot compute."""
+
+    provider = "test"
+
+    def run(self, images: Images) -> Probabilities:
+        """Fail."""
+        raise RuntimeError(f"no memory for {len(images)} images")
+
+
+def number(count: int) -> Images:
+    """Return images that can be told apart."""
+    return np.arange(count, dtype=np.uint8).reshape(-1, 1, 1, 1) * np.ones((1, 2, 2, 3), np.uint8)
+
+
+def pixels(count: int) -> Images:
+    """Return images of noise, as the digits' model takes them."""
+    return np.random.default_rng(count).integers(0, 256, (count, 32, 32, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("content", "cores"),
+    [("max 100000", 4), ("200000 100000", 2), ("150000 100000", 2), ("1000 100000", 1), ("6400000 100000", 4), ("", 4)],
+)
+def test_a_container_counts_the_cores_of_its_quota(
+    content: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of one is one; those that the process is not bound to do not count, nor does a quota that is none."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    (tmp_path / "cpu.max").write_text(content)
+    assert count_cores(tmp_path / "cpu.max") == cores
+    assert count_cores(tmp_path / "nowhere") == 4
+
+
+def test_beside_others_a_batch_has_an_engine_of_its_own() -> None:
+    """And all cores again when it is alone, also after one that failed."""
+    begun, end = threading.Event(), threading.Event()
+
+    class Held(Echo):
+        def run(self, images: Images) -> Probabilities:
+            """Compute when told to."""
+            begun.set()
+            assert end.wait(10)
+            return super().run(images)
+
+    alone, beside = Held(), Echo()
+    engine = ConcurrentEngine(alone, beside)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(engine.run, number(2))
+        assert begun.wait(10)
+        assert engine.run(number(3))[:, 0].tolist() == [0, 1, 2]
+        end.set()
+        assert first.result(10)[:, 0].tolist() == [0, 1]
+    engine.run(number(4))
+    assert (alone.batches, beside.batches) == ([2, 4], [3])
+    failing = ConcurrentEngine(Broken(), beside)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no memory"):
+            failing.run(number(1))
+
+
+def test_the_size_decides_which_engine_computes() -> None:
+    """The last one takes what is larger than all."""
+    engines = [Echo(), Echo(), Echo()]
+    sized = SizedEngine(dict(zip((1, 4, 8), engines, strict=True)))
+    for count in (1, 2, 4, 5, 8, 9, 100):
+        sized.run(number(count))
+    assert [engine.batches for engine in engines] == [[1], [2, 4], [5, 8, 9, 100]]
+    assert sized.provider == "test"
+
+
+@pytest.mark.parametrize("way", list_ways("onnxruntime", cores=4))
+def test_every_way_computes_the_same(way: Way, repository: Path) -> None:
+    """As one session on one thread does, for all sizes of batches, but for rounding."""
+    manifest = registry.read_checked(repository / VERSION)
+    path = repository / VERSION / "model.onnx"
+    plain, engine = OnnxEngine(path, manifest, 1), way.build(path, manifest)
+    for count in range(1, 34):
+        images = pixels(count)
+        np.testing.assert_allclose(engine.run(images), plain.run(images), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_openvino_computes_the_same(threads: int, repository: Path) -> None:
+    """Where it is installed, within what the certificate allows; also of pixels that may not be written."""
+    pytest.importorskip("openvino")
+    manifest = registry.read_checked(repository / VERSION)
+    path = repository / VERSION / "model.onnx"
+    plain, engine = OnnxEngine(path, manifest, 1), Way("openvino", threads).build(path, manifest)
+    assert engine.provider == OpenvinoEngine.provider
+    for count in range(1, 34):
+        images = pixels(count)
+        images.flags.writeable = False
+        np.testing.assert_allclose(engine.run(images), plain.run(images), rtol=0, atol=1e-5)

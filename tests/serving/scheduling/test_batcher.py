@@ -1,0 +1,620 @@
+"""The batcher, with an engine that computes when the test says so."""
+
+from __future__ import annotations
+
+import gc
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serving.batching import Batching
+from serving.errors import Cancelled, DeadlineExceeded, InternalError, Overloaded, Unavailable
+from serving.runtimes.cost import CostCurve
+from serving.runtimes.onnx import Images, Probabilities
+from serving.scheduling import batcher
+from serving.scheduling.batcher import Batcher
+from serving.scheduling.queue import DEFAULT_PRIORITY, Answer, Gather, Outcome
+from tests.serving.waiting import submit
+
+
+class GatedEngine:
+    """Answers each image with its first value; waits before each batch until the gate is opened for it."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.entered = threading.Semaphore(0)
+        self.gate = threading.Semaphore(0)
+        self.failure: Exception | None = None
+        self.dropped_rows = 0
+
+    def run(self, images: Images) -> Probabilities:
+        """Record the batch, and compute it once the gate is open."""
+        self.batches.append(images[:, 0, 0, 0].tolist())
+        self.entered.release()
+        assert self.gate.acquire(timeout=10)
+        if self.failure is not None:
+            raise self.failure
+        return images[: len(images) - self.dropped_rows, 0, 0, :1].astype(np.float32)
+
+
+def images(*values: int) -> Images:
+    """Return an image for each value."""
+    return np.array(values, np.uint8).reshape(-1, 1, 1, 1) * np.ones((1, 2, 2, 3), np.uint8)
+
+
+class Ahead(ThreadPoolExecutor):
+    """A thread that leads, for which batches are put together ahead."""
+
+    ahead = True
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.gathered: queue.Queue[int] = queue.Queue()
+
+    def gatherer(self) -> Gather:
+        """Return what notes the size of each batch."""
+
+        def gather(parts: Sequence[Images]) -> Images:
+            together = np.concatenate(parts)
+            self.gathered.put(len(together))
+            return together
+
+        return gather
+
+
+class Bench:
+    """A batcher over a gated engine, and threads that submit to it in a known order."""
+
+    def __init__(
+        self,
+        pool: ThreadPoolExecutor,
+        curve: CostCurve | None = None,
+        spare: int = 0,
+        leaders: Ahead | None = None,
+        **batching: float,
+    ) -> None:
+        self.engine = GatedEngine()
+        options: dict[str, Any] = {"max_batch": 4, "max_queue": 8, "max_queue_ms": float("inf"), **batching}
+        self.batcher = Batcher(self.engine.run, Batching(**options), curve, spare=spare, leaders=leaders)
+        self._pool = pool
+
+    def lead(self, *values: int) -> Future[Answer]:
+        """Submit a request that finds the engine free, and return once it is being computed."""
+        future = self._pool.submit(submit, self.batcher, images(*values))
+        assert self.engine.entered.acquire(timeout=10)
+        return future
+
+    def wait(
+        self,
+        *values: int,
+        deadline: float = float("inf"),
+        alive: Callable[[], bool] = lambda: True,
+        priority: int = DEFAULT_PRIORITY,
+    ) -> Future[Answer]:
+        """Submit a request while the engine is busy, and return once it is in the queue."""
+        before = self.batcher.queued
+        future = self._pool.submit(submit, self.batcher, images(*values), deadline, alive, priority)
+        while self.batcher.queued == before:
+            time.sleep(0)  # gives way to the submitting thread
+        return future
+
+    def post(self, *values: int, alive: Callable[[], bool] = lambda: True) -> Future[Outcome]:
+        """Post a request."""
+        future: Future[Outcome] = Future()
+        self.batcher.post(images(*values), future.set_result, alive=alive)
+        return future
+
+    def compute(self, batches: int = 1) -> None:
+        """Open the gate for so many batches."""
+        self.engine.gate.release(batches)
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Threads for requests."""
+    with ThreadPoolExecutor(16) as threads:
+        yield threads
+
+
+def test_a_lone_request_is_answered_by_the_thread_that_computed_it() -> None:
+    """One change of threads, and the answer says what it cost."""
+    threads: list[int] = []
+    outcomes: list[Outcome] = []
+
+    def run(batch: Images) -> Probabilities:
+        threads.append(threading.get_ident())
+        return np.zeros((len(batch), 2), np.float32)
+
+    def done(outcome: Outcome) -> None:
+        threads.append(threading.get_ident())
+        outcomes.append(outcome)
+
+    batcher = Batcher(run)
+    batcher.post(images(1, 2), done)
+    assert batcher.drain(10)
+    assert threads[0] == threads[1] != threading.get_ident()
+    (answer,) = outcomes
+    assert isinstance(answer, Answer)
+    assert answer.probabilities.shape == (2, 2)
+    assert answer.batch_size == 2
+    assert answer.compute_ns > 0
+
+
+def test_what_waits_becomes_the_next_batch_in_order_of_arrival(pool: ThreadPoolExecutor) -> None:
+    """Whole requests up to max_batch; each gets its own rows back."""
+    bench = Bench(pool)
+    futures = [bench.lead(1), bench.wait(2), bench.wait(3, 4), bench.wait(5, 6), bench.wait(7)]
+    bench.compute(3)
+    answers = [future.result(10) for future in futures]
+    assert bench.engine.batches == [[1], [2, 3, 4], [5, 6, 7]]
+    assert [answer.probabilities[:, 0].tolist() for answer in answers] == [[1], [2], [3, 4], [5, 6], [7]]
+    assert [answer.batch_size for answer in answers] == [1, 3, 3, 3, 3]
+    assert answers[1].queue_ns > 0
+
+
+def test_a_full_batch_is_put_together_while_another_is_computed(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those in it wait as the others do, and are computed though the engine fails on the batch before."""
+    monkeypatch.setattr(batcher, "LARGE_BYTES", 24)  # two images of this test
+    leaders = Ahead()
+    bench = Bench(pool, leaders=leaders, max_queue=20)
+    futures = [bench.lead(1), *(bench.wait(value, 100 + value) for value in range(2, 8))]
+    bench.compute()
+    assert bench.engine.entered.acquire(timeout=10)
+    assert [leaders.gathered.get(timeout=10) for _ in range(2)] == [4, 4]
+    assert bench.batcher.queued == 8
+    futures.append(bench.wait(9))
+    bench.engine.failure = RuntimeError("out of memory")
+    bench.compute()
+    for future in futures[1:3]:
+        with pytest.raises(InternalError):
+            future.result(10)
+    assert bench.engine.entered.acquire(timeout=10)
+    bench.engine.failure = None
+    bench.compute(3)
+    answers = [future.result(10) for future in (futures[0], *futures[3:])]
+    assert [answer.batch_size for answer in answers] == [1, 4, 4, 4, 4, 1]
+    assert [answer.probabilities[0, 0] for answer in answers] == [1, 4, 5, 6, 7, 9]
+    assert bench.batcher.drain(10)
+    assert bench.batcher.queued == 0
+
+
+def test_what_is_put_together_ahead_is_given_up_for_who_goes_first(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And for those who left: their images are not computed, and neither waits longer than it would have."""
+    monkeypatch.setattr(batcher, "LARGE_BYTES", 24)
+    leaders, here = Ahead(), True
+    bench = Bench(pool, leaders=leaders, max_queue=20)
+    futures = [bench.lead(1), bench.wait(2, 102), bench.wait(3, 103)]
+    left = bench.wait(4, 104, alive=lambda: here)
+    futures.append(bench.wait(5, 105))
+    bench.compute()
+    assert [leaders.gathered.get(timeout=10) for _ in range(2)] == [4, 4]
+    futures.append(bench.wait(6, 106, priority=1))
+    here = False
+    bench.compute(2)
+    assert [future.result(10).probabilities[0, 0] for future in futures] == [1, 2, 3, 5, 6]
+    assert bench.engine.batches == [[1], [2, 102, 3, 103], [6, 106, 5, 105]]
+    with pytest.raises(Cancelled):
+        left.result(10)
+
+
+def test_a_thread_that_cannot_be_had_ends_nothing(pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then batches are put together when they begin."""
+    monkeypatch.setattr(batcher, "LARGE_BYTES", 24)
+    bench = Bench(pool, leaders=Ahead(), max_queue=20)
+    bench.batcher._gatherer.shutdown()
+    futures = [bench.lead(1), *(bench.wait(value, 100 + value) for value in range(2, 8))]
+    bench.compute(4)
+    assert [future.result(10).batch_size for future in futures] == [1, 4, 4, 4, 4, 4, 4]
+
+
+def test_a_request_that_arrives_during_a_batch_is_in_the_next(pool: ThreadPoolExecutor) -> None:
+    """The batch is fixed when the engine is free, not before."""
+    bench = Bench(pool)
+    first, second = bench.lead(1), bench.wait(2)
+    bench.compute()
+    assert bench.engine.entered.acquire(timeout=10)  # the batch of 2 has begun
+    third = bench.wait(3)
+    bench.compute(2)
+    assert [future.result(10).batch_size for future in (first, second, third)] == [1, 1, 1]
+
+
+def test_a_large_request_is_computed_alone(pool: ThreadPoolExecutor) -> None:
+    """It shares its batch neither with the request before it nor with the one after."""
+    bench = Bench(pool, max_queue=16)
+    futures = [bench.lead(1), bench.wait(2), bench.wait(*range(10, 20)), bench.wait(3)]
+    bench.compute(4)
+    assert futures[2].result(10).probabilities[:, 0].tolist() == list(range(10, 20))
+    assert futures[3].result(10).batch_size == 1
+    assert bench.engine.batches == [[1], [2], list(range(10, 20)), [3]]
+
+
+def test_work_that_nobody_waits_for_is_dropped(pool: ThreadPoolExecutor) -> None:
+    """Cancelled and expired requests cost no computation, whatever their place in the queue."""
+    bench = Bench(pool)
+    first = bench.lead(1)
+    cancelled = bench.wait(2, alive=lambda: False)
+    deadline = time.monotonic() + 0.5
+    expired = bench.wait(3, deadline=deadline)
+    last = bench.wait(4)
+    while time.monotonic() <= deadline:
+        time.sleep(0)
+    bench.compute(2)
+    assert last.result(10).batch_size == first.result(10).batch_size == 1
+    assert bench.engine.batches == [[1], [4]]
+    with pytest.raises(Cancelled):
+        cancelled.result(10)
+    with pytest.raises(DeadlineExceeded):
+        expired.result(10)
+
+
+def test_a_queue_of_dropped_requests_leaves_the_batcher_free(pool: ThreadPoolExecutor) -> None:
+    """A batch that turns out empty is none."""
+    bench = Bench(pool)
+    first, cancelled = bench.lead(1), bench.wait(2, alive=lambda: False)
+    bench.compute()
+    first.result(10)
+    assert isinstance(cancelled.exception(10), Cancelled)
+    again = bench.lead(3)
+    bench.compute()
+    assert again.result(10).probabilities[0, 0] == 3
+
+
+def test_a_full_queue_refuses_at_once(pool: ThreadPoolExecutor) -> None:
+    """The bound is in images; who is refused learns when to try again, and who waits is answered."""
+    bench = Bench(pool, max_queue=3)
+    futures = [bench.lead(1), bench.wait(2, 3)]
+    with pytest.raises(Overloaded, match="2 images are waiting, 2 more would exceed the 3 allowed") as refusal:
+        submit(bench.batcher, images(4, 5))
+    assert refusal.value.retry_ms >= 1
+    futures.append(bench.wait(6))
+    bench.compute(2)
+    assert [len(future.result(10).probabilities) for future in futures] == [1, 2, 1]
+
+
+@pytest.mark.parametrize("fault", ["exception", "short"])
+def test_a_failed_batch_fails_its_own_requests_only(pool: ThreadPoolExecutor, fault: str) -> None:
+    """Each caller has an error of its own, without details of the engine; the next batch is computed."""
+    bench = Bench(pool)
+    first, second, third = bench.lead(1), bench.wait(2), bench.wait(3)
+    bench.compute()
+    first.result(10)
+    assert bench.engine.entered.acquire(timeout=10)
+    if fault == "exception":
+        bench.engine.failure = ValueError("secret")
+    else:
+        bench.engine.dropped_rows = 1
+    fourth = bench.wait(4)
+    bench.compute()
+    errors = [future.exception(10) for future in (second, third)]
+    assert all(isinstance(error, InternalError) and "secret" not in str(error) for error in errors)
+    assert errors[0] is not errors[1]
+    assert bench.engine.entered.acquire(timeout=10)
+    bench.engine.failure, bench.engine.dropped_rows = None, 0
+    bench.compute()
+    assert fourth.result(10).probabilities[0, 0] == 4
+
+
+def test_closing_refuses_new_requests_and_answers_old_ones(pool: ThreadPoolExecutor) -> None:
+    """Nothing that was accepted is lost."""
+    bench = Bench(pool)
+    futures = [bench.lead(1), bench.wait(2)]
+    bench.batcher.close()
+    with pytest.raises(Unavailable, match="shutting down"):
+        submit(bench.batcher, images(3))
+    assert not bench.batcher.drain(0)
+    bench.compute(2)
+    assert bench.batcher.drain(10)
+    assert [future.result(10).probabilities[0, 0] for future in futures] == [1, 2]
+
+
+def test_a_posted_request_holds_nobody_up(pool: ThreadPoolExecutor) -> None:
+    """One that finds the engine free is computed on another thread; those that come meanwhile are the next batch."""
+    bench = Bench(pool)
+    first = bench.post(1)
+    assert bench.engine.entered.acquire(timeout=10)
+    rest = [bench.post(2), bench.post(3, 4)]
+    assert not first.done()
+    bench.compute(2)
+    outcomes = [future.result(10) for future in (first, *rest)]
+    assert bench.engine.batches == [[1], [2, 3, 4]]
+    answers = [outcome for outcome in outcomes if isinstance(outcome, Answer)]
+    assert [answer.probabilities[:, 0].tolist() for answer in answers] == [[1], [2], [3, 4]]
+
+
+def test_posted_and_submitted_requests_share_batches(pool: ThreadPoolExecutor) -> None:
+    """The oldest leads, of whichever kind it is."""
+    bench = Bench(pool, max_batch=2)
+    posted = [bench.post(1)]
+    assert bench.engine.entered.acquire(timeout=10)
+    submitted = [bench.wait(2)]
+    posted.append(bench.post(3))
+    posted.append(bench.post(4))
+    submitted.append(bench.wait(5))
+    bench.compute(3)
+    assert [future.result(10).probabilities[0, 0] for future in submitted] == [2, 5]
+    assert all(isinstance(future.result(10), Answer) for future in posted)
+    assert bench.engine.batches == [[1], [2, 3], [4, 5]]
+
+
+def test_a_posted_request_is_refused_or_fails_like_others(pool: ThreadPoolExecutor) -> None:
+    """At once if it cannot wait; through its callback if that shows later."""
+    bench = Bench(pool, max_queue=3)
+    first = bench.post(1)
+    assert bench.engine.entered.acquire(timeout=10)
+    cancelled, last = bench.post(2, alive=lambda: False), bench.post(3)
+    with pytest.raises(Overloaded):
+        bench.post(4, 5, 6)
+    bench.compute()
+    assert isinstance(first.result(10), Answer)
+    bench.engine.failure = ValueError("secret")
+    bench.batcher.close()
+    with pytest.raises(Unavailable):
+        bench.post(6)
+    assert not bench.batcher.drain(0)
+    bench.compute()
+    assert isinstance(cancelled.result(10), Cancelled)
+    assert isinstance(last.result(10), InternalError)
+    assert bench.batcher.drain(10)
+
+
+def test_whoever_is_gone_makes_room_in_a_full_queue(pool: ThreadPoolExecutor) -> None:
+    """At once, not only when the engine comes to it."""
+    bench, here = Bench(pool, max_queue=3), True
+    first = bench.post(1)
+    assert bench.engine.entered.acquire(timeout=10)
+    gone = [bench.post(value, alive=lambda: here) for value in (2, 3, 4)]
+    here = False
+    others = [bench.post(value) for value in (5, 6, 7)]
+    assert all(isinstance(call.result(10), Cancelled) for call in gone)
+    bench.compute(2)
+    assert all(isinstance(call.result(10), Answer) for call in (first, *others))
+    assert bench.engine.batches == [[1], [5, 6, 7]]
+
+
+def test_a_refusal_holds_for_a_moment_for_those_who_can_wait_no_longer(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They need not be read; it is nobody's own."""
+    now = time.perf_counter_ns()
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: now)
+    bench = Bench(pool, max_queue=1)
+    assert bench.batcher.refusal(float("inf")) is None
+    bench.post(1)
+    assert bench.engine.entered.acquire(timeout=10)
+    bench.post(2)
+    assert bench.batcher.refusal(float("inf")) is None
+    with pytest.raises(Overloaded) as caught:
+        bench.post(3)
+    caught.value.request_id = "of the one that was refused"
+    found = bench.batcher.refusal(float("inf"))
+    assert isinstance(found, Overloaded)
+    assert (str(found), found.retry_ms, found.request_id) == (str(caught.value), caught.value.retry_ms, "")
+    now += batcher.KEPT_NS
+    assert bench.batcher.refusal(float("inf")) is None
+    bench.compute(2)
+
+
+def test_the_threads_of_a_batcher_end_with_it() -> None:
+    """A version that is served no longer leaves nothing behind."""
+    leaders: list[threading.Thread] = []
+
+    def run(batch: Images) -> Probabilities:
+        leaders.append(threading.current_thread())
+        return np.zeros((len(batch), 2), np.float32)
+
+    batcher = Batcher(run)
+    for _ in range(2):
+        future: Future[Outcome] = Future()
+        batcher.post(images(1), future.set_result)
+        future.result(10)
+    assert leaders[0] is leaders[1] is not threading.current_thread()
+    assert batcher.drain(10)
+    del batcher
+    gc.collect()
+    leaders[0].join(10)
+    assert not leaders[0].is_alive()
+
+
+def test_many_threads_get_their_own_answers(pool: ThreadPoolExecutor) -> None:
+    """2,000 requests from 16 threads, submitted and posted, each of which checks what it gets."""
+
+    def run(batch: Images) -> Probabilities:
+        return batch[:, 0, 0, :1].astype(np.float32)
+
+    batcher = Batcher(run, Batching(max_batch=8, max_queue=100))
+
+    def ask(number: int) -> bool:
+        values = [number % 251] * (1 + number % 3)
+        if number % 2:
+            answer: Outcome = submit(batcher, images(*values))
+        else:
+            future: Future[Outcome] = Future()
+            batcher.post(images(*values), future.set_result)
+            answer = future.result(10)
+        return isinstance(answer, Answer) and bool(answer.probabilities[:, 0].tolist() == values)
+
+    assert all(pool.map(ask, range(2000)))
+    assert batcher.queued == 0
+
+
+def test_priorities_go_first_and_equals_in_order(pool: ThreadPoolExecutor) -> None:
+    """Those that come late go before the ones that wait, if they are of a higher priority."""
+    bench = Bench(pool, max_batch=2)
+    first = bench.lead(0)
+    waiting = [bench.wait(value, priority=priority) for value, priority in ((1, 3), (2, 2), (3, 2), (4, 1))]
+    bench.compute()
+    first.result(timeout=10)
+    assert bench.engine.entered.acquire(timeout=10)
+    late = [bench.wait(value, priority=1) for value in (5, 6)]
+    bench.compute(3)
+    assert [future.result(timeout=10).probabilities[0, 0] for future in (*waiting, *late)] == [1, 2, 3, 4, 5, 6]
+    assert bench.engine.batches == [[0], [4, 2], [5, 6], [3, 1]]
+
+
+HOUR, HOUR_MS, HOUR_NS = 3600, 3.6e6, 3.6e12
+HOUR_EACH = {1: 3.6e12, 2: 7.2e12, 4: 14.4e12}  # so long that the time the test takes does not count
+
+
+def test_the_queue_is_bounded_in_milliseconds_of_work(pool: ThreadPoolExecutor) -> None:
+    """What is under way counts too; the caller learns when to come again."""
+    bench = Bench(pool, CostCurve(HOUR_EACH), max_queue_ms=1.5 * HOUR_MS)
+    futures = [bench.lead(1), bench.wait(2)]
+    with pytest.raises(Overloaded, match="ms of work are waiting, more than the 5.4e[+]06 ms allowed") as refusal:
+        submit(bench.batcher, images(3))
+    assert 1.9 * HOUR_MS < refusal.value.retry_ms <= 2 * HOUR_MS
+    bench.compute(2)
+    for future in futures:
+        future.result(10)
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_once(pool: ThreadPoolExecutor) -> None:
+    """As DeadlineExceeded where the computation alone would take too long; as Overloaded where the others are to blame,
+    which another server may not have.
+    """
+    bench = Bench(pool, CostCurve({1: HOUR_NS, 2: 1.8 * HOUR_NS, 4: 3 * HOUR_NS}))
+    futures = [bench.lead(1), bench.wait(2, 3)]
+    with pytest.raises(DeadlineExceeded, match="to compute takes 10800000 ms, [89]...... ms are left"):
+        submit(bench.batcher, images(4, 5, 6, 7), deadline=time.monotonic() + 2.5 * HOUR)
+    # An hour until the engine is free, and 2.4 for the batch that all of them are in.
+    with pytest.raises(Overloaded, match="the answer may take .* ms, 14...... ms are left"):
+        submit(bench.batcher, images(4), deadline=time.monotonic() + 4 * HOUR)
+    futures.append(bench.wait(8, deadline=time.monotonic() + 5 * HOUR))
+    bench.compute(2)
+    assert [future.result(10).batch_size for future in futures] == [1, 3, 3]
+
+
+def test_a_batch_is_done_by_the_deadline_of_each_in_it(pool: ThreadPoolExecutor) -> None:
+    """Whoever would make it too late for another waits for the next one."""
+    bench = Bench(pool, CostCurve({1: HOUR_NS, 2: 1.8 * HOUR_NS, 4: 3.4 * HOUR_NS}))
+    futures = [bench.lead(1), bench.wait(2, deadline=time.monotonic() + 2.8 * HOUR), *map(bench.wait, (3, 4, 5))]
+    bench.compute(3)
+    assert [future.result(10).batch_size for future in futures] == [1, 3, 3, 3, 1]
+
+
+def test_an_idle_engine_turns_nothing_down(pool: ThreadPoolExecutor) -> None:
+    """Whatever its last batch took: else one that stalled would keep all later requests out."""
+    bench = Bench(pool, CostCurve({1: 3600e9}), max_queue_ms=1)
+    first = bench.lead(1)
+    bench.compute()
+    assert first.result(10).batch_size == 1
+    again = bench.lead(2)
+    bench.compute()
+    assert again.result(10).batch_size == 1
+
+
+@pytest.mark.parametrize("costs", [{1: 3, 2: 8, 4: 18}, {1: 3, 2: 6, 4: 11.5}])
+def test_a_batch_is_no_larger_than_pays(pool: ThreadPoolExecutor, costs: dict[int, float]) -> None:
+    """Where an image costs more in larger batches, or nearly as much, requests do not wait for each other."""
+    bench = Bench(pool, CostCurve({size: cost * HOUR_NS for size, cost in costs.items()}))
+    futures = [bench.lead(1), bench.wait(2), bench.wait(3)]
+    bench.compute(3)
+    assert [future.result(10).batch_size for future in futures] == [1, 1, 1]
+
+
+def test_who_lingers_waits_for_a_full_batch(pool: ThreadPoolExecutor) -> None:
+    """For an hour, if need be; but not once the batcher is closed."""
+    bench = Bench(pool, linger_ms=3.6e6)
+    first = bench.post(1)
+    futures = [first, bench.post(2), bench.post(3, 4)]
+    bench.compute()
+    assert [outcome.batch_size for future in futures if isinstance(outcome := future.result(10), Answer)] == [4] * 3
+    last = bench.post(5)
+    bench.batcher.close()
+    bench.compute()
+    assert isinstance(last.result(10), Answer)
+
+
+def test_several_lanes_run_at_a_time() -> None:
+    """Two batches that wait for each other are both computed."""
+    meeting = threading.Barrier(2)
+
+    def run(batch: Images) -> Probabilities:
+        meeting.wait(10)
+        return np.zeros((len(batch), 2), np.float32)
+
+    batcher = Batcher(run, Batching(max_batch=1), lanes=2)
+    futures: list[Future[Outcome]] = [Future() for _ in range(6)]
+    for future in futures:
+        batcher.post(images(1), future.set_result)
+    assert all(isinstance(future.result(10), Answer) for future in futures)
+    assert batcher.drain(10)
+
+
+def test_a_spare_lane_begins_with_a_full_batch(pool: ThreadPoolExecutor) -> None:
+    """And leaves less than that to the batch that is next anyway."""
+    bench = Bench(pool, spare=1)
+    futures = [bench.lead(1), bench.wait(2), bench.wait(3, 4)]
+    futures.append(pool.submit(submit, bench.batcher, images(5)))  # makes the batch full
+    assert bench.engine.entered.acquire(timeout=10)
+    futures += [bench.wait(6), bench.wait(7)]
+    assert bench.engine.batches == [[1], [2, 3, 4, 5]]
+    bench.compute(3)
+    assert [future.result(10).batch_size for future in futures] == [1, 4, 4, 4, 2, 2]
+    assert bench.batcher.drain(10)
+    again = bench.lead(8)
+    bench.compute()
+    assert again.result(10).batch_size == 1
+
+
+def test_spare_lanes_go_on_beside_a_batch_that_has_a_part_of_the_cores(pool: ThreadPoolExecutor) -> None:
+    """Whatever waits: the cores that the first batch had are free."""
+    bench = Bench(pool, spare=1)
+    first, *full = bench.lead(1), *(bench.post(value) for value in (2, 3, 4, 5))
+    assert bench.engine.entered.acquire(timeout=10)
+    bench.compute()  # for whichever of the two comes first
+    next(as_completed((first, full[0]), 10))
+    last = bench.post(6)
+    assert bench.engine.entered.acquire(timeout=10)
+    bench.compute(2)
+    assert isinstance(outcome := last.result(10), Answer)
+    assert outcome.batch_size == 1
+
+
+def test_a_spare_lane_survives_work_that_nobody_waits_for(pool: ThreadPoolExecutor) -> None:
+    """Batches that turn out empty leave the lanes as they were."""
+    bench = Bench(pool, spare=1)
+    first = bench.lead(1)
+    gone = [bench.post(value, alive=lambda: False) for value in range(2, 6)]
+    assert all(isinstance(future.result(10), Cancelled) for future in gone)
+    bench.compute()
+    assert first.result(10).batch_size == 1
+    futures = [bench.lead(6), bench.wait(7)]
+    bench.compute(2)
+    assert [future.result(10).batch_size for future in futures] == [1, 1]
+
+
+def test_a_latency_goal_refuses_what_would_miss_it(pool: ThreadPoolExecutor) -> None:
+    """And keeps batches to half of it, so that one that is under way does not spoil it."""
+    curve = CostCurve({1: 3.6e12, 2: 4.3e12, 4: 7.2e12})
+    bench = Bench(pool, curve, target_p99_ms=3.3 * HOUR_MS)
+    futures = [bench.lead(1), bench.wait(2), bench.wait(3)]  # an hour for the first, 1.2 for the others
+    with pytest.raises(Overloaded, match="the answer would take .* ms, too long for the server's goal"):
+        submit(bench.batcher, images(4, 5))
+    bench.compute(2)
+    assert [future.result(10).batch_size for future in futures] == [1, 2, 2]
+
+
+def test_who_fails_to_take_an_answer_harms_no_other() -> None:
+    """Neither those in the same batch nor those after it."""
+    engine = GatedEngine()
+    engine.gate.release(10)
+    batcher, answers = Batcher(engine.run), queue.SimpleQueue[Outcome]()
+
+    def fail(_: Outcome) -> None:
+        raise ValueError("the client is gone")
+
+    for _ in range(3):
+        batcher.post(images(1), fail)
+        batcher.post(images(1), answers.put)
+    assert all(isinstance(answers.get(timeout=10), Answer) for _ in range(3))
+    assert batcher.drain(10)

@@ -1,0 +1,147 @@
+"""`resnet serve` and `resnet classify`, as processes."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import resnet
+from benchmarks.harness.process import serve
+
+SERVE = [sys.executable, "-c", "import sys, resnet; sys.exit(resnet.main())", "serve"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serve_says_what_it_serves_and_ends_on_a_signal(repository: Path, number: signal.Signals) -> None:
+    """The address is printed once it answers; the exit code is 0."""
+    process = subprocess.Popen([*SERVE, str(repository), "--port=0"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    loaded = r"loaded digits/1 in fp32 on CPUExecutionProvider \(\d+ threads?.*\), its files and certificate hold"
+    assert re.fullmatch(loaded, process.stdout.readline().rstrip())
+    assert process.stdout.readline().startswith("serving on 127.0.0.1:")
+    process.send_signal(number)
+    assert process.communicate(timeout=30)[0] == "finishing the requests under way\n"
+    assert process.returncode == 0
+
+
+def test_serving_loads_no_tensorflow() -> None:
+    """Server, client and command line work in an environment that has neither TensorFlow nor Keras."""
+    code = """
+import sys
+import serving.server, serving.models.registry, serving.app, serving.client.client, serving.commands.classify
+print([name for name in ("tensorflow", "keras", "onnx", "matplotlib", "sklearn") if name in sys.modules])
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere holds no models"),
+        (["{models}", "--port", "70000"], "--port must be 0 to 65535"),
+        (["{models}", "--max-batch", "0"], "--max-batch must be at least 1"),
+        (["{models}", "--port", "{used}"], "is the port in use"),
+        (["{models}", "--host", "256.0.0.1", "--port", "0"], "256.0.0.1:0 cannot be listened on"),
+        (["{models}", "--device", "cuda"], "--device cuda"),
+        (["{models}", "--device", "cuda", "--runtime", "openvino"], "--runtime openvino computes on the CPU"),
+    ],
+)
+def test_serve_refuses_what_it_cannot_do(
+    arguments: list[str], message: str, repository: Path, address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One sentence, exit code 2."""
+    words = [word.format(models=repository, used=address.rpartition(":")[2]) for word in arguments]
+    assert resnet.main(["serve", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def files(
+    heldout: tuple[NDArray[np.uint8], NDArray[np.int32]], png: Callable[[NDArray[np.uint8]], bytes], tmp_path: Path
+) -> list[Path]:
+    """Forty test images as files: more than one request."""
+    paths = [tmp_path / f"{number:02}.png" for number in range(40)]
+    for path, image in zip(paths, heldout[0], strict=False):
+        path.write_bytes(png(image))
+    return paths
+
+
+def classify(address: str, *arguments: str | Path) -> int:
+    """Run `resnet classify`."""
+    return resnet.main(["classify", "--server", address, *map(str, arguments)])
+
+
+def test_classify_prints_a_table(address: str, files: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """One line an image, in the order they were given."""
+    assert classify(address, *files, "--top-k", "2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [str(path) for path in files]
+    assert all(len(line.split()) == 5 and line.split()[2].endswith("%") for line in lines)
+
+
+def test_classify_prints_json(
+    address: str, files: list[Path], probabilities: NDArray[np.float32], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An array, whose classes are those of the original."""
+    assert classify(address, *files, "--json", "--top-k", "1") == 0
+    records = json.loads(capsys.readouterr().out)
+    assert [record["image"] for record in records] == [str(path) for path in files]
+    assert {(record["model"], record["version"]) for record in records} == {("digits", 1)}
+    assert [record["classes"][0]["index"] for record in records] == probabilities[:40].argmax(axis=1).tolist()
+    assert records[0]["classes"][0].keys() == {"label", "index", "probability"}
+
+
+def test_classify_answers_what_it_can(address: str, files: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """Files that are no images are named at the end, with exit code 2; the others are classified."""
+    files[3].write_bytes(b"")
+    files[35].write_text("x")
+    assert classify(address, *files, "--json") == 2
+    captured = capsys.readouterr()
+    records = json.loads(captured.out)
+    assert [number for number, record in enumerate(records) if "error" in record] == [3, 35]
+    assert f"{files[3]} is empty (0 bytes)\n{files[35]} is not a JPEG or PNG image\n" in captured.err
+    assert "2 of 40 files could not be classified" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no.png"], "no.png cannot be read: No such file"),
+        (["{good}", "--model", "cats"], "the server refused: there is no model 'cats'"),
+        (["{good}", "--top-k", "99"], "the server refused: top_k is 99"),
+        (["{good}", "--server", "localhost:1"], "--server: 'localhost:1' is no IP:PORT; of several servers"),
+    ],
+)
+def test_classify_refuses_in_one_sentence(
+    arguments: list[str], message: str, address: str, files: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2, nothing on stdout."""
+    assert classify(address, *[word.format(good=files[0]) for word in arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert not captured.out
+
+
+def test_classify_takes_the_server_that_answers(
+    address: str, files: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of several; if there is none it says so, with exit code 2."""
+    assert classify("127.0.0.1:1", files[0], "--server", address) == 0
+    assert "00.png" in capsys.readouterr().out
+    assert classify("127.0.0.1:1", files[0]) == 2
+    assert "no server answers at 127.0.0.1:1" in capsys.readouterr().err
+
+
+def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
+    """The benchmark passes its words on."""
+    with serve(tmp_path) as server, pytest.raises(resnet.BadInput, match="holds no models"):
+        _ = server.address

@@ -1,0 +1,256 @@
+"""A server that encrypts, that asks for certificates, and that asks for a token."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from numpy.typing import NDArray
+
+import resnet
+from serving.client import client
+from serving.client.client import Client
+from serving.errors import Unauthenticated, Unavailable
+from serving.limits import Limits
+from serving.models import registry
+from serving.server import Server
+from serving.transports.auth import ADMIN, Tokens
+from serving.transports.call import Methods, Unary
+from serving.transports.dispatcher import Door
+from serving.transports.grpcio import GrpcioTransport
+from serving.transports.native import NativeTransport
+from serving.transports.tls import Tls
+from tests.acceptance.certificates import Pair, issue
+
+Images = NDArray[np.uint8]
+IMAGE: Images = np.zeros((1, 32, 32, 3), np.uint8)
+
+
+@pytest.fixture
+def serve(repository: Path) -> Callable[..., Server]:
+    """Starts a server of the digits."""
+
+    def start(tls: Tls | None = None, token: str | None = None, admin_token: str | None = None) -> Server:
+        served = registry.Models([registry.load(repository / "digits" / "1", "cpu")])
+        return Server(served, "127.0.0.1", 0, Limits(), tls, token, admin_token)
+
+    return start
+
+
+def trust(authority: Pair, own: Pair | None = None) -> client.Tls:
+    """Return what a client knows."""
+    certificate, key = own.pem() if own else (None, None)
+    return client.Tls(authority.pem()[0], certificate, key)
+
+
+def test_an_encrypted_server_is_reached_by_those_who_trust_it(serve: Callable[..., Server], tmp_path: Path) -> None:
+    """Not in open text, and not by those who trust another authority; new files count for the next connection."""
+    first, second = issue("first"), issue("second")
+    certificate, key = issue("server", first).write(tmp_path, "server")
+    with serve(Tls(certificate, key)) as server:
+
+        def reaches(authority: Pair | None) -> bool:
+            with Client(server.address, tls=authority and trust(authority), retries=0) as connection:
+                try:
+                    return bool(connection.classify(IMAGE, timeout=20).images)
+                except Unavailable:
+                    return False
+
+        assert [reaches(authority) for authority in (first, second, None)] == [True, False, False]
+        issue("server", second).write(tmp_path, "server")
+        assert [reaches(authority) for authority in (first, second)] == [False, True]
+        key.write_text("broken")
+        os.utime(key, (1, 1))  # another time, however fast this was
+        certificate.unlink()
+        assert reaches(second)  # a certificate that cannot be read does not replace a good one
+
+
+def test_several_encrypted_servers_have_one_name(
+    serve: Callable[..., Server], tmp_path: Path, png: Callable[[Images], bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which the client is told; the command line too."""
+    authority = issue("authority")
+    root, _ = authority.write(tmp_path, "authority")
+    files = Tls(*issue("server", authority).write(tmp_path, "server"))
+    (tmp_path / "zero.png").write_bytes(png(IMAGE[0]))
+    with serve(files) as first, serve(files) as second:
+        addresses = [first.address, second.address]
+        for name, reached in (("127.0.0.1", True), ("example.org", False)):
+            known = client.Tls(authority.pem()[0], name=name)
+            with Client(addresses, tls=known, retries=0) as connection:
+                if reached:
+                    assert connection.classify(IMAGE).images
+                else:
+                    with pytest.raises(Unavailable):
+                        connection.classify(IMAGE)
+        arguments = ["classify", str(tmp_path / "zero.png"), "--tls-ca", str(root), "--server", first.address]
+        assert resnet.main([*arguments, "--server", second.address, "--tls-name", "127.0.0.1"]) == 0
+        assert "zero.png" in capsys.readouterr().out
+        assert resnet.main([*arguments, "--server", second.address]) == 2
+        assert "say which their certificates have" in capsys.readouterr().err
+
+
+def test_a_server_may_ask_for_certificates(serve: Callable[..., Server], tmp_path: Path) -> None:
+    """Of its own authority, and still valid."""
+    authority, stranger = issue("authority"), issue("stranger")
+    certificate, key = issue("server", authority).write(tmp_path, "server")
+    (root, _) = authority.write(tmp_path, "authority")
+    with serve(Tls(certificate, key, root)) as server:
+        with Client(server.address, tls=trust(authority, issue("client", authority))) as connection:
+            assert connection.classify(IMAGE).images
+        for own in (None, issue("client", stranger), issue("client", authority, days=-1)):
+            known = trust(authority, own)
+            with Client(server.address, tls=known, retries=0) as connection, pytest.raises(Unavailable):
+                connection.classify(IMAGE, timeout=20)
+        with Client(server.address, tls=trust(authority, issue("client", authority))) as connection:
+            assert connection.classify(IMAGE).images
+
+
+def test_a_token_opens_every_protocol_and_health_needs_none(serve: Callable[..., Server]) -> None:
+    """Without it, or with another, calls and streams are refused."""
+    with serve(token="open-sesame") as server, grpc.insecure_channel(server.address) as channel:
+        with Client(server.address, token="open-sesame") as connection:
+            assert connection.classify(IMAGE).images
+        for token in (None, "open-sesam", "open-sesame2"):
+            with (
+                Client(server.address, token=token) as connection,
+                pytest.raises(Unauthenticated, match="token"),
+            ):
+                connection.classify(IMAGE)
+        with triton.InferenceServerClient(server.address) as other:
+            with pytest.raises(Exception, match="UNAUTHENTICATED"):
+                other.get_model_metadata("digits")
+            assert other.get_model_metadata("digits", headers={"authorization": "Bearer open-sesame"}).name == "digits"
+        stream = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
+        with pytest.raises(grpc.RpcError) as caught:
+            next(stream(iter([b""])))
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED  # type: ignore[attr-defined]
+        health = health_pb2_grpc.HealthStub(channel)
+        assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+
+
+LOAD, UNLOAD, INDEX = ADMIN[0], ADMIN[1], "/inference.GRPCInferenceService/RepositoryIndex"
+
+
+def ask(address: str, path: str, token: str | None) -> str:
+    """Return the status of a call with an empty request."""
+    with grpc.insecure_channel(address) as channel:
+        call: Any = channel.unary_unary(path)
+        metadata = [("authorization", f"Bearer {token}")] if token else []
+        try:
+            call(b"", metadata=metadata)
+        except grpc.RpcError as error:
+            return str(error.code().name)  # type: ignore[attr-defined]
+        return "OK"
+
+
+@pytest.fixture
+def repositories(transport: str) -> Iterator[Callable[..., str]]:
+    """Starts servers of nothing but the methods of model repositories, which answer everything."""
+    servers: list[GrpcioTransport | NativeTransport] = []
+
+    def start(token: str | None, admin_token: str | None, host: str) -> str:
+        methods: Methods = {path: Unary(lambda call: call.respond(b"")) for path in (LOAD, UNLOAD, INDEX)}
+        door = Door(methods, Limits(), Tokens(host, token, admin_token))
+        server = NativeTransport(door) if transport == "native" else GrpcioTransport(door)
+        port = server.listen("127.0.0.1:0")
+        server.start()
+        servers.append(server)
+        return f"127.0.0.1:{port}"
+
+    yield start
+    for server in servers:
+        server.stop(0)
+
+
+@pytest.mark.parametrize(
+    ("token", "admin_token", "given", "load", "index"),
+    [
+        # Nobody loads models where nobody was made an administrator.
+        (None, None, None, "PERMISSION_DENIED", "OK"),
+        (None, None, "a", "PERMISSION_DENIED", "OK"),
+        ("t", None, None, "UNAUTHENTICATED", "UNAUTHENTICATED"),
+        ("t", None, "t", "PERMISSION_DENIED", "OK"),
+        (None, "a", None, "UNAUTHENTICATED", "OK"),
+        (None, "a", "t", "UNAUTHENTICATED", "OK"),
+        (None, "a", "a", "OK", "OK"),
+        ("t", "a", None, "UNAUTHENTICATED", "UNAUTHENTICATED"),
+        ("t", "a", "x", "UNAUTHENTICATED", "UNAUTHENTICATED"),
+        ("t", "a", "t", "PERMISSION_DENIED", "OK"),
+        ("t", "a", "a", "OK", "OK"),
+    ],
+)
+def test_models_are_loaded_by_administrators_only(
+    token: str | None,
+    admin_token: str | None,
+    given: str | None,
+    load: str,
+    index: str,
+    repositories: Callable[..., str],
+) -> None:
+    """What is there may be read by all who may ask."""
+    address = repositories(token, admin_token, "0.0.0.0")
+    assert [ask(address, path, given) for path in (LOAD, UNLOAD, INDEX)] == [load, load, index]
+
+
+@pytest.mark.parametrize(("token", "load"), [(None, "OK"), ("t", "PERMISSION_DENIED")])
+def test_whoever_is_on_the_machine_of_a_private_server_is_its_administrator(
+    token: str | None, load: str, repositories: Callable[..., str]
+) -> None:
+    """Unless it asks for a token: then that is not enough."""
+    assert ask(repositories(token, None, "127.0.0.1"), LOAD, token) == load
+
+
+def test_a_server_has_administrators(serve: Callable[..., Server]) -> None:
+    """Their token is asked for before all else, and opens what the other one opens."""
+    with serve(token="open-sesame", admin_token="open-wide") as server:
+        for token, code in ((None, "UNAUTHENTICATED"), ("open-sesame", "PERMISSION_DENIED")):
+            assert ask(server.address, LOAD, token) == code
+        assert ask(server.address, LOAD, "open-wide") not in ("UNAUTHENTICATED", "PERMISSION_DENIED")
+        with Client(server.address, token="open-wide") as connection:
+            assert connection.classify(IMAGE).images
+
+
+def test_the_command_line_classifies_with_certificates_and_token(
+    serve: Callable[..., Server],
+    tmp_path: Path,
+    png: Callable[[Images], bytes],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By files, so that no token is seen in the list of processes."""
+    authority = issue("authority")
+    root, _ = authority.write(tmp_path, "authority")
+    certificate, key = issue("server", authority).write(tmp_path, "server")
+    (tmp_path / "token").write_text("open-sesame\n")
+    (tmp_path / "zero.png").write_bytes(png(IMAGE[0]))
+    with serve(Tls(certificate, key), "open-sesame") as server:
+        arguments = ["classify", str(tmp_path / "zero.png"), "--server", server.address, "--tls-ca", str(root)]
+        assert resnet.main([*arguments, "--token-file", str(tmp_path / "token")]) == 0
+        assert "zero.png" in capsys.readouterr().out
+        assert resnet.main(arguments) == 2
+        assert "the server refused: this server wants a token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tls-cert=x"], "--tls-cert and --tls-key belong together"),
+        (["--tls-cert=nowhere", "--tls-key=nowhere"], "nowhere cannot be read"),
+        (["--tls-client-ca=x"], "--tls-client-ca needs both"),
+        (["--token-file=nowhere"], "nowhere cannot be read"),
+        (["--token-file=/dev/null"], "/dev/null holds no token"),
+    ],
+)
+def test_what_cannot_be_used_is_one_sentence(
+    options: list[str], message: str, repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2."""
+    assert resnet.main(["serve", str(repository), "--port=0", *options]) == 2
+    assert message in capsys.readouterr().err
