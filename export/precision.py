@@ -53,14 +53,14 @@ SEARCH = (
 )
 
 
-class Attempt(NamedTuple):
+class Reduction(NamedTuple):
     """One way to reach a precision: in words, and as a function that writes the first file's variant to the second."""
 
     method: str
     write: Callable[[Path, Path], None]
 
 
-def attempts(precision: str, calibration: NDArray[np.uint8] | None) -> list[Attempt]:
+def attempts(precision: str, calibration: NDArray[np.uint8] | None) -> list[Reduction]:
     """Return the ways to reach a precision, from the fastest to the most careful.
 
     Args:
@@ -68,9 +68,9 @@ def attempts(precision: str, calibration: NDArray[np.uint8] | None) -> list[Atte
         calibration: Images that the model was trained on, uint8 [n, height, width, 3]; int8 needs them.
     """
     if precision == "fp16":
-        return [Attempt(f"{', '.join(KEPT_IN_FP32)} in fp32", to_fp16)]
+        return [Reduction(f"{', '.join(KEPT_IN_FP32)} in fp32", to_fp16)]
     assert calibration is not None
-    return [Attempt(str(how), partial(to_int8, images=calibration, how=how)) for how in SEARCH]
+    return [Reduction(str(how), partial(to_int8, images=calibration, how=how)) for how in SEARCH]
 
 
 def to_fp16(source: Path, target: Path) -> None:

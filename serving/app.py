@@ -25,9 +25,9 @@ from serving.config import Config
 from serving.transports import choice
 
 if TYPE_CHECKING:
-    from serving.models.registry import Model, Models
+    from serving.models.registry import Model, ModelRegistry
     from serving.observability.tracing import Tracing
-    from serving.transports.tls import Tls
+    from serving.transports.tls import ServerTls
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +62,7 @@ def serve(config: Config) -> None:
     access = read_access(config)
     auth.warn_if_open(config.host, access.tls, access.token)
     tracing = start_tracing(config)
-    served = registry.Models()
+    served = registry.ModelRegistry()
     watcher = Watcher(config.repository, served, loader(config, tracing), version_policy.parse(config.versions))
     watcher.start()
     server = Server(served, config.host, config.port, config, *access, watcher, tracing, config.transport)
@@ -82,7 +82,7 @@ def serve(config: Config) -> None:
 class Access(NamedTuple):
     """Who may ask, and who may listen in: arguments of `serving.server.Server`."""
 
-    tls: Tls | None
+    tls: ServerTls | None
     token: str | None
     admin_token: str | None
 
@@ -94,11 +94,11 @@ def read_access(config: Config) -> Access:
         BadInput: One cannot be read, or holds no token.
     """
     from serving.transports import auth
-    from serving.transports.tls import Tls
+    from serving.transports.tls import ServerTls
 
     tls = None
     if config.tls_cert and config.tls_key:
-        tls = Tls(config.tls_cert, config.tls_key, config.tls_client_ca)
+        tls = ServerTls(config.tls_cert, config.tls_key, config.tls_client_ca)
     return Access(
         tls, *(auth.read_tokens(path) if path else None for path in (config.token_file, config.admin_token_file))
     )
@@ -134,7 +134,7 @@ def loader(config: Config, tracing: Tracing | None = None) -> Callable[[Path], M
     return load
 
 
-def show_metrics(config: Config, served: Models, transport: str) -> None:
+def show_metrics(config: Config, served: ModelRegistry, transport: str) -> None:
     """Listen for Prometheus, if that is wanted."""
     if config.metrics_port is not None:
         from serving.observability.metrics import MetricsServer

@@ -18,23 +18,23 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from protos import POOL, classifier_pb2, inference_pb2, tensorflow_serving_pb2
 from serving.limits import Limits
-from serving.models.registry import Models
-from serving.protocols.calls import Inference, parse_message, reply
+from serving.models.registry import ModelRegistry
+from serving.protocols.calls import InferenceHandler, parse_message, reply
 from serving.protocols.classifier import Classifier, ClassifyStream
 from serving.protocols.health import Health
-from serving.protocols.inputs import Intake
+from serving.protocols.inputs import InputDecoder
 from serving.protocols.kserve import KServe, ModelStreamInfer, Repository
 from serving.protocols.stream import Streams
-from serving.protocols.tfserving import Prediction
+from serving.protocols.tfserving import TfServing
 from serving.runtimes.cores import count_cores
 from serving.transports import unix
 from serving.transports.auth import Tokens
 from serving.transports.call import Call, Methods, Streaming, Unary
 from serving.transports.choice import Transport, choose
-from serving.transports.dispatcher import Door
+from serving.transports.dispatcher import Dispatcher
 from serving.transports.grpcio import GrpcioTransport
 from serving.transports.native import NativeTransport
-from serving.transports.tls import Tls
+from serving.transports.tls import ServerTls
 
 if TYPE_CHECKING:
     from serving.observability.tracing import Tracing
@@ -73,11 +73,11 @@ class Server:
 
     def __init__(
         self,
-        models: Models,
+        models: ModelRegistry,
         host: str,
         port: int,
         limits: Limits,
-        tls: Tls | None = None,
+        tls: ServerTls | None = None,
         token: str | None = None,
         admin_token: str | None = None,
         repository: Repository | None = None,
@@ -107,8 +107,10 @@ class Server:
         self.ready = False
         """Whether requests are taken."""
         self._workers = ThreadPoolExecutor(count_cores(), thread_name_prefix="intake")
-        methods = self._find_methods(models, Intake(limits), repository, kind)
-        door = Door(tracing.follow_calls(methods) if tracing else methods, limits, Tokens(host, token, admin_token))
+        methods = self._find_methods(models, InputDecoder(limits), repository, kind)
+        door = Dispatcher(
+            tracing.follow_calls(methods) if tracing else methods, limits, Tokens(host, token, admin_token)
+        )
         self._transport = NativeTransport(door) if kind == "native" else GrpcioTransport(door)
         self.transport = kind
         """What receives calls."""
@@ -154,13 +156,15 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.stop(grace_seconds=10)
 
-    def _find_methods(self, models: Models, intake: Intake, repository: Repository | None, transport: str) -> Methods:
+    def _find_methods(
+        self, models: ModelRegistry, intake: InputDecoder, repository: Repository | None, transport: str
+    ) -> Methods:
         """Return what is served, by path."""
         kserve = KServe(models, intake, self, repository, transport)
-        prediction = Prediction(models, intake)
-        classify = Inference(Classifier(models, intake), models, self._workers)
-        infer = Inference(kserve, models, self._workers)
-        predict = Inference(prediction, models, self._workers)
+        prediction = TfServing(models, intake)
+        classify = InferenceHandler(Classifier(models, intake), models, self._workers)
+        infer = InferenceHandler(kserve, models, self._workers)
+        predict = InferenceHandler(prediction, models, self._workers)
         methods: Methods = {
             f"/{SERVICE}/Classify": Unary(classify.answer),
             f"/{SERVICE}/ClassifyStream": self._stream(lambda _: ClassifyStream(classify)),
@@ -191,7 +195,7 @@ class Server:
     def _stream(self, dialect: Any) -> Streaming:
         return Streaming(partial(self._streams.answer, dialect))
 
-    def _listen(self, host: str, port: int, tls: Tls | None) -> str:
+    def _listen(self, host: str, port: int, tls: ServerTls | None) -> str:
         """Listen, and return the address as clients write it."""
         if host.startswith(unix.PREFIX):
             self._socket = unix.claim(host)

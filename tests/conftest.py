@@ -70,11 +70,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def run(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Path:
     """A finished run folder."""
     from training.recipes import RECIPES
-    from training.train import Settings, train
+    from training.train import TrainingSettings, train
 
     recipe = dataclasses.replace(RECIPES["notebook"], epochs=3)
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    train(Settings(data="digits", model=tiny, recipe=recipe), folder)
+    train(TrainingSettings(data="digits", model=tiny, recipe=recipe), folder)
     return folder
 
 
@@ -125,7 +125,7 @@ def address(repository: Path, transport: str) -> Iterator[str]:
     from serving.server import Server
 
     model = registry.load(repository / "digits" / "1", "cpu")
-    with Server(registry.Models([model]), "127.0.0.1", 0, Limits(), transport=transport) as server:
+    with Server(registry.ModelRegistry([model]), "127.0.0.1", 0, Limits(), transport=transport) as server:
         yield server.address
 
 

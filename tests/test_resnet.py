@@ -73,6 +73,6 @@ def test_the_wheel_holds_all_stages(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    extras = {"protos/classifier.proto", "protos/classifier_pb2.pyi", "serving/dashboard.json", "serving/py.typed"}
+    extras = {"protos/classifier.proto", "protos/classifier_pb2.pyi", "serving/observability/dashboard.json", "serving/py.typed"}
     assert {"resnet.py", *extras} < names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"resnet.py", *resnet.PACKAGES}

@@ -10,10 +10,10 @@ import keras
 from resnet import CheckFailed
 from training.batches import TrainingBatches
 from training.plots import plot_curves
-from training.run_folder import Row, Run
+from training.run_folder import HistoryRow, RunFolder
 
 
-class Journal(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types
+class Checkpoints(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types
     """Makes every finished epoch safe on disk before the next begins, and says when a training should end.
 
     Attributes:
@@ -21,7 +21,7 @@ class Journal(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no t
     """
 
     def __init__(
-        self, run: Run, rows: list[Row], batches: TrainingBatches, patience: int, answers: keras.Model
+        self, run: RunFolder, rows: list[HistoryRow], batches: TrainingBatches, patience: int, answers: keras.Model
     ) -> None:
         """Prepare to write.
 

@@ -7,10 +7,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from training.data import Split
-from training.run_folder import Row, Run
+from training.run_folder import HistoryRow, RunFolder
 
 
-def plot_curves(history: list[Row], run: Run) -> None:
+def plot_curves(history: list[HistoryRow], run: RunFolder) -> None:
     """Draw accuracy and loss of the training and validation images by epoch, as curves.png."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     epochs = [row["epoch"] for row in history]
@@ -24,7 +24,7 @@ def plot_curves(history: list[Row], run: Run) -> None:
     _save(figure, run, "curves.png")
 
 
-def plot_confusion(confusion: NDArray[np.int_], classes: tuple[str, ...], run: Run) -> None:
+def plot_confusion(confusion: NDArray[np.int_], classes: tuple[str, ...], run: RunFolder) -> None:
     """Draw how often each class (row) was taken for each (column), as confusion.png.
 
     Args:
@@ -49,7 +49,7 @@ def plot_confusion(confusion: NDArray[np.int_], classes: tuple[str, ...], run: R
     _save(figure, run, "confusion.png")
 
 
-def plot_mistakes(test: Split, probabilities: NDArray[np.float32], classes: tuple[str, ...], run: Run) -> None:
+def plot_mistakes(test: Split, probabilities: NDArray[np.float32], classes: tuple[str, ...], run: RunFolder) -> None:
     """Draw the test images whose wrong answer the model is surest of, as mistakes.png.
 
     Args:
@@ -72,7 +72,7 @@ def plot_mistakes(test: Split, probabilities: NDArray[np.float32], classes: tupl
     _save(figure, run, "mistakes.png")
 
 
-def plot_errors(histories: dict[str, list[Row]], run: Run) -> None:
+def plot_errors(histories: dict[str, list[HistoryRow]], run: RunFolder) -> None:
     """Draw the error of several trainings by epoch, on training and validation images, as degradation.png."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, (key, title) in zip(
@@ -90,5 +90,5 @@ def plot_errors(histories: dict[str, list[Row]], run: Run) -> None:
     _save(figure, run, "degradation.png")
 
 
-def _save(figure: Figure, run: Run, name: str) -> None:
+def _save(figure: Figure, run: RunFolder, name: str) -> None:
     run.replace(run.folder / name, lambda path: figure.savefig(path, dpi=120))

@@ -35,11 +35,11 @@ from training.data import Dataset, Split
 CALIBRATION_IMAGES, CALIBRATION_BYTES = 512, 64 * 2**20
 HELDOUT_BYTES = 256 * 2**20  # of pixels; a larger test split is sampled, so that a model version stays portable
 
-Row = dict[str, float]
+HistoryRow = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFolder:
     """The paths of a run folder, and how each is read and written."""
 
     folder: Path
@@ -90,7 +90,7 @@ class Run:
                 f"{self.folder} was started for {before['epochs']} epochs; --resume may only raise that number"
             )
 
-    def read_history(self) -> list[Row]:
+    def read_history(self) -> list[HistoryRow]:
         """Return the rows of history.csv, oldest first; none if there is no such file."""
         path = self.folder / "history.csv"
         if not path.exists():
@@ -98,7 +98,7 @@ class Run:
         with path.open(newline="") as file:
             return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
-    def write_history(self, rows: list[Row]) -> None:
+    def write_history(self, rows: list[HistoryRow]) -> None:
         """Replace history.csv by these rows."""
 
         def write(path: Path) -> None:

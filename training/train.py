@@ -19,17 +19,17 @@ from numpy.typing import NDArray
 from resnet import BadInput
 from training import data, distribute, model
 from training.batches import WORKERS, Batches, TrainingBatches
-from training.checkpoints import Journal
+from training.checkpoints import Checkpoints
 from training.data import Dataset, Split
 from training.optimizer import compile_for
 from training.plots import plot_confusion, plot_mistakes
 from training.progress import Progress
 from training.recipes import Recipe
-from training.run_folder import Row, Run
+from training.run_folder import HistoryRow, RunFolder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class TrainingSettings:
     """What the user asked for; two runs with equal settings on one machine and version learn the same weights."""
 
     data: str
@@ -47,7 +47,7 @@ class Settings:
 
 
 def train(
-    settings: Settings,
+    settings: TrainingSettings,
     folder: Path,
     resume: bool = False,
     tensorboard: bool = False,
@@ -71,7 +71,7 @@ def train(
     """
     if tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise BadInput("--tensorboard needs a package that is not there: pip install tensorboard")
-    recipe, run = settings.recipe, Run(folder)
+    recipe, run = settings.recipe, RunFolder(folder)
     dataset = data.load(settings.data, settings.image_size)
     height, width, _ = dataset.image_shape
     if settings.image_size and (height, width) != (settings.image_size, settings.image_size):
@@ -90,7 +90,7 @@ def train(
     # With a strategy Keras keeps batches of its threads from one pass for the next.
     workers = 1 if strategy else WORKERS
     batches = TrainingBatches(dataset.train, training, len(dataset.classes), recipe, settings.seed, workers)
-    journal = Journal(run, rows, batches, recipe.patience, answers)
+    journal = Checkpoints(run, rows, batches, recipe.patience, answers)
     if not journal.stops:
         network.fit(
             batches,
@@ -118,7 +118,7 @@ def train(
     return metrics
 
 
-def _split(examples: Split, settings: Settings, replicas: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+def _split(examples: Split, settings: TrainingSettings, replicas: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Choose which examples to train with, and which to set aside for validation: multiples of `replicas` of both."""
     # Drawn with its own seed: seeds compare trainings, not choices of validation images.
     order = np.random.default_rng(0).permutation(len(examples.labels))
@@ -136,7 +136,7 @@ def _balance(labels: NDArray[np.int32]) -> dict[int, float]:
     return {label: len(labels) / (len(counts) * count) for label, count in counts.items()}
 
 
-def _build(settings: Settings, dataset: Dataset, precision: str) -> keras.Model:
+def _build(settings: TrainingSettings, dataset: Dataset, precision: str) -> keras.Model:
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(precision)
     try:
@@ -146,7 +146,9 @@ def _build(settings: Settings, dataset: Dataset, precision: str) -> keras.Model:
         keras.config.set_dtype_policy(before)
 
 
-def _start_or_resume(settings: Settings, run: Run, dataset: Dataset, steps: int) -> tuple[keras.Model, list[Row]]:
+def _start_or_resume(
+    settings: TrainingSettings, run: RunFolder, dataset: Dataset, steps: int
+) -> tuple[keras.Model, list[HistoryRow]]:
     """Return the model as the last finished epoch of so many steps left it, and the history up to there."""
     network = _build(settings, dataset, settings.recipe.precision)
     compile_for(network, settings.recipe, steps * settings.recipe.epochs)
@@ -164,7 +166,7 @@ def _start_or_resume(settings: Settings, run: Run, dataset: Dataset, steps: int)
     return network, run.read_history()[:done]
 
 
-def _measure(answers: keras.Model, dataset: Dataset, run: Run) -> dict[str, Any]:
+def _measure(answers: keras.Model, dataset: Dataset, run: RunFolder) -> dict[str, Any]:
     """Look at the test images, for the only time, and draw what the model takes for what."""
     test, classes = dataset.test, dataset.classes
     everything = np.arange(len(test.labels))
@@ -184,7 +186,9 @@ def _measure(answers: keras.Model, dataset: Dataset, run: Run) -> dict[str, Any]
     }
 
 
-def _provenance(settings: Settings, dataset: Dataset, answers: keras.Model, rows: list[Row]) -> dict[str, Any]:
+def _provenance(
+    settings: TrainingSettings, dataset: Dataset, answers: keras.Model, rows: list[HistoryRow]
+) -> dict[str, Any]:
     """Say where the weights come from."""
     backend = keras.backend.backend()
     return {

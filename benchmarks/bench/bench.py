@@ -35,7 +35,7 @@ START_SECONDS = 120
 
 
 @dataclass(frozen=True)
-class Column:
+class BenchColumn:
     """One load: how many requests in flight, with how many images each."""
 
     title: str
@@ -44,28 +44,28 @@ class Column:
 
 
 COLUMNS = (
-    Column("1 in flight", 1, 1),
-    Column("8 in flight", 8, 1),
-    Column("32 in flight", 32, 1),
-    Column("32-image requests, 8 in flight", 8, 32),
+    BenchColumn("1 in flight", 1, 1),
+    BenchColumn("8 in flight", 8, 1),
+    BenchColumn("32 in flight", 32, 1),
+    BenchColumn("32-image requests, 8 in flight", 8, 32),
 )
 
 
 @dataclass
-class Row:
+class BenchRow:
     """One way to run the model, and what was measured of it: for each column its rounds."""
 
     name: str
     target: Target
     predict: Predict
-    samples: dict[Column, list[Sample]] = field(default_factory=lambda: {column: [] for column in COLUMNS})
+    samples: dict[BenchColumn, list[Sample]] = field(default_factory=lambda: {column: [] for column in COLUMNS})
 
     def percentile_ms(self, percent: float) -> float:
         """Return the median over the rounds of a percentile of the latency of one request in flight."""
         rounds = self.samples[COLUMNS[0]]
         return statistics.median(float(np.percentile(sample.latencies_ms, percent)) for sample in rounds)
 
-    def images_per_second(self, column: Column) -> float:
+    def images_per_second(self, column: BenchColumn) -> float:
         """Return the median over the rounds of the throughput."""
         return statistics.median(sample.images_per_second for sample in self.samples[column])
 
@@ -77,7 +77,7 @@ class Row:
         return {"row": self.name, **latency, "images_per_second": throughput, "rounds_images_per_second": rounds}
 
 
-def bench(folder: Path, seconds: float, rounds: int) -> tuple[list[Row], dict[str, Any]]:
+def bench(folder: Path, seconds: float, rounds: int) -> tuple[list[BenchRow], dict[str, Any]]:
     """Measure the version in `folder`.
 
     Args:
@@ -109,7 +109,7 @@ def bench(folder: Path, seconds: float, rounds: int) -> tuple[list[Row], dict[st
 
 def _rows(
     folder: Path, about: Manifest, pixels: NDArray[np.uint8], stack: ExitStack, pool: ProcessPoolExecutor
-) -> Iterator[Row]:
+) -> Iterator[BenchRow]:
     # The servers load while this process does.
     keras_server = stack.enter_context(
         ServerProcess([sys.executable, "-m", "benchmarks.bench.keras_server", str(folder)])
@@ -122,7 +122,7 @@ def _rows(
         "ONNX": convert.load_onnx(folder / "model.onnx"),
     }
     for name, predict in local.items():
-        yield Row(name, Target(predict, pixels), predict)
+        yield BenchRow(name, Target(predict, pixels), predict)
     remote = {
         "Keras behind gRPC, a call each": (keras_server, UNBATCHED),
         "Keras behind gRPC, batched": (keras_server, about.model),
@@ -130,7 +130,7 @@ def _rows(
     }
     for name, (server, model) in remote.items():
         client = stack.enter_context(Client(server.address))
-        yield Row(name, RemoteTarget(server.address, model, pixels, pool), _ask(client, model, len(about.labels)))
+        yield BenchRow(name, RemoteTarget(server.address, model, pixels, pool), _ask(client, model, len(about.labels)))
 
 
 def _load_traced(path: Path) -> Predict:
@@ -161,7 +161,7 @@ def _ask(client: Client, model: str, classes: int) -> Predict:
     return predict
 
 
-def _assert_parity(rows: Sequence[Row], pixels: NDArray[np.uint8], about: Manifest) -> None:
+def _assert_parity(rows: Sequence[BenchRow], pixels: NDArray[np.uint8], about: Manifest) -> None:
     reference = rows[0].predict(pixels)
     onnx = about.certificate.find("onnx")
     allowed = onnx.budget.max_difference if onnx and onnx.budget.max_difference else 0.0

@@ -50,7 +50,7 @@ def main() -> None:
         registry.start(about, engine, Batching()),
         registry.start(msgspec.structs.replace(about, model=UNBATCHED), engine, Batching(max_batch=1)),
     ]
-    with Server(registry.Models(served), "127.0.0.1", 0, Limits()) as server:
+    with Server(registry.ModelRegistry(served), "127.0.0.1", 0, Limits()) as server:
         print(f"serving on {server.address}", flush=True)
         signal.sigwait(signals)
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.bench.bench import COLUMNS, Row
+from benchmarks.bench.bench import COLUMNS, BenchRow
 
 
-def table(rows: Sequence[Row], environment: dict[str, Any]) -> str:
+def table(rows: Sequence[BenchRow], environment: dict[str, Any]) -> str:
     """Return a table for people, in Markdown."""
     header = ["", "p50 ms", "p95 ms", "p99 ms", "8 in flight", "32 in flight", "32-image requests"]
     cells = [
@@ -45,7 +45,7 @@ def table(rows: Sequence[Row], environment: dict[str, Any]) -> str:
     )
 
 
-def save(rows: Sequence[Row], environment: dict[str, Any], folder: Path) -> None:
+def save(rows: Sequence[BenchRow], environment: dict[str, Any], folder: Path) -> None:
     """Write bench.json and bench.png."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"environment": environment, "rows": [row.as_dict() for row in rows]}
@@ -53,13 +53,13 @@ def save(rows: Sequence[Row], environment: dict[str, Any], folder: Path) -> None
     _plot(rows, environment, folder / "bench.png")
 
 
-def summary(rows: Sequence[Row], environment: dict[str, Any]) -> str:
+def summary(rows: Sequence[BenchRow], environment: dict[str, Any]) -> str:
     """Return the figures as JSON on one line, for programs."""
     figures = [{key: value for key, value in row.as_dict().items() if not key.startswith("rounds")} for row in rows]
     return json.dumps({"environment": environment, "rows": figures})
 
 
-def _plot(rows: Sequence[Row], environment: dict[str, Any], path: Path) -> None:
+def _plot(rows: Sequence[BenchRow], environment: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     places = range(len(rows))

@@ -15,7 +15,7 @@ PROC = Path("/proc")
 PARENT, SESSION, CPU = 1, 3, slice(11, 15)  # among the fields of stat from the third on
 
 
-class Tree:
+class ProcessTree:
     """A process with its descendants and, if it leads a session, those whose parents have ended."""
 
     def __init__(self, root: int) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from benchmarks.load.callers import Load
     from benchmarks.load.endpoints import Endpoint
-    from benchmarks.load.sweep import Plan, Point, Sweep
+    from benchmarks.load.sweep import Point, Sweep, SweepPlan
 
 IN_FLIGHT = [1, 8, 32]
 AUTO = "auto"
@@ -65,12 +65,12 @@ def run(args: argparse.Namespace) -> None:
 
     from benchmarks.load.callers import Callers
     from benchmarks.load.endpoints import connect
-    from benchmarks.load.sweep import Plan, Sweep
+    from benchmarks.load.sweep import Sweep, SweepPlan
     from resnet import BadInput
 
     if args.rate and len(args.images) > 1:
         raise BadInput("several numbers of --images go with --in-flight alone, not with --rate")
-    plan = Plan(
+    plan = SweepPlan(
         seconds=args.seconds,
         rounds=args.rounds,
         warm_up=args.warm_up,
@@ -162,7 +162,7 @@ def _warn(points: Sequence[Point]) -> list[str]:
     return [f"the load itself was late at {', '.join(late)}: give it more --clients, or cores"] if late else []
 
 
-def _describe(endpoint: Endpoint, plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
+def _describe(endpoint: Endpoint, plan: SweepPlan, args: argparse.Namespace) -> dict[str, Any]:
     """Return what was measured, how, and with what."""
     from benchmarks.harness import environment
 

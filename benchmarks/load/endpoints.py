@@ -24,7 +24,7 @@ DISTINCT_BYTES = 64 * 2**20  # of all requests that are made ahead
 DISTINCT = 16
 TYPES = {"UINT8": "u1", "FP32": "<f4"}
 
-Pixels = NDArray[Any]
+PixelArray = NDArray[Any]
 """Of one of `TYPES`: [images, ...]."""
 
 
@@ -70,7 +70,7 @@ class Protocol(NamedTuple):
 
     path: str
     describe: Callable[[grpc.Channel, str], Input]
-    pack: Callable[[Input, Pixels], bytes]
+    pack: Callable[[Input, PixelArray], bytes]
 
 
 def connect(
@@ -122,7 +122,7 @@ def describe(
     return wanted
 
 
-def make_pixels(wanted: Input, count: int, data: Sequence[Path] = ()) -> Pixels:
+def make_pixels(wanted: Input, count: int, data: Sequence[Path] = ()) -> PixelArray:
     """Return so many images as the model takes them: noise, or those of files in turn.
 
     Raises:
@@ -145,11 +145,11 @@ def _settle(found: Input, images: int, shape: tuple[int, ...]) -> Input:
     return found._replace(shape=(images, *wanted))
 
 
-def _draw(wanted: Input, count: int) -> Pixels:
+def _draw(wanted: Input, count: int) -> PixelArray:
     return np.random.default_rng(0).integers(0, 256, (count, *wanted.shape[1:]), np.uint8)
 
 
-def _read(wanted: Input, files: Sequence[Path]) -> Pixels:
+def _read(wanted: Input, files: Sequence[Path]) -> PixelArray:
     """Return the pixels of files, resized to what the model takes."""
     _, *sizes = wanted.shape
     if len(sizes) != 3 or sizes[2] != 3:
@@ -199,14 +199,14 @@ def describe_tfs(channel: grpc.Channel, model: str) -> Input:
     return Input(model, name, tuple(axis.size for axis in taken.tensor_shape.dim), datatype)
 
 
-def pack_native(wanted: Input, pixels: Pixels) -> bytes:
+def pack_native(wanted: Input, pixels: PixelArray) -> bytes:
     """Return a request for one class of each image."""
     pb = classifier_pb2
     tensor = pb.Tensor(data_type=pb.DATA_TYPE_UINT8, shape=pixels.shape, data=pixels.tobytes())
     return pb.ClassifyRequest(model=wanted.model, tensor=tensor, top_k=1).SerializeToString()
 
 
-def pack_kserve(wanted: Input, pixels: Pixels) -> bytes:
+def pack_kserve(wanted: Input, pixels: PixelArray) -> bytes:
     """Return a request for all that the model gives."""
     pb = inference_pb2
     tensor = pb.ModelInferRequest.InferInputTensor(name=wanted.name, datatype=wanted.datatype, shape=pixels.shape)
@@ -214,7 +214,7 @@ def pack_kserve(wanted: Input, pixels: Pixels) -> bytes:
     return request.SerializeToString()
 
 
-def pack_tfs(wanted: Input, pixels: Pixels) -> bytes:
+def pack_tfs(wanted: Input, pixels: PixelArray) -> bytes:
     """Return a request for all that the signature gives."""
     pb, tf = tensorflow_serving_pb2, tensorflow_pb2
     tensor = tf.TensorProto(

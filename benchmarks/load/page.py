@@ -10,7 +10,7 @@ from benchmarks.load import chart
 from benchmarks.load.callers import Closed, Open
 from benchmarks.load.chart import COLORS, Series
 from benchmarks.load.percentiles import Estimate
-from benchmarks.load.server_side import MIB, Split
+from benchmarks.load.server_side import MIB, ServerTimes
 from benchmarks.load.sweep import Point
 
 SHOWN = (50, 95, 99, 99.9)
@@ -139,7 +139,7 @@ def _opened(points: Sequence[Point]) -> str:
 
 
 def _server(points: Sequence[Point]) -> str:
-    total, rows = Split(), []
+    total, rows = ServerTimes(), []
     for point in points:
         if point.split and point.split.requests:
             total.add(point.split)

@@ -20,7 +20,7 @@ from resnet import CheckFailed
 NAMES = {status.value[0]: status.name for status in grpc.StatusCode}
 DISTINCT = 16
 
-Call = Callable[[int], object]
+CallFunction = Callable[[int], object]
 """Sends the request of the given number, and returns when it is answered."""
 
 
@@ -74,7 +74,7 @@ def sample(trace: Trace, load: Load, images: int, begin: float, end: float, dead
     )
 
 
-def run(call: Call, in_flight: int, images: int, seconds: float) -> Sample:
+def run(call: CallFunction, in_flight: int, images: int, seconds: float) -> Sample:
     """Keep `in_flight` threads calling for `seconds`; each call answers `images` images.
 
     Raises:

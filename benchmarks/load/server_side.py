@@ -9,7 +9,7 @@ from pathlib import Path
 
 import grpc
 
-from benchmarks.harness.tree import Tree, read_cpu_seconds, read_peak_bytes, read_stat
+from benchmarks.harness.tree import ProcessTree, read_cpu_seconds, read_peak_bytes, read_stat
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from resnet import BadInput
@@ -19,7 +19,7 @@ MIB = 2**20
 
 
 @dataclass
-class Split:
+class ServerTimes:
     """Sums over answered requests, and over batches, as KServe's ModelStatistics has them.
 
     Attributes:
@@ -32,7 +32,7 @@ class Split:
     ns: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     batches: dict[int, tuple[int, int]] = field(default_factory=dict)
 
-    def add(self, other: Split, sign: int = 1) -> None:
+    def add(self, other: ServerTimes, sign: int = 1) -> None:
         """Add what another has counted; with the sign -1, take it off."""
         self.requests += sign * other.requests
         for name, ns in other.ns.items():
@@ -58,7 +58,7 @@ class Usage:
     peak_bytes: int = 0
 
 
-def count(address: str, model: str) -> Split | None:
+def count(address: str, model: str) -> ServerTimes | None:
     """Return what a server has counted of a model so far; None if it does not count."""
     with grpc.insecure_channel(address) as channel:
         try:
@@ -66,7 +66,7 @@ def count(address: str, model: str) -> Split | None:
             found = GRPCInferenceServiceStub(channel).ModelStatistics(request, timeout=PATIENCE_SECONDS)
         except grpc.RpcError:
             return None
-    total = Split()
+    total = ServerTimes()
     for version in found.model_stats:
         stats = version.inference_stats
         parts = {
@@ -78,7 +78,7 @@ def count(address: str, model: str) -> Split | None:
         batches = {
             batch.batch_size: (batch.compute_infer.count, batch.compute_infer.ns) for batch in version.batch_stats
         }
-        total.add(Split(stats.success.count, {name: part.ns for name, part in parts.items()}, batches))
+        total.add(ServerTimes(stats.success.count, {name: part.ns for name, part in parts.items()}, batches))
     return total
 
 
@@ -104,4 +104,4 @@ def forget_peak(pid: int) -> None:
 def _find(pid: int) -> list[int]:
     if not read_stat(pid):
         raise BadInput(f"there is no process {pid}; give the number of the server's as --server-pid")
-    return Tree(pid).pids()
+    return ProcessTree(pid).pids()

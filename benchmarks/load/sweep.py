@@ -16,7 +16,7 @@ from benchmarks.load.callers import Callers, Closed, Load, Open
 from benchmarks.load.endpoints import Endpoint
 from benchmarks.load.percentiles import Estimate
 from benchmarks.load.samples import Sample, sample
-from benchmarks.load.server_side import MIB, Split, Usage
+from benchmarks.load.server_side import MIB, ServerTimes, Usage
 from resnet import CheckFailed
 
 PERCENTS = (50, 90, 95, 99, 99.9)
@@ -40,7 +40,7 @@ class Point:
     load: Load
     images: int
     samples: list[Sample] = field(default_factory=list)
-    split: Split | None = None
+    split: ServerTimes | None = None
     usage: Usage | None = None
     sent: int = 0
 
@@ -98,7 +98,7 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class SweepPlan:
     """How to measure.
 
     Attributes:
@@ -124,7 +124,7 @@ Report = Callable[[Point], None]
 class Sweep:
     """Measures an endpoint by a plan."""
 
-    def __init__(self, endpoint: Endpoint, callers: Callers, plan: Plan, report: Report = lambda _: None) -> None:
+    def __init__(self, endpoint: Endpoint, callers: Callers, plan: SweepPlan, report: Report = lambda _: None) -> None:
         """Prepare; `report` is told of every point, each time that a round of it is done."""
         self._endpoint, self._callers, self._plan, self._report = endpoint, callers, plan, report
 
@@ -175,11 +175,11 @@ class Sweep:
         server_side.forget_peak(self._plan.server_pid)
         return server_side.weigh(self._plan.server_pid)
 
-    def _count(self, point: Point, before: Split | None, weight: Usage | None) -> None:
+    def _count(self, point: Point, before: ServerTimes | None, weight: Usage | None) -> None:
         """Add what the server did since."""
         after = server_side.count(self._endpoint.address, self._endpoint.input.model)
         if before and after:
-            point.split = point.split or Split()
+            point.split = point.split or ServerTimes()
             point.split.add(after)
             point.split.add(before, -1)
         if weight and self._plan.server_pid is not None:

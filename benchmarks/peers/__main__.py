@@ -13,9 +13,9 @@ import numpy as np
 
 from benchmarks.harness.environment import describe
 from benchmarks.peers import environments
-from benchmarks.peers.catalog import PEERS, Peer, Served, choose
-from benchmarks.peers.race import COLUMNS, Row, as_dict, race, table
-from benchmarks.peers.systems import Images, Loop, Probabilities, Server
+from benchmarks.peers.catalog import PEERS, ModelFile, Peer, choose
+from benchmarks.peers.race import COLUMNS, RaceRow, as_dict, race, table
+from benchmarks.peers.systems import Images, Loop, PeerServer, Probabilities
 from export import manifest, repository
 from resnet import BadInput
 from serving.runtimes.onnx import OnnxEngine
@@ -94,35 +94,37 @@ def measure(args: argparse.Namespace) -> None:
     print(table(rows))
 
 
-def line_up(peers: Sequence[Peer], installed: Path, folder: Path, precisions: Sequence[str], loops: bool) -> list[Row]:
+def line_up(
+    peers: Sequence[Peer], installed: Path, folder: Path, precisions: Sequence[str], loops: bool
+) -> list[RaceRow]:
     """Return a row for each system: all serve the first precision, some the others too."""
     about = manifest.read(folder)
     with np.load(folder / "heldout.npz") as arrays:
         images = arrays["images"]
     images = np.resize(images, (max(column.images for column in COLUMNS), *images.shape[1:]))
-    rows: list[Row] = []
+    rows: list[RaceRow] = []
     for precision in precisions:
         model = _find(folder, about, precision)
         expected = OnnxEngine(model.path, about).run(images)
         for peer in peers:
             if precision == precisions[0] or peer.every:
                 start = functools.partial(_start, peer, installed, model, images, expected)
-                rows.append(Row(f"{peer.title}, {precision}" if peer.checked else peer.title, start))
+                rows.append(RaceRow(f"{peer.title}, {precision}" if peer.checked else peer.title, start))
         for batch, sessions in LOOPS if loops else ():
             title = f"onnxruntime in a loop, {batch} at a time, {sessions} at once, {precision}"
-            rows.append(Row(title, functools.partial(Loop, model, images, batch, sessions)))
+            rows.append(RaceRow(title, functools.partial(Loop, model, images, batch, sessions)))
     return rows
 
 
-def _find(folder: Path, about: manifest.Manifest, precision: str) -> Served:
+def _find(folder: Path, about: manifest.Manifest, precision: str) -> ModelFile:
     variant = about.certificate.find("onnx" if precision == "fp32" else f"onnx-{precision}")
     if variant is None:
         raise BadInput(f"{folder} has no {precision} variant; --precision takes what was exported, of {PRECISIONS}")
-    return Served(folder / variant.path, precision)
+    return ModelFile(folder / variant.path, precision)
 
 
-def _start(peer: Peer, folder: Path, model: Served, images: Images, expected: Probabilities) -> Server:
-    return Server(peer, environments.find_python(peer, folder), model, images, expected)
+def _start(peer: Peer, folder: Path, model: ModelFile, images: Images, expected: Probabilities) -> PeerServer:
+    return PeerServer(peer, environments.find_python(peer, folder), model, images, expected)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks.peers.protocols import JSON, JSON_BATCH, RAW, KServe, Transport
+from benchmarks.peers.protocols import JSON, JSON_BATCH, RAW, KServePeer, PeerProtocol
 from resnet import BadInput
 
 SERVERS = Path(__file__).parent / "servers"
 
 
 @dataclass(frozen=True)
-class Served:
+class ModelFile:
     """The file that a server is to serve.
 
     Attributes:
@@ -47,13 +47,13 @@ class Peer:
 
     name: str
     title: str
-    transport: Transport
+    transport: PeerProtocol
     requirements: tuple[str, ...] = ()
     checked: bool = True
     restless: bool = False
     every: bool = False
 
-    def command(self, python: Path, model: Served, port: int) -> Sequence[str]:
+    def command(self, python: Path, model: ModelFile, port: int) -> Sequence[str]:
         """Return what starts it on a port of 127.0.0.1."""
         return [str(python), str(SERVERS / f"{self.name}_server.py"), str(model.path), str(port), model.name]
 
@@ -62,7 +62,7 @@ class Peer:
 class Ours(Peer):
     """`resnet serve`."""
 
-    def command(self, python: Path, model: Served, port: int) -> Sequence[str]:
+    def command(self, python: Path, model: ModelFile, port: int) -> Sequence[str]:
         """Return what starts it on a port of 127.0.0.1."""
         start = [str(python), "-c", "import sys, resnet; sys.exit(resnet.main())", "serve"]
         return [*start, str(model.path.parents[2]), f"--port={port}", f"--precision={model.precision}"]
@@ -72,10 +72,10 @@ RUNTIME = f"onnxruntime=={version('onnxruntime')}"  # the same for all
 NUMPY = "numpy==2.4.6"
 
 PEERS = (
-    Ours("ours", "resnet serve", KServe(), every=True),
+    Ours("ours", "resnet serve", KServePeer(), every=True),
     Peer("mosec", "mosec 0.9.8 (HTTP)", RAW, ("mosec==0.9.8", NUMPY, RUNTIME), every=True),
-    Peer("pytriton", "pytriton 0.7.0 (Triton)", KServe(), ("nvidia-pytriton==0.7.0", "numpy==1.26.4", RUNTIME)),
-    Peer("mlserver", "MLServer 1.7.1", KServe(), ("mlserver==1.7.1", NUMPY, RUNTIME)),
+    Peer("pytriton", "pytriton 0.7.0 (Triton)", KServePeer(), ("nvidia-pytriton==0.7.0", "numpy==1.26.4", RUNTIME)),
+    Peer("mlserver", "MLServer 1.7.1", KServePeer(), ("mlserver==1.7.1", NUMPY, RUNTIME)),
     Peer(
         "litserve",
         "LitServe 0.2.19 (HTTP)",
@@ -87,12 +87,12 @@ PEERS = (
     Peer(
         "ray",
         "Ray Serve 2.60.0 (gRPC proxy)",
-        KServe(),
+        KServePeer(),
         ("ray[serve]==2.60.0", "protobuf==6.33.6", NUMPY, RUNTIME),  # the protobuf that `protos` was made for
         restless=True,
     ),
-    Peer("keras_aio", "Keras predict_on_batch behind grpc.aio", KServe()),
-    Peer("echo", "grpcio's server, echo only", KServe(), checked=False),
+    Peer("keras_aio", "Keras predict_on_batch behind grpc.aio", KServePeer()),
+    Peer("echo", "grpcio's server, echo only", KServePeer(), checked=False),
 )
 
 

@@ -18,16 +18,16 @@ from benchmarks.load.samples import Sample
 from protos import inference_pb2 as pb
 from serving.client.channel import UNLIMITED
 
-Pixels = NDArray[np.float32]
+FloatPixels = NDArray[np.float32]
 Probabilities = NDArray[np.float32]
 
 SECONDS = 10  # for one answer
 
 
-class Transport(Protocol):
+class PeerProtocol(Protocol):
     """Carries the images of one request to a server."""
 
-    def pack(self, model: str, pixels: Pixels) -> bytes:
+    def pack(self, model: str, pixels: FloatPixels) -> bytes:
         """Return the request for float32 [n, height, width, 3], 0 to 255."""
         ...
 
@@ -40,12 +40,12 @@ class Transport(Protocol):
         ...
 
 
-class KServe:
+class KServePeer:
     """`ModelInfer` of the KServe v2 protocol, over gRPC."""
 
     path = "/inference.GRPCInferenceService/ModelInfer"
 
-    def pack(self, model: str, pixels: Pixels) -> bytes:
+    def pack(self, model: str, pixels: FloatPixels) -> bytes:
         """Return the request."""
         tensor = pb.ModelInferRequest.InferInputTensor(name="image", datatype="FP32", shape=pixels.shape)
         request = pb.ModelInferRequest(model_name=model, inputs=[tensor], raw_input_contents=[pixels.tobytes()])
@@ -64,7 +64,7 @@ class KServe:
 
 
 @dataclass(frozen=True)
-class Http:
+class HttpPeer:
     """POST requests over HTTP/1.1, with a body of the server's own form.
 
     Attributes:
@@ -76,10 +76,10 @@ class Http:
 
     path: str
     content_type: str
-    to_body: Callable[[Pixels], bytes]
+    to_body: Callable[[FloatPixels], bytes]
     from_body: Callable[[bytes], Probabilities]
 
-    def pack(self, model: str, pixels: Pixels) -> bytes:  # noqa: ARG002
+    def pack(self, model: str, pixels: FloatPixels) -> bytes:  # noqa: ARG002
         """Return the request."""
         return self.to_body(pixels)
 
@@ -95,19 +95,19 @@ class Http:
         return h2load.measure_http(f"http://{address}{self.path}", request, in_flight, images, seconds, headers)
 
 
-RAW = Http(
+RAW = HttpPeer(
     "/inference",
     "application/octet-stream",
     to_body=lambda pixels: pixels.tobytes(),
     from_body=lambda body: np.frombuffer(body, np.float32),
 )
-JSON = Http(
+JSON = HttpPeer(
     "/predict",
     "application/json",
     to_body=lambda pixels: json.dumps({"image": _to_text(pixels)}).encode(),
     from_body=lambda body: np.asarray(json.loads(body)["probabilities"], np.float32),
 )
-JSON_BATCH = Http(  # a batch of one request, which the server adds to others
+JSON_BATCH = HttpPeer(  # a batch of one request, which the server adds to others
     "/classify",
     "application/json",
     to_body=lambda pixels: json.dumps({"images": [_to_text(pixels)]}).encode(),
@@ -115,5 +115,5 @@ JSON_BATCH = Http(  # a batch of one request, which the server adds to others
 )
 
 
-def _to_text(pixels: Pixels) -> str:
+def _to_text(pixels: FloatPixels) -> str:
     return base64.b64encode(pixels.tobytes()).decode()

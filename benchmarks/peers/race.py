@@ -18,7 +18,7 @@ WARM_UP_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Column:
+class RaceColumn:
     """A load: so many requests in flight, of so many images each."""
 
     images: int
@@ -28,7 +28,7 @@ class Column:
         return f"{self.images} x {self.in_flight}"
 
 
-COLUMNS = FEW, MANY, BATCHES = Column(1, 8), Column(1, 32), Column(32, 8)
+COLUMNS = FEW, MANY, BATCHES = RaceColumn(1, 8), RaceColumn(1, 32), RaceColumn(32, 8)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Figures:
 
 
 @dataclass
-class Row:
+class RaceRow:
     """A system, and what was measured of it; or the sentence that says why there is nothing.
 
     Attributes:
@@ -65,10 +65,10 @@ class Row:
     title: str
     start: Callable[[], System]
     system: System | None = None
-    rounds: dict[Column, list[Figures]] = field(default_factory=lambda: {column: [] for column in COLUMNS})
+    rounds: dict[RaceColumn, list[Figures]] = field(default_factory=lambda: {column: [] for column in COLUMNS})
     problem: str = ""
 
-    def median(self, column: Column, figure: str) -> float:
+    def median(self, column: RaceColumn, figure: str) -> float:
         """Return the median over the rounds of one of the `Figures`."""
         return float(statistics.median(getattr(found, figure) for found in self.rounds[column]))
 
@@ -87,7 +87,7 @@ class Row:
 
         self._attempt(work)
 
-    def go(self, column: Column, seconds: float) -> None:
+    def go(self, column: RaceColumn, seconds: float) -> None:
         """Measure it once under a load, if it still runs."""
 
         def work() -> None:
@@ -119,7 +119,7 @@ class Row:
             self.end()
 
 
-def race(rows: Sequence[Row], rounds: int, seconds: float, say: Callable[[str], None]) -> None:
+def race(rows: Sequence[RaceRow], rounds: int, seconds: float, say: Callable[[str], None]) -> None:
     """Measure all systems, one after the other under each load, round by round.
 
     Args:
@@ -149,7 +149,7 @@ def race(rows: Sequence[Row], rounds: int, seconds: float, say: Callable[[str], 
             row.end()
 
 
-def _measure(system: System, column: Column, seconds: float) -> Figures:
+def _measure(system: System, column: RaceColumn, seconds: float) -> Figures:
     cpu, start = system.tree.cpu_seconds(), time.perf_counter()
     sample = system.measure(column.in_flight, column.images, seconds)
     # The load lasts a little longer than the stretch that counts, and so does the processor time.
@@ -166,7 +166,7 @@ def _measure(system: System, column: Column, seconds: float) -> Figures:
     )
 
 
-def as_dict(row: Row) -> dict[str, Any]:
+def as_dict(row: RaceRow) -> dict[str, Any]:
     """Return all that was measured of a row, for JSON."""
     return {
         "system": row.title,
@@ -182,12 +182,12 @@ HEADER = (
 )
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[RaceRow]) -> str:
     """Return the medians in Markdown; a system that did not last under every load has its sentence instead."""
     return "\n".join([HEADER, *map(_line, rows)])
 
 
-def _line(row: Row) -> str:
+def _line(row: RaceRow) -> str:
     if not all(row.rounds.values()):
         return f"| {row.title} | {row.problem} | | | | | | |"
     title = f"{row.title} ({len(row.rounds[BATCHES])} rounds, then: {row.problem})" if row.problem else row.title

@@ -19,10 +19,10 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from benchmarks.harness.tree import Tree
+from benchmarks.harness.tree import ProcessTree
 from benchmarks.load import samples
 from benchmarks.load.samples import Sample
-from benchmarks.peers.catalog import Peer, Served
+from benchmarks.peers.catalog import ModelFile, Peer
 from benchmarks.peers.environments import last_line
 from resnet import BadInput, CheckFailed
 
@@ -38,7 +38,7 @@ Probabilities = NDArray[np.float32]
 class System(Protocol):
     """Something that runs, and can be put under load."""
 
-    tree: Tree
+    tree: ProcessTree
     restless: bool
     """Whether it has to be stopped while others are measured."""
 
@@ -51,10 +51,10 @@ class System(Protocol):
         ...
 
 
-class Server:
+class PeerServer:
     """A peer that serves."""
 
-    def __init__(self, peer: Peer, python: Path, model: Served, images: Images, expected: Probabilities) -> None:
+    def __init__(self, peer: Peer, python: Path, model: ModelFile, images: Images, expected: Probabilities) -> None:
         """Start it, wait until it answers, and compare.
 
         Args:
@@ -87,7 +87,7 @@ class Server:
                 cwd=self._folder.name,
                 start_new_session=True,
             )
-        self.tree = Tree(self._process.pid)
+        self.tree = ProcessTree(self._process.pid)
         try:
             self._await()
             if peer.checked:
@@ -134,12 +134,12 @@ class Loop:
 
     restless = False
 
-    def __init__(self, model: Served, images: Images, batch: int, sessions: int) -> None:
+    def __init__(self, model: ModelFile, images: Images, batch: int, sessions: int) -> None:
         """Load the file into so many sessions, which share the cores and each take `batch` of `images` at a time."""
         threads = len(os.sched_getaffinity(0)) // sessions
         self._work = functools.partial(_loop, model.path, images[:batch], sessions, threads)
         self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        self.tree = Tree(self._pool.submit(os.getpid).result())
+        self.tree = ProcessTree(self._pool.submit(os.getpid).result())
 
     def measure(self, in_flight: int, images: int, seconds: float) -> Sample:  # noqa: ARG002 (it has no requests)
         """Let it run, at its own batch size whatever the load."""

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.load.callers import PATIENCE_SECONDS, Caller
-from benchmarks.load.endpoints import PROTOCOLS, Endpoint, Pixels, describe, make_pixels
+from benchmarks.load.endpoints import PROTOCOLS, Endpoint, PixelArray, describe, make_pixels
 from benchmarks.load.samples import NAMES
 from resnet import BadInput, CheckFailed
 
@@ -61,7 +61,7 @@ def main() -> None:
     protocol = PROTOCOLS[args.protocol]
     endpoint = Endpoint(args.server, protocol.path, (protocol.pack(wanted, pixels[:1]),), 1, wanted, args.protocol)
     with Caller(endpoint, args.connections) as caller, tempfile.TemporaryDirectory() as folder:
-        system = System(endpoint, pixels, caller, args)
+        system = SystemUnderTest(endpoint, pixels, caller, args)
         test(system, settings(args), Path(folder))
         summary = (Path(folder) / "mlperf_log_summary.txt").read_text()
     if system.failures:
@@ -72,10 +72,10 @@ def main() -> None:
     print(json.dumps(read(summary)))
 
 
-class System:
+class SystemUnderTest:
     """The system under test: a server that answers what LoadGen asks."""
 
-    def __init__(self, endpoint: Endpoint, pixels: Pixels, caller: Caller, args: argparse.Namespace) -> None:
+    def __init__(self, endpoint: Endpoint, pixels: PixelArray, caller: Caller, args: argparse.Namespace) -> None:
         """Send nothing yet.
 
         Args:
@@ -124,7 +124,7 @@ def settings(args: argparse.Namespace) -> Any:
     return found
 
 
-def test(system: System, wanted: Any, folder: Path) -> None:
+def test(system: SystemUnderTest, wanted: Any, folder: Path) -> None:
     """Let LoadGen test a system, and write its logs into a folder."""
     logs = loadgen.LogSettings()
     logs.log_output.outdir = str(folder)

@@ -85,7 +85,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Row:
+class OverloadRow:
     """What one stretch saw.
 
     Attributes:
@@ -125,14 +125,14 @@ def main() -> None:
 
 def measure(
     address: str, pid: int, message: bytes, in_flight: int, images: int, seconds: float, rounds: int
-) -> list[Row]:
+) -> list[OverloadRow]:
     """Return the rows of a table, as medians, and print each round; the arguments are those of the command.
 
     Raises:
         BadInput: h2load is not installed.
         CheckFailed: The server refused what a closed loop asked.
     """
-    found: dict[tuple[int, int | None], list[Row]] = {}
+    found: dict[tuple[int, int | None], list[OverloadRow]] = {}
     print(
         f"{'load':>5} {'deadline':>9} {'sent/s':>9} {'in time':>8} {'refused p99':>12} {'health max':>11} {'memory':>9}"
     )
@@ -153,21 +153,21 @@ def measure(
 
 def _stretch(
     address: str, pid: int, message: bytes, capacity: float, factor: int, deadline: int | None, seconds: float
-) -> Row:
+) -> OverloadRow:
     before = read_peak_bytes(pid)
     with Probe(address, message, None if deadline is None else deadline / 1e3) as probe:
         sent, answered = h2load.offer(address, METHOD, message, factor * capacity, seconds, timeout_ms=deadline)
     refused = float(np.percentile(probe.refused_ms, 99)) if probe.refused_ms else None
     grown = (read_peak_bytes(pid) - before) / 2**20
-    return Row(factor, deadline, sent, answered / capacity, refused, max(probe.health_ms), grown)
+    return OverloadRow(factor, deadline, sent, answered / capacity, refused, max(probe.health_ms), grown)
 
 
-def _median(rows: list[Row]) -> Row:
+def _median(rows: list[OverloadRow]) -> OverloadRow:
     def middle(values: list[Any]) -> float:
         return float(np.median(values))
 
     refused = [row.refused_ms for row in rows if row.refused_ms is not None]
-    return Row(
+    return OverloadRow(
         rows[0].factor,
         rows[0].deadline_ms,
         middle([row.sent for row in rows]),
@@ -178,7 +178,7 @@ def _median(rows: list[Row]) -> Row:
     )
 
 
-def _show(row: Row) -> None:
+def _show(row: OverloadRow) -> None:
     deadline = "none" if row.deadline_ms is None else f"{row.deadline_ms} ms"
     refused = "-" if row.refused_ms is None else f"{row.refused_ms:.1f} ms"
     print(

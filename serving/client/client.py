@@ -26,7 +26,7 @@ from protos import classifier_pb2 as pb
 from protos.classifier_pb2_grpc import ClassifierStub
 from serving.client.channel import MAX_RETRIES, Tls, from_rpc, to_options, to_target
 from serving.client.stream import Result, Window
-from serving.client.types import Answer, Class, Image, Images, Question, to_answer
+from serving.client.types import Answer, Class, ClassifyOptions, ImageInput, ImageInputs, to_answer
 from serving.errors import DeadlineExceeded, InvalidRequest, ServingError, Unavailable
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ DEFAULT_SERVER = "127.0.0.1:8001"
 REQUEST_IMAGES = 256  # what a server takes in one request, by default
 REQUEST_BYTES = 48 * 2**20  # of the 64 MiB that it takes
 
-Metadata = tuple[tuple[str, str], ...]
+CallMetadata = tuple[tuple[str, str], ...]
 
 
 class Client:
@@ -72,7 +72,13 @@ class Client:
         self._stub, self._metadata, self._retries = ClassifierStub(self._channel), _authorize(token), retries
 
     def classify(
-        self, images: Images, *, top_k: int = 0, model: str = "", version: int | str = 0, timeout: float | None = 30
+        self,
+        images: ImageInputs,
+        *,
+        top_k: int = 0,
+        model: str = "",
+        version: int | str = 0,
+        timeout: float | None = 30,
     ) -> Answer:
         """Classify images.
 
@@ -88,7 +94,7 @@ class Client:
         Raises:
             ServingError: One of those in `serving.errors`.
         """
-        question, deadline = Question(top_k, model, version), _find_deadline(timeout)
+        question, deadline = ClassifyOptions(top_k, model, version), _find_deadline(timeout)
         if _fits_one_request(images):
             try:
                 request = question.to_request(images)
@@ -103,7 +109,7 @@ class Client:
 
     def classify_each(
         self,
-        images: Iterable[Image],
+        images: Iterable[ImageInput],
         *,
         top_k: int = 0,
         model: str = "",
@@ -125,7 +131,7 @@ class Client:
         Raises:
             ServingError: One of those in `serving.errors`; it ends the iteration.
         """
-        window = Window(Question(top_k, model, version), self._retries)
+        window = Window(ClassifyOptions(top_k, model, version), self._retries)
         return self._converse(window, images, float("inf"), timeout)
 
     def close(self) -> None:
@@ -139,7 +145,7 @@ class Client:
         self.close()
 
     def _converse(
-        self, window: Window, images: Iterable[Image], deadline: float, patience: float | None
+        self, window: Window, images: Iterable[ImageInput], deadline: float, patience: float | None
     ) -> Iterator[Result]:
         """Ask for the images over a stream, and over another where it breaks; yield the results in order."""
         source = iter(images)
@@ -184,10 +190,16 @@ class AsyncClient:
         self._stub, self._metadata, self._retries = ClassifierStub(self._channel), _authorize(token), retries
 
     async def classify(
-        self, images: Images, *, top_k: int = 0, model: str = "", version: int | str = 0, timeout: float | None = 30
+        self,
+        images: ImageInputs,
+        *,
+        top_k: int = 0,
+        model: str = "",
+        version: int | str = 0,
+        timeout: float | None = 30,
     ) -> Answer:
         """Classify images; arguments, result and errors are those of `Client.classify`."""
-        question, deadline = Question(top_k, model, version), _find_deadline(timeout)
+        question, deadline = ClassifyOptions(top_k, model, version), _find_deadline(timeout)
         if _fits_one_request(images):
             try:
                 request = question.to_request(images)
@@ -203,7 +215,7 @@ class AsyncClient:
 
     def classify_each(
         self,
-        images: Iterable[Image] | AsyncIterable[Image],
+        images: Iterable[ImageInput] | AsyncIterable[ImageInput],
         *,
         top_k: int = 0,
         model: str = "",
@@ -211,7 +223,7 @@ class AsyncClient:
         timeout: float | None = 30,
     ) -> AsyncGenerator[Result, None]:
         """Classify any number of images; arguments, results and errors are those of `Client.classify_each`."""
-        window = Window(Question(top_k, model, version), self._retries)
+        window = Window(ClassifyOptions(top_k, model, version), self._retries)
         return self._converse(window, images, float("inf"), timeout)
 
     async def close(self) -> None:
@@ -227,7 +239,7 @@ class AsyncClient:
     async def _converse(
         self,
         window: Window,
-        images: Iterable[Image] | AsyncIterable[Image],
+        images: Iterable[ImageInput] | AsyncIterable[ImageInput],
         deadline: float,
         patience: float | None,
     ) -> AsyncGenerator[Result, None]:
@@ -257,7 +269,7 @@ class AsyncClient:
 class _Stream:
     """A call of ClassifyStream, whose answers can be waited for as long as one likes."""
 
-    def __init__(self, stub: ClassifierStub, metadata: Metadata, deadline: float) -> None:
+    def __init__(self, stub: ClassifierStub, metadata: CallMetadata, deadline: float) -> None:
         self._outbox: SimpleQueue[pb.ClassifyStreamRequest | None] = SimpleQueue()
         self._inbox: SimpleQueue[pb.ClassifyStreamResponse | ServingError] = SimpleQueue()
         self._call = stub.ClassifyStream(
@@ -294,7 +306,7 @@ class _Stream:
 class _AsyncStream:
     """As `_Stream`, for asyncio."""
 
-    def __init__(self, stub: ClassifierAsyncStub, metadata: Metadata, deadline: float) -> None:
+    def __init__(self, stub: ClassifierAsyncStub, metadata: CallMetadata, deadline: float) -> None:
         self._outbox: asyncio.Queue[pb.ClassifyStreamRequest | None] = asyncio.Queue()
         self._call = stub.ClassifyStream(self._post(), timeout=_find_timeout(deadline), metadata=metadata)
 
@@ -321,11 +333,11 @@ class _AsyncStream:
             yield request
 
 
-def _authorize(token: str | None) -> Metadata:
+def _authorize(token: str | None) -> CallMetadata:
     return (("authorization", f"Bearer {token}"),) if token else ()
 
 
-def _fits_one_request(images: Images) -> bool:
+def _fits_one_request(images: ImageInputs) -> bool:
     size = images.nbytes if isinstance(images, np.ndarray) else sum(map(len, images))
     return len(images) <= REQUEST_IMAGES and size <= REQUEST_BYTES
 
@@ -366,6 +378,6 @@ def _check(pause: float, deadline: float, patience: float | None) -> float:
     return pause
 
 
-async def _iterate(images: Iterable[Image]) -> AsyncIterator[Image]:
+async def _iterate(images: Iterable[ImageInput]) -> AsyncIterator[ImageInput]:
     for image in images:
         yield image

@@ -16,7 +16,7 @@ import numpy as np
 
 from protos import classifier_pb2 as pb
 from serving.client.channel import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS
-from serving.client.types import Answer, Image, Images, Question, to_answer
+from serving.client.types import Answer, ClassifyOptions, ImageInput, ImageInputs, to_answer
 from serving.errors import InvalidRequest, Overloaded, ServingError, Unavailable, from_failure
 
 PORTION_IMAGES = 32  # a full batch of a server, by default
@@ -32,21 +32,21 @@ class _Portion:
 
     def __init__(self, start: int) -> None:
         self.start = start
-        self.images: dict[int, Image] = {}  # by position, of the images that have no result
+        self.images: dict[int, ImageInput] = {}  # by position, of the images that have no result
         self.results: dict[int, Result] = {}
         self.refusals = 0
         self._bytes = 0
 
-    def takes(self, image: Image) -> bool:
+    def takes(self, image: ImageInput) -> bool:
         """Say whether an image can travel with these: files with files, pixels with pixels of the same shape."""
         alike = getattr(self.images[self.start], "shape", None) == getattr(image, "shape", None)
         return alike and self._bytes + _count_bytes(image) <= PORTION_BYTES
 
-    def add(self, image: Image) -> None:
+    def add(self, image: ImageInput) -> None:
         self.images[self.start + len(self.images)] = image
         self._bytes += _count_bytes(image)
 
-    def stack(self) -> Images:
+    def stack(self) -> ImageInputs:
         images = list(self.images.values())
         return np.stack(images) if isinstance(images[0], np.ndarray) else images  # type: ignore[return-value]
 
@@ -65,7 +65,7 @@ class _Portion:
 class Window:
     """The portions that are under way, and those that wait for an earlier one to be given to the caller."""
 
-    def __init__(self, question: Question, retries: int) -> None:
+    def __init__(self, question: ClassifyOptions, retries: int) -> None:
         """Hold nothing yet.
 
         Args:
@@ -94,7 +94,7 @@ class Window:
         """Whether all images have been read, answered and given to the caller."""
         return self._ended and not self._portions
 
-    def put(self, image: Image) -> None:
+    def put(self, image: ImageInput) -> None:
         """Take the next image."""
         if self._filling is not None and not self._filling.takes(image):
             self._flush()
@@ -181,7 +181,7 @@ class Window:
         return _find_pause(error, self._breaks)
 
 
-def _count_bytes(image: Image) -> int:
+def _count_bytes(image: ImageInput) -> int:
     return len(image) if isinstance(image, bytes) else image.nbytes
 
 

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from protos import classifier_pb2 as pb
 
-Image = bytes | NDArray[np.uint8]
+ImageInput = bytes | NDArray[np.uint8]
 """A file, JPEG or PNG; or pixels, uint8 [height, width, 3], of the size that the model takes."""
 
-Images = Sequence[bytes] | NDArray[np.uint8]
+ImageInputs = Sequence[bytes] | NDArray[np.uint8]
 """Files, each JPEG or PNG; or pixels, uint8 [n, height, width, 3], of the size that the model takes."""
 
 
@@ -70,7 +70,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Question:
+class ClassifyOptions:
     """What is asked of every image.
 
     Attributes:
@@ -83,7 +83,7 @@ class Question:
     model: str = ""
     version: int | str = 0
 
-    def to_request(self, images: Images) -> pb.ClassifyRequest:
+    def to_request(self, images: ImageInputs) -> pb.ClassifyRequest:
         """Return the message that asks it of `images`.
 
         Raises:

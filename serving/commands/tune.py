@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     folder = repository.version(args.model, args.version)
     manifest = registry.read_checked(folder)
     variant = registry.find_variant(folder, manifest, args.precision)
-    choice = plan.list_ways(args.runtime)
+    choice = plan.list_plans(args.runtime)
     found, cached = autotune.tune(folder, manifest, variant, args.max_batch, choice, args.again)
     print(f"{manifest.model}/{manifest.version} in {args.precision} on {found.setting.cpu}, {count_cores()} cores")
     print(describe(found))

@@ -22,9 +22,9 @@ from serving.models.statistics import Counts, Statistics
 from serving.runtimes import autotune, cuda
 from serving.runtimes.cost import CostCurve
 from serving.runtimes.onnx import Device, Engine, Images, OnnxEngine, Probabilities
-from serving.runtimes.plan import Runtime, list_ways
+from serving.runtimes.plan import Runtime, list_plans
 from serving.scheduling.batcher import Batcher
-from serving.scheduling.queue import Leaders
+from serving.scheduling.queue import EngineThreads
 
 log = logging.getLogger(__name__)
 
@@ -100,15 +100,15 @@ def load(
         raise BadInput(f"--runtime openvino computes on the CPU; leave out --device {device}")
     gpu = None if runtime == "openvino" else cuda.choose(path, manifest, device, batching.max_batch)
     if gpu:
-        return start(manifest, gpu, batching, precision, gpu.curve, lanes=gpu.lanes, leaders=gpu)
+        return start(manifest, gpu, batching, precision, gpu.curve, instances=gpu.instances, leaders=gpu)
     if not (tune or runtime == "openvino"):
         return start(manifest, OnnxEngine(path, manifest), batching, precision)
-    ways = list_ways(runtime)
+    ways = list_plans(runtime)
     found, _ = autotune.tune(folder, manifest, variant, batching.max_batch, ways if tune else ways[:1])
     for name, why in found.refusals.items():
         log.warning("%s/%d is not computed by %s: %s", manifest.model, manifest.version, name, why)
     engine = found.build(path, manifest)
-    return start(manifest, engine, batching, precision, found.curve(), str(found), spare=found.spare)
+    return start(manifest, engine, batching, precision, found.curve(), str(found), overflow=found.overflow)
 
 
 def find_variant(folder: Path, manifest: Manifest, precision: str) -> Variant:
@@ -130,9 +130,9 @@ def start(
     precision: str = "fp32",
     curve: CostCurve | None = None,
     plan: str = "",
-    lanes: int = 1,
-    spare: int = 0,
-    leaders: Leaders | None = None,
+    instances: int = 1,
+    overflow: int = 0,
+    leaders: EngineThreads | None = None,
 ) -> Model:
     """Put an engine behind a batcher, once it has run the smallest and the largest batch.
 
@@ -143,8 +143,8 @@ def start(
         precision: That of the engine.
         curve: What its batches cost, if that was measured.
         plan: How it computes, for people.
-        lanes: Batches that it computes at a time.
-        spare: Further ones, for which no cores of their own are there.
+        instances: Batches that it computes at a time.
+        overflow: Further ones, for which no cores of their own are there.
         leaders: Threads from which it computes, where not every thread will do.
     """
     # Those between need none on a CPU: their first run takes as long as later ones, by the median of 30 sizes of
@@ -159,11 +159,11 @@ def start(
         statistics.batch(len(images), time.perf_counter_ns() - started)
         return probabilities
 
-    return Model(manifest, engine, Batcher(run, batching, curve, lanes, spare, leaders), statistics, precision, plan)
+    return Model(manifest, engine, Batcher(run, batching, curve, instances, overflow, leaders), statistics, precision, plan)
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedVersions:
     """What of one model is served; replaced whole, never changed.
 
     Attributes:
@@ -177,14 +177,14 @@ class Served:
     refusals: Mapping[int, str] = field(default_factory=dict)
 
 
-class Models:
+class ModelRegistry:
     """The models of a server, by name and version. Requests read it while versions come and go."""
 
     def __init__(self, models: Iterable[Model] = ()) -> None:
         """Hold some versions."""
         self._lock = threading.Lock()
         # Replaced whole, never changed: whoever reads it needs no lock.
-        self._served: Mapping[str, Served] = {}
+        self._served: Mapping[str, ServedVersions] = {}
         self.only: Model | None = None
         """The one version that is served, if it is the only one: every request is for it."""
         # Who still uses a batcher keeps it: when the last request is answered, its engine gives its memory back.
@@ -233,9 +233,9 @@ class Models:
         """Return the names of the models that have a version, served or refused."""
         return sorted(self._served)
 
-    def get(self, name: str) -> Served:
+    def get(self, name: str) -> ServedVersions:
         """Return what of a model is served or refused; nothing, if it is unknown."""
-        return self._served.get(name, Served())
+        return self._served.get(name, ServedVersions())
 
     def counts(self) -> dict[tuple[str, int], Counts]:
         """Return what was answered so far, by name and version."""
@@ -264,7 +264,7 @@ class Models:
             served = self.get(name)
             self._replace(name, replace(served, refusals={**served.refusals, version: reason}))
 
-    def settle(
+    def retain(
         self, name: str, versions: Collection[int], labels: Mapping[str, int], known: Collection[int] = ()
     ) -> None:
         """Serve none of a model's versions but these, under these labels; requests that have found another end with it.
@@ -280,7 +280,7 @@ class Models:
             kept = {number: model for number, model in served.versions.items() if number in versions}
             self._replace(
                 name,
-                Served(
+                ServedVersions(
                     versions=kept,
                     labels={label: number for label, number in labels.items() if number in kept},
                     refusals={number: why for number, why in served.refusals.items() if number in known},
@@ -300,7 +300,7 @@ class Models:
         for batcher in batchers:
             batcher.drain(max(0.0, end - time.monotonic()))
 
-    def _replace(self, name: str, served: Served) -> None:
+    def _replace(self, name: str, served: ServedVersions) -> None:
         """Put what is served of a model in place of what was; the lock is held."""
         before = self.get(name)
         gone = (model.batcher for number, model in before.versions.items() if served.versions.get(number) is not model)

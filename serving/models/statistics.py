@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from serving.errors import ServingError
-from serving.scheduling.queue import Answer
+from serving.scheduling.queue import BatchResult
 
 # Upper bounds of the buckets of a histogram: from 0.1 ms to 10 s, three a decade.
 BOUNDS_NS = (*(digit * 10**power for power in range(5, 10) for digit in (1, 2, 5)), 10**10)
@@ -49,7 +49,7 @@ class Duration:
         self.buckets = [mine + more for mine, more in zip(self.buckets, found.tolist(), strict=True)]
 
 
-class Request:
+class TrackedRequest:
     """One request under way, until `end` or `fail`.
 
     Attributes:
@@ -63,7 +63,7 @@ class Request:
     def __init__(self, statistics: Statistics, span: Any) -> None:
         self._statistics, self.span, self._arrived = statistics, span, time.perf_counter_ns()
         self.decode_ns = 0
-        self.answer: Answer | None = None
+        self.answer: BatchResult | None = None
 
     def decoded(self) -> None:
         """Note that its images are unpacked."""
@@ -73,7 +73,7 @@ class Request:
         """Return the time since it arrived."""
         return time.perf_counter_ns() - self._arrived
 
-    def end(self, answer: Answer) -> None:
+    def end(self, answer: BatchResult) -> None:
         """Count it as answered."""
         self.answer = answer
         self._statistics.count(self, answer)
@@ -86,7 +86,7 @@ class Request:
 class Observer(Protocol):
     """Is told of every request for a model, on the thread that answers it."""
 
-    def end(self, request: Request) -> None:
+    def end(self, request: TrackedRequest) -> None:
         """Note that it was answered, or if there is no answer, that it failed."""
         ...
 
@@ -139,11 +139,11 @@ class Statistics:
         self._answered: deque[tuple[int, int, int, int, int, int]] = deque()
         self._last_ns = 0
 
-    def begin(self, span: Any = None) -> Request:
-        """Return what counts one more request; `span` as in `Request`."""
-        return Request(self, span)
+    def begin(self, span: Any = None) -> TrackedRequest:
+        """Return what counts one more request; `span` as in `TrackedRequest`."""
+        return TrackedRequest(self, span)
 
-    def count(self, request: Request, answer: Answer) -> None:
+    def count(self, request: TrackedRequest, answer: BatchResult) -> None:
         """Count a request that was answered, and let the observer know."""
         total, waited, computed = request.elapsed_ns(), answer.queue_ns, answer.compute_ns
         rest = max(0, total - waited - request.decode_ns - computed)
@@ -155,7 +155,7 @@ class Statistics:
         if self.observer:
             self.observer.end(request)
 
-    def count_failed(self, request: Request, error: Exception) -> None:
+    def count_failed(self, request: TrackedRequest, error: Exception) -> None:
         """Count a request that failed, and let the observer know."""
         with self._lock:
             self._counts.fail.add(request.elapsed_ns())

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from resnet import BadInput
 
 
-class Policy(NamedTuple):
+class VersionPolicy(NamedTuple):
     """A choice among the versions of a model.
 
     Attributes:
@@ -27,10 +27,10 @@ class Policy(NamedTuple):
         )
 
 
-ALL = Policy(latest=sys.maxsize)
+ALL = VersionPolicy(latest=sys.maxsize)
 
 
-def parse(text: str) -> Mapping[str, Policy]:
+def parse(text: str) -> Mapping[str, VersionPolicy]:
     """Read the policies that a user wrote, separated by spaces.
 
     Args:
@@ -43,23 +43,23 @@ def parse(text: str) -> Mapping[str, Policy]:
     Raises:
         BadInput: A policy cannot be read.
     """
-    policies = {"": Policy()}
+    policies = {"": VersionPolicy()}
     for word in text.split():
         name, _, policy = word.rpartition("=")
         policies[name] = _parse_one(policy)
     return policies
 
 
-def _parse_one(text: str) -> Policy:
+def _parse_one(text: str) -> VersionPolicy:
     kind, _, count = text.partition(":")
     if text == "all":
         return ALL
     if kind == "latest" and (text == kind or (_is_number(count) and int(count))):
-        return Policy(latest=int(count or 1))
+        return VersionPolicy(latest=int(count or 1))
     numbers = text.split(",")
     if not all(map(_is_number, numbers)):
         raise BadInput(f"{text!r} chooses no versions; write latest, latest:N, all, or numbers as in 1,3")
-    return Policy(listed=tuple(map(int, numbers)))
+    return VersionPolicy(listed=tuple(map(int, numbers)))
 
 
 def _is_number(text: str) -> bool:

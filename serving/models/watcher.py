@@ -10,8 +10,8 @@ from pathlib import Path
 from export import repository
 from resnet import BadInput
 from serving.errors import FailedPrecondition, NotFound
-from serving.models.registry import Model, Models
-from serving.models.version_policy import Policy
+from serving.models.registry import Model, ModelRegistry
+from serving.models.version_policy import VersionPolicy
 
 log = logging.getLogger(__name__)
 
@@ -27,9 +27,9 @@ class Watcher:
     def __init__(
         self,
         folder: Path,
-        models: Models,
+        models: ModelRegistry,
         load: Callable[[Path], Model],
-        policies: Mapping[str, Policy] | None = None,
+        policies: Mapping[str, VersionPolicy] | None = None,
     ) -> None:
         """Watch nothing yet.
 
@@ -41,7 +41,7 @@ class Watcher:
                 the latest of each.
         """
         self._folder, self._models, self._load = folder, models, load
-        self._policies = {"": Policy(), **(policies or {})}
+        self._policies = {"": VersionPolicy(), **(policies or {})}
         self._unloaded: set[str] = set()
         self._lock = threading.Lock()
 
@@ -72,10 +72,10 @@ class Watcher:
             for name in self._models.names():
                 if name not in found:
                     log.info("%s is no longer served, it was removed", name)
-                    self._models.settle(name, (), {})
+                    self._models.retain(name, (), {})
                     self._unloaded.discard(name)
 
-    def load(self, name: str, policy: Policy | None = None) -> None:
+    def load(self, name: str, policy: VersionPolicy | None = None) -> None:
         """Serve what the repository holds of a model, and follow it from now on; versions that were refused get a try.
 
         Args:
@@ -98,7 +98,7 @@ class Watcher:
                 self._policies[name] = policy
             self._unloaded.discard(name)
             before = self._models.get(name)
-            self._models.settle(name, before.versions.keys(), before.labels)
+            self._models.retain(name, before.versions.keys(), before.labels)
             self._follow(folders[name])
             served = self._models.get(name)
             for number, reason in served.refusals.items():
@@ -115,7 +115,7 @@ class Watcher:
             if not versions:
                 raise NotFound(f"model {name!r} is not served")
             self._unloaded.add(name)
-            self._models.settle(name, (), {})
+            self._models.retain(name, (), {})
             for number in versions:
                 self._models.refuse(name, number, "unloaded by request")
             log.info("%s is no longer served, by request", name)
@@ -133,7 +133,7 @@ class Watcher:
                 break
             self._try(folder, max(missing), strict)
         # Where nothing holds, what was served stays.
-        self._models.settle(name, chosen or served.versions.keys(), labels, known=found)
+        self._models.retain(name, chosen or served.versions.keys(), labels, known=found)
 
     def _try(self, folder: Path, number: int, strict: bool) -> None:
         try:

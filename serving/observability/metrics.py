@@ -37,7 +37,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from resnet import BadInput
-from serving.models.registry import Models
+from serving.models.registry import ModelRegistry
 from serving.models.statistics import BOUNDS_NS, Counts, Duration
 from serving.runtimes.cost import CostCurve
 
@@ -48,7 +48,7 @@ BATCH_BOUNDS = tuple(2**power for power in range(9))  # 1 to 256 images
 class MetricsServer:
     """Answers GET /metrics from when it is made until `close`; as a context manager, until the end of the block."""
 
-    def __init__(self, models: Models, host: str, port: int, transport: str = "") -> None:
+    def __init__(self, models: ModelRegistry, host: str, port: int, transport: str = "") -> None:
         """Listen on a port.
 
         Args:
@@ -86,7 +86,7 @@ class MetricsServer:
 
 
 class _ModelsCollector(Collector):
-    def __init__(self, models: Models, transport: str) -> None:
+    def __init__(self, models: ModelRegistry, transport: str) -> None:
         self._models, self._transport = models, transport
 
     def collect(self) -> Iterable[Metric]:

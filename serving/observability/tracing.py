@@ -13,7 +13,7 @@ from functools import partial
 from resnet import BadInput
 from serving.errors import Cancelled, InternalError, ServingError
 from serving.models.registry import Model
-from serving.models.statistics import Request
+from serving.models.statistics import TrackedRequest
 from serving.transports.call import Call, Methods, Streaming, Unary
 
 try:
@@ -103,7 +103,7 @@ class _ModelObserver:
             "resnet.precision": model.precision,
         }
 
-    def end(self, request: Request) -> None:
+    def end(self, request: TrackedRequest) -> None:
         """Set the attributes of the span, of the latest request if there are many, and add a child for each phase."""
         span = request.span
         if span is None or not span.is_recording():

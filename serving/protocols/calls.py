@@ -14,12 +14,12 @@ from google.protobuf.message import DecodeError, Message
 
 from serving.errors import Cancelled, InternalError, Malformed, Overloaded, ServingError, Trailers
 from serving.logs import Tally, log_fields
-from serving.models.registry import Model, Models
+from serving.models.registry import Model, ModelRegistry
 from serving.runtimes.onnx import Images
-from serving.scheduling.queue import DEFAULT_PRIORITY, Answer, Outcome
+from serving.scheduling.queue import DEFAULT_PRIORITY, BatchResult, Outcome
 from serving.transports.call import Call, Unary
 
-Request = TypeVar("Request")
+RequestT = TypeVar("RequestT")
 
 TIMING = "server-timing"  # https://www.w3.org/TR/server-timing/
 QUICK_BYTES = 2**20  # to check and round so many bytes of float32 takes about a millisecond
@@ -41,35 +41,35 @@ class Query:
     """
 
     images: Images
-    respond: Callable[[Answer, int], bytes]
+    respond: Callable[[BatchResult, int], bytes]
     timeout: float = 0.0
     priority: int = DEFAULT_PRIORITY
 
 
-class Reader(Protocol[Request]):
+class RequestReader(Protocol[RequestT]):
     """Reads the requests of a method that computes: bytes, images and answers, as its protocol has them."""
 
-    def parse(self, payload: bytes, /) -> Request:
+    def parse(self, payload: bytes, /) -> RequestT:
         """Return the request that these bytes are; raises `DecodeError` if they are none."""
         ...
 
-    def unpacks(self, request: Request, /) -> bool:
+    def unpacks(self, request: RequestT, /) -> bool:
         """Say whether it holds encoded images, which take long to unpack."""
         ...
 
-    def find(self, request: Request, /) -> Model:
+    def find(self, request: RequestT, /) -> Model:
         """Return the model that it names."""
         ...
 
-    def read(self, request: Request, model: Model, /) -> Query:
+    def read(self, request: RequestT, model: Model, /) -> Query:
         """Return what it asks the model."""
         ...
 
 
-class Inference(Generic[Request]):
+class InferenceHandler(Generic[RequestT]):
     """Answers the calls of a method that computes: by the batcher of the model that each names."""
 
-    def __init__(self, reader: Reader[Request], models: Models, workers: ThreadPoolExecutor) -> None:
+    def __init__(self, reader: RequestReader[RequestT], models: ModelRegistry, workers: ThreadPoolExecutor) -> None:
         """Read requests for `models` by `reader`; what takes long to read is left to `workers`."""
         self._reader, self._models, self._workers = reader, models, workers
 
@@ -88,7 +88,7 @@ class Inference(Generic[Request]):
         except Exception as error:
             refuse(call, error)
 
-    def begin(self, call: Call, request: Request | None = None) -> None:
+    def begin(self, call: Call, request: RequestT | None = None) -> None:
         """Leave what a call asks for with the batcher; whatever goes wrong is its answer.
 
         Args:
@@ -110,7 +110,7 @@ class Inference(Generic[Request]):
 
             def done(outcome: Outcome) -> None:
                 try:
-                    if not isinstance(outcome, Answer):
+                    if not isinstance(outcome, BatchResult):
                         raise outcome
                     response = query.respond(outcome, record.decode_ns)
                     record.end(outcome)
@@ -121,13 +121,13 @@ class Inference(Generic[Request]):
                     log_answered(call)
                     call.respond(response, to_timing(outcome))
 
-            model.batcher.post(query.images, done, deadline, call.is_wanted, query.priority)
+            model.batcher.enqueue(query.images, done, deadline, call.is_wanted, query.priority)
         except Exception as error:
             record.fail(error)
             refuse(call, error)
 
 
-def to_timing(answer: Answer) -> Trailers:
+def to_timing(answer: BatchResult) -> Trailers:
     """Return where the time of an answer went, in milliseconds, as the header of HTTP that tells it.
 
     One item, because each that differs from call to call costs a few microseconds.
@@ -208,7 +208,7 @@ def log_answered(call: Call) -> None:
         _log(logging.DEBUG, "answered", call, "OK", call.find_id())
 
 
-def parse_message(parse: Callable[[bytes], Request], payload: bytes) -> Request:
+def parse_message(parse: Callable[[bytes], RequestT], payload: bytes) -> RequestT:
     """Return the message that a payload is.
 
     Raises:

@@ -8,12 +8,12 @@ import numpy as np
 
 from protos import classifier_pb2 as pb
 from serving.errors import InvalidRequest, ServingError, to_failure
-from serving.models.registry import Model, Models
-from serving.protocols.calls import Inference, Query, parse_message
-from serving.protocols.inputs import Intake, to_priority
-from serving.protocols.stream import Item
+from serving.models.registry import Model, ModelRegistry
+from serving.protocols.calls import InferenceHandler, Query, parse_message
+from serving.protocols.inputs import InputDecoder, to_priority
+from serving.protocols.stream import StreamItem
 from serving.runtimes.onnx import Images
-from serving.scheduling.queue import Answer
+from serving.scheduling.queue import BatchResult
 
 DEFAULT_TOP_K = 5
 
@@ -21,7 +21,7 @@ DEFAULT_TOP_K = 5
 class Classifier:
     """Reads requests of `resnet.v1.Classifier`."""
 
-    def __init__(self, models: Models, intake: Intake) -> None:
+    def __init__(self, models: ModelRegistry, intake: InputDecoder) -> None:
         """Ask `models`, with images that `intake` takes."""
         self._models, self._intake = models, intake
 
@@ -63,12 +63,12 @@ class ClassifyStream:
 
     ordered = False
 
-    def __init__(self, inference: Inference[pb.ClassifyRequest]) -> None:
+    def __init__(self, inference: InferenceHandler[pb.ClassifyRequest]) -> None:
         """Have requests answered by `inference`."""
         self._inference = inference
-        self._items: dict[int, Item] = {}  # without an answer
+        self._items: dict[int, StreamItem] = {}  # without an answer
 
-    def begin(self, item: Item) -> None:
+    def begin(self, item: StreamItem) -> None:
         """Have a message answered, as a call."""
         message = parse_message(pb.ClassifyStreamRequest.FromString, item.payload)
         item.id = message.id
@@ -76,14 +76,14 @@ class ClassifyStream:
             raise InvalidRequest(f"id {item.id} is that of a request without an answer; choose another")
         self._inference.begin(item, message.request)
 
-    def respond(self, item: Item, response: bytes) -> bytes:
+    def respond(self, item: StreamItem, response: bytes) -> bytes:
         """Return the message that answers another."""
         del self._items[item.id]
         message = pb.ClassifyStreamResponse(id=item.id)
         message.response.MergeFromString(response)
         return message.SerializeToString()
 
-    def refuse(self, item: Item, error: ServingError) -> bytes:
+    def refuse(self, item: StreamItem, error: ServingError) -> bytes:
         """Return the message that says why there is no answer."""
         if self._items.get(item.id) is item:
             del self._items[item.id]
@@ -97,7 +97,7 @@ def _top_k(request: pb.ClassifyRequest, model: Model) -> int:
     return request.top_k or min(DEFAULT_TOP_K, classes)
 
 
-def _respond(model: Model, top_k: int, answer: Answer, decode_ns: int) -> bytes:
+def _respond(model: Model, top_k: int, answer: BatchResult, decode_ns: int) -> bytes:
     # A stable sort of the negated values: equal probabilities come in the order of the classes.
     best = np.argsort(-answer.probabilities, axis=1, kind="stable")[:, :top_k]
     values = np.take_along_axis(answer.probabilities, best, axis=1)

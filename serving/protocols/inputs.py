@@ -22,7 +22,7 @@ SMALL_PIXELS = 2**18  # of 512x512: a few MB while it is unpacked, which every c
 Admit = Callable[[int], AbstractContextManager[object]]
 
 
-class Layout(NamedTuple):
+class TensorLayout(NamedTuple):
     """How the bytes of a tensor are pixels.
 
     Attributes:
@@ -36,13 +36,13 @@ class Layout(NamedTuple):
     size: int
 
 
-class Intake:
+class InputDecoder:
     """Takes the images of requests in."""
 
     def __init__(self, limits: Limits) -> None:
         """Take in what the limits allow."""
         self.max_images = limits.max_images
-        self._limits, self._room = limits, Room(limits.max_unpacked_pixels)
+        self._limits, self._room = limits, PixelBudget(limits.max_unpacked_pixels)
 
     def decode(self, files: Sequence[bytes], model: Model) -> Images:
         """Return the pixels of encoded images, resized to what the model takes: uint8 [n, height, width, 3].
@@ -55,7 +55,7 @@ class Intake:
         admit = self._count_pixels()
         return np.stack([self._decode(data, index, (height, width), admit) for index, data in enumerate(files)])
 
-    def expect(self, shape: Sequence[int], dtype: str, model: Model) -> Layout:
+    def expect(self, shape: Sequence[int], dtype: str, model: Model) -> TensorLayout:
         """Return the layout of a tensor that `read` takes.
 
         Args:
@@ -71,9 +71,9 @@ class Intake:
             raise InvalidRequest(f"the tensor's shape is {list(shape)}, model {model.name!r} takes [images, {wanted}]")
         self._check_count(shape[0])
         values = np.dtype(dtype).newbyteorder("<")
-        return Layout(tuple(shape), values, math.prod(shape) * values.itemsize)
+        return TensorLayout(tuple(shape), values, math.prod(shape) * values.itemsize)
 
-    def read(self, data: bytes | memoryview, layout: Layout) -> Images:
+    def read(self, data: bytes | memoryview, layout: TensorLayout) -> Images:
         """Return the pixels of a tensor: uint8 [n, height, width, 3].
 
         Args:
@@ -120,7 +120,7 @@ class Intake:
             raise InvalidRequest(f"image {index} {error}", image=index) from None
 
 
-class Room:
+class PixelBudget:
     """Memory for so many pixels, which threads share; who finds too little left waits."""
 
     def __init__(self, pixels: int) -> None:

@@ -22,15 +22,15 @@ from export import triton
 from protos import POOL
 from protos import inference_pb2 as pb
 from serving.errors import InvalidRequest, NotFound, ServingError, Unavailable, Unsupported
-from serving.models.registry import Model, Models
+from serving.models.registry import Model, ModelRegistry
 from serving.models.statistics import Counts, Duration
-from serving.models.version_policy import ALL, Policy
-from serving.protocols.calls import Inference, Query
-from serving.protocols.inputs import Intake, Layout, to_bytes, to_priority
-from serving.protocols.kserve_request import ENCODED, InferRequest, Parser
-from serving.protocols.stream import Item
+from serving.models.version_policy import ALL, VersionPolicy
+from serving.protocols.calls import InferenceHandler, Query
+from serving.protocols.inputs import InputDecoder, TensorLayout, to_bytes, to_priority
+from serving.protocols.kserve_request import ENCODED, InferRequest, RequestParser
+from serving.protocols.stream import StreamItem
 from serving.runtimes.onnx import Images
-from serving.scheduling.queue import DEFAULT_PRIORITY, PRIORITIES, Answer
+from serving.scheduling.queue import DEFAULT_PRIORITY, PRIORITIES, BatchResult
 from serving.transports.call import Call
 
 EXTENSIONS = (
@@ -46,7 +46,7 @@ DATATYPES = {"uint8": "UINT8", "float32": "FP32"}
 PLATFORM = "onnxruntime_onnx"  # Triton's name of it
 
 
-class Terms(NamedTuple):
+class RequestTerms(NamedTuple):
     """What a request asks of a model, and how its images came.
 
     Attributes:
@@ -61,7 +61,7 @@ class Terms(NamedTuple):
     top_k: int
     timeout: float
     priority: int
-    layout: Layout | None
+    layout: TensorLayout | None
     inline: bool
     id: bytes
 
@@ -75,7 +75,7 @@ class Readiness(Protocol):
 class Repository(Protocol):
     """Takes models up and gives them up on request; errors are those of `serving.models.watcher.Watcher`."""
 
-    def load(self, name: str, policy: Policy | None = None) -> None:
+    def load(self, name: str, policy: VersionPolicy | None = None) -> None:
         """Serve what the repository holds of a model; None leaves the choice of versions as it is."""
 
     def unload(self, name: str) -> None:
@@ -86,7 +86,12 @@ class KServe:
     """Reads requests of ModelInfer, and answers the other methods, for the clients of Triton and KServe."""
 
     def __init__(
-        self, models: Models, intake: Intake, server: Readiness, repository: Repository | None, transport: str
+        self,
+        models: ModelRegistry,
+        intake: InputDecoder,
+        server: Readiness,
+        repository: Repository | None,
+        transport: str,
     ) -> None:
         """Ask `models`, with images that `intake` takes.
 
@@ -99,7 +104,7 @@ class KServe:
         """
         self._models, self._intake, self._server, self._repository = models, intake, server, repository
         self._transport = transport
-        self._parser = Parser()
+        self._parser = RequestParser()
 
     def ServerLive(self, _: pb.ServerLiveRequest) -> pb.ServerLiveResponse:
         """Say that the server runs."""
@@ -226,7 +231,7 @@ class KServe:
             raise NotFound(f"there is no version 0 of model {name!r}; versions begin with 1")
         return self._models.find(name, int(version))
 
-    def _find_terms(self, request: pb.ModelInferRequest, model: Model) -> Terms:
+    def _find_terms(self, request: pb.ModelInferRequest, model: Model) -> RequestTerms:
         """Return what a request asks, its raw contents apart."""
         timeout, top_k = _find_number(request, "timeout") / 1e6, _find_outputs(request, model)
         priority, wanted = to_priority(_find_number(request, "priority")), model.manifest.input.name
@@ -239,7 +244,7 @@ class KServe:
         dtype = next((dtype for dtype, datatype in DATATYPES.items() if datatype == tensor.datatype), None)
         if dtype is None and tensor.datatype != ENCODED:
             raise InvalidRequest(f"input {wanted!r} is UINT8, FP32 or BYTES, not {tensor.datatype!r}")
-        return Terms(
+        return RequestTerms(
             top_k,
             timeout,
             priority,
@@ -248,7 +253,7 @@ class KServe:
             pb.ModelInferResponse(id=request.id).SerializeToString(),
         )
 
-    def _read(self, request: InferRequest, terms: Terms, model: Model) -> Images:
+    def _read(self, request: InferRequest, terms: RequestTerms, model: Model) -> Images:
         """Return the pixels of the one input, in whichever form they came."""
         raw, wanted = request.raw, model.manifest.input.name
         if raw and terms.inline:
@@ -278,23 +283,23 @@ class ModelStreamInfer:
 
     ordered = True
 
-    def __init__(self, inference: Inference[InferRequest], call: Call) -> None:
+    def __init__(self, inference: InferenceHandler[InferRequest], call: Call) -> None:
         """Have requests answered by `inference`."""
         self._inference = inference
         self._ends = ("triton_grpc_error", "true") in call.metadata
 
-    def begin(self, item: Item) -> None:
+    def begin(self, item: StreamItem) -> None:
         """Have a message answered, as a call."""
         self._inference.begin(item)
 
-    def respond(self, _: Item, response: bytes) -> bytes:
+    def respond(self, _: StreamItem, response: bytes) -> bytes:
         """Return the message that answers another."""
         message = pb.ModelStreamInferResponse()
         message.infer_response.MergeFromString(response)
         message.infer_response.parameters["triton_final_response"].bool_param = True
         return message.SerializeToString()
 
-    def refuse(self, item: Item, error: ServingError) -> bytes | ServingError:
+    def refuse(self, item: StreamItem, error: ServingError) -> bytes | ServingError:
         """Return the message that says why there is no answer, or the error that ends the stream."""
         if self._ends:
             return error
@@ -311,7 +316,7 @@ def _check_repository(name: str) -> None:
         raise Unsupported("there is one repository, which has no name: leave repository_name empty")
 
 
-def _find_policy(request: pb.RepositoryModelLoadRequest) -> Policy | None:
+def _find_policy(request: pb.RepositoryModelLoadRequest) -> VersionPolicy | None:
     """Return the choice of versions that a request to load a model makes, if any."""
     unknown = sorted(request.parameters.keys() - {"config"})
     if unknown:
@@ -327,11 +332,11 @@ def _find_policy(request: pb.RepositoryModelLoadRequest) -> Policy | None:
     fields = [field.name for field, _ in config.ListFields()]
     match policy.WhichOneof("policy_choice"):
         case "latest" if fields == ["version_policy"] and policy.latest.num_versions:
-            return Policy(latest=policy.latest.num_versions)
+            return VersionPolicy(latest=policy.latest.num_versions)
         case "all" if fields == ["version_policy"]:
             return ALL
         case "specific" if fields == ["version_policy"] and policy.specific.versions:
-            return Policy(listed=tuple(policy.specific.versions))
+            return VersionPolicy(listed=tuple(policy.specific.versions))
         case _:
             raise InvalidRequest(
                 "of the parameter config this server takes version_policy alone, with latest, all or specific versions"
@@ -370,7 +375,7 @@ def _find_outputs(request: pb.ModelInferRequest, model: Model) -> int:
     return min(count, classes)
 
 
-def _respond(terms: Terms, model: Model, answer: Answer, _: int) -> bytes:
+def _respond(terms: RequestTerms, model: Model, answer: BatchResult, _: int) -> bytes:
     """Return a serialized ModelInferResponse: bytes of messages one after the other are those of all they say."""
     probabilities = answer.probabilities
     if terms.top_k:

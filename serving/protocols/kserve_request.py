@@ -20,10 +20,10 @@ RAW = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | LENGTH_DELIMIT
 FIELDS = 32  # of a request, in which its raw contents are looked for: no client sends so many
 KEPT = 1024  # heads, and bytes of each
 
-Found = TypeVar("Found")
+FoundT = TypeVar("FoundT")
 
 
-class Head:
+class RequestHead:
     """All of a request but its raw contents.
 
     Attributes:
@@ -41,28 +41,28 @@ class Head:
         self.encoded = len(message.inputs) == 1 and message.inputs[0].datatype == ENCODED
         self._found: tuple[Manifest | None, Any] = None, None
 
-    def resolve(self, model: Model, find: Callable[[pb.ModelInferRequest, Model], Found]) -> Found:
+    def resolve(self, model: Model, find: Callable[[pb.ModelInferRequest, Model], FoundT]) -> FoundT:
         """Return what `find`, always the same, makes of the message for a model: for the one asked last, as before."""
         found = self._found
         if found[0] is not model.manifest:  # not the model, which would keep its engine, and the memory of that
             found = self._found = model.manifest, find(self.message, model)
-        result: Found = found[1]
+        result: FoundT = found[1]
         return result
 
 
 class InferRequest(NamedTuple):
     """A request in its two parts; raw contents may be views of the bytes that came."""
 
-    head: Head
+    head: RequestHead
     raw: Sequence[bytes | memoryview]
 
 
-class Parser:
+class RequestParser:
     """Takes requests apart; threads may share one."""
 
     def __init__(self) -> None:
         """Know no head."""
-        self._heads: dict[bytes, tuple[int, Head]] = {}  # each with the bytes of the whole request
+        self._heads: dict[bytes, tuple[int, RequestHead]] = {}  # each with the bytes of the whole request
         self._sizes: dict[int, int] = {}  # bytes of the head, by those of the whole request
 
     def parse(self, payload: bytes) -> InferRequest:
@@ -88,7 +88,7 @@ class Parser:
                     size, begins = _read_varint(payload, at + 1)
                     if begins + size != len(payload):
                         break
-                    head = Head(pb.ModelInferRequest.FromString(payload[:at]))
+                    head = RequestHead(pb.ModelInferRequest.FromString(payload[:at]))
                     if begins <= KEPT:
                         self._keep(payload[:begins], len(payload), head)
                     return InferRequest(head, (memoryview(payload)[begins:],))
@@ -99,7 +99,7 @@ class Parser:
                 at += size
         return split(pb.ModelInferRequest.FromString(payload))  # protobuf knows what to make of it
 
-    def _keep(self, head_bytes: bytes, whole: int, head: Head) -> None:
+    def _keep(self, head_bytes: bytes, whole: int, head: RequestHead) -> None:
         if len(self._heads) >= KEPT:  # of callers that number their requests, say
             self._heads.clear()
             self._sizes.clear()
@@ -108,7 +108,7 @@ class Parser:
 
 def split(message: pb.ModelInferRequest) -> InferRequest:
     """Return a request that was parsed as a whole."""
-    return InferRequest(Head(message), message.raw_input_contents)
+    return InferRequest(RequestHead(message), message.raw_input_contents)
 
 
 def _read_varint(data: bytes, at: int) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from serving.transports.call import Call
 READ_AHEAD = 64  # requests that are read and not answered; the .proto tells clients
 
 
-class Item(Call):
+class StreamItem(Call):
     """A message of a stream, as a call.
 
     Attributes:
@@ -51,21 +51,21 @@ class Item(Call):
         self._stream.put(self, error if ends else self._stream.dialect.refuse(self, error))
 
 
-class Dialect(Protocol):
+class StreamProtocol(Protocol):
     """What the messages of one stream are like."""
 
     ordered: bool
     """Whether answers come in the order of the requests."""
 
-    def begin(self, item: Item) -> None:
+    def begin(self, item: StreamItem) -> None:
         """Have a message answered, as a call; raises what is wrong with it."""
         ...
 
-    def respond(self, item: Item, response: bytes) -> bytes:
+    def respond(self, item: StreamItem, response: bytes) -> bytes:
         """Return the message that answers another."""
         ...
 
-    def refuse(self, item: Item, error: ServingError) -> bytes | ServingError:
+    def refuse(self, item: StreamItem, error: ServingError) -> bytes | ServingError:
         """Return the message that says why there is no answer, or the error that ends the stream."""
         ...
 
@@ -78,7 +78,9 @@ class Streams:
         self._open: set[Stream] = set()
         self._closed = False
 
-    def answer(self, dialect: Callable[[Call], Dialect], call: Call, messages: Iterator[bytes]) -> Iterator[bytes]:
+    def answer(
+        self, dialect: Callable[[Call], StreamProtocol], call: Call, messages: Iterator[bytes]
+    ) -> Iterator[bytes]:
         """Yield the answers to the messages of a call, of which `dialect` says what they are like."""
         stream = Stream(call, dialect(call))
         self._open.add(stream)
@@ -99,11 +101,11 @@ class Streams:
 class Stream:
     """A stream while it is open; `dialect` says what its messages are like."""
 
-    def __init__(self, call: Call, dialect: Dialect) -> None:
+    def __init__(self, call: Call, dialect: StreamProtocol) -> None:
         self._call, self.dialect = call, dialect
         self._room = threading.Semaphore(READ_AHEAD)
-        self._items: deque[Item] = deque()  # in the order in which they came, if they are answered in it
-        self._ready: SimpleQueue[Item | None] = SimpleQueue()  # None: no further one is read, or awaited
+        self._items: deque[StreamItem] = deque()  # in the order in which they came, if they are answered in it
+        self._ready: SimpleQueue[StreamItem | None] = SimpleQueue()  # None: no further one is read, or awaited
         self._read = 0  # counted by the reader only
         self._closing = self._left = False
 
@@ -134,7 +136,7 @@ class Stream:
         if self._closing:
             raise Unavailable("the server is shutting down")
 
-    def put(self, item: Item, answer: bytes | ServingError) -> None:
+    def put(self, item: StreamItem, answer: bytes | ServingError) -> None:
         """Have an item answered."""
         item.answer = answer
         self._ready.put(item)
@@ -144,7 +146,7 @@ class Stream:
         self._closing = True
         self._ready.put(None)
 
-    def _in_order(self) -> Iterator[Item]:
+    def _in_order(self) -> Iterator[StreamItem]:
         while self._items and self._items[0].answer is not None:
             yield self._items.popleft()
 
@@ -153,7 +155,7 @@ class Stream:
         try:
             while self._room.acquire() and not self._left and (message := next(messages, None)) is not None:
                 self._read += 1
-                item = Item(self, self._call, message)
+                item = StreamItem(self, self._call, message)
                 if self.dialect.ordered:
                     self._items.append(item)
                 try:

@@ -16,20 +16,20 @@ from export.manifest import TensorSpec
 from protos import tensorflow_pb2 as tf
 from protos import tensorflow_serving_pb2 as pb
 from serving.errors import STATUSES, FailedPrecondition, InvalidRequest, Unsupported
-from serving.models.registry import Model, Models
+from serving.models.registry import Model, ModelRegistry
 from serving.protocols.calls import Query
-from serving.protocols.inputs import Intake, to_bytes
+from serving.protocols.inputs import InputDecoder, to_bytes
 from serving.runtimes.onnx import Images
-from serving.scheduling.queue import Answer
+from serving.scheduling.queue import BatchResult
 
 SIGNATURE, SIGNATURE_DEF, METHOD = "serving_default", "signature_def", "tensorflow/serving/predict"
 TYPES = {"uint8": tf.DT_UINT8, "float32": tf.DT_FLOAT}
 
 
-class Prediction:
+class TfServing:
     """Reads requests of Predict, and answers the other methods."""
 
-    def __init__(self, models: Models, intake: Intake) -> None:
+    def __init__(self, models: ModelRegistry, intake: InputDecoder) -> None:
         """Ask `models`, with images that `intake` takes."""
         self._models, self._intake = models, intake
 
@@ -122,7 +122,7 @@ class Prediction:
                 raise InvalidRequest(f"input {wanted!r} is DT_UINT8, DT_FLOAT or DT_STRING, not of dtype {other}")
 
 
-def _respond(model: Model, answer: Answer, _: int) -> bytes:
+def _respond(model: Model, answer: BatchResult, _: int) -> bytes:
     probabilities = answer.probabilities
     found = tf.TensorProto(
         dtype=tf.DT_FLOAT, tensor_shape=_shape(probabilities.shape), float_val=probabilities.ravel().tolist()
@@ -140,7 +140,7 @@ def _tell(version: int, refusal: str | None) -> pb.ModelVersionStatus:
     return state(version=version, state=state.END, status=status)
 
 
-def _find(models: Models, spec: pb.ModelSpec) -> Model:
+def _find(models: ModelRegistry, spec: pb.ModelSpec) -> Model:
     if spec.signature_name not in ("", SIGNATURE):
         raise FailedPrecondition(f"there is no signature {spec.signature_name!r}; models have {SIGNATURE!r}")
     match spec.WhichOneof("version_choice"):

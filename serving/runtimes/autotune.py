@@ -31,7 +31,7 @@ from serving.runtimes import openvino
 from serving.runtimes.cores import count_cores
 from serving.runtimes.cost import CostCurve
 from serving.runtimes.onnx import ConcurrentEngine, Engine, Images, OnnxEngine, Probabilities, SizedEngine
-from serving.runtimes.plan import Way, describe
+from serving.runtimes.plan import ExecutionPlan, describe
 
 FORMAT = 3
 WARM_UP_SECONDS = 1.0  # after which no larger batches are tried: they cost in proportion
@@ -47,7 +47,7 @@ PROOF_IMAGES = 256  # at each batch size
 log = logging.getLogger(__name__)
 
 
-class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TuningKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What figures hold for: with anything else they are measured again.
 
     Attributes:
@@ -64,7 +64,7 @@ class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: str
     budget: Budget
     cpu: str
-    ways: list[Way]
+    ways: list[ExecutionPlan]
     max_batch: int
     versions: dict[str, str | None]
 
@@ -86,17 +86,17 @@ class Tuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         refusals: Why a runtime is not used, by its name.
     """
 
-    setting: Setting
-    ways: list[Way]
+    setting: TuningKey
+    ways: list[ExecutionPlan]
     ns: dict[int, list[int]]
-    plan: dict[int, Way]
+    plan: dict[int, ExecutionPlan]
     refusals: dict[str, str]
 
     def __str__(self) -> str:
         return describe(self.plan)
 
     @property
-    def spare(self) -> int:
+    def overflow(self) -> int:
         """How many batches may be computed beside another, each by one core."""
         *_, largest = self.plan.values()
         return count_cores() - 1 if largest.runtime == "onnxruntime" else 0
@@ -113,13 +113,13 @@ class Tuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             # It compiles for every new size, which is tens of milliseconds that no request should wait for.
             for images in range(1, self.setting.max_batch + 1):
                 engine.run(np.zeros((images, *manifest.input.shape[1:]), np.uint8))
-        if not self.spare:
+        if not self.overflow:
             return engine
-        single = Way("onnxruntime", 1)
+        single = ExecutionPlan("onnxruntime", 1)
         return ConcurrentEngine(engine, engines.get(single) or single.build(path, manifest))
 
 
-class Found(NamedTuple):
+class TuningLookup(NamedTuple):
     """A tuning, and whether it was in the cache."""
 
     tuning: Tuning
@@ -127,8 +127,8 @@ class Found(NamedTuple):
 
 
 def tune(
-    folder: Path, manifest: Manifest, variant: Variant, max_batch: int, ways: list[Way], again: bool = False
-) -> Found:
+    folder: Path, manifest: Manifest, variant: Variant, max_batch: int, ways: list[ExecutionPlan], again: bool = False
+) -> TuningLookup:
     """Measure how to compute a variant fastest, or look it up.
 
     Args:
@@ -144,14 +144,14 @@ def tune(
     """
     versions = {"onnxruntime": onnxruntime.__version__, "openvino": openvino.find_version()}
     model = manifest.files[variant.path]
-    setting = Setting(FORMAT, model, variant.budget, name_cpu(), ways, max_batch, versions)
+    setting = TuningKey(FORMAT, model, variant.budget, name_cpu(), ways, max_batch, versions)
     known = None if again else _read(setting)
     if known is not None:
-        return Found(known, cached=True)
+        return TuningLookup(known, cached=True)
     log.info("%s/%d: measuring for some seconds how this machine computes it fastest", manifest.model, manifest.version)
     found = _find(folder, manifest, variant, setting)
     _write(found)
-    return Found(found, cached=False)
+    return TuningLookup(found, cached=False)
 
 
 def measure(
@@ -193,7 +193,7 @@ def measure(
     return least
 
 
-def choose(ways: Sequence[Way], ns: Mapping[int, Sequence[int]]) -> dict[int, Way]:
+def choose(ways: Sequence[ExecutionPlan], ns: Mapping[int, Sequence[int]]) -> dict[int, ExecutionPlan]:
     """Return the way for each size of batch: another one than for the size below only if it is clearly faster.
 
     Threads spin for a single image only.
@@ -215,7 +215,7 @@ def choose(ways: Sequence[Way], ns: Mapping[int, Sequence[int]]) -> dict[int, Wa
     return plan
 
 
-def _margin(way: Way, other: Way) -> float:
+def _margin(way: ExecutionPlan, other: ExecutionPlan) -> float:
     """Return by how much another way must be faster to be taken."""
     return MARGIN if other.runtime == way.runtime else RUNTIME_MARGIN
 
@@ -251,7 +251,7 @@ def _run(engine: Engine, images: Images, size: int) -> Probabilities:
     return np.concatenate([engine.run(images[start : start + size]) for start in range(0, len(images), size)])
 
 
-def _find(folder: Path, manifest: Manifest, variant: Variant, setting: Setting) -> Tuning:
+def _find(folder: Path, manifest: Manifest, variant: Variant, setting: TuningKey) -> Tuning:
     """Measure all ways, choose, and prove what was chosen; every engine is gone afterwards."""
     path = folder / variant.path
     engines, refusals = _load(path, manifest, setting.ways)
@@ -271,9 +271,11 @@ def _find(folder: Path, manifest: Manifest, variant: Variant, setting: Setting) 
     return Tuning(setting, ways, ns, plan, refusals)
 
 
-def _load(path: Path, manifest: Manifest, ways: Sequence[Way]) -> tuple[dict[Way, Engine], dict[str, str]]:
+def _load(
+    path: Path, manifest: Manifest, ways: Sequence[ExecutionPlan]
+) -> tuple[dict[ExecutionPlan, Engine], dict[str, str]]:
     """Return the engines of those ways that can be loaded, and why a runtime cannot."""
-    engines: dict[Way, Engine] = {}
+    engines: dict[ExecutionPlan, Engine] = {}
     refusals: dict[str, str] = {}
     for way in ways:
         try:
@@ -298,8 +300,8 @@ def _batches(manifest: Manifest, max_batch: int) -> list[Images]:
 
 
 def _plan(
-    path: Path, ways: Sequence[Way], ns: Mapping[int, Sequence[int]], refusals: Mapping[str, str]
-) -> dict[int, Way]:
+    path: Path, ways: Sequence[ExecutionPlan], ns: Mapping[int, Sequence[int]], refusals: Mapping[str, str]
+) -> dict[int, ExecutionPlan]:
     """Return the way for each size, of those whose runtime was not refused."""
     allowed = [at for at, way in enumerate(ways) if way.runtime not in refusals]
     if not allowed:
@@ -317,7 +319,7 @@ def _cache() -> Path:
         return Path("/.cache")
 
 
-def _read(setting: Setting) -> Tuning | None:
+def _read(setting: TuningKey) -> Tuning | None:
     """Return what the cache has, None if it has nothing that can be used."""
     path = setting.path
     try:

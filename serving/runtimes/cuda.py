@@ -45,16 +45,16 @@ RUNS_TO_CAPTURE = 3  # the first allocates, the second is recorded, the third sh
 log = logging.getLogger(__name__)
 
 Gpu = Literal["cuda", "tensorrt"]
-Options = Mapping[str, str]
+ProviderOptions = Mapping[str, str]
 
 
 # TF32 rounds to 10 bits what fp32 has 23 of; the certificate allows a difference of 1e-5. An EXHAUSTIVE search for
 # kernels won up to 12 % with one network and nothing with the other.
-FULL: Options = MappingProxyType({"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"})
+FULL: ProviderOptions = MappingProxyType({"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"})
 # Without `use_tf32` onnxruntime takes the tensor cores from every convolution, also from those in half precision, which
 # then have no plan: it says so for each, and makes another. ResNet-18 is 1.7 (a single image) to 3.2 times (256 of
 # them) as fast where channels come last; an EXHAUSTIVE search made it up to ten times slower.
-HALF: Options = MappingProxyType({"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "1", "prefer_nhwc": "1"})
+HALF: ProviderOptions = MappingProxyType({"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "1", "prefer_nhwc": "1"})
 
 
 def choose(path: Path, manifest: Manifest, device: Device, max_batch: int) -> CudaEngine | EnginePool | None:
@@ -103,13 +103,13 @@ class EnginePool:
 
     Attributes:
         provider: What computes.
-        lanes: How many calls of `run` may be under way at once; one more waits.
+        instances: How many calls of `run` may be under way at once; one more waits.
         curve: What a batch costs on any of them.
     """
 
     def __init__(self, engines: Sequence[CudaEngine]) -> None:
         """Share the work out among `engines`, at least one."""
-        self.provider, self.lanes, self.curve = engines[0].provider, len(engines), engines[0].curve
+        self.provider, self.instances, self.curve = engines[0].provider, len(engines), engines[0].curve
         self.ahead = False  # a batch that one of them has taken could not be computed by another
         self._by_thread = {engine.thread: engine for engine in engines}
         self._lock = threading.Lock()
@@ -176,14 +176,14 @@ class CudaEngine:
 
     Attributes:
         provider: What computes.
-        lanes: How many calls of `run` may be under way at once: one.
+        instances: How many calls of `run` may be under way at once: one.
         buckets: The batch sizes that are computed, ascending.
         graphs: Whether they are CUDA graphs.
         thread: The number of the thread that computes.
         curve: What a batch costs, from its arrival in host memory to its answer there.
     """
 
-    lanes, ahead = 1, True
+    instances, ahead = 1, True
 
     def __init__(
         self,
@@ -192,7 +192,7 @@ class CudaEngine:
         max_batch: int,
         device: int = 0,
         graphs: bool = True,
-        providers: Sequence[tuple[str, Options]] = (),
+        providers: Sequence[tuple[str, ProviderOptions]] = (),
     ) -> None:
         """Load and warm a model.
 
@@ -350,7 +350,7 @@ def find_bucket(buckets: Sequence[int], images: int) -> int:
     return next((bucket for bucket in buckets if bucket >= images), buckets[-1])
 
 
-def find_options(path: Path, manifest: Manifest) -> Options:
+def find_options(path: Path, manifest: Manifest) -> ProviderOptions:
     """Return how onnxruntime's CUDA provider computes an ONNX file fastest and as it was certified."""
     return HALF if find_precision(path, manifest) == "fp16" else FULL
 
@@ -360,7 +360,7 @@ def find_precision(path: Path, manifest: Manifest) -> str | None:
     return {variant.path: variant.precision for variant in manifest.certificate.variants}.get(path.name)
 
 
-def _tensorrt(path: Path, manifest: Manifest, max_batch: int) -> list[tuple[str, Options]]:
+def _tensorrt(path: Path, manifest: Manifest, max_batch: int) -> list[tuple[str, ProviderOptions]]:
     """Return how onnxruntime is to use TensorRT, whose engines take minutes to build and are kept in the repository."""
     with suppress(ImportError):
         importlib.import_module("tensorrt")  # loads the libraries that pip installed, if it did

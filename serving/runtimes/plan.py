@@ -26,7 +26,7 @@ Runtime = Literal["onnxruntime", "openvino"]
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
 
 
-class Way(msgspec.Struct, frozen=True):
+class ExecutionPlan(msgspec.Struct, frozen=True):
     """Computes a batch by so many threads of a runtime.
 
     Threads that spin do not sleep between two layers: they are quicker as long as nobody else wants their cores.
@@ -52,7 +52,7 @@ class Way(msgspec.Struct, frozen=True):
         return OnnxEngine(path, manifest, self.threads, self.spins)
 
 
-def list_ways(runtime: Literal["auto", Runtime] = "auto", cores: int | None = None) -> list[Way]:
+def list_plans(runtime: Literal["auto", Runtime] = "auto", cores: int | None = None) -> list[ExecutionPlan]:
     """Return the ways of a runtime, or of all that are installed, the simplest first.
 
     Raises:
@@ -62,15 +62,19 @@ def list_ways(runtime: Literal["auto", Runtime] = "auto", cores: int | None = No
     installed = [name for name in RUNTIMES if name != "openvino" or openvino.find_version() is not None]
     if runtime not in ("auto", *installed):
         raise BadInput(f"--runtime {runtime}: it is not installed; install resnet with its extra '{runtime}'")
-    ways = {name: [Way(name, cores)] for name in installed}
+    ways = {name: [ExecutionPlan(name, cores)] for name in installed}
     if cores > 1:
         # Threads that wake each other for every layer of a small batch win little, and keep a core from taking requests
         # in; those that spin win more, and keep it for longer.
-        ways["onnxruntime"] = [Way("onnxruntime", 1), Way("onnxruntime", cores), Way("onnxruntime", cores, spins=True)]
+        ways["onnxruntime"] = [
+            ExecutionPlan("onnxruntime", 1),
+            ExecutionPlan("onnxruntime", cores),
+            ExecutionPlan("onnxruntime", cores, spins=True),
+        ]
     return [way for name in installed if runtime in ("auto", name) for way in ways[name]]
 
 
-def describe(plan: Mapping[int, Way]) -> str:
+def describe(plan: Mapping[int, ExecutionPlan]) -> str:
     """Return in words which way is for which batches, given the largest batch of each, ascending."""
     groups = [(str(way), max(size for size, _ in group)) for way, group in groupby(plan.items(), lambda item: item[1])]
     *below, (last, _) = groups

@@ -17,7 +17,7 @@ from serving.runtimes.cost import CostCurve
 HURRY = 1.35
 
 
-class Load(NamedTuple):
+class QueueState(NamedTuple):
     """What a batcher has to do when a request comes.
 
     Attributes:
@@ -25,8 +25,8 @@ class Load(NamedTuple):
         before: Of these, those that go before a request that comes now.
         running: Of each batch that is computed, when that began and what it was expected to take while nothing else
             shared the cores, in nanoseconds.
-        lanes: Batches that are computed at a time, each with cores of its own.
-        crowd: How many times as long a batch takes for those that share the cores with it.
+        instances: Batches that are computed at a time, each with cores of its own.
+        contention: How many times as long a batch takes for those that share the cores with it.
         limit: Images that may share a batch.
         curve: What batches cost.
         now: The time, on the clock of `running`.
@@ -35,14 +35,14 @@ class Load(NamedTuple):
     queued: int
     before: int
     running: Sequence[tuple[int, float]]
-    lanes: int
-    crowd: float
+    instances: int
+    contention: float
     limit: int
     curve: CostCurve
     now: int
 
 
-class Bounds(NamedTuple):
+class QueueLimits(NamedTuple):
     """How much may wait.
 
     Attributes:
@@ -56,24 +56,24 @@ class Bounds(NamedTuple):
     answer_ns: float = float("inf")
 
 
-def wait_ns(load: Load, images: int) -> float:
+def wait_ns(load: QueueState, images: int) -> float:
     """Return when so many of the images that wait will have begun, in nanoseconds from now."""
     full, rest = divmod(images, load.limit)
     waiting = full * load.curve.ns(load.limit) + (load.curve.ns(rest) if rest else 0)
-    return waiting / load.lanes + _free_ns(load)
+    return waiting / load.instances + _free_ns(load)
 
 
-def answer_ns(load: Load, images: int) -> float:
+def answer_ns(load: QueueState, images: int) -> float:
     """Return how long the answer to so many further images will take, in nanoseconds.
 
     Their batch begins after all that waits before it. Those that come later fill it up, and batches share the cores
     with others: nobody's answer is there before the whole batch is.
     """
     batch = max(images, min(load.before + images, load.limit))
-    return wait_ns(load, load.before + images - batch) + load.crowd * load.curve.ns(batch)
+    return wait_ns(load, load.before + images - batch) + load.contention * load.curve.ns(batch)
 
 
-def judge(load: Load, images: int, left_ns: float, bounds: Bounds) -> ServingError | None:
+def judge(load: QueueState, images: int, left_ns: float, bounds: QueueLimits) -> ServingError | None:
     """Return why a request is not let in; None if it is.
 
     Args:
@@ -95,7 +95,7 @@ def judge(load: Load, images: int, left_ns: float, bounds: Bounds) -> ServingErr
         return None
     takes = answer_ns(load, images)
     if takes > bounds.answer_ns:
-        return Overloaded(f"the answer would take {takes / 1e6:.0f} ms, too long for the server's goal", retry_ms)
+        return Overloaded(f"the answer would take {takes / 1e6:.0f} ms, too long for the server's latency target", retry_ms)
     if (own := load.curve.ns(images)) > left_ns:
         return DeadlineExceeded(f"to compute takes {own / 1e6:.0f} ms, {max(0.0, left_ns) / 1e6:.0f} ms are left")
     if HURRY * takes > left_ns:
@@ -105,9 +105,9 @@ def judge(load: Load, images: int, left_ns: float, bounds: Bounds) -> ServingErr
     return None
 
 
-def _free_ns(load: Load) -> float:
+def _free_ns(load: QueueState) -> float:
     """Return when the next of the batches under way will make room for another, in nanoseconds from now."""
-    if len(load.running) < load.lanes:
+    if len(load.running) < load.instances:
         return 0.0
-    crowd = len(load.running) / load.lanes
-    return max(0.0, min(began + crowd * expected for began, expected in load.running) - load.now)
+    contention = len(load.running) / load.instances
+    return max(0.0, min(began + contention * expected for began, expected in load.running) - load.now)

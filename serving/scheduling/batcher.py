@@ -21,9 +21,19 @@ from serving.batching import Batching
 from serving.errors import InternalError, ServingError, Unavailable
 from serving.runtimes.cost import CostCurve
 from serving.runtimes.onnx import Images, Probabilities
-from serving.scheduling.admission import Bounds, Load, judge
-from serving.scheduling.latency_target import Goal
-from serving.scheduling.queue import DEFAULT_PRIORITY, Answer, Batch, Entry, Gather, Job, Leaders, Outcome, Pool
+from serving.scheduling.admission import QueueLimits, QueueState, judge
+from serving.scheduling.latency_target import LatencyTarget
+from serving.scheduling.queue import (
+    DEFAULT_PRIORITY,
+    Batch,
+    BatchResult,
+    EngineThreads,
+    Gather,
+    Job,
+    Outcome,
+    Queued,
+    ThreadPool,
+)
 
 # Of a request: smaller ones take the interpreter longer than the copy does, and there is only one interpreter. Single
 # images of 3 KB, put together ahead, cost a server on a GPU a tenth of its requests.
@@ -48,9 +58,9 @@ class Batcher:
         run: Callable[[Images], Probabilities],
         batching: Batching = Batching(),
         curve: CostCurve | None = None,
-        lanes: int = 1,
-        spare: int = 0,
-        leaders: Leaders | None = None,
+        instances: int = 1,
+        overflow: int = 0,
+        leaders: EngineThreads | None = None,
     ) -> None:
         """Start empty.
 
@@ -58,20 +68,20 @@ class Batcher:
             run: Maps uint8 [n, height, width, 3] to float32 [n, classes].
             batching: How to work. A request with more images than a batch is computed alone.
             curve: What a batch costs, as far as it is known; every batch adds to it.
-            lanes: Calls of `run` that may be under way at a time, each on a thread of its own.
-            spare: Further calls, which begin only while a full batch waits: calls that share cores with the others, so
+            instances: Calls of `run` that may be under way at a time, each on a thread of its own.
+            overflow: Further calls, which begin only while a full batch waits: calls that share cores with the others, so
                 that two small batches would take longer than one.
-            leaders: Threads for the calls of `run`, where not every thread will do: as many as there are lanes.
+            leaders: Threads for the calls of `run`, where not every thread will do: as many as there are instances.
         """
-        self._run, self._lanes, self._spare = run, lanes, spare
-        self._bounds = Bounds(batching.max_queue, batching.max_queue_ms * 1e6)
+        self._run, self._instances, self._overflow = run, instances, overflow
+        self._bounds = QueueLimits(batching.max_queue, batching.max_queue_ms * 1e6)
         self._linger_ns = batching.linger_ms * 1e6
         self.curve = curve or CostCurve()
         self._max_batch = self.curve.best(batching.max_batch)
-        self._goal = Goal(batching.target_p99_ms, self.curve) if batching.target_p99_ms else None
+        self._target = LatencyTarget(batching.target_p99_ms, self.curve) if batching.target_p99_ms else None
         self._lock = threading.Lock()
         self._idle, self._came = threading.Condition(self._lock), threading.Condition(self._lock)
-        self._queue: list[Entry] = []  # a heap: by priority, then as they came
+        self._queue: list[Queued] = []  # a heap: by priority, then as they came
         self._numbers = itertools.count()
         self.queued = 0
         self._leads = 0
@@ -83,11 +93,11 @@ class Batcher:
         self._prefers = False  # whether any request had another priority: what holds for one may not for others then
         self._closed = False
         # Threads of these end with the batcher.
-        self._leaders: Leaders = leaders or Pool(lanes + spare, thread_name_prefix="lead")
+        self._leaders: EngineThreads = leaders or ThreadPool(instances + overflow, thread_name_prefix="lead")
         self._answerer = ThreadPoolExecutor(1, thread_name_prefix="answer")
         self._gatherer = ThreadPoolExecutor(1, thread_name_prefix="gather")
 
-    def post(
+    def enqueue(
         self,
         images: Images,
         done: Callable[[Outcome], None],
@@ -119,7 +129,7 @@ class Batcher:
                 raise refusal
             heapq.heappush(self._queue, (priority, next(self._numbers), job))
             self.queued += len(images)
-            leads = self._leads < self._lanes or (self._spares() and self._leads < self._lanes + self._spare)
+            leads = self._leads < self._instances or (self._overflows() and self._leads < self._instances + self._overflow)
             self._leads += leads
             if self._linger_ns:
                 self._came.notify_all()
@@ -149,14 +159,14 @@ class Batcher:
         if not self._leads and self.queued + images <= self._bounds.images:
             return None  # an idle engine turns nothing down: what a batch really takes, only a batch can tell
         running = [(batch.began, batch.expected_ns) for batch in self._running]
-        crowd = 1 + (self._spare / self._lanes if self._spares() else 0)
+        contention = 1 + (self._overflow / self._instances if self._overflows() else 0)
         before = self.queued
         if self._prefers or priority != DEFAULT_PRIORITY:
             self._prefers = True
             before = sum(len(job.images) for other, _, job in self._queue if other <= priority)
-        load = Load(self.queued, before, running, self._lanes, crowd, self._limit(), self.curve, now)
+        load = QueueState(self.queued, before, running, self._instances, contention, self._limit(), self.curve, now)
         left_ns = deadline if deadline == float("inf") else (deadline - time.monotonic()) * 1e9
-        bounds = self._bounds._replace(answer_ns=self._goal.allowed_ns) if self._goal else self._bounds
+        bounds = self._bounds._replace(answer_ns=self._target.allowed_ns) if self._target else self._bounds
         refusal = judge(load, images, left_ns, bounds)
         if refusal and images == 1 and not self._prefers:
             # A copy: what is raised here will carry the id of its call.
@@ -218,7 +228,7 @@ class Batcher:
                 self._put_back(batch)
                 batch = None
             if batch is None:
-                if len(self._running) >= self._lanes and not self._spares():
+                if len(self._running) >= self._instances and not self._overflows():
                     self._rest()  # another leads, and will take what there is
                     return None
                 limit = self._limit()
@@ -230,7 +240,7 @@ class Batcher:
                     return None
             self.queued -= batch.taken
             if batch.jobs:
-                batch.spare = len(self._running) >= self._lanes
+                batch.overflow = len(self._running) >= self._instances
                 batch.expected_ns, batch.began = self.curve.ns(batch.size), time.perf_counter_ns()
                 self._running.append(batch)
         return batch
@@ -278,17 +288,17 @@ class Batcher:
         for entry in batch.entries:
             heapq.heappush(self._queue, entry)
 
-    def _spares(self) -> bool:
-        """Say whether spare lanes may begin: for a full batch, or where cores would idle beside a batch that has but a
+    def _overflows(self) -> bool:
+        """Say whether overflow instances may begin: for a full batch, or where cores would idle beside a batch that has but a
         part of them.
         """
-        if not self._spare:
+        if not self._overflow:
             return False
-        return self.queued >= self._limit() or any(batch.spare for batch in self._running)
+        return self.queued >= self._limit() or any(batch.overflow for batch in self._running)
 
     def _limit(self) -> int:
         """Return how many images may share a batch."""
-        return min(self._max_batch, self._goal.batch) if self._goal else self._max_batch
+        return min(self._max_batch, self._target.batch) if self._target else self._max_batch
 
     def _rest(self) -> None:
         """Give up the lead; the lock is held."""
@@ -297,14 +307,14 @@ class Batcher:
 
     def _crowd(self) -> float:
         """Return how many batches share the cores that are meant for one."""
-        return max(1.0, len(self._running) / self._lanes)
+        return max(1.0, len(self._running) / self._instances)
 
     def _misses(self, images: int, deadline: float) -> bool:
         """Say whether a batch that begins now will be done too late for a deadline."""
         if deadline == float("inf"):
             return False
-        crowd = max(1.0, (len(self._running) + 1) / self._lanes)
-        return time.monotonic() + crowd * self.curve.ns(images) / 1e9 > deadline
+        contention = max(1.0, (len(self._running) + 1) / self._instances)
+        return time.monotonic() + contention * self.curve.ns(images) / 1e9 > deadline
 
     def _linger(self, limit: int) -> None:
         """Wait for a full batch, as long as the first of those that wait may be kept waiting; the lock is held."""
@@ -348,9 +358,9 @@ class Batcher:
             if probabilities is None:
                 job.tell(InternalError("the engine failed; the server's log has the details"))
             else:
-                job.tell(Answer(probabilities[start:stop], batch.began - job.arrived, took, batch.size))
-                if self._goal:
-                    self._goal.learn(batch.began - job.arrived + took)
+                job.tell(BatchResult(probabilities[start:stop], batch.began - job.arrived, took, batch.size))
+                if self._target:
+                    self._target.learn(batch.began - job.arrived + took)
             start = stop
         with self._lock:
             self._answering -= 1

@@ -10,7 +10,7 @@ WINDOW = 200  # requests behind each correction: of these, two may be slower tha
 DOWN, UP = 0.9, 1.02  # too slow is mended quickly, and room for more is tried slowly
 
 
-class Goal:
+class LatencyTarget:
     """Holds the 99th percentile of the time from arrival to answer.
 
     Attributes:

@@ -19,7 +19,7 @@ PRIORITIES, DEFAULT_PRIORITY = (1, 2, 3), 2  # 1 comes first
 log = logging.getLogger(__name__)
 
 
-class Answer(NamedTuple):
+class BatchResult(NamedTuple):
     """What became of one request's images.
 
     Attributes:
@@ -35,7 +35,7 @@ class Answer(NamedTuple):
     batch_size: int
 
 
-Outcome = Answer | ServingError
+Outcome = BatchResult | ServingError
 
 
 class Job:
@@ -73,7 +73,7 @@ class Job:
         return None
 
 
-Entry = tuple[int, int, Job]
+Queued = tuple[int, int, Job]
 """One of the heap of those that wait: its priority, its number in the order of arrival, and the request."""
 
 
@@ -89,17 +89,17 @@ class Batch:
         gathered: The images put together, if that was begun ahead.
         expected_ns: What computing them is expected to take while nothing else shares the cores.
         began: When that began, on the clock of `time.perf_counter_ns`.
-        spare: Whether others were under way, on every lane: it is computed by a part of the cores.
+        overflow: Whether others were under way, on every instance: it is computed by a part of the cores.
     """
 
     jobs: list[Job] = field(default_factory=list)
     refused: list[tuple[Job, ServingError]] = field(default_factory=list)
     size: int = 0
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[Queued] = field(default_factory=list)
     gathered: Future[Images] | None = None
     expected_ns: float = 0.0
     began: int = 0
-    spare: bool = False
+    overflow: bool = False
 
     @property
     def taken(self) -> int:
@@ -111,11 +111,11 @@ Gather = Callable[[Sequence[Images]], Images]
 """Puts the images of several requests together."""
 
 
-class Leaders(Protocol):
+class EngineThreads(Protocol):
     """Threads for those who form batches and have them computed."""
 
     ahead: bool
-    """Whether the next batch is put together while one is computed, if enough waits to fill it; for one lane only."""
+    """Whether the next batch is put together while one is computed, if enough waits to fill it; for one instance only."""
 
     def submit(self, work: Callable[[], object], /) -> object:
         """Begin it on one of them, or as soon as one is free."""
@@ -126,7 +126,7 @@ class Leaders(Protocol):
         ...
 
 
-class Pool(ThreadPoolExecutor):
+class ThreadPool(ThreadPoolExecutor):
     """Threads of no special kind."""
 
     ahead = False

@@ -12,7 +12,7 @@ from serving.errors import PermissionDenied, ServingError, Unauthenticated
 from serving.logs import Tally
 from serving.transports.call import Call
 from serving.transports.choice import is_local
-from serving.transports.tls import Tls, read_file
+from serving.transports.tls import ServerTls, read_file
 
 OPEN = "/grpc.health.v1.Health/"  # probes have no token, and learn no more than whether the server is up
 # What changes the server for all others. Who is allowed to ask is not thereby allowed to do this.
@@ -91,7 +91,7 @@ def read_tokens(path: Path) -> str:
     return "\n".join(tokens)
 
 
-def warn_if_open(host: str, tls: Tls | None, token: str | None) -> None:
+def warn_if_open(host: str, tls: ServerTls | None, token: str | None) -> None:
     """Say in the log what strangers could do."""
     if is_local(host):
         return

@@ -15,7 +15,7 @@ from serving.transports.call import APART, Call, Methods, Streaming, Unary
 log = logging.getLogger(__name__)
 
 
-class Door:
+class Dispatcher:
     """Lets calls in, or refuses them.
 
     Attributes:

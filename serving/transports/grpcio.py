@@ -26,8 +26,8 @@ from serving.limits import Limits
 from serving.protocols.calls import report
 from serving.transports.auth import Tokens
 from serving.transports.call import APART, Call, Streaming, Unary
-from serving.transports.dispatcher import Door
-from serving.transports.tls import Tls
+from serving.transports.dispatcher import Dispatcher
+from serving.transports.tls import ServerTls
 
 try:
     from grpc import _server
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 class GrpcioTransport:
     """A server of grpcio, from `start` to `stop`."""
 
-    def __init__(self, door: Door, polled: bool | None = None) -> None:
+    def __init__(self, door: Dispatcher, polled: bool | None = None) -> None:
         """Serve the methods of `door`.
 
         Args:
@@ -68,7 +68,7 @@ class GrpcioTransport:
         for service, handlers in services.items():
             self._server.add_registered_method_handlers(service, handlers)
 
-    def listen(self, address: str, tls: Tls | None = None) -> int:
+    def listen(self, address: str, tls: ServerTls | None = None) -> int:
         """Listen on HOST:PORT or unix:PATH; return the port.
 
         Raises:
@@ -108,7 +108,7 @@ def works() -> bool:
         log.warning("calls have a thread each, which is slower: grpcio %s was not tried otherwise", grpc.__version__)
         return False
     path = "/resnet.Self/Test"
-    door = Door({path: Unary(lambda call: call.respond(call.payload))}, Limits(), Tokens("localhost", None, None))
+    door = Dispatcher({path: Unary(lambda call: call.respond(call.payload))}, Limits(), Tokens("localhost", None, None))
     transport = GrpcioTransport(door, polled=True)
     try:
         port = transport.listen("127.0.0.1:0")
@@ -123,7 +123,7 @@ def works() -> bool:
         transport.stop(0)
 
 
-def _handle(door: Door, path: str, method: Unary | Streaming, polled: bool) -> Any:
+def _handle(door: Dispatcher, path: str, method: Unary | Streaming, polled: bool) -> Any:
     """Return what grpcio takes as a method."""
     if isinstance(method, Streaming):
         return grpc.stream_stream_rpc_method_handler(functools.partial(_converse, door, path, method))
@@ -154,7 +154,7 @@ class _ContextCall(Call):
 
 
 def _converse(
-    door: Door, path: str, method: Streaming, requests: Iterator[bytes], context: grpc.ServicerContext
+    door: Dispatcher, path: str, method: Streaming, requests: Iterator[bytes], context: grpc.ServicerContext
 ) -> Iterator[bytes]:
     """Answer a stream, on a thread of its own."""
     call = _ContextCall(path, b"", context)
@@ -178,7 +178,7 @@ def _abort(context: grpc.ServicerContext, error: ServingError) -> None:
 class _Behavior:
     """What grpcio calls on a thread for each call; with `experimental_thread_pool`, what it asks in place of one."""
 
-    def __init__(self, door: Door, path: str, method: Unary, polled: bool) -> None:
+    def __init__(self, door: Dispatcher, path: str, method: Unary, polled: bool) -> None:
         self.door, self.path, self.method = door, path, method
         if polled:
             self.experimental_thread_pool = _Polled()

@@ -21,9 +21,9 @@ from typing import Any
 from resnet import BadInput
 from serving.errors import ServingError, Trailers, to_trailers
 from serving.transports.call import Call, Metadata, Unary
-from serving.transports.dispatcher import Door
+from serving.transports.dispatcher import Dispatcher
 from serving.transports.grpcio import GrpcioTransport, cannot_listen
-from serving.transports.tls import Tls
+from serving.transports.tls import ServerTls
 from serving.transports.unix import LONGEST
 
 with suppress(ImportError):  # `choice.find_problem` says why
@@ -45,14 +45,14 @@ log = logging.getLogger(__name__)
 class NativeTransport:
     """A server of `pygrpc-native`, from `start` to `stop`, with one of grpcio behind it."""
 
-    def __init__(self, door: Door) -> None:
+    def __init__(self, door: Dispatcher) -> None:
         """Serve the methods of `door`."""
         self.door = door
         self._methods = [(path, method) for path, method in door.methods.items() if isinstance(method, Unary)]
         self._calls: dict[int, _NativeCall] = {}
         self._fallback = GrpcioTransport(door, polled=False)  # for streams, which have a thread each
 
-    def listen(self, address: str, tls: Tls | None = None) -> int:
+    def listen(self, address: str, tls: ServerTls | None = None) -> int:
         """Listen on HOST:PORT or unix:PATH; return the port.
 
         Raises:

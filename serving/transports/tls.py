@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Tls:
+class ServerTls:
     """PEM files.
 
     Attributes:

@@ -39,11 +39,11 @@ from serving.models import registry
 from serving.server import SERVICE, SERVICES, Server
 from serving.transports.auth import ADMIN
 from serving.transports.choice import Transport
-from serving.transports.tls import Tls
+from serving.transports.tls import ServerTls
 from tests.acceptance import wire
 from tests.acceptance.bombs import add_scans, add_text, draw
 from tests.acceptance.certificates import Pair, issue
-from tests.acceptance.wire import Wire, pack_headers
+from tests.acceptance.wire import Http2Connection, pack_headers
 from training.images import MAX_PIXELS
 
 TOKEN, ADMIN_TOKEN = "sesame", "open-wide"
@@ -56,14 +56,14 @@ IMPATIENT = Limits(idle_seconds=6, keepalive_seconds=1, keepalive_timeout_second
 MEGABYTE = 2**20
 
 
-class Outcome(NamedTuple):
+class AttemptOutcome(NamedTuple):
     """What came of an attempt: the status or the frame, and the sentence."""
 
     code: str
     sentence: str = ""
 
 
-class Attempt(NamedTuple):
+class LimitAttempt(NamedTuple):
     """Something that must be refused.
 
     Attributes:
@@ -75,13 +75,13 @@ class Attempt(NamedTuple):
     """
 
     name: str
-    act: Callable[[Target], Outcome]
+    act: Callable[[LimitTarget], AttemptOutcome]
     code: str
     sentence: str = ""
     megabytes: int = 200
 
 
-class Target:
+class LimitTarget:
     """A server, as somebody sees it who has its address."""
 
     def __init__(self, address: str, shape: tuple[int, int, int], tls: client.Tls | None = None) -> None:
@@ -105,7 +105,7 @@ class Target:
         metadata: Iterable[tuple[str, str]] = (),
         zipped: bool = False,
         timeout: float = 120,
-    ) -> Outcome:
+    ) -> AttemptOutcome:
         """Send messages to a method, and return the status that comes."""
         options = [*UNLIMITED, ("grpc.use_local_subchannel_pool", 1)]
         authorization = [("authorization", f"Bearer {token}")] if token else []
@@ -122,7 +122,7 @@ class Target:
                     pass
             except grpc.RpcError:
                 pass
-            return Outcome(call.code().name, call.details())
+            return AttemptOutcome(call.code().name, call.details())
 
     def channel(self, options: list[tuple[str, str | int]]) -> grpc.Channel:
         """Connect."""
@@ -189,7 +189,7 @@ def attack(folder: Path, only: str = "", transport: str = "grpcio") -> dict[str,
 
 
 @contextmanager
-def start(folder: Path, kind: str, temporary: Path, transport: str) -> Iterator[tuple[Target, int]]:
+def start(folder: Path, kind: str, temporary: Path, transport: str) -> Iterator[tuple[LimitTarget, int]]:
     """Start a server of a kind that `serve` knows, and yield it with the number of its process."""
     tls = None
     if kind == "tls":
@@ -198,7 +198,7 @@ def start(folder: Path, kind: str, temporary: Path, transport: str) -> Iterator[
     with ServerProcess([sys.executable, "-c", code, str(folder), kind, str(temporary), transport]) as process:
         name = next(iter(repository.models(folder)))
         shape = registry.read_checked(repository.latest(name)).input.shape[1:]
-        target = Target(process.address, (shape[0], shape[1], 3), tls)
+        target = LimitTarget(process.address, (shape[0], shape[1], 3), tls)
         target.good()
         yield target, process.pid
 
@@ -208,11 +208,11 @@ def serve(folder: str, kind: str, temporary: str, transport: Transport) -> None:
     loaded = [registry.load(repository.latest(name), "cpu") for name in repository.models(Path(folder))]
     paths = [Path(temporary) / name for name in ("server.crt", "server.key", "authority.crt")]
     server = Server(
-        registry.Models(loaded),
+        registry.ModelRegistry(loaded),
         "127.0.0.1",
         0,
         IMPATIENT if kind == "impatient" else LIMITS,
-        Tls(*paths) if kind == "tls" else None,
+        ServerTls(*paths) if kind == "tls" else None,
         TOKEN,
         ADMIN_TOKEN,
         transport=transport,
@@ -221,14 +221,14 @@ def serve(folder: str, kind: str, temporary: str, transport: Transport) -> None:
     time.sleep(3600)
 
 
-def _try(attempt: Attempt, target: Target, pid: int) -> bool:
+def _try(attempt: LimitAttempt, target: LimitTarget, pid: int) -> bool:
     """Make an attempt, print a row, and say whether all was as expected."""
     Path(f"/proc/{pid}/clear_refs").write_text("5")
     before = _megabytes(pid, "VmRSS")
     try:
         outcome = attempt.act(target)
     except (OSError, errors.ServingError) as error:
-        outcome = Outcome(type(error).__name__, str(error))
+        outcome = AttemptOutcome(type(error).__name__, str(error))
     peak = _megabytes(pid, "VmHWM")
     try:
         target.good()
@@ -251,12 +251,12 @@ def _megabytes(pid: int, field: str) -> int:
     return int(found) // 1024
 
 
-def calls(path: str, *messages: bytes, **options: Any) -> Callable[[Target], Outcome]:
-    """Return what makes a call; arguments are those of `Target.call`."""
+def calls(path: str, *messages: bytes, **options: Any) -> Callable[[LimitTarget], AttemptOutcome]:
+    """Return what makes a call; arguments are those of `LimitTarget.call`."""
     return lambda target: target.call(path, *messages, **options)
 
 
-def attempts(_: Path) -> Iterator[Attempt]:
+def attempts(_: Path) -> Iterator[LimitAttempt]:
     """Yield what a server refuses whose limits are the usual ones."""
     yield from too_large()
     yield from images()
@@ -265,12 +265,12 @@ def attempts(_: Path) -> Iterator[Attempt]:
     yield from strangers()
 
 
-def too_large() -> Iterator[Attempt]:
+def too_large() -> Iterator[LimitAttempt]:
     """Yield messages, headers and numbers of images above the limits."""
     full, large = "RESOURCE_EXHAUSTED", bytes(LIMITS.max_message_bytes + MEGABYTE)
     for path in (CLASSIFY, INFER, STREAM, PREDICT):
-        yield Attempt(f"65 MiB to {path.rpartition('/')[2]}", calls(path, large), full, "larger")
-    yield Attempt(
+        yield LimitAttempt(f"65 MiB to {path.rpartition('/')[2]}", calls(path, large), full, "larger")
+    yield LimitAttempt(
         "256 MiB in 256 KiB of gzip",
         calls(CLASSIFY, bytes(256 * MEGABYTE), zipped=True),
         full,
@@ -278,16 +278,16 @@ def too_large() -> Iterator[Attempt]:
     )
     many = LIMITS.max_images + 1
 
-    def rows(target: Target) -> Outcome:
+    def rows(target: LimitTarget) -> AttemptOutcome:
         tensor = pb.Tensor(data_type=pb.DATA_TYPE_UINT8, shape=[many, *target.shape])
         tensor.data = bytes(int(np.prod(tensor.shape)))
         return target.call(CLASSIFY, pb.ClassifyRequest(tensor=tensor).SerializeToString())
 
-    yield Attempt(f"{many} images as pixels", rows, "INVALID_ARGUMENT", "more than the 256 allowed; split it")
+    yield LimitAttempt(f"{many} images as pixels", rows, "INVALID_ARGUMENT", "more than the 256 allowed; split it")
     files = encode([draw(8, 8, "PNG")] * many)
-    yield Attempt(f"{many} images as files", calls(CLASSIFY, files), "INVALID_ARGUMENT", "more than the 256")
+    yield LimitAttempt(f"{many} images as files", calls(CLASSIFY, files), "INVALID_ARGUMENT", "more than the 256")
     for size in (LIMITS.max_metadata_bytes, MEGABYTE):
-        yield Attempt(
+        yield LimitAttempt(
             f"{size // 1024:,} KiB of headers",
             calls(CLASSIFY, metadata=[("x-large", "x" * size)]),
             full,
@@ -295,12 +295,12 @@ def too_large() -> Iterator[Attempt]:
         )
 
 
-def images() -> Iterator[Attempt]:
+def images() -> Iterator[LimitAttempt]:
     """Yield files that are small and would become large."""
     invalid = "INVALID_ARGUMENT"
 
-    def one(name: str, draw_it: Callable[[], bytes], sentence: str) -> Attempt:
-        return Attempt(name, lambda it: it.call(CLASSIFY, encode([draw_it()])), invalid, sentence)
+    def one(name: str, draw_it: Callable[[], bytes], sentence: str) -> LimitAttempt:
+        return LimitAttempt(name, lambda it: it.call(CLASSIFY, encode([draw_it()])), invalid, sentence)
 
     side = int(MAX_PIXELS**0.5)
     yield one("PNG of 20000x20000 pixels", lambda: draw(20000, 20000, "PNG", "1"), "more than the .* pixels allowed")
@@ -312,7 +312,7 @@ def images() -> Iterator[Attempt]:
         lambda: add_scans(draw(side, side, "JPEG", "L", progressive=True), 10_000),
         "too many scans",
     )
-    yield Attempt(
+    yield LimitAttempt(
         "60 JPEGs of 64 megapixels in one request",
         lambda it: it.call(CLASSIFY, encode([draw(side, side, "JPEG", "L")] * 60)),
         invalid,
@@ -320,50 +320,52 @@ def images() -> Iterator[Attempt]:
         megabytes=800,
     )
 
-    def together(target: Target) -> Outcome:
+    def together(target: LimitTarget) -> AttemptOutcome:
         file = encode([draw(side, side, "JPEG", "CMYK", progressive=True)])
         with ThreadPoolExecutor(16) as pool:
             outcomes = set(pool.map(lambda _: target.call(CLASSIFY, file), range(16)))
-        return outcomes.pop() if len(outcomes) == 1 else Outcome(f"{outcomes}")
+        return outcomes.pop() if len(outcomes) == 1 else AttemptOutcome(f"{outcomes}")
 
     # Nothing is wrong with these; they wait for each other, otherwise they would take 12 GB.
-    yield Attempt("16 JPEGs of 64 megapixels at a time", together, "OK", megabytes=1600)
+    yield LimitAttempt("16 JPEGs of 64 megapixels at a time", together, "OK", megabytes=1600)
 
 
-def floods() -> Iterator[Attempt]:
+def floods() -> Iterator[LimitAttempt]:
     """Yield more of something than is allowed, by a client that keeps no rules."""
 
-    def streams(target: Target) -> Outcome:
-        with Wire(target.address) as connection:
+    def streams(target: LimitTarget) -> AttemptOutcome:
+        with Http2Connection(target.address) as connection:
             hold(connection, LIMITS.max_streams + 1)
             for frame in connection.frames():
                 if frame.kind == wire.RST_STREAM:
-                    return Outcome("RST_STREAM", f"{int.from_bytes(frame.payload, 'big')}, which is ENHANCE_YOUR_CALM")
-        return Outcome("closed")
+                    return AttemptOutcome(
+                        "RST_STREAM", f"{int.from_bytes(frame.payload, 'big')}, which is ENHANCE_YOUR_CALM"
+                    )
+        return AttemptOutcome("closed")
 
-    yield Attempt(f"{LIMITS.max_streams + 1} streams on one connection", streams, "RST_STREAM", "^11,")
+    yield LimitAttempt(f"{LIMITS.max_streams + 1} streams on one connection", streams, "RST_STREAM", "^11,")
 
-    def too_many(target: Target) -> Outcome:
+    def too_many(target: LimitTarget) -> AttemptOutcome:
         with ExitStack() as stack:
             for _ in range(4):
-                connection = stack.enter_context(Wire(target.address))
+                connection = stack.enter_context(Http2Connection(target.address))
                 hold(connection, LIMITS.max_calls // 4)
                 connection.await_answers(LIMITS.max_calls // 4)
             return target.call(CLASSIFY, b"")
 
-    yield Attempt(
+    yield LimitAttempt(
         f"{LIMITS.max_calls + 1} calls on several connections", too_many, "RESOURCE_EXHAUSTED", "calls under way"
     )
 
-    def connections(target: Target) -> Outcome:
+    def connections(target: LimitTarget) -> AttemptOutcome:
         with ExitStack() as stack:
             for _ in range(LIMITS.max_connections):
-                next(stack.enter_context(Wire(target.address)).frames())
+                next(stack.enter_context(Http2Connection(target.address)).frames())
             return target.call(CLASSIFY, b"")
 
-    yield Attempt(f"{LIMITS.max_connections + 1} connections", connections, "UNAVAILABLE")
-    yield Attempt("1,000 pings", flood(lambda _: (wire.PING, 0, 0, bytes(8)), 1000), "GOAWAY", "too_many_pings")
-    yield Attempt("100,000 settings", flood(lambda _: (wire.SETTINGS, 0, 0, b""), 100_000), "closed or ignored")
+    yield LimitAttempt(f"{LIMITS.max_connections + 1} connections", connections, "UNAVAILABLE")
+    yield LimitAttempt("1,000 pings", flood(lambda _: (wire.PING, 0, 0, bytes(8)), 1000), "GOAWAY", "too_many_pings")
+    yield LimitAttempt("100,000 settings", flood(lambda _: (wire.SETTINGS, 0, 0, b""), 100_000), "closed or ignored")
     headers = pack_headers(CLASSIFY, [("authorization", f"Bearer {TOKEN}")])
     reset = (8).to_bytes(4, "big")
 
@@ -371,35 +373,35 @@ def floods() -> Iterator[Attempt]:
         stream = number // 2 * 2 + 1
         return (wire.RST_STREAM, 0, stream, reset) if number % 2 else (wire.HEADERS, wire.END_HEADERS, stream, headers)
 
-    yield Attempt("20,000 streams, opened and reset", flood(opened_and_reset, 40_000), "closed or ignored")
+    yield LimitAttempt("20,000 streams, opened and reset", flood(opened_and_reset, 40_000), "closed or ignored")
     more = pack_headers(CLASSIFY, [("x-large", "x" * 16_000)])
-    yield Attempt(
+    yield LimitAttempt(
         "48 MB of headers in one call",
         flood(lambda number: (wire.CONTINUATION if number else wire.HEADERS, 0, 1, more if number else headers), 3000),
         "closed or ignored",
     )
 
 
-def nonsense() -> Iterator[Attempt]:
+def nonsense() -> Iterator[LimitAttempt]:
     """Yield what is no request, and names that are paths."""
     broken = b"\xff" * 100
     for path in (CLASSIFY, INFER, STREAM, PREDICT):
         name = path.rpartition("/")[2]
-        yield Attempt(
+        yield LimitAttempt(
             f"no protobuf to {name}",
             calls(path, broken),
             "INVALID_ARGUMENT",
             "cannot be parsed",
         )
-    yield Attempt("no message to Classify", calls(CLASSIFY), "UNIMPLEMENTED", "exactly one request")
-    yield Attempt("an unknown method", calls(f"/{SERVICE}/Nothing", b""), "UNIMPLEMENTED", "not found")
+    yield LimitAttempt("no message to Classify", calls(CLASSIFY), "UNIMPLEMENTED", "exactly one request")
+    yield LimitAttempt("an unknown method", calls(f"/{SERVICE}/Nothing", b""), "UNIMPLEMENTED", "not found")
     for name in ("../digits", "/etc/passwd", "digits\0"):
         for path, request in (
             (CLASSIFY, pb.ClassifyRequest(model=name)),
             (INFER, inference_pb2.ModelInferRequest(model_name=name)),
             (PREDICT, tensorflow_serving_pb2.PredictRequest(model_spec=tensorflow_serving_pb2.ModelSpec(name=name))),
         ):
-            yield Attempt(
+            yield LimitAttempt(
                 f"model {name!r} of {path.rpartition('/')[2]}",
                 calls(path, request.SerializeToString()),
                 "NOT_FOUND",
@@ -407,18 +409,18 @@ def nonsense() -> Iterator[Attempt]:
             )
 
 
-def strangers() -> Iterator[Attempt]:
+def strangers() -> Iterator[LimitAttempt]:
     """Yield calls with no token, or another."""
     for service in SERVICES:
-        yield Attempt(
+        yield LimitAttempt(
             f"no token for {service.rpartition('.')[2]}",
             calls(f"/{service}/{POOL.FindServiceByName(service).methods[0].name}", b"", token=None),
             "UNAUTHENTICATED",
             "this server wants a token",
         )
-    yield Attempt("another token", calls(CLASSIFY, b"", token=TOKEN[:-1]), "UNAUTHENTICATED", "wants a token")
+    yield LimitAttempt("another token", calls(CLASSIFY, b"", token=TOKEN[:-1]), "UNAUTHENTICATED", "wants a token")
     large = bytes(60 * MEGABYTE)
-    yield Attempt("60 MiB, no token", calls(CLASSIFY, large, token=None), "UNAUTHENTICATED", "wants a token")
+    yield LimitAttempt("60 MiB, no token", calls(CLASSIFY, large, token=None), "UNAUTHENTICATED", "wants a token")
     for path in ADMIN:
         verb = path.rpartition("/")[2].removeprefix("Repository")
         for whose, token, code in (
@@ -426,7 +428,7 @@ def strangers() -> Iterator[Attempt]:
             ("another", ADMIN_TOKEN[1:], "UNAUTHENTICATED"),
             ("the callers'", TOKEN, "PERMISSION_DENIED"),
         ):
-            yield Attempt(
+            yield LimitAttempt(
                 f"{whose} token for {verb}",
                 calls(path, b"", token=token),
                 code,
@@ -434,29 +436,29 @@ def strangers() -> Iterator[Attempt]:
             )
 
 
-def waits(_: Path) -> Iterator[Attempt]:
+def waits(_: Path) -> Iterator[LimitAttempt]:
     """Yield what is closed after a time."""
     most = IMPATIENT.idle_seconds + 10
 
-    def closes(begin: Callable[[Wire], None], answers: bool) -> Callable[[Target], Outcome]:
-        def act(target: Target) -> Outcome:
-            with Wire(target.address, most) as connection:
+    def closes(begin: Callable[[Http2Connection], None], answers: bool) -> Callable[[LimitTarget], AttemptOutcome]:
+        def act(target: LimitTarget) -> AttemptOutcome:
+            with Http2Connection(target.address, most) as connection:
                 begin(connection)
                 for frame in connection.frames():
                     if frame.kind == wire.GOAWAY:
-                        return Outcome("GOAWAY", wire.explain_goaway(frame.payload))
+                        return AttemptOutcome("GOAWAY", wire.explain_goaway(frame.payload))
                     if answers and frame.kind == wire.PING and not frame.flags:
                         connection.send(wire.PING, wire.ACK, 0, frame.payload)
-            return Outcome("closed")
+            return AttemptOutcome("closed")
 
         return act
 
-    yield Attempt("a stream whose client is dead", closes(lambda it: hold(it, 1), False), "GOAWAY", "ping_timeout")
-    yield Attempt("a connection whose client is dead", closes(lambda _: None, False), "GOAWAY", "ping_timeout")
-    yield Attempt("a connection without calls", closes(lambda _: None, True), "GOAWAY", "idle")
+    yield LimitAttempt("a stream whose client is dead", closes(lambda it: hold(it, 1), False), "GOAWAY", "ping_timeout")
+    yield LimitAttempt("a connection whose client is dead", closes(lambda _: None, False), "GOAWAY", "ping_timeout")
+    yield LimitAttempt("a connection without calls", closes(lambda _: None, True), "GOAWAY", "idle")
 
 
-def handshakes(folder: Path) -> Iterator[Attempt]:
+def handshakes(folder: Path) -> Iterator[LimitAttempt]:
     """Yield clients with whom no encrypted connection comes about; writes the certificates of the server first."""
     authority, stranger = issue("authority"), issue("stranger")
     authority.write(folder, "authority")
@@ -464,30 +466,32 @@ def handshakes(folder: Path) -> Iterator[Attempt]:
     issue("client", authority).write(folder, "client")
     root = authority.pem()[0]
 
-    def shakes(tls: client.Tls | None) -> Callable[[Target], Outcome]:
-        return lambda target: Target(target.address, target.shape, tls).call(CLASSIFY, b"", timeout=10)
+    def shakes(tls: client.Tls | None) -> Callable[[LimitTarget], AttemptOutcome]:
+        return lambda target: LimitTarget(target.address, target.shape, tls).call(CLASSIFY, b"", timeout=10)
 
     def own(pair: Pair) -> client.Tls:
         certificate, key = pair.pem()
         return client.Tls(root, certificate, key)
 
     # With TLS 1.3 a client learns of its certificate's fate after its side of the handshake.
-    yield Attempt("open text to an encrypted port", shakes(None), "UNAVAILABLE")
-    yield Attempt("no client certificate", shakes(client.Tls(root)), "UNAVAILABLE")
-    yield Attempt("a foreign client certificate", shakes(own(issue("client", stranger))), "UNAVAILABLE")
-    yield Attempt("an expired client certificate", shakes(own(issue("client", authority, days=-1))), "UNAVAILABLE")
-    yield Attempt("a connection that never shakes hands", silent, "closed", f"^after {LIMITS.handshake_seconds:.0f} s")
-    yield Attempt("a server of another authority", shakes(client.Tls(stranger.pem()[0])), "UNAVAILABLE")
+    yield LimitAttempt("open text to an encrypted port", shakes(None), "UNAVAILABLE")
+    yield LimitAttempt("no client certificate", shakes(client.Tls(root)), "UNAVAILABLE")
+    yield LimitAttempt("a foreign client certificate", shakes(own(issue("client", stranger))), "UNAVAILABLE")
+    yield LimitAttempt("an expired client certificate", shakes(own(issue("client", authority, days=-1))), "UNAVAILABLE")
+    yield LimitAttempt(
+        "a connection that never shakes hands", silent, "closed", f"^after {LIMITS.handshake_seconds:.0f} s"
+    )
+    yield LimitAttempt("a server of another authority", shakes(client.Tls(stranger.pem()[0])), "UNAVAILABLE")
 
 
-def silent(target: Target) -> Outcome:
+def silent(target: LimitTarget) -> AttemptOutcome:
     """Connect, and say nothing: no keepalive ends this, for there is no HTTP/2 yet."""
     host, _, port = target.address.rpartition(":")
     with socket.create_connection((host, int(port)), LIMITS.handshake_seconds + 10) as connection:
         started = time.monotonic()
         while connection.recv(4096):
             pass
-        return Outcome("closed", f"after {time.monotonic() - started:.0f} s")
+        return AttemptOutcome("closed", f"after {time.monotonic() - started:.0f} s")
 
 
 def issue_client(folder: Path, name: str) -> tuple[bytes, bytes]:
@@ -495,7 +499,7 @@ def issue_client(folder: Path, name: str) -> tuple[bytes, bytes]:
     return (folder / f"{name}.crt").read_bytes(), (folder / f"{name}.key").read_bytes()
 
 
-def hold(connection: Wire, count: int) -> None:
+def hold(connection: Http2Connection, count: int) -> None:
     """Open streams that stay open, with a request on each that is answered."""
     headers = pack_headers(STREAM, [("authorization", f"Bearer {TOKEN}")])
     for number in range(count):
@@ -503,22 +507,22 @@ def hold(connection: Wire, count: int) -> None:
         connection.send(wire.DATA, 0, 2 * number + 1, wire.pack_message(b""))
 
 
-def flood(frame: Callable[[int], tuple[int, int, int, bytes]], count: int) -> Callable[[Target], Outcome]:
+def flood(frame: Callable[[int], tuple[int, int, int, bytes]], count: int) -> Callable[[LimitTarget], AttemptOutcome]:
     """Return what sends many frames, and then whatever the server said of it."""
 
-    def act(target: Target) -> Outcome:
+    def act(target: LimitTarget) -> AttemptOutcome:
         sent = 0
-        with Wire(target.address, 5) as connection:
+        with Http2Connection(target.address, 5) as connection:
             try:
                 for sent in range(count):
                     connection.send(*frame(sent))
             except OSError:
                 pass
-            found = Outcome("closed or ignored", f"{sent + 1:,} of {count:,} frames sent")
+            found = AttemptOutcome("closed or ignored", f"{sent + 1:,} of {count:,} frames sent")
             try:
                 for answer in connection.frames():
                     if answer.kind == wire.GOAWAY and b"too_many" in answer.payload:
-                        return Outcome("GOAWAY", f"{wire.explain_goaway(answer.payload)}, at frame {sent + 1:,}")
+                        return AttemptOutcome("GOAWAY", f"{wire.explain_goaway(answer.payload)}, at frame {sent + 1:,}")
             except TimeoutError:
                 pass
             return found

@@ -21,7 +21,7 @@ class Frame(NamedTuple):
     payload: bytes
 
 
-class Wire:
+class Http2Connection:
     """A connection on which anything can be sent; nothing is answered that is not asked for here."""
 
     def __init__(self, address: str, timeout: float = 30) -> None:

@@ -23,7 +23,7 @@ from export import convert, manifest, precision, repository, source
 from export.export import export
 from export.manifest import Cost
 from export.parity import BudgetError
-from export.precision import Attempt
+from export.precision import Reduction
 from resnet import BadInput
 from tests.conftest import edit_manifest
 
@@ -121,7 +121,7 @@ def test_a_variant_that_loses_too_much_is_left_out(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Here it is another model: the rest is published, and the exit code is 1."""
-    other = Attempt("other", lambda _, path: path.write_bytes((tmp_path / "other.onnx").read_bytes()))
+    other = Reduction("other", lambda _, path: path.write_bytes((tmp_path / "other.onnx").read_bytes()))
     monkeypatch.setattr(precision, "attempts", lambda *_: [other])
     original = source.load(run)
     kernel = original.model.get_layer("stem_conv").kernel

@@ -71,7 +71,7 @@ def start(
     for _ in range(2):
         engine.entered.acquire()
     engine.batches.clear()
-    server = Server(registry.Models([model]), "127.0.0.1", 0, Limits(**limits), transport=transport)
+    server = Server(registry.ModelRegistry([model]), "127.0.0.1", 0, Limits(**limits), transport=transport)
     try:
         yield Gated(engine, model, server)
     finally:

@@ -172,12 +172,12 @@ def test_a_bug_leaves_its_traceback_in_the_log_and_only_an_id_with_the_caller(
 ) -> None:
     """Once, whichever module it is in."""
     model = registry.start(registry.read_checked(repository / "digits" / "1"), Broken())
-    with Server(registry.Models([model]), "127.0.0.1", 0, Limits()) as server, Client(server.address) as client:
+    with Server(registry.ModelRegistry([model]), "127.0.0.1", 0, Limits()) as server, Client(server.address) as client:
         with pytest.raises(InternalError, match="the engine failed"):
             client.classify(IMAGE)
         (line,) = lines.take()
         assert (line["level"], line["model"], line["code"]) == ("error", "digits", "INTERNAL")
-        monkeypatch.setattr(registry.Models, "find", lambda *_: {}["bug"])
+        monkeypatch.setattr(registry.ModelRegistry, "find", lambda *_: {}["bug"])
         with pytest.raises(InternalError, match="the server failed") as caught:
             client.classify(IMAGE)
     (line,) = lines.take()
@@ -201,7 +201,7 @@ def test_a_line_for_people_has_its_fields_at_the_end_and_a_traceback_below() -> 
 
 def test_refused_strangers_are_summed_up(repository: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The first is a line at once, many are no more than that."""
-    served = registry.Models([registry.load(repository / "digits" / "1", "cpu")])
+    served = registry.ModelRegistry([registry.load(repository / "digits" / "1", "cpu")])
     with Server(served, "127.0.0.1", 0, Limits(), token="sesame") as server:
         for _ in range(5):
             fail(server.address)

@@ -182,7 +182,7 @@ def gated(repository: Path, transport: str) -> Iterator[tuple[GatedEngine, regis
     for _ in range(2):
         engine.entered.acquire()
     engine.batches.clear()
-    server = Server(registry.Models([model]), "127.0.0.1", 0, Limits(), transport=transport)
+    server = Server(registry.ModelRegistry([model]), "127.0.0.1", 0, Limits(), transport=transport)
     yield engine, model, server
     engine.gate.release(100)
     server.stop(0)
@@ -269,7 +269,7 @@ def test_two_models_are_told_apart_by_name(repository: Path, tmp_path: Path) -> 
     edit_manifest(tmp_path / "numbers" / "1", lambda content: content.update(model="numbers"))
     loaded = [registry.load(folder / "1", "cpu") for folder in (repository / "digits", tmp_path / "numbers")]
     image = np.zeros((1, 32, 32, 3), np.uint8)
-    with Server(registry.Models(loaded), "127.0.0.1", 0, Limits()) as server, Client(server.address) as client:
+    with Server(registry.ModelRegistry(loaded), "127.0.0.1", 0, Limits()) as server, Client(server.address) as client:
         assert client.classify(image, model="numbers").model == "numbers"
         assert client.classify(image, model="digits", version=1).model == "digits"
         with pytest.raises(errors.InvalidRequest, match="name one of the models digits, numbers"):
@@ -279,7 +279,7 @@ def test_two_models_are_told_apart_by_name(repository: Path, tmp_path: Path) -> 
 def test_a_port_in_use_is_refused(address: str) -> None:
     """Two servers never share a port unseen."""
     with pytest.raises(BadInput, match="is the port in use, or"):
-        Server(registry.Models([]), "127.0.0.1", int(address.rpartition(":")[2]), Limits())
+        Server(registry.ModelRegistry([]), "127.0.0.1", int(address.rpartition(":")[2]), Limits())
 
 
 def test_a_version_that_does_not_hold_is_not_loaded(own_repository: Path) -> None:

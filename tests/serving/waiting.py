@@ -7,14 +7,14 @@ from typing import Any
 
 from serving.runtimes.onnx import Images
 from serving.scheduling.batcher import Batcher
-from serving.scheduling.queue import Answer, Outcome
+from serving.scheduling.queue import BatchResult, Outcome
 
 
-def submit(batcher: Batcher, images: Images, *rest: Any, **options: Any) -> Answer:
-    """Have images computed as `post` does; return the answer, or raise the error that took its place."""
+def submit(batcher: Batcher, images: Images, *rest: Any, **options: Any) -> BatchResult:
+    """Have images computed as `enqueue` does; return the answer, or raise the error that took its place."""
     future: Future[Outcome] = Future()
-    batcher.post(images, future.set_result, *rest, **options)
+    batcher.enqueue(images, future.set_result, *rest, **options)
     outcome = future.result(60)
-    if isinstance(outcome, Answer):
+    if isinstance(outcome, BatchResult):
         return outcome
     raise outcome

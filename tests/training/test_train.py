@@ -25,14 +25,14 @@ from training.batches import TrainingBatches
 from training.data import Dataset, Split
 from training.model import ARCHITECTURES
 from training.recipes import RECIPES
-from training.run_folder import Run
-from training.train import Settings, _balance, train
+from training.run_folder import RunFolder
+from training.train import TrainingSettings, _balance, train
 
 
-def settings(epochs: int = 2, seed: int = 0, images: int | None = None, **dials: Any) -> Settings:
+def settings(epochs: int = 2, seed: int = 0, images: int | None = None, **dials: Any) -> TrainingSettings:
     """Return settings of a training that takes seconds."""
     recipe = dataclasses.replace(RECIPES["notebook"], epochs=epochs, **dials)
-    return Settings(data="digits", model="tiny", recipe=recipe, seed=seed, images=images)
+    return TrainingSettings(data="digits", model="tiny", recipe=recipe, seed=seed, images=images)
 
 
 def weights(folder: Path) -> list[NDArray[np.float32]]:
@@ -237,7 +237,7 @@ def test_images_of_224_pixels_train(tmp_path: Path) -> None:
 def test_a_row_without_its_checkpoint_is_dropped_on_resuming(tmp_path: Path) -> None:
     """A kill between history and checkpoint must not count an epoch twice."""
     train(settings(epochs=1), tmp_path / "run")
-    run = Run(tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
     history = run.read_history()
     run.write_history([*history, history[0] | {"epoch": 2}])
     train(settings(epochs=2), run.folder, resume=True)
@@ -270,7 +270,7 @@ def test_a_failed_write_keeps_the_file_that_was_there(tmp_path: Path) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        Run.replace(path, write)
+        RunFolder.replace(path, write)
     assert path.read_text() == "before"
 
 
@@ -279,7 +279,7 @@ def test_large_evidence_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("training.run_folder.HELDOUT_BYTES", 12 * 10)
     images = np.arange(40, dtype=np.uint8).repeat(12).reshape(40, 2, 2, 3)
     split = Split(images, np.arange(40, dtype=np.int32))
-    Run(tmp_path).write_evidence(Dataset("numbers", ("a", "b"), split, split))
+    RunFolder(tmp_path).write_evidence(Dataset("numbers", ("a", "b"), split, split))
     with np.load(tmp_path / "heldout.npz") as heldout:
         assert len(heldout["labels"]) == 10
         np.testing.assert_array_equal(heldout["images"][:, 0, 0, 0], heldout["labels"])

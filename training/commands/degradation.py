@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> None:
     from resnet import BadInput
     from training.model import ARCHITECTURES
     from training.plots import plot_errors
-    from training.run_folder import Run
-    from training.train import Settings, train
+    from training.run_folder import RunFolder
+    from training.train import TrainingSettings, train
 
     shallow, deep = args.depths
     if shallow >= deep:
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     histories, accuracies = {}, {}
     for number, name in enumerate(names, start=1):
         print(f"\n=== {number} of {len(names)}: {name}\n", flush=True)
-        settings = Settings(
+        settings = TrainingSettings(
             data=args.data,
             model=name,
             recipe=recipe,
@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> None:
             images=args.images,
         )
         accuracies[name] = train(settings, args.out / name, args.resume)["accuracy"]
-        histories[name] = Run(args.out / name).read_history()
-    plot_errors(histories, Run(args.out))
+        histories[name] = RunFolder(args.out / name).read_history()
+    plot_errors(histories, RunFolder(args.out))
 
     rows = {
         name: {"training": 1 - rows[-1]["accuracy"], "test": 1 - accuracies[name]} for name, rows in histories.items()

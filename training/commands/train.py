@@ -66,11 +66,11 @@ def run(args: argparse.Namespace) -> None:
     start_tensorflow(recipe.fuse)
     from training.distribute import choose
     from training.model import ARCHITECTURES
-    from training.train import Settings, train
+    from training.train import TrainingSettings, train
 
     if args.model not in ARCHITECTURES:
         raise BadInput(f"--model {args.model!r} is unknown; choose one of {', '.join(ARCHITECTURES)}")
-    settings = Settings(
+    settings = TrainingSettings(
         data=args.data, model=args.model, recipe=recipe, seed=args.seed, image_size=args.image_size, images=args.images
     )
     strategy = choose(args.distribute, recipe.batch_size)

@@ -119,11 +119,11 @@ def serve(args: argparse.Namespace) -> None:
     engine = FreeEngine(about) if args.free else open_engine(args.file, about, args.device, args.max_batch)
     batching = Batching(max_batch=args.max_batch, max_queue=MAX_QUEUE, max_queue_ms=1e9)
     if isinstance(engine, CudaEngine | EnginePool):
-        model = registry.start(about, engine, batching, curve=engine.curve, lanes=engine.lanes, leaders=engine)
+        model = registry.start(about, engine, batching, curve=engine.curve, instances=engine.instances, leaders=engine)
     else:
         model = registry.start(about, engine, batching)
     limits = Limits(max_images=args.max_batch, max_calls=MAX_CALLS, max_streams=MAX_CALLS)
-    with Server(registry.Models([model]), "127.0.0.1", 0, limits, transport=args.transport) as server:
+    with Server(registry.ModelRegistry([model]), "127.0.0.1", 0, limits, transport=args.transport) as server:
         print(f"serving on {server.address}", flush=True)
         while True:
             time.sleep(3600)

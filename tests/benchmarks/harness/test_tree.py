@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.harness.tree import Tree, read_stat
+from benchmarks.harness.tree import ProcessTree, read_stat
 
 PARENT = """
 import subprocess, sys
@@ -25,21 +25,21 @@ def process() -> Iterator[subprocess.Popen[str]]:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         yield process
-        Tree(process.pid).end(patience=0)
+        ProcessTree(process.pid).end(patience=0)
 
 
 def test_a_tree_has_the_descendants(process: subprocess.Popen[str]) -> None:
     """The root comes first; processor time and memory are those of both."""
-    tree = Tree(process.pid)
+    tree = ProcessTree(process.pid)
     root, child = tree.pids()
     assert root == process.pid
-    assert tree.memory_bytes() > Tree(child).memory_bytes() > 0
-    assert tree.cpu_seconds() >= Tree(child).cpu_seconds()
+    assert tree.memory_bytes() > ProcessTree(child).memory_bytes() > 0
+    assert tree.cpu_seconds() >= ProcessTree(child).cpu_seconds()
 
 
 def test_a_tree_keeps_a_child_whose_parent_has_ended(process: subprocess.Popen[str]) -> None:
     """It is of the session still, and can be ended."""
-    tree = Tree(process.pid)
+    tree = ProcessTree(process.pid)
     _, child = tree.pids()
     process.kill()
     process.wait()
@@ -50,7 +50,7 @@ def test_a_tree_keeps_a_child_whose_parent_has_ended(process: subprocess.Popen[s
 
 def test_a_paused_tree_stands_still(process: subprocess.Popen[str]) -> None:
     """All of it, until it is let go on; T is Linux's letter for a process that was stopped."""
-    tree = Tree(process.pid)
+    tree = ProcessTree(process.pid)
     pids = tree.pids()
     tree.pause()
     while {read_stat(pid)[0] for pid in pids} != {"T"}:  # a signal takes its time; the test has a limit
@@ -62,7 +62,7 @@ def test_a_paused_tree_stands_still(process: subprocess.Popen[str]) -> None:
 
 def test_ending_a_paused_tree_ends_it(process: subprocess.Popen[str]) -> None:
     """Stopped processes would not see the signal."""
-    tree = Tree(process.pid)
+    tree = ProcessTree(process.pid)
     pids = tree.pids()
     tree.pause()
     tree.end(patience=0)

@@ -16,7 +16,7 @@ import pytest
 from benchmarks.load import page
 from benchmarks.load.callers import Closed, Open
 from benchmarks.load.samples import Sample
-from benchmarks.load.server_side import Split, Usage
+from benchmarks.load.server_side import ServerTimes, Usage
 from benchmarks.load.sweep import Point
 
 BROWSER = shutil.which("chromium")
@@ -56,7 +56,7 @@ def make_points() -> list[Point]:
         return Sample(latencies, rate, {"RESOURCE_EXHAUSTED": refused} if refused else {}, rate - 1, np.zeros(5))
 
     ns = {"queue": 2 * 10**9, "decode": 10**9, "compute": 3 * 10**9, "respond": 10**9}
-    split = Split(1000, ns, {1: (100, 10**8), 8: (50, 2 * 10**8)})
+    split = ServerTimes(1000, ns, {1: (100, 10**8), 8: (50, 2 * 10**8)})
     usage = Usage(cpu_seconds=6, peak_bytes=300 * 2**20)
     return [
         Point(Closed(1), 1, [measure(2, 400), measure(2, 500)], split, usage, 6000),

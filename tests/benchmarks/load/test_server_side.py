@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.load import server_side
-from benchmarks.load.server_side import Split
+from benchmarks.load.server_side import ServerTimes
 from resnet import BadInput
 from serving.client.client import Client
 
@@ -32,7 +32,7 @@ def test_the_server_counts_between_two_moments(address: str) -> None:
 def test_a_server_that_does_not_count_is_none() -> None:
     """Nor one that is not there."""
     assert server_side.count("127.0.0.1:1", "digits") is None
-    assert Split().mean_ms() == {}
+    assert ServerTimes().mean_ms() == {}
 
 
 def test_children_weigh_too() -> None:

@@ -9,7 +9,7 @@ from benchmarks.load import sweep
 from benchmarks.load.arrivals import ARRIVALS
 from benchmarks.load.callers import Callers, Closed, Load, Open, Trace
 from benchmarks.load.endpoints import Endpoint, Input
-from benchmarks.load.sweep import Plan, Point, Sweep
+from benchmarks.load.sweep import Point, Sweep, SweepPlan
 from resnet import CheckFailed
 
 NOWHERE = Endpoint("127.0.0.1:1", "/", (b"",), 1, Input("cats", "image", (1, 4, 4, 3), "UINT8"), "native")
@@ -44,7 +44,9 @@ class Queue(Callers):
 def test_rates_rise_until_the_server_falls_behind() -> None:
     """The rest is left out, in later rounds too; every round has arrivals of its own."""
     queue = Queue()
-    points = Sweep(NOWHERE, queue, Plan(seconds=4, rounds=2)).run([Open(rate) for rate in (100, 400, 800, 900)], True)
+    points = Sweep(NOWHERE, queue, SweepPlan(seconds=4, rounds=2)).run(
+        [Open(rate) for rate in (100, 400, 800, 900)], True
+    )
     assert [point.load for point in points] == [Open(100), Open(400), Open(800)]
     assert queue.loads == [Open(rate, seed=seed) for seed in (0, 1) for rate in (100, 400, 800)]
     assert points[1].images_per_second == pytest.approx(400, rel=0.1)
@@ -55,13 +57,13 @@ def test_rates_rise_until_the_server_falls_behind() -> None:
 def test_a_latency_without_bound_is_saturation_too() -> None:
     """The server keeps the rate, but its 99th percentile is above what was allowed."""
     queue = Queue()
-    points = Sweep(NOWHERE, queue, Plan(seconds=2, rounds=1, p99_limit_ms=5)).run([Open(50), Open(100)], stop=True)
+    points = Sweep(NOWHERE, queue, SweepPlan(seconds=2, rounds=1, p99_limit_ms=5)).run([Open(50), Open(100)], stop=True)
     assert len(points) == 1
 
 
 def test_capacity_is_what_a_closed_loop_finds() -> None:
     """Its shares are loads of their own, which are measured to the last although they saturate the server."""
-    running = Sweep(NOWHERE, Queue(), Plan(seconds=2, rounds=1))
+    running = Sweep(NOWHERE, Queue(), SweepPlan(seconds=2, rounds=1))
     closed = running.run([Closed(1), Closed(32)])
     assert [point.images_per_second for point in closed] == pytest.approx([100, CAPACITY], rel=0.02)
     loads = sweep.shares(closed, "constant")

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from benchmarks.harness.tree import Tree
+from benchmarks.harness.tree import ProcessTree
 from benchmarks.load.samples import Sample
-from benchmarks.peers.race import COLUMNS, Figures, Row, race, table
+from benchmarks.peers.race import COLUMNS, Figures, RaceRow, race, table
 from resnet import BadInput, CheckFailed
 
 
-class CountedTree(Tree):
+class CountedTree(ProcessTree):
     """This process, never stopped; its calls are written down."""
 
     def __init__(self, calls: list[str]) -> None:
@@ -43,7 +43,7 @@ class Fake:
     stopped: int = 0
 
     def __post_init__(self) -> None:
-        self.tree: Tree = CountedTree(self.calls)
+        self.tree: ProcessTree = CountedTree(self.calls)
 
     def measure(self, in_flight: int, images: int, seconds: float) -> Sample:  # noqa: ARG002
         """Return two answers, or fail."""
@@ -62,7 +62,7 @@ def test_each_system_is_measured_under_each_load_in_each_round() -> None:
     """Rounds are over loads, loads over systems, so that what disturbs the machine disturbs them alike."""
     calls: list[str] = []
     first, second = Fake(calls), Fake(calls)
-    rows = [Row("first", lambda: first), Row("second", lambda: second)]
+    rows = [RaceRow("first", lambda: first), RaceRow("second", lambda: second)]
     race(rows, rounds=2, seconds=1, say=lambda _: None)
     loads = [(column.images, column.in_flight) for column in COLUMNS]
     assert first.measured == second.measured == 3 * loads  # the first time is the warm-up
@@ -73,7 +73,7 @@ def test_each_system_is_measured_under_each_load_in_each_round() -> None:
 def test_a_restless_system_runs_only_while_it_is_measured() -> None:
     """It is stopped after its start, and between its measurements."""
     calls: list[str] = []
-    race([Row("restless", lambda: Fake(calls, restless=True))], rounds=1, seconds=1, say=lambda _: None)
+    race([RaceRow("restless", lambda: Fake(calls, restless=True))], rounds=1, seconds=1, say=lambda _: None)
     assert calls == [*3 * ["measure"], "pause", *3 * ["resume", "measure", "pause"]]
 
 
@@ -83,7 +83,7 @@ def test_a_system_that_does_not_start_is_a_row_with_a_sentence() -> None:
     def fail() -> Fake:
         raise BadInput("not installed")
 
-    rows = [Row("missing", fail), Row("there", lambda: Fake([]))]
+    rows = [RaceRow("missing", fail), RaceRow("there", lambda: Fake([]))]
     race(rows, rounds=1, seconds=1, say=lambda _: None)
     _, _, missing, there = table(rows).splitlines()
     assert missing == "| missing | not installed | | | | | | |"
@@ -93,7 +93,7 @@ def test_a_system_that_does_not_start_is_a_row_with_a_sentence() -> None:
 @pytest.mark.parametrize("fake", [Fake([], failing=4), Fake([], refused=2)])
 def test_a_system_that_fails_under_load_is_stopped(fake: Fake) -> None:
     """It is measured no more, and what it was measured of is not shown as if it had lasted."""
-    row = Row("failing", lambda: fake)
+    row = RaceRow("failing", lambda: fake)
     race([row], rounds=3, seconds=1, say=lambda _: None)
     assert fake.stopped == 1
     assert fake.measured[3:] == [(COLUMNS[0].images, COLUMNS[0].in_flight)]
@@ -102,7 +102,7 @@ def test_a_system_that_fails_under_load_is_stopped(fake: Fake) -> None:
 
 def test_medians_of_the_rounds_until_a_failure_are_kept() -> None:
     """With the number of rounds, and what ended them."""
-    row = Row("tired", lambda: Fake([], failing=8))
+    row = RaceRow("tired", lambda: Fake([], failing=8))
     race([row], rounds=3, seconds=1, say=lambda _: None)
     line = table([row]).splitlines()[-1]
     assert line.startswith("| tired (1 rounds, then: it answered nothing) | 100 |")
@@ -110,7 +110,7 @@ def test_medians_of_the_rounds_until_a_failure_are_kept() -> None:
 
 def test_figures_are_medians_over_rounds() -> None:
     """One round out of the way changes nothing; of memory the most counts."""
-    row = Row("system", lambda: Fake([]))
+    row = RaceRow("system", lambda: Fake([]))
     for rate in (90.0, 100.0, 900.0):
         for column in COLUMNS:
             row.rounds[column].append(Figures(rate, p50_ms=rate, p99_ms=rate, cpu_ms=1.0, memory_mb=rate))

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from benchmarks.peers import environments
-from benchmarks.peers.catalog import PEERS, SERVERS, Ours, Peer, Served, choose
+from benchmarks.peers.catalog import PEERS, SERVERS, ModelFile, Ours, Peer, choose
 from benchmarks.peers.protocols import RAW
-from benchmarks.peers.systems import Server
+from benchmarks.peers.systems import PeerServer
 from resnet import BadInput, CheckFailed
 
 PIXELS = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
@@ -41,15 +41,17 @@ class Script(Peer):
 
     text: str = ""
 
-    def command(self, python: Path, model: Served, port: int) -> list[str]:  # noqa: ARG002
+    def command(self, python: Path, model: ModelFile, port: int) -> list[str]:  # noqa: ARG002
         """Return what starts it."""
         return [str(python), "-c", self.text, str(port)]
 
 
-def start(text: str, expected: np.ndarray[tuple[int, ...], np.dtype[np.float32]] = SUMS) -> Server:
+def start(text: str, expected: np.ndarray[tuple[int, ...], np.dtype[np.float32]] = SUMS) -> PeerServer:
     """Start a program that is to answer with the sums of pixels, and have it compared."""
     peer = Script("script", "a script", RAW, text=text)
-    return Server(peer, Path(sys.executable), Served(Path("/models/name/1/model.onnx"), "fp32"), PIXELS, expected)
+    return PeerServer(
+        peer, Path(sys.executable), ModelFile(Path("/models/name/1/model.onnx"), "fp32"), PIXELS, expected
+    )
 
 
 def test_a_server_that_answers_as_the_file_does_is_taken() -> None:

@@ -45,10 +45,10 @@ class LoadGen(SimpleNamespace):
             self.finished.set()
 
 
-def make_system(endpoint: Endpoint, scenario: str) -> mlperf.System:
+def make_system(endpoint: Endpoint, scenario: str) -> mlperf.SystemUnderTest:
     """Return a server as a system for a scenario."""
     args = argparse.Namespace(scenario=scenario, images=4, in_flight=2)
-    return mlperf.System(endpoint, endpoints.make_pixels(endpoint.input, 16), Caller(endpoint), args)
+    return mlperf.SystemUnderTest(endpoint, endpoints.make_pixels(endpoint.input, 16), Caller(endpoint), args)
 
 
 @pytest.mark.parametrize("scenario", mlperf.SCENARIOS)

@@ -54,7 +54,7 @@ def start(repository: Path, transport: str) -> Iterator[Callable[..., tuple[Serv
 
     def begin(max_queue: int = 1024) -> tuple[Server, registry.Model]:
         model = registry.load(repository / "digits" / "1", "cpu", Batching(max_queue=max_queue))
-        servers.append(Server(registry.Models([model]), "127.0.0.1", 0, Limits(), transport=transport))
+        servers.append(Server(registry.ModelRegistry([model]), "127.0.0.1", 0, Limits(), transport=transport))
         return servers[-1], model
 
     yield begin

@@ -27,7 +27,7 @@ from resnet import BadInput
 from serving.client.client import Client
 from serving.limits import Limits
 from serving.models import registry, version_policy
-from serving.models.version_policy import ALL, Policy
+from serving.models.version_policy import ALL, VersionPolicy
 from serving.models.watcher import Watcher
 from serving.server import Server
 from tests.conftest import edit_manifest
@@ -49,8 +49,8 @@ class Watched:
 
     def __init__(self, repository: Path) -> None:
         load = partial(registry.load, device="cpu")
-        self.models = registry.Models([load(repository / "digits" / "1")])
-        self.watcher = Watcher(repository, self.models, load, {"pinned": Policy(listed=(1, 3))})
+        self.models = registry.ModelRegistry([load(repository / "digits" / "1")])
+        self.watcher = Watcher(repository, self.models, load, {"pinned": VersionPolicy(listed=(1, 3))})
         self.repository = repository
 
 

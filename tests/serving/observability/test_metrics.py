@@ -25,13 +25,13 @@ Heldout = tuple[NDArray[np.uint8], NDArray[np.int32]]
 
 
 @pytest.fixture
-def served(repository: Path) -> registry.Models:
+def served(repository: Path) -> registry.ModelRegistry:
     """A model that nobody has asked yet."""
-    return registry.Models([registry.load(repository / "digits" / "1", "cpu")])
+    return registry.ModelRegistry([registry.load(repository / "digits" / "1", "cpu")])
 
 
 @pytest.fixture
-def metrics(served: registry.Models) -> Iterator[MetricsServer]:
+def metrics(served: registry.ModelRegistry) -> Iterator[MetricsServer]:
     """The page about it."""
     with MetricsServer(served, "127.0.0.1", 0) as server:
         yield server
@@ -48,7 +48,9 @@ def read(address: str) -> dict[tuple[str, str], float]:
     }
 
 
-def test_the_page_agrees_with_what_was_asked(served: registry.Models, metrics: MetricsServer, heldout: Heldout) -> None:
+def test_the_page_agrees_with_what_was_asked(
+    served: registry.ModelRegistry, metrics: MetricsServer, heldout: Heldout
+) -> None:
     """Requests by code, images, and the buckets of every histogram."""
     with Server(served, "127.0.0.1", 0, Limits()) as server, Client(server.address) as client:
         for images in (1, 1, 3, 40):
@@ -74,7 +76,10 @@ def test_the_page_agrees_with_what_was_asked(served: registry.Models, metrics: M
 def test_costs_of_batches_are_on_the_page(repository: Path) -> None:
     """Of the sizes that were measured at load, and how they are computed."""
     model = registry.load(repository / "digits" / "1", "cpu", Batching(max_batch=4), tune=True)
-    with MetricsServer(registry.Models([model]), "127.0.0.1", 0) as server, urlopen(f"http://{server.address}") as page:
+    with (
+        MetricsServer(registry.ModelRegistry([model]), "127.0.0.1", 0) as server,
+        urlopen(f"http://{server.address}") as page,
+    ):
         text = page.read().decode()
     for images in (1, 2, 4):
         ns = model.batcher.curve.ns(images)
@@ -83,15 +88,17 @@ def test_costs_of_batches_are_on_the_page(repository: Path) -> None:
     assert 'images="8"' not in text
 
 
-def test_a_refused_version_is_on_the_page(served: registry.Models, metrics: MetricsServer) -> None:
+def test_a_refused_version_is_on_the_page(served: registry.ModelRegistry, metrics: MetricsServer) -> None:
     """Until a good one takes its place."""
     served.refuse("digits", 2, "its files were changed")
     assert read(metrics.address)["resnet_refused_info", ""] == 1
-    served.settle("digits", [1], {})
+    served.retain("digits", [1], {})
     assert ("resnet_refused_info", "") not in read(metrics.address)
 
 
-def test_a_port_in_use_is_one_sentence(served: registry.Models, metrics: MetricsServer, repository: Path) -> None:
+def test_a_port_in_use_is_one_sentence(
+    served: registry.ModelRegistry, metrics: MetricsServer, repository: Path
+) -> None:
     """And one that is none."""
     with pytest.raises(BadInput, match="choose another with --metrics-port"):
         MetricsServer(served, "127.0.0.1", int(metrics.address.rpartition(":")[2]))

@@ -82,7 +82,7 @@ def traced(collector: Collector, repository: Path) -> Iterator[tuple[Tracing, st
     tracing = Tracing()
     model = registry.load(repository / "digits" / "1", "cpu")
     tracing.follow(model)
-    with Server(registry.Models([model]), "127.0.0.1", 0, Limits(), tracing=tracing) as server:
+    with Server(registry.ModelRegistry([model]), "127.0.0.1", 0, Limits(), tracing=tracing) as server:
         yield tracing, server.address
     tracing.close()
 

@@ -23,7 +23,7 @@ from protos import inference_pb2 as pb
 from serving.limits import Limits
 from serving.models import registry
 from serving.protocols import kserve_request
-from serving.protocols.kserve_request import InferRequest, Parser
+from serving.protocols.kserve_request import InferRequest, RequestParser
 from serving.server import Server
 
 Heldout = tuple[NDArray[np.uint8], NDArray[np.int32]]
@@ -295,7 +295,7 @@ def test_a_bad_request_has_its_code_and_one_sentence(
 
 def test_a_request_is_parsed_as_protobuf_would() -> None:
     """Whole, cut off, with bytes that were changed, and with fields that nobody knows: the same, or no message."""
-    parse = Parser().parse
+    parse = RequestParser().parse
     rng = np.random.default_rng(0)
     tensor = pb.ModelInferRequest.InferInputTensor(name="image", datatype="UINT8", shape=[2, 4, 4, 3])
     request = pb.ModelInferRequest(
@@ -309,9 +309,7 @@ def test_a_request_is_parsed_as_protobuf_would() -> None:
     payloads += [whole + whole, whole + b"\x80" * 12, b"\x3a" + b"\xff" * 9 + b"\x01", b"\x3b", b"\x00"]
     # Contents with tags and sizes that are longer than need be; many of them, or none.
     payloads += [
-        kserve_request + tail + whole
-        for head in (b"\xba\x80\x00", b"\xba\x80\x80\x80\x80\x80\x00")
-        for tail in (b"\0", b"\1a")
+        head + tail + whole for head in (b"\xba\x80\x00", b"\xba\x80\x80\x80\x80\x80\x00") for tail in (b"\0", b"\1a")
     ]
     payloads += [b"\x3a\x81" + b"\x80" * count + b"\x00a" for count in range(10)]
     payloads += [b"\x3a\x00" * 100, whole + b"\x3a\x00", b"\x3a\x00" + whole, b"\x3a\x00", b"\x0a\x00" * 100 + whole]
@@ -343,7 +341,7 @@ def parse_as_protobuf(parse: Callable[[bytes], InferRequest], payload: bytes) ->
 def test_a_head_that_is_known_is_that_of_the_same_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever came before: other pixels, other ids, more pixels behind the same head, fields behind the pixels."""
     monkeypatch.setattr(kserve_request, "KEPT", 50)
-    parse = Parser().parse
+    parse = RequestParser().parse
     rng = np.random.default_rng(0)
     tensor = pb.ModelInferRequest.InferInputTensor(name="image", datatype="UINT8", shape=[1, 4, 4, 3])
     for _ in range(3000):
@@ -365,7 +363,7 @@ def test_large_requests_are_answered_as_others(
     """Of pixels in both types, over the transport that leaves them where they came."""
     model = registry.load(repository / "digits" / "1", "cpu")
     pixels = heldout[0][:100]
-    with Server(registry.Models([model]), "127.0.0.1", 0, Limits(), transport="native") as server:
+    with Server(registry.ModelRegistry([model]), "127.0.0.1", 0, Limits(), transport="native") as server:
         client = triton.InferenceServerClient(server.address)
         for dtype, kind in ((np.uint8, "UINT8"), (np.float32, "FP32")):
             tensor = triton.InferInput("image", list(pixels.shape), kind)

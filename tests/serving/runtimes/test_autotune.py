@@ -17,13 +17,13 @@ from resnet import BadInput
 from serving.batching import Batching
 from serving.models import registry
 from serving.runtimes import autotune, openvino
-from serving.runtimes.autotune import Found, choose, find_violations, measure, tune
+from serving.runtimes.autotune import TuningLookup, choose, find_violations, measure, tune
 from serving.runtimes.onnx import Images, OnnxEngine, Probabilities
 from serving.runtimes.openvino import OpenvinoEngine
-from serving.runtimes.plan import Way, describe, list_ways
+from serving.runtimes.plan import ExecutionPlan, describe, list_plans
 
-ONE, TWO = Way("onnxruntime", 1), Way("onnxruntime", 2)
-OTHER = Way("openvino", 2)
+ONE, TWO = ExecutionPlan("onnxruntime", 1), ExecutionPlan("onnxruntime", 2)
+OTHER = ExecutionPlan("openvino", 2)
 
 
 class Clock:
@@ -111,12 +111,12 @@ def test_another_way_has_to_be_clearly_faster(ns: dict[int, list[int]], plan: st
 def test_ways_use_one_core_or_all(cores: int) -> None:
     """The simplest comes first."""
     more = [f"{cores} threads", f"{cores} threads, spinning"] if cores > 1 else []
-    assert [str(way) for way in list_ways("onnxruntime", cores)] == ["1 thread", *more]
+    assert [str(way) for way in list_plans("onnxruntime", cores)] == ["1 thread", *more]
 
 
 def test_threads_spin_for_a_single_image_only() -> None:
     """Where that is faster by a third; what larger batches are computed by is chosen without them."""
-    ways = [ONE, TWO, Way("onnxruntime", 2, spins=True)]
+    ways = [ONE, TWO, ExecutionPlan("onnxruntime", 2, spins=True)]
     plan = choose(ways, {1: [100, 80, 69], 2: [100, 80, 20], 4: [100, 60, 20]})
     assert describe(plan) == "2 threads, spinning to 1 image, 1 thread to 2 images, 2 threads above"
     assert describe(choose(ways, {1: [100, 80, 71]})) == "1 thread"
@@ -141,7 +141,9 @@ def manifest(version: Path) -> Manifest:
     return registry.read_checked(version)
 
 
-def find(version: Path, max_batch: int = 4, ways: list[Way] | None = None, again: bool = False) -> Found:
+def find(
+    version: Path, max_batch: int = 4, ways: list[ExecutionPlan] | None = None, again: bool = False
+) -> TuningLookup:
     """Tune the fp32 variant of a version."""
     manifest = registry.read_checked(version)
     variant = registry.find_variant(version, manifest, "fp32")
@@ -200,7 +202,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(
 def test_users_without_a_home_have_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in containers whose user nobody knows."""
     monkeypatch.delenv("XDG_CACHE_HOME")
-    setting = autotune.Setting(1, "", Budget(), "", [], 1, {})
+    setting = autotune.TuningKey(1, "", Budget(), "", [], 1, {})
     monkeypatch.setattr(Path, "home", lambda: Path("/home/me"))
     assert setting.path.parent == Path("/home/me/.cache/resnet/tuning")
 

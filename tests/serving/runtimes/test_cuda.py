@@ -207,7 +207,7 @@ def test_batches_that_are_put_together_ahead_get_their_own_answers(
     machine.devices = devices
     engine = cuda.load(path, about(), "cuda", 8)
     model = registry.start(
-        about(), engine, Batching(max_batch=8, max_queue=10**6, max_queue_ms=1e9), lanes=engine.lanes, leaders=engine
+        about(), engine, Batching(max_batch=8, max_queue=10**6, max_queue_ms=1e9), instances=engine.instances, leaders=engine
     )
     calls, send = itertools.count(), cuda_buffers.Buffers.send
 
@@ -244,10 +244,10 @@ def test_a_replaced_version_gives_its_memory_back_with_its_last_answer(machine: 
     def start(version: int) -> registry.Model:
         engine = cuda.load(path, about(), "cuda", 4)
         which = msgspec.structs.replace(about(), version=version)
-        return registry.start(which, engine, Batching(max_batch=4), lanes=engine.lanes, leaders=engine)
+        return registry.start(which, engine, Batching(max_batch=4), instances=engine.instances, leaders=engine)
 
     begun, gate = threading.Event(), threading.Event()
-    served = registry.Models([start(1)])
+    served = registry.ModelRegistry([start(1)])
     size = len(machine.allocated)
     machine.on_run = lambda _: (begun.set(), gate.wait(10))
     with ThreadPoolExecutor(1) as caller:
@@ -255,7 +255,7 @@ def test_a_replaced_version_gives_its_memory_back_with_its_last_answer(machine: 
         assert begun.wait(10)
         machine.on_run = lambda _: None
         served.put(start(2))
-        served.settle("shapes", {2}, {})
+        served.retain("shapes", {2}, {})
         assert len(machine.allocated) == 2 * size
         gate.set()
         np.testing.assert_array_equal(answer.result(10).probabilities, compute(pixels(2)))
@@ -382,7 +382,7 @@ def test_all_gpus_work(machine: Machine, path: Path) -> None:
     machine.devices = 2
     engine = cuda.load(path, about(), "cuda", 8, graphs=False)
     assert isinstance(engine, EnginePool)
-    assert engine.lanes == 2
+    assert engine.instances == 2
     machine.runs.clear()
     together = threading.Barrier(2)
     machine.on_run = lambda _: together.wait(timeout=10)  # each waits for one on another GPU
@@ -425,7 +425,7 @@ def test_a_gpu_that_fails_does_not_take_what_others_could_do(
 
     machine.devices = 2
     engine = cuda.load(path, about(), "cuda", 4)
-    model = registry.start(about(), engine, Batching(max_batch=4, max_queue=1000), lanes=engine.lanes, leaders=engine)
+    model = registry.start(about(), engine, Batching(max_batch=4, max_queue=1000), instances=engine.instances, leaders=engine)
     machine.on_run = run
     with ThreadPoolExecutor(8) as callers:
         answers = [callers.submit(submit, model.batcher, pixels(1, seed)) for seed in range(200)]
@@ -452,7 +452,7 @@ def test_a_batcher_leads_on_the_threads_that_compute(machine: Machine, path: Pat
         return run(images)
 
     engine.run = watch  # type: ignore[method-assign]
-    model = registry.start(about(), engine, Batching(max_batch=4, max_queue=100), lanes=engine.lanes, leaders=engine)
+    model = registry.start(about(), engine, Batching(max_batch=4, max_queue=100), instances=engine.instances, leaders=engine)
     led.clear()  # of those that warmed it up
     batcher = model.batcher
     with ThreadPoolExecutor(8) as callers:

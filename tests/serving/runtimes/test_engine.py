@@ -20,7 +20,7 @@ from serving.runtimes.onnx import (
     SizedEngine,
 )
 from serving.runtimes.openvino import OpenvinoEngine
-from serving.runtimes.plan import Way, list_ways
+from serving.runtimes.plan import ExecutionPlan, list_plans
 
 VERSION = Path("digits", "1")
 
@@ -110,8 +110,8 @@ def test_the_size_decides_which_engine_computes() -> None:
     assert sized.provider == "test"
 
 
-@pytest.mark.parametrize("way", list_ways("onnxruntime", cores=4))
-def test_every_way_computes_the_same(way: Way, repository: Path) -> None:
+@pytest.mark.parametrize("way", list_plans("onnxruntime", cores=4))
+def test_every_way_computes_the_same(way: ExecutionPlan, repository: Path) -> None:
     """As one session on one thread does, for all sizes of batches, but for rounding."""
     manifest = registry.read_checked(repository / VERSION)
     path = repository / VERSION / "model.onnx"
@@ -127,7 +127,7 @@ def test_openvino_computes_the_same(threads: int, repository: Path) -> None:
     pytest.importorskip("openvino")
     manifest = registry.read_checked(repository / VERSION)
     path = repository / VERSION / "model.onnx"
-    plain, engine = OnnxEngine(path, manifest, 1), Way("openvino", threads).build(path, manifest)
+    plain, engine = OnnxEngine(path, manifest, 1), ExecutionPlan("openvino", threads).build(path, manifest)
     assert engine.provider == OpenvinoEngine.provider
     for count in range(1, 34):
         images = pixels(count)

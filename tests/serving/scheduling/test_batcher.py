@@ -19,7 +19,7 @@ from serving.runtimes.cost import CostCurve
 from serving.runtimes.onnx import Images, Probabilities
 from serving.scheduling import batcher
 from serving.scheduling.batcher import Batcher
-from serving.scheduling.queue import DEFAULT_PRIORITY, Answer, Gather, Outcome
+from serving.scheduling.queue import DEFAULT_PRIORITY, BatchResult, Gather, Outcome
 from tests.serving.waiting import submit
 
 
@@ -75,16 +75,16 @@ class Bench:
         self,
         pool: ThreadPoolExecutor,
         curve: CostCurve | None = None,
-        spare: int = 0,
+        overflow: int = 0,
         leaders: Ahead | None = None,
         **batching: float,
     ) -> None:
         self.engine = GatedEngine()
         options: dict[str, Any] = {"max_batch": 4, "max_queue": 8, "max_queue_ms": float("inf"), **batching}
-        self.batcher = Batcher(self.engine.run, Batching(**options), curve, spare=spare, leaders=leaders)
+        self.batcher = Batcher(self.engine.run, Batching(**options), curve, overflow=overflow, leaders=leaders)
         self._pool = pool
 
-    def lead(self, *values: int) -> Future[Answer]:
+    def lead(self, *values: int) -> Future[BatchResult]:
         """Submit a request that finds the engine free, and return once it is being computed."""
         future = self._pool.submit(submit, self.batcher, images(*values))
         assert self.engine.entered.acquire(timeout=10)
@@ -96,7 +96,7 @@ class Bench:
         deadline: float = float("inf"),
         alive: Callable[[], bool] = lambda: True,
         priority: int = DEFAULT_PRIORITY,
-    ) -> Future[Answer]:
+    ) -> Future[BatchResult]:
         """Submit a request while the engine is busy, and return once it is in the queue."""
         before = self.batcher.queued
         future = self._pool.submit(submit, self.batcher, images(*values), deadline, alive, priority)
@@ -104,10 +104,10 @@ class Bench:
             time.sleep(0)  # gives way to the submitting thread
         return future
 
-    def post(self, *values: int, alive: Callable[[], bool] = lambda: True) -> Future[Outcome]:
+    def enqueue(self, *values: int, alive: Callable[[], bool] = lambda: True) -> Future[Outcome]:
         """Post a request."""
         future: Future[Outcome] = Future()
-        self.batcher.post(images(*values), future.set_result, alive=alive)
+        self.batcher.enqueue(images(*values), future.set_result, alive=alive)
         return future
 
     def compute(self, batches: int = 1) -> None:
@@ -136,11 +136,11 @@ def test_a_lone_request_is_answered_by_the_thread_that_computed_it() -> None:
         outcomes.append(outcome)
 
     batcher = Batcher(run)
-    batcher.post(images(1, 2), done)
+    batcher.enqueue(images(1, 2), done)
     assert batcher.drain(10)
     assert threads[0] == threads[1] != threading.get_ident()
     (answer,) = outcomes
-    assert isinstance(answer, Answer)
+    assert isinstance(answer, BatchResult)
     assert answer.probabilities.shape == (2, 2)
     assert answer.batch_size == 2
     assert answer.compute_ns > 0
@@ -320,46 +320,46 @@ def test_closing_refuses_new_requests_and_answers_old_ones(pool: ThreadPoolExecu
 def test_a_posted_request_holds_nobody_up(pool: ThreadPoolExecutor) -> None:
     """One that finds the engine free is computed on another thread; those that come meanwhile are the next batch."""
     bench = Bench(pool)
-    first = bench.post(1)
+    first = bench.enqueue(1)
     assert bench.engine.entered.acquire(timeout=10)
-    rest = [bench.post(2), bench.post(3, 4)]
+    rest = [bench.enqueue(2), bench.enqueue(3, 4)]
     assert not first.done()
     bench.compute(2)
     outcomes = [future.result(10) for future in (first, *rest)]
     assert bench.engine.batches == [[1], [2, 3, 4]]
-    answers = [outcome for outcome in outcomes if isinstance(outcome, Answer)]
+    answers = [outcome for outcome in outcomes if isinstance(outcome, BatchResult)]
     assert [answer.probabilities[:, 0].tolist() for answer in answers] == [[1], [2], [3, 4]]
 
 
 def test_posted_and_submitted_requests_share_batches(pool: ThreadPoolExecutor) -> None:
     """The oldest leads, of whichever kind it is."""
     bench = Bench(pool, max_batch=2)
-    posted = [bench.post(1)]
+    posted = [bench.enqueue(1)]
     assert bench.engine.entered.acquire(timeout=10)
     submitted = [bench.wait(2)]
-    posted.append(bench.post(3))
-    posted.append(bench.post(4))
+    posted.append(bench.enqueue(3))
+    posted.append(bench.enqueue(4))
     submitted.append(bench.wait(5))
     bench.compute(3)
     assert [future.result(10).probabilities[0, 0] for future in submitted] == [2, 5]
-    assert all(isinstance(future.result(10), Answer) for future in posted)
+    assert all(isinstance(future.result(10), BatchResult) for future in posted)
     assert bench.engine.batches == [[1], [2, 3], [4, 5]]
 
 
 def test_a_posted_request_is_refused_or_fails_like_others(pool: ThreadPoolExecutor) -> None:
     """At once if it cannot wait; through its callback if that shows later."""
     bench = Bench(pool, max_queue=3)
-    first = bench.post(1)
+    first = bench.enqueue(1)
     assert bench.engine.entered.acquire(timeout=10)
-    cancelled, last = bench.post(2, alive=lambda: False), bench.post(3)
+    cancelled, last = bench.enqueue(2, alive=lambda: False), bench.enqueue(3)
     with pytest.raises(Overloaded):
-        bench.post(4, 5, 6)
+        bench.enqueue(4, 5, 6)
     bench.compute()
-    assert isinstance(first.result(10), Answer)
+    assert isinstance(first.result(10), BatchResult)
     bench.engine.failure = ValueError("secret")
     bench.batcher.close()
     with pytest.raises(Unavailable):
-        bench.post(6)
+        bench.enqueue(6)
     assert not bench.batcher.drain(0)
     bench.compute()
     assert isinstance(cancelled.result(10), Cancelled)
@@ -370,14 +370,14 @@ def test_a_posted_request_is_refused_or_fails_like_others(pool: ThreadPoolExecut
 def test_whoever_is_gone_makes_room_in_a_full_queue(pool: ThreadPoolExecutor) -> None:
     """At once, not only when the engine comes to it."""
     bench, here = Bench(pool, max_queue=3), True
-    first = bench.post(1)
+    first = bench.enqueue(1)
     assert bench.engine.entered.acquire(timeout=10)
-    gone = [bench.post(value, alive=lambda: here) for value in (2, 3, 4)]
+    gone = [bench.enqueue(value, alive=lambda: here) for value in (2, 3, 4)]
     here = False
-    others = [bench.post(value) for value in (5, 6, 7)]
+    others = [bench.enqueue(value) for value in (5, 6, 7)]
     assert all(isinstance(call.result(10), Cancelled) for call in gone)
     bench.compute(2)
-    assert all(isinstance(call.result(10), Answer) for call in (first, *others))
+    assert all(isinstance(call.result(10), BatchResult) for call in (first, *others))
     assert bench.engine.batches == [[1], [5, 6, 7]]
 
 
@@ -389,12 +389,12 @@ def test_a_refusal_holds_for_a_moment_for_those_who_can_wait_no_longer(
     monkeypatch.setattr(time, "perf_counter_ns", lambda: now)
     bench = Bench(pool, max_queue=1)
     assert bench.batcher.refusal(float("inf")) is None
-    bench.post(1)
+    bench.enqueue(1)
     assert bench.engine.entered.acquire(timeout=10)
-    bench.post(2)
+    bench.enqueue(2)
     assert bench.batcher.refusal(float("inf")) is None
     with pytest.raises(Overloaded) as caught:
-        bench.post(3)
+        bench.enqueue(3)
     caught.value.request_id = "of the one that was refused"
     found = bench.batcher.refusal(float("inf"))
     assert isinstance(found, Overloaded)
@@ -415,7 +415,7 @@ def test_the_threads_of_a_batcher_end_with_it() -> None:
     batcher = Batcher(run)
     for _ in range(2):
         future: Future[Outcome] = Future()
-        batcher.post(images(1), future.set_result)
+        batcher.enqueue(images(1), future.set_result)
         future.result(10)
     assert leaders[0] is leaders[1] is not threading.current_thread()
     assert batcher.drain(10)
@@ -439,9 +439,9 @@ def test_many_threads_get_their_own_answers(pool: ThreadPoolExecutor) -> None:
             answer: Outcome = submit(batcher, images(*values))
         else:
             future: Future[Outcome] = Future()
-            batcher.post(images(*values), future.set_result)
+            batcher.enqueue(images(*values), future.set_result)
             answer = future.result(10)
-        return isinstance(answer, Answer) and bool(answer.probabilities[:, 0].tolist() == values)
+        return isinstance(answer, BatchResult) and bool(answer.probabilities[:, 0].tolist() == values)
 
     assert all(pool.map(ask, range(2000)))
     assert batcher.queued == 0
@@ -524,14 +524,16 @@ def test_a_batch_is_no_larger_than_pays(pool: ThreadPoolExecutor, costs: dict[in
 def test_who_lingers_waits_for_a_full_batch(pool: ThreadPoolExecutor) -> None:
     """For an hour, if need be; but not once the batcher is closed."""
     bench = Bench(pool, linger_ms=3.6e6)
-    first = bench.post(1)
-    futures = [first, bench.post(2), bench.post(3, 4)]
+    first = bench.enqueue(1)
+    futures = [first, bench.enqueue(2), bench.enqueue(3, 4)]
     bench.compute()
-    assert [outcome.batch_size for future in futures if isinstance(outcome := future.result(10), Answer)] == [4] * 3
-    last = bench.post(5)
+    assert [outcome.batch_size for future in futures if isinstance(outcome := future.result(10), BatchResult)] == [
+        4
+    ] * 3
+    last = bench.enqueue(5)
     bench.batcher.close()
     bench.compute()
-    assert isinstance(last.result(10), Answer)
+    assert isinstance(last.result(10), BatchResult)
 
 
 def test_several_lanes_run_at_a_time() -> None:
@@ -542,17 +544,17 @@ def test_several_lanes_run_at_a_time() -> None:
         meeting.wait(10)
         return np.zeros((len(batch), 2), np.float32)
 
-    batcher = Batcher(run, Batching(max_batch=1), lanes=2)
+    batcher = Batcher(run, Batching(max_batch=1), instances=2)
     futures: list[Future[Outcome]] = [Future() for _ in range(6)]
     for future in futures:
-        batcher.post(images(1), future.set_result)
-    assert all(isinstance(future.result(10), Answer) for future in futures)
+        batcher.enqueue(images(1), future.set_result)
+    assert all(isinstance(future.result(10), BatchResult) for future in futures)
     assert batcher.drain(10)
 
 
 def test_a_spare_lane_begins_with_a_full_batch(pool: ThreadPoolExecutor) -> None:
     """And leaves less than that to the batch that is next anyway."""
-    bench = Bench(pool, spare=1)
+    bench = Bench(pool, overflow=1)
     futures = [bench.lead(1), bench.wait(2), bench.wait(3, 4)]
     futures.append(pool.submit(submit, bench.batcher, images(5)))  # makes the batch full
     assert bench.engine.entered.acquire(timeout=10)
@@ -568,23 +570,23 @@ def test_a_spare_lane_begins_with_a_full_batch(pool: ThreadPoolExecutor) -> None
 
 def test_spare_lanes_go_on_beside_a_batch_that_has_a_part_of_the_cores(pool: ThreadPoolExecutor) -> None:
     """Whatever waits: the cores that the first batch had are free."""
-    bench = Bench(pool, spare=1)
-    first, *full = bench.lead(1), *(bench.post(value) for value in (2, 3, 4, 5))
+    bench = Bench(pool, overflow=1)
+    first, *full = bench.lead(1), *(bench.enqueue(value) for value in (2, 3, 4, 5))
     assert bench.engine.entered.acquire(timeout=10)
     bench.compute()  # for whichever of the two comes first
     next(as_completed((first, full[0]), 10))
-    last = bench.post(6)
+    last = bench.enqueue(6)
     assert bench.engine.entered.acquire(timeout=10)
     bench.compute(2)
-    assert isinstance(outcome := last.result(10), Answer)
+    assert isinstance(outcome := last.result(10), BatchResult)
     assert outcome.batch_size == 1
 
 
 def test_a_spare_lane_survives_work_that_nobody_waits_for(pool: ThreadPoolExecutor) -> None:
-    """Batches that turn out empty leave the lanes as they were."""
-    bench = Bench(pool, spare=1)
+    """Batches that turn out empty leave the instances as they were."""
+    bench = Bench(pool, overflow=1)
     first = bench.lead(1)
-    gone = [bench.post(value, alive=lambda: False) for value in range(2, 6)]
+    gone = [bench.enqueue(value, alive=lambda: False) for value in range(2, 6)]
     assert all(isinstance(future.result(10), Cancelled) for future in gone)
     bench.compute()
     assert first.result(10).batch_size == 1
@@ -598,7 +600,7 @@ def test_a_latency_goal_refuses_what_would_miss_it(pool: ThreadPoolExecutor) -> 
     curve = CostCurve({1: 3.6e12, 2: 4.3e12, 4: 7.2e12})
     bench = Bench(pool, curve, target_p99_ms=3.3 * HOUR_MS)
     futures = [bench.lead(1), bench.wait(2), bench.wait(3)]  # an hour for the first, 1.2 for the others
-    with pytest.raises(Overloaded, match="the answer would take .* ms, too long for the server's goal"):
+    with pytest.raises(Overloaded, match="the answer would take .* ms, too long for the server's latency target"):
         submit(bench.batcher, images(4, 5))
     bench.compute(2)
     assert [future.result(10).batch_size for future in futures] == [1, 2, 2]
@@ -614,7 +616,7 @@ def test_who_fails_to_take_an_answer_harms_no_other() -> None:
         raise ValueError("the client is gone")
 
     for _ in range(3):
-        batcher.post(images(1), fail)
-        batcher.post(images(1), answers.put)
-    assert all(isinstance(answers.get(timeout=10), Answer) for _ in range(3))
+        batcher.enqueue(images(1), fail)
+        batcher.enqueue(images(1), answers.put)
+    assert all(isinstance(answers.get(timeout=10), BatchResult) for _ in range(3))
     assert batcher.drain(10)

@@ -13,11 +13,11 @@ from protos import classifier_pb2 as pb
 from protos.classifier_pb2_grpc import ClassifierStub
 from serving.limits import Limits
 from serving.protocols import calls
-from serving.protocols.inputs import Intake
+from serving.protocols.inputs import InputDecoder
 from serving.transports import grpcio
 from serving.transports.auth import Tokens
 from serving.transports.call import Call, Unary
-from serving.transports.dispatcher import Door
+from serving.transports.dispatcher import Dispatcher
 from serving.transports.grpcio import GrpcioTransport, works
 from tests.serving import gated
 
@@ -59,8 +59,8 @@ def test_what_is_large_is_taken_in_on_another_thread(
         names.append(threading.current_thread().name)
         return whole(*arguments)
 
-    whole = Intake.read
-    monkeypatch.setattr(Intake, "read", read)
+    whole = InputDecoder.read
+    monkeypatch.setattr(InputDecoder, "read", read)
     monkeypatch.setattr(calls, "QUICK_BYTES", quick_bytes)
     with gated.start(repository) as server, grpc.insecure_channel(server.address) as channel:
         server.engine.gate.release(1)
@@ -95,7 +95,7 @@ def test_this_grpcio_has_what_is_needed() -> None:
 
 def serve(answer: Any) -> tuple[GrpcioTransport, str]:
     """Serve one method without a thread for each call."""
-    door = Door({"/a.B/C": Unary(answer)}, Limits(), Tokens("localhost", None, None))
+    door = Dispatcher({"/a.B/C": Unary(answer)}, Limits(), Tokens("localhost", None, None))
     server = GrpcioTransport(door, polled=True)
     port = server.listen("127.0.0.1:0")
     server.start()

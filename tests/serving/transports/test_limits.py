@@ -24,12 +24,12 @@ from protos import POOL, inference_pb2
 from protos import classifier_pb2 as pb
 from serving.limits import Limits
 from serving.models import registry
-from serving.protocols.inputs import SMALL_PIXELS, Room
+from serving.protocols.inputs import SMALL_PIXELS, PixelBudget
 from serving.server import SERVICE, SERVICES, Server
 from serving.transports.choice import Transport
 from tests.acceptance import wire
 from tests.acceptance.bombs import draw
-from tests.acceptance.wire import Wire, explain_goaway, pack_headers, pack_message
+from tests.acceptance.wire import Http2Connection, explain_goaway, pack_headers, pack_message
 
 CLASSIFY = f"/{SERVICE}/Classify"
 INFER, STREAM = "/inference.GRPCInferenceService/ModelInfer", "/inference.GRPCInferenceService/ModelStreamInfer"
@@ -45,7 +45,7 @@ def serve(repository: Path, transport: Transport) -> Iterator[Callable[..., str]
     servers: list[Server] = []
 
     def start(**limits: Any) -> str:
-        served = registry.Models([registry.load(repository / "digits" / "1", "cpu")])
+        served = registry.ModelRegistry([registry.load(repository / "digits" / "1", "cpu")])
         servers.append(Server(served, "127.0.0.1", 0, Limits(**limits), transport=transport))
         return servers[-1].address
 
@@ -74,7 +74,7 @@ def finish(channel: grpc.Channel, path: str, *messages: bytes, **options: Any) -
     return call.code().name, call.details()
 
 
-def find_goaway(connection: Wire) -> str:
+def find_goaway(connection: Http2Connection) -> str:
     """Return why the server closes a connection."""
     return next(explain_goaway(frame.payload) for frame in connection.frames() if frame.kind == wire.GOAWAY)
 
@@ -124,7 +124,7 @@ def test_large_images_are_unpacked_one_after_the_other(serve: Callable[..., str]
 
 def test_who_finds_no_room_waits() -> None:
     """Until there is some; a failure gives it back as well."""
-    room = Room(10)
+    room = PixelBudget(10)
     entered, leave = threading.Event(), threading.Event()
 
     def take() -> None:
@@ -146,7 +146,7 @@ def test_who_finds_no_room_waits() -> None:
 
 def test_a_connection_has_so_many_streams(serve: Callable[..., str]) -> None:
     """One more is refused, and the connection lives on."""
-    with Wire(serve(max_streams=3)) as connection:
+    with Http2Connection(serve(max_streams=3)) as connection:
         for number in range(4):
             connection.send(wire.HEADERS, wire.END_HEADERS, 2 * number + 1, pack_headers(STREAM))
         refused = next(frame for frame in connection.frames() if frame.kind == wire.RST_STREAM)
@@ -165,7 +165,7 @@ def test_who_has_more_calls_than_streams_waits(serve: Callable[..., str]) -> Non
 def test_there_are_so_many_calls(serve: Callable[..., str]) -> None:
     """One more is refused, until one ends: also by its client's death."""
     with grpc.insecure_channel(address := serve(max_calls=2)) as channel:
-        with Wire(address) as connection:
+        with Http2Connection(address) as connection:
             for stream in (1, 3):
                 connection.send(wire.HEADERS, wire.END_HEADERS, stream, pack_headers(STREAM))
                 connection.send(wire.DATA, 0, stream, pack_message(b""))
@@ -180,14 +180,14 @@ def test_there_are_so_many_connections(serve: Callable[..., str]) -> None:
     """One more is closed at once, until one ends."""
     address = serve(max_connections=2)
 
-    def is_taken(connection: Wire) -> bool:
+    def is_taken(connection: Http2Connection) -> bool:
         return next(connection.frames(), None) is not None
 
-    with Wire(address) as first, Wire(address) as second:
+    with Http2Connection(address) as first, Http2Connection(address) as second:
         assert is_taken(first)
         assert is_taken(second)
         with pytest.raises(ConnectionError):  # noqa: PT012  # it is closed before or after the greeting
-            if not is_taken(Wire(address)):
+            if not is_taken(Http2Connection(address)):
                 raise ConnectionError
         first.close()
         while ask(address, CLASSIFY, GOOD)[0] != "OK":
@@ -207,7 +207,7 @@ def test_a_watch_that_is_cancelled_leaves_nothing(serve: Callable[..., str]) -> 
 def test_the_dead_are_found(serve: Callable[..., str]) -> None:
     """With a call and without; who answers is left alone."""
     address = serve(keepalive_seconds=0.1, keepalive_timeout_seconds=0.2)
-    with Wire(address) as quiet, Wire(address) as busy, Wire(address) as alive:
+    with Http2Connection(address) as quiet, Http2Connection(address) as busy, Http2Connection(address) as alive:
         for connection in (busy, alive):
             connection.send(wire.HEADERS, wire.END_HEADERS, 1, pack_headers(STREAM))
         answered = 0
@@ -225,7 +225,7 @@ def test_the_dead_are_found(serve: Callable[..., str]) -> None:
 @pytest.mark.parametrize("transport", ["grpcio"], indirect=True)
 def test_pings_are_counted(serve: Callable[..., str]) -> None:
     """Too many of them end the connection."""
-    with Wire(serve(max_ping_strikes=2)) as connection:
+    with Http2Connection(serve(max_ping_strikes=2)) as connection:
         for _ in range(5):
             connection.send(wire.PING, 0, 0, bytes(8))
         assert "too_many_pings" in find_goaway(connection)
@@ -234,7 +234,7 @@ def test_pings_are_counted(serve: Callable[..., str]) -> None:
 @pytest.mark.parametrize("transport", ["grpcio"], indirect=True)
 def test_a_connection_without_calls_is_closed(serve: Callable[..., str]) -> None:
     """After a time."""
-    with Wire(serve(idle_seconds=0.2)) as connection:
+    with Http2Connection(serve(idle_seconds=0.2)) as connection:
         assert "idle" in find_goaway(connection)
 
 

@@ -23,19 +23,19 @@ from serving.limits import Limits
 from serving.models import registry
 from serving.protocols import calls
 from serving.protocols.classifier import Classifier
-from serving.protocols.inputs import Intake
+from serving.protocols.inputs import InputDecoder
 from serving.server import SERVICE, Server
 from serving.transports import choice
 from tests.serving import gated
 
 
 @pytest.fixture
-def loaded(repository: Path) -> registry.Models:
+def loaded(repository: Path) -> registry.ModelRegistry:
     """The digits."""
-    return registry.Models([registry.load(repository / "digits" / "1", "cpu")])
+    return registry.ModelRegistry([registry.load(repository / "digits" / "1", "cpu")])
 
 
-def serve(loaded: registry.Models, token: str | None = None, **limits: Any) -> Server:
+def serve(loaded: registry.ModelRegistry, token: str | None = None, **limits: Any) -> Server:
     """Serve on a free port."""
     return Server(loaded, "127.0.0.1", 0, Limits(**limits), token=token, transport="native")
 
@@ -84,7 +84,7 @@ def test_calls_and_messages_are_bounded(repository: Path) -> None:
         channel.close()
 
 
-def test_callers_show_their_token(loaded: registry.Models) -> None:
+def test_callers_show_their_token(loaded: registry.ModelRegistry) -> None:
     """On both ways in: that of the native methods, and that of all others."""
     image = np.zeros((1, 32, 32, 3), np.uint8)
     with serve(loaded, token="secret") as server:
@@ -98,7 +98,7 @@ def test_callers_show_their_token(loaded: registry.Models) -> None:
                 list(client.classify_each([image[0]]))
 
 
-def test_what_is_no_message_is_the_fault_of_the_caller(loaded: registry.Models) -> None:
+def test_what_is_no_message_is_the_fault_of_the_caller(loaded: registry.ModelRegistry) -> None:
     """INVALID_ARGUMENT, and the next call is answered."""
     with serve(loaded) as server, grpc.insecure_channel(server.address) as channel:
         method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(f"/{SERVICE}/Classify")
@@ -111,19 +111,19 @@ def test_what_is_no_message_is_the_fault_of_the_caller(loaded: registry.Models) 
 
 @pytest.mark.parametrize("quick_bytes", [2**20, 100])
 def test_a_fault_of_the_server_is_told_and_ends_nothing(
-    loaded: registry.Models, monkeypatch: pytest.MonkeyPatch, quick_bytes: int
+    loaded: registry.ModelRegistry, monkeypatch: pytest.MonkeyPatch, quick_bytes: int
 ) -> None:
     """On the thread that all calls come through, and on those that take in what is large."""
     seen: list[object] = []
 
-    def fail_first(_: Intake, *arguments: object) -> Any:
+    def fail_first(_: InputDecoder, *arguments: object) -> Any:
         seen.append(threading.current_thread().name)
         if len(seen) == 1:
             raise ValueError("secret")
         return read(intake, *arguments)  # type: ignore[arg-type]
 
-    read, intake = Intake.read, Intake(Limits())
-    monkeypatch.setattr(Intake, "read", fail_first)
+    read, intake = InputDecoder.read, InputDecoder(Limits())
+    monkeypatch.setattr(InputDecoder, "read", fail_first)
     monkeypatch.setattr(calls, "QUICK_BYTES", quick_bytes)
     with serve(loaded) as server, grpc.insecure_channel(server.address) as channel:
         stub = ClassifierStub(channel)
@@ -136,7 +136,7 @@ def test_a_fault_of_the_server_is_told_and_ends_nothing(
 
 
 def test_a_fault_before_the_request_is_read_is_told_too(
-    loaded: registry.Models, monkeypatch: pytest.MonkeyPatch
+    loaded: registry.ModelRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody is left without an answer."""
     monkeypatch.setattr(Classifier, "unpacks", lambda *_: 1 / 0)
@@ -160,7 +160,7 @@ def test_many_connections_are_all_answered(repository: Path) -> None:
 
 
 def test_a_library_that_cannot_be_loaded_is_named(
-    loaded: registry.Models, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    loaded: registry.ModelRegistry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With what to do; grpcio takes its place where nothing else was asked for."""
     monkeypatch.setitem(sys.modules, "pygrpc_native", None)
@@ -176,7 +176,7 @@ def test_a_library_that_cannot_be_loaded_is_named(
 
 
 @pytest.mark.parametrize("host", ["256.0.0.1", "no.such.host.invalid"])
-def test_a_host_that_cannot_be_listened_on_is_named(loaded: registry.Models, host: str) -> None:
+def test_a_host_that_cannot_be_listened_on_is_named(loaded: registry.ModelRegistry, host: str) -> None:
     """As with grpcio."""
     with pytest.raises(BadInput, match=f"{host}:0 cannot be listened on"):
         Server(loaded, host, 0, Limits(), transport="native")
@@ -189,7 +189,7 @@ def test_it_has_no_tls() -> None:
 
 
 def test_a_folder_without_room_for_a_socket_is_named(
-    loaded: registry.Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loaded: registry.ModelRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A path of a socket is short."""
     folder = tmp_path / ("x" * 100)
@@ -200,7 +200,7 @@ def test_a_folder_without_room_for_a_socket_is_named(
     assert not list(folder.iterdir())
 
 
-def test_an_address_with_colons_is_written_as_clients_take_it(loaded: registry.Models) -> None:
+def test_an_address_with_colons_is_written_as_clients_take_it(loaded: registry.ModelRegistry) -> None:
     """`::1` is listened on as [::1]."""
     try:
         server = Server(loaded, "::1", 0, Limits(), transport="native")

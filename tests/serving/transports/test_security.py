@@ -23,10 +23,10 @@ from serving.models import registry
 from serving.server import Server
 from serving.transports.auth import ADMIN, Tokens
 from serving.transports.call import Methods, Unary
-from serving.transports.dispatcher import Door
+from serving.transports.dispatcher import Dispatcher
 from serving.transports.grpcio import GrpcioTransport
 from serving.transports.native import NativeTransport
-from serving.transports.tls import Tls
+from serving.transports.tls import ServerTls
 from tests.acceptance.certificates import Pair, issue
 
 Images = NDArray[np.uint8]
@@ -37,8 +37,8 @@ IMAGE: Images = np.zeros((1, 32, 32, 3), np.uint8)
 def serve(repository: Path) -> Callable[..., Server]:
     """Starts a server of the digits."""
 
-    def start(tls: Tls | None = None, token: str | None = None, admin_token: str | None = None) -> Server:
-        served = registry.Models([registry.load(repository / "digits" / "1", "cpu")])
+    def start(tls: ServerTls | None = None, token: str | None = None, admin_token: str | None = None) -> Server:
+        served = registry.ModelRegistry([registry.load(repository / "digits" / "1", "cpu")])
         return Server(served, "127.0.0.1", 0, Limits(), tls, token, admin_token)
 
     return start
@@ -54,7 +54,7 @@ def test_an_encrypted_server_is_reached_by_those_who_trust_it(serve: Callable[..
     """Not in open text, and not by those who trust another authority; new files count for the next connection."""
     first, second = issue("first"), issue("second")
     certificate, key = issue("server", first).write(tmp_path, "server")
-    with serve(Tls(certificate, key)) as server:
+    with serve(ServerTls(certificate, key)) as server:
 
         def reaches(authority: Pair | None) -> bool:
             with Client(server.address, tls=authority and trust(authority), retries=0) as connection:
@@ -78,7 +78,7 @@ def test_several_encrypted_servers_have_one_name(
     """Which the client is told; the command line too."""
     authority = issue("authority")
     root, _ = authority.write(tmp_path, "authority")
-    files = Tls(*issue("server", authority).write(tmp_path, "server"))
+    files = ServerTls(*issue("server", authority).write(tmp_path, "server"))
     (tmp_path / "zero.png").write_bytes(png(IMAGE[0]))
     with serve(files) as first, serve(files) as second:
         addresses = [first.address, second.address]
@@ -102,7 +102,7 @@ def test_a_server_may_ask_for_certificates(serve: Callable[..., Server], tmp_pat
     authority, stranger = issue("authority"), issue("stranger")
     certificate, key = issue("server", authority).write(tmp_path, "server")
     (root, _) = authority.write(tmp_path, "authority")
-    with serve(Tls(certificate, key, root)) as server:
+    with serve(ServerTls(certificate, key, root)) as server:
         with Client(server.address, tls=trust(authority, issue("client", authority))) as connection:
             assert connection.classify(IMAGE).images
         for own in (None, issue("client", stranger), issue("client", authority, days=-1)):
@@ -158,7 +158,7 @@ def repositories(transport: str) -> Iterator[Callable[..., str]]:
 
     def start(token: str | None, admin_token: str | None, host: str) -> str:
         methods: Methods = {path: Unary(lambda call: call.respond(b"")) for path in (LOAD, UNLOAD, INDEX)}
-        door = Door(methods, Limits(), Tokens(host, token, admin_token))
+        door = Dispatcher(methods, Limits(), Tokens(host, token, admin_token))
         server = NativeTransport(door) if transport == "native" else GrpcioTransport(door)
         port = server.listen("127.0.0.1:0")
         server.start()
@@ -230,7 +230,7 @@ def test_the_command_line_classifies_with_certificates_and_token(
     certificate, key = issue("server", authority).write(tmp_path, "server")
     (tmp_path / "token").write_text("open-sesame\n")
     (tmp_path / "zero.png").write_bytes(png(IMAGE[0]))
-    with serve(Tls(certificate, key), "open-sesame") as server:
+    with serve(ServerTls(certificate, key), "open-sesame") as server:
         arguments = ["classify", str(tmp_path / "zero.png"), "--server", server.address, "--tls-ca", str(root)]
         assert resnet.main([*arguments, "--token-file", str(tmp_path / "token")]) == 0
         assert "zero.png" in capsys.readouterr().out

@@ -29,9 +29,9 @@ IMAGE = np.zeros((1, 32, 32, 3), np.uint8)
 
 
 @pytest.fixture
-def loaded(repository: Path) -> registry.Models:
+def loaded(repository: Path) -> registry.ModelRegistry:
     """The digits."""
-    return registry.Models([registry.load(repository / "digits" / "1", "cpu")])
+    return registry.ModelRegistry([registry.load(repository / "digits" / "1", "cpu")])
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_the_transport_follows_from_who_calls(wanted: Transport, host: str, tls:
 
 
 def test_the_transport_is_told(
-    loaded: registry.Models, transport: Transport, capsys: pytest.CaptureFixture[str]
+    loaded: registry.ModelRegistry, transport: Transport, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By the server's metadata, and with the options."""
     with (
@@ -102,7 +102,7 @@ def test_health_waits_for_nobody(repository: Path, transport: Transport) -> None
         assert [call.result(10).classifications[0].classes[0].probability for call in waiting] == [1, 2]
 
 
-def test_who_watches_keeps_no_server_from_ending(loaded: registry.Models, transport: Transport) -> None:
+def test_who_watches_keeps_no_server_from_ending(loaded: registry.ModelRegistry, transport: Transport) -> None:
     """Its call ends; what it is told may be lost with its connection, where the transport is native."""
     server = Server(loaded, "127.0.0.1", 0, Limits(), transport=transport)
     with grpc.insecure_channel(server.address) as channel:
@@ -116,7 +116,7 @@ def test_who_watches_keeps_no_server_from_ending(loaded: registry.Models, transp
         assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
-def test_so_many_may_watch(loaded: registry.Models, transport: Transport) -> None:
+def test_so_many_may_watch(loaded: registry.ModelRegistry, transport: Transport) -> None:
     """One more is refused, and keeps no other call waiting."""
     with (
         Server(loaded, "127.0.0.1", 0, Limits(), transport=transport) as server,
@@ -137,7 +137,7 @@ def test_a_server_listens_on_a_unix_socket(repository: Path, tmp_path: Path, tra
     """Which is gone with it; what a server that was killed left behind is in nobody's way."""
     path = tmp_path / "s"
     for _ in range(2):
-        loaded = registry.Models([registry.load(repository / "digits" / "1", "cpu")])
+        loaded = registry.ModelRegistry([registry.load(repository / "digits" / "1", "cpu")])
         with Server(loaded, f"unix:{path}", 0, Limits(), transport=transport) as server:
             assert server.address == f"unix:{path}"
             with Client(server.address) as client:
@@ -160,7 +160,7 @@ def test_a_server_listens_on_a_unix_socket(repository: Path, tmp_path: Path, tra
     ],
 )
 def test_a_socket_that_cannot_be_had_is_named(
-    name: str, sentence: str, loaded: registry.Models, tmp_path: Path, transport: Transport
+    name: str, sentence: str, loaded: registry.ModelRegistry, tmp_path: Path, transport: Transport
 ) -> None:
     """In one sentence, and nothing is harmed."""
     (tmp_path / "file").write_text("mine")
