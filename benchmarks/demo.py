@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-import resnet
-from resnet import BadInput, CheckFailed
+from resnet import BadInput, CheckFailed, cli
 
 NAME = "digits"
 SHOWN = 2
@@ -55,7 +54,7 @@ def _step(number: int, title: str) -> None:
 def _call(*arguments: str) -> None:
     """Run a command as if it had been typed; its own message has said what is wrong when it fails."""
     print(f"$ resnet {' '.join(arguments)}", flush=True)
-    code = resnet.main(arguments)
+    code = cli.main(arguments)
     if code:
         raise CheckFailed("the demo ends here") if code == 1 else BadInput("the demo ends here")
 
@@ -67,7 +66,7 @@ def _classify(models: Path) -> tuple[int, int]:
     from benchmarks.harness.process import serve
     from export import repository
     from export.source import load_heldout
-    from serving.client.client import Client
+    from serving.client import Client
 
     images, labels = load_heldout(repository.latest(models / NAME))
     files = []

@@ -1,102 +1,52 @@
-"""The `resnet` command: one verb per stage of the pipeline, each imported only when it is asked for.
+"""From a Keras ResNet to a proven, fast gRPC service; in Python, the client of that service.
 
-A stage that meets bad input raises `BadInput`, a stage whose check does not hold raises `CheckFailed`; both reach the
-user as one sentence, with the exit codes 2 and 1. Anything else is a bug and keeps its traceback.
+    from resnet import Client
+
+    with Client("127.0.0.1:8001") as client:
+        answer = client.classify([Path("cat.jpg").read_bytes()])
+
+The other names are `AsyncClient`, `Answer`, `Class`, `Tls` and the errors of `serving.errors`. Nothing is imported before it
+is used: the command line starts without gRPC.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import os
-import sys
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from serving.client import Answer, AsyncClient, Class, Client, Tls
+    from serving.errors import DeadlineExceeded, InvalidRequest, NotFound, Overloaded, ServingError, Unavailable
+
+__all__ = [
+    "Answer",
+    "AsyncClient",
+    "BadInput",
+    "CheckFailed",
+    "Class",
+    "Client",
+    "DeadlineExceeded",
+    "InvalidRequest",
+    "NotFound",
+    "Overloaded",
+    "ServingError",
+    "Tls",
+    "Unavailable",
+]
+
+CLIENT = ("Answer", "AsyncClient", "Class", "Client", "Tls")
 
 
 class BadInput(Exception):
-    """What the user gave cannot be used; the message says what was wrong and what to do. Exit code 2."""
+    """The user's input cannot be used; the message says what is wrong and what to do. Exit code 2."""
 
 
 class CheckFailed(Exception):
     """A proof or a comparison does not hold; the message names it. Exit code 1."""
 
 
-class Command(NamedTuple):
-    """A verb: the module that defines its `configure(parser)` and `run(args)`, its extra, and a line of help."""
-
-    module: str
-    extra: str
-    summary: str
-
-
-PACKAGES = ("training", "export", "serving", "protos", "benchmarks")
-
-COMMANDS = {
-    "train": Command("training.commands.train", "training", "train a ResNet on images, into a run folder"),
-    "family": Command(
-        "training.commands.family", "training", "list the networks, their sizes against the published ones"
-    ),
-    "degradation": Command(
-        "training.commands.degradation", "training", "show why shortcuts matter: deeper plain nets are worse"
-    ),
-    "export": Command(
-        "export.commands.export", "export", "convert a trained model and prove that the result is the same"
-    ),
-    "verify": Command("export.commands.verify", "export", "recompute the proof of an exported model"),
-    "models": Command("export.commands.models", "export", "list, show, verify and prune the models of a repository"),
-    "serve": Command("serving.app", "serving", "answer classification requests over gRPC"),
-    "tune": Command("serving.commands.tune", "serving", "measure how this machine's CPU computes a model fastest"),
-    "classify": Command("serving.commands.classify", "serving", "classify image files through a running server"),
-    "load": Command("benchmarks.load.command", "load", "put any server under load, and report what it bears"),
-    "bench": Command("benchmarks.bench.command", "all", "measure a served model against the Keras original"),
-    "demo": Command("benchmarks.demo", "all", "all of the above, small, on handwritten digits"),
-}
-
-
-def usage() -> str:
-    """Return the text of `resnet --help`."""
-    rows = "\n".join(f"  {name:<13}{command.summary}" for name, command in COMMANDS.items())
-    return f"usage: resnet COMMAND [options]\n\n{rows}\n\nresnet COMMAND --help shows the options of a command."
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 1 for a check that failed, 2 for bad input, 130 for Ctrl-C."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if arguments else 2
-    name, *rest = arguments
-    if name not in COMMANDS:
-        print(f"resnet: there is no command {name!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its start-up notes are not for our users
-    command = COMMANDS[name]
-    try:
-        module = importlib.import_module(command.module)
-        parser = argparse.ArgumentParser(
-            prog=f"resnet {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        module.configure(parser)
-        module.run(parser.parse_args(rest))
-    except BadInput as error:
-        print(f"resnet {name}: {error}", file=sys.stderr)
-        return 2
-    except CheckFailed as error:
-        print(f"resnet {name}: {error}", file=sys.stderr)
-        return 1
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] in PACKAGES:
-            raise
-        print(
-            f"resnet {name}: {error.name} is not installed; install resnet with its extra {command.extra!r}",
-            file=sys.stderr,
-        )
-        return 2
-    except OSError as error:  # a full disk, a folder without rights: nothing that a traceback would explain
-        print(f"resnet {name}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\nresnet {name}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("serving.client" if name in CLIENT else "serving.errors"), name)

@@ -1,17 +1,7 @@
-"""Answer classification requests over gRPC, with the models of a repository: the latest version of each, or others.
-
-A new version takes over as soon as it is loaded and checked; SIGHUP looks for one at once. Every option may also be a
-variable, RESNET_PORT for --port, or a key of a TOML file, which --print-config writes.
-
-Examples:
-  resnet serve models
-  resnet serve models --port 0 --device cuda
-  resnet serve models --print-config > serve.toml; resnet serve --config serve.toml
-"""
+"""A running server from its options: the parts are put together here, and nowhere else."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import signal
 import threading
@@ -19,54 +9,41 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from serving import config as options
-from serving import logs
+from export import signature
+from serving import logs, memory
 from serving.config import Config
-from serving.transports import choice
+from serving.models import loader, version_policy
+from serving.models.model import Model
+from serving.models.registry import ModelRegistry
+from serving.models.watcher import Watcher
+from serving.server import Server
+from serving.transports import auth
+from serving.transports.tls import ServerTls
 
 if TYPE_CHECKING:
-    from serving.models.registry import Model, ModelRegistry
     from serving.observability.tracing import Tracing
-    from serving.transports.tls import ServerTls
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `resnet serve`."""
-    options.configure(parser)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Serve, or say with what options."""
-    config = options.load(args)
-    if args.print_config:
-        print(config.to_toml(), end="")
-        transport, reason = choice.choose(config.transport, config.host, config.tls_cert is not None)
-        print(f"# the transport will be {transport}, {reason}")
-    else:
-        serve(config)
 
 
 def serve(config: Config) -> None:
-    """Serve until SIGTERM or Ctrl-C, then drain."""
-    from serving import memory
-    from serving.models import registry, version_policy
-    from serving.models.watcher import Watcher
-    from serving.server import Server
-    from serving.transports import auth
+    """Serve until SIGTERM or Ctrl-C, then drain.
 
+    Raises:
+        BadInput: An option cannot be used; no model can be loaded; the port cannot be had.
+    """
     memory.prepare()
-    # What the queue could never hold is too large, not a matter of trying again.
+    # A request that the queue can never hold is too large: trying again would not help.
     config = dataclasses.replace(config, max_images=min(config.max_images, config.max_queue))
     logs.start(config.log_format, config.log_level)
-    stop, wake = _listen()
+    stop, wake = _handle_signals()
     access = read_access(config)
     auth.warn_if_open(config.host, access.tls, access.token)
     tracing = start_tracing(config)
-    served = registry.ModelRegistry()
-    watcher = Watcher(config.repository, served, loader(config, tracing), version_policy.parse(config.versions))
+    registry = ModelRegistry()
+    load, policies = make_loader(config, tracing), version_policy.parse(config.versions)
+    watcher = Watcher(config.repository, registry, load, policies)
     watcher.start()
-    server = Server(served, config.host, config.port, config, *access, watcher, tracing, config.transport)
-    show_metrics(config, served, server.transport)
+    server = Server(registry, config.host, config.port, config, *access, watcher, tracing, config.transport)
+    serve_metrics(config, registry, server.transport)
     print(f"serving on {server.address}", flush=True)
     while not stop.is_set():
         wake.wait(config.watch or None)
@@ -80,7 +57,7 @@ def serve(config: Config) -> None:
 
 
 class Access(NamedTuple):
-    """Who may ask, and who may listen in: arguments of `serving.server.Server`."""
+    """Certificates and tokens, as `serving.server.Server` takes them."""
 
     tls: ServerTls | None
     token: str | None
@@ -88,14 +65,11 @@ class Access(NamedTuple):
 
 
 def read_access(config: Config) -> Access:
-    """Read the files that say so.
+    """Read the files of certificates and tokens.
 
     Raises:
         BadInput: One cannot be read, or holds no token.
     """
-    from serving.transports import auth
-    from serving.transports.tls import ServerTls
-
     tls = None
     if config.tls_cert and config.tls_key:
         tls = ServerTls(config.tls_cert, config.tls_key, config.tls_client_ca)
@@ -105,25 +79,22 @@ def read_access(config: Config) -> Access:
 
 
 def start_tracing(config: Config) -> Tracing | None:
-    """Trace calls, if that is wanted."""
+    """Trace calls, with --trace."""
     if not config.trace:
         return None
-    from serving.observability.tracing import Tracing
+    from serving.observability.tracing import Tracing  # needs an extra of its own
 
     return Tracing()
 
 
-def loader(config: Config, tracing: Tracing | None = None) -> Callable[[Path], Model]:
-    """Return what loads a version, and says so."""
-    from export import signature
-    from serving.models import registry
-
+def make_loader(config: Config, tracing: Tracing | None = None) -> Callable[[Path], Model]:
+    """Return a function that loads a version, and prints that it did."""
     key = signature.load_public(config.trust) if config.trust else None
 
     def load(version: Path) -> Model:
         if key is not None:
             signature.check(version, key)
-        model = registry.load(version, config.device, config, config.precision, config.runtime, config.tune)
+        model = loader.load(version, config.device, config, config.precision, config.runtime, config.tune)
         if tracing:
             tracing.follow(model)
         which = f"{model.name}/{model.version} in {config.precision} on {model.engine.provider}"
@@ -134,22 +105,22 @@ def loader(config: Config, tracing: Tracing | None = None) -> Callable[[Path], M
     return load
 
 
-def show_metrics(config: Config, served: ModelRegistry, transport: str) -> None:
-    """Listen for Prometheus, if that is wanted."""
+def serve_metrics(config: Config, registry: ModelRegistry, transport: str) -> None:
+    """Serve Prometheus metrics, with --metrics-port."""
     if config.metrics_port is not None:
         from serving.observability.metrics import MetricsServer
 
         host = "127.0.0.1" if config.host.startswith("unix:") else config.host
-        metrics = MetricsServer(served, host, config.metrics_port, transport)  # its thread ends with the process
+        metrics = MetricsServer(registry, host, config.metrics_port, transport)  # its thread ends with the process
         print(f"metrics on http://{metrics.address}/metrics", flush=True)
 
 
-def _listen() -> tuple[threading.Event, threading.Event]:
-    """Return events that are set by SIGTERM or Ctrl-C, and by these or SIGHUP."""
+def _handle_signals() -> tuple[threading.Event, threading.Event]:
+    """Return an event that SIGTERM and Ctrl-C set, and one that these and SIGHUP set."""
     stop, wake = threading.Event(), threading.Event()
 
     def end(number: int, _: object) -> None:
-        signal.signal(number, signal.SIG_DFL)  # a second one does not wait
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
         stop.set()
         wake.set()
 

@@ -1,8 +1,8 @@
-"""What `resnet serve` can be told. Each option is a field here, declared once: its type, default, bounds and help.
+"""What `resnet serve` can be told, each option declared once with its type, default, bounds and help.
 
-A flag `--max-batch`, a variable `RESNET_MAX_BATCH` and a key `max-batch` of a TOML file are the same option. A flag
-wins over a variable, that over the file, and that over the default. Paths count from the working directory, wherever
-they were written.
+A flag `--max-batch`, an environment variable `RESNET_MAX_BATCH` and a key `max-batch` of a TOML file are the same option. A
+flag wins over a variable, a variable over the file, and the file over the default. Paths are relative to the working
+directory, wherever they were written.
 """
 
 from __future__ import annotations
@@ -11,22 +11,105 @@ import argparse
 import dataclasses
 import difflib
 import json
-import math
 import os
 import threading
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple
 
 from resnet import BadInput
-from serving.batching import Batching
-from serving.limits import Limits, option
+from resnet.options import add_options, check, convert, flag, kinds, option, options
+from serving.runtimes import RUNTIMES
+from training.images import MAX_PIXELS
 
 PREFIX = "RESNET_"
 FILE_VARIABLE = "RESNET_CONFIG"
+
+Device = Literal["auto", "cuda", "tensorrt", "cpu"]
+Precision = Literal["fp32", "fp16", "int8"]
+Transport = Literal["auto", "native", "grpcio"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a server takes on; `resnet serve --help` says what each is.
+
+    At worst its memory holds `max_calls` requests of `max_message_bytes`, and about twelve bytes for each of
+    `max_unpacked_pixels`. Where strangers can ask, lower the first two, or give out tokens.
+    """
+
+    max_images: int = option(256, "images in one request", low=1)
+    # The decoder's own limit, a few more than phones take.
+    max_image_pixels: int = option(
+        MAX_PIXELS, "pixels of one encoded image, before it is unpacked", low=1, high=MAX_PIXELS
+    )
+    # A small file may have many: these are seconds of work.
+    max_request_pixels: int = option(8 * MAX_PIXELS, "pixels of all encoded images of one request", low=1)
+    # At most 1.5 GB.
+    max_unpacked_pixels: int = option(
+        2 * MAX_PIXELS, "pixels that are unpacked at a time, for all requests together; more wait", low=1
+    )
+    max_message_bytes: int = option(64 * 2**20, "bytes of one request", low=1)
+    # These hold any token.
+    max_metadata_bytes: int = option(16 * 2**10, "bytes of the headers of one request, as HTTP/2 counts them", low=1024)
+    max_calls: int = option(256, "calls at a time, streams included; each stream has a thread while it is open", low=1)
+    # Half of the calls: no connection takes all.
+    max_streams: int = option(128, "calls at a time on one connection; more wait in the client", low=1)
+    # Half of the usual limit of open files.
+    max_connections: int = option(512, "connections at a time; more are closed", low=1)
+    handshake_seconds: float = option(10.0, "how long a new connection may take over TLS and its first frame", low=0.1)
+    # Clients open another one unseen; those of gRPC close theirs after half an hour.
+    idle_seconds: float = option(3600.0, "when a connection without calls is closed", low=1)
+    # The streams of the dead hold threads.
+    keepalive_seconds: float = option(
+        60.0, "how long a connection may be silent before its client is asked whether it is there", low=1
+    )
+    keepalive_timeout_seconds: float = option(20.0, "how long to wait for the client to say so", low=1)
+    # gRPC's own 5 minutes break off clients with common settings.
+    min_ping_seconds: float = option(10.0, "how often a client may ask whether the server is there", low=0)
+    max_ping_strikes: int = option(2, "how many times it may ask more often, before its connection is closed", low=1)
+
+    def to_options(self) -> list[tuple[str, int]]:
+        """Return what gRPC itself has to know of this."""
+        return [
+            ("grpc.max_receive_message_length", self.max_message_bytes),
+            # Between these two gRPC would refuse at random.
+            ("grpc.max_metadata_size", self.max_metadata_bytes),
+            ("grpc.absolute_max_metadata_size", self.max_metadata_bytes),
+            ("grpc.max_concurrent_streams", self.max_streams),
+            # gRPC would count streams that are answered and not put away yet, which no client can know of.
+            ("grpc.http.overload_protection", 0),
+            ("grpc.max_allowed_incoming_connections", self.max_connections),
+            ("grpc.server_handshake_timeout_ms", int(self.handshake_seconds * 1000)),
+            ("grpc.max_connection_idle_ms", int(self.idle_seconds * 1000)),
+            ("grpc.keepalive_time_ms", int(self.keepalive_seconds * 1000)),
+            ("grpc.keepalive_timeout_ms", int(self.keepalive_timeout_seconds * 1000)),
+            ("grpc.http2.ping_timeout_ms", int(self.keepalive_timeout_seconds * 1000)),  # the longer one counts
+            ("grpc.http2.min_ping_interval_without_data_ms", int(self.min_ping_seconds * 1000)),
+            # Otherwise connections without calls are never asked, and may ask every two hours.
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.max_ping_strikes", self.max_ping_strikes),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batching:
+    """How a batcher works; `resnet serve --help` says what each is."""
+
+    max_batch: int = option(32, "images in one batch", low=1)
+    max_queue: int = option(1024, "images that may wait; a request that would go beyond is refused at once", low=1)
+    # Beyond that most callers have given up, and what is computed for them keeps the others waiting.
+    max_queue_ms: float = option(
+        5000.0, "milliseconds of work that may wait; a request that comes when there is more is refused at once", low=0
+    )
+    linger_ms: float = option(
+        0.0, "milliseconds that the first request of a batch waits for others while the engine is free", low=0, high=1e6
+    )
+    target_p99_ms: float = option(
+        0.0, "milliseconds in which 99 of 100 requests are to be answered, by refusing others; 0 is no such goal", low=0
+    )
 
 
 class Origin(NamedTuple):
@@ -53,10 +136,10 @@ class Config(Limits, Batching):
     metrics_port: int | None = option(
         None, "also serve Prometheus metrics over HTTP; 0 takes a free port", low=0, high=65535
     )
-    device: Literal["auto", "cuda", "tensorrt", "cpu"] = option(
+    device: Device = option(
         "auto", "what computes: every GPU that CUDA_VISIBLE_DEVICES leaves, by CUDA or TensorRT, or the CPU"
     )
-    precision: Literal["fp32", "fp16", "int8"] = option("fp32", "which of the exported variants answers")
+    precision: Precision = option("fp32", "which of the exported variants answers")
     versions: str = option(
         "latest",
         "which versions to serve, beside those with labels: latest, latest:N, all, or numbers as 1,3; "
@@ -76,20 +159,22 @@ class Config(Limits, Batching):
         5.0, "seconds between looks for new versions; 0 looks on SIGHUP only", low=0, high=threading.TIMEOUT_MAX
     )
     grace: float = option(30.0, "seconds to finish on SIGTERM", low=0, high=threading.TIMEOUT_MAX)
-    log_format: Literal["human", "json"] = option("human", "how the log looks: lines to read, or a JSON object a line")
+    log_format: Literal["human", "json"] = option("human", "log as lines to read, or as a JSON object a line")
     log_level: Literal["debug", "info", "warning", "error"] = option(
-        "info", "the least that is logged; debug tells of every call, info of those that failed"
+        "info", "minimum log level; debug logs every call, info only failed ones"
     )
     trace: bool = option(False, "send OpenTelemetry traces where the variables OTEL_* say")
-    runtime: Literal["auto", "onnxruntime", "openvino"] = option(
-        "auto", "what runs a model on the CPU; auto takes OpenVINO where it is installed, proved and faster"
+    runtime: str = option(
+        "auto",
+        "what runs a model on the CPU; auto takes OpenVINO where it is installed, proved and faster",
+        choices=("auto", *RUNTIMES),
     )
     tune: bool = option(
         True,
         "measure for a few seconds how to compute a model fastest on this machine, once; not so, one thread for "
         "each core computes each batch",
     )
-    transport: Literal["auto", "native", "grpcio"] = option(
+    transport: Transport = option(
         "auto",
         "what receives calls: native takes in several times as many, but has no TLS and fewer limits; auto is native "
         "for callers on this machine without TLS",
@@ -97,16 +182,7 @@ class Config(Limits, Batching):
     origins: Mapping[str, Origin] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for field in options():
-            value, (kind, choices) = getattr(self, field.name), _kind(field)
-            low, high = field.metadata["low"], field.metadata["high"]
-            if value is None or kind is bool:
-                continue
-            if kind in (int, float) and not low <= value <= high:
-                bounds = f"at least {low}" if high == math.inf else f"{low} to {high}"
-                raise BadInput(f"{self.name_of(field.name)} must be {bounds}, not {value}")
-            if choices and value not in choices:
-                raise BadInput(f"{self.name_of(field.name)} must be one of {', '.join(choices)}, not {value!r}")
+        check(self, self.name_of)
         if (self.tls_cert is None) != (self.tls_key is None) or (self.tls_client_ca and self.tls_cert is None):
             certificate, key, authority = map(self.name_of, ("tls_cert", "tls_key", "tls_client_ca"))
             raise BadInput(f"{certificate} and {key} belong together, and {authority} needs both")
@@ -115,21 +191,16 @@ class Config(Limits, Batching):
 
     def name_of(self, field: str) -> str:
         """Return what the user called an option, or its flag if nothing was said of it."""
-        return self.origins[field].name if field in self.origins else _flag(field)
+        return self.origins[field].name if field in self.origins else flag(Config.__dataclass_fields__[field])
 
     def to_toml(self) -> str:
         """Return all values as a file that `load` can read, each with where it came from."""
         lines = []
-        for field in options():
+        for field in options(Config):
             value, origin = getattr(self, field.name), self.origins.get(field.name, "default")
             given = f"# {_key(field.name)} =" if value is None else f"{_key(field.name)} = {_to_toml(value)}"
             lines.append(f"{given}  # {origin}\n")
         return "".join(lines)
-
-
-def options() -> tuple[dataclasses.Field[Any], ...]:
-    """Return the fields of `Config` that a user can set."""
-    return tuple(field for field in dataclasses.fields(Config) if field.metadata)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -138,24 +209,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--print-config", action="store_true", help="print all options as such a file, with their origins, and end"
     )
-    for field in options():
-        kind, choices = _kind(field)
-        default, meaning = field.default, field.metadata["help"]
-        if default is MISSING:
-            parser.add_argument(field.name, nargs="?", metavar=field.name.upper(), help=meaning)
-            continue
-        # Everything stays text until `load`, so that a value is read alike wherever it comes from.
-        shape: dict[str, Any] = {"metavar": f"{{{','.join(choices)}}}" if choices else METAVARS[kind]}
-        if kind is bool:
-            shape = {"action": argparse.BooleanOptionalAction, "default": None}
-        shown = (
-            ""
-            if default is None or kind is bool
-            else f" (default: {default:g})"
-            if kind is float
-            else f" (default: {default})"
-        )
-        parser.add_argument(_flag(field.name), help=meaning + shown, **shape)
+    add_options(parser, Config)
 
 
 def load(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> Config:
@@ -169,13 +223,13 @@ def load(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) 
     given |= _read_environment(environment)
     given |= _read_flags(args)
     values: dict[str, Any] = {}
-    for field in options():
+    for field in options(Config):
         if field.name in given:
             value, origin = given[field.name]
-            values[field.name] = _convert(value, _kind(field)[0], origin.name)
+            values[field.name] = convert(value, kinds(Config)[field.name], origin.name)
         elif field.default is MISSING:
             others = f"{_variable(field.name)} in the environment, or {_key(field.name)} in a --config file"
-            raise BadInput(f"{_flag(field.name)} is missing; give it as an argument, {others}")
+            raise BadInput(f"{flag(field)} is missing; give it as an argument, {others}")
     return Config(**values, origins={name: origin for name, (_, origin) in given.items()})
 
 
@@ -183,15 +237,15 @@ Given = tuple[str, tuple[object, Origin]]  # a field's name, and its value as it
 
 
 def _read_flags(args: argparse.Namespace) -> Iterator[Given]:
-    for field in options():
+    for field in options(Config):
         value = getattr(args, field.name)
         if value is not None:
-            yield field.name, (value, Origin("flag", _flag(field.name)))
+            yield field.name, (value, Origin("flag", flag(field)))
 
 
 def _read_environment(environment: Mapping[str, str]) -> Iterator[Given]:
     """Take what begins with RESNET_; a variable that is empty counts as none, as compose files pass them."""
-    known = {_variable(field.name): field.name for field in options()}
+    known = {_variable(field.name): field.name for field in options(Config)}
     for variable, value in environment.items():
         if variable.startswith(PREFIX) and variable != FILE_VARIABLE:
             if variable not in known:
@@ -201,7 +255,7 @@ def _read_environment(environment: Mapping[str, str]) -> Iterator[Given]:
 
 
 def _read_file(path: Path) -> Iterator[Given]:
-    known = {_key(field.name): field.name for field in options()}
+    known = {_key(field.name): field.name for field in options(Config)}
     try:
         content = tomllib.loads(path.read_text())
     except OSError as error:
@@ -219,45 +273,12 @@ def _guess(name: str, known: Iterable[str]) -> str:
     return f"; is {nearest[0]} meant?" if nearest else "; `resnet serve --help` lists them"
 
 
-def _convert(value: object, kind: Any, name: str) -> object:
-    """Return a value as its field takes it: flags and variables give text, files what TOML has."""
-    if isinstance(value, str):
-        if value:
-            try:
-                return TRUTH[value] if kind is bool else kind(value)
-            except (KeyError, ValueError):
-                pass
-    elif type(value) is kind:
-        return value
-    elif kind is float and type(value) is int:
-        return float(value)
-    raise BadInput(f"{name} must be {KINDS[kind]}, not {value!r}")
-
-
-TRUTH = {"true": True, "1": True, "false": False, "0": False}
-KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
-METAVARS = {bool: "", int: "N", float: "X", str: "TEXT", Path: "FILE"}
-
-
-def _kind(field: dataclasses.Field[Any]) -> tuple[type, tuple[str, ...]]:
-    """Return the type of an option's value, None aside, and what a text may be where there is a choice."""
-    hint = get_type_hints(Config)[field.name]
-    if get_origin(hint) is UnionType:
-        (hint,) = [kind for kind in get_args(hint) if kind is not NoneType]
-    return (str, get_args(hint)) if get_origin(hint) is Literal else (hint, ())
-
-
 def _key(field: str) -> str:
     return field.replace("_", "-")
 
 
 def _variable(field: str) -> str:
     return PREFIX + field.upper()
-
-
-def _flag(field: str) -> str:
-    required = Config.__dataclass_fields__[field].default is MISSING
-    return field.upper() if required else f"--{_key(field)}"
 
 
 def _to_toml(value: object) -> str:

@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from protos import POOL, classifier_pb2, inference_pb2, tensorflow_serving_pb2
-from serving.limits import Limits
+from serving.config import Limits, Transport
 from serving.models.registry import ModelRegistry
 from serving.protocols.calls import InferenceHandler, parse_message, reply
 from serving.protocols.classifier import Classifier, ClassifyStream
@@ -30,7 +30,7 @@ from serving.runtimes.cores import count_cores
 from serving.transports import unix
 from serving.transports.auth import Tokens
 from serving.transports.call import Call, Methods, Streaming, Unary
-from serving.transports.choice import Transport, choose
+from serving.transports.choice import choose
 from serving.transports.dispatcher import Dispatcher
 from serving.transports.grpcio import GrpcioTransport
 from serving.transports.native import NativeTransport

@@ -30,11 +30,12 @@ TINY = Architecture((8, 16), strides=(1, 2), blocks=(1, 1))
 
 # What a user's shell would start, with the tests' small network in the family.
 TRAIN = """
-import sys, resnet
+import sys
+from resnet import cli
 from tests.conftest import TINY
 from training.model import ARCHITECTURES
 ARCHITECTURES["tiny"] = TINY
-sys.exit(resnet.main(sys.argv[1:]))
+sys.exit(cli.main(sys.argv[1:]))
 """
 
 
@@ -120,11 +121,11 @@ def transport(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def address(repository: Path, transport: str) -> Iterator[str]:
     """A server of the model repository, on a free port."""
-    from serving.limits import Limits
-    from serving.models import registry
+    from serving.config import Limits
+    from serving.models import loader, registry
     from serving.server import Server
 
-    model = registry.load(repository / "digits" / "1", "cpu")
+    model = loader.load(repository / "digits" / "1", "cpu")
     with Server(registry.ModelRegistry([model]), "127.0.0.1", 0, Limits(), transport=transport) as server:
         yield server.address
 

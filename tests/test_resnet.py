@@ -10,28 +10,29 @@ from pathlib import Path
 
 import pytest
 
-import resnet
+from resnet import cli
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     """`resnet --help` is exit code 0; `resnet` alone shows the same with exit code 2."""
-    assert resnet.main(["--help"]) == 0
+    assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(f"  {name} " in shown for name in resnet.COMMANDS)
-    assert resnet.main([]) == 2
-    assert resnet.main(["fly"]) == 2
+    assert all(f"  {name} " in shown for name in cli.COMMANDS)
+    assert cli.main([]) == 2
+    assert cli.main(["fly"]) == 2
     assert "there is no command 'fly'; choose one of train" in capsys.readouterr().err
 
 
 def test_help_of_a_command_loads_no_stage() -> None:
     """Seconds of TensorFlow are for work only."""
     code = """
-import sys, resnet
-for name in resnet.COMMANDS:
+import sys
+from resnet import cli
+for name in cli.COMMANDS:
     try:
-        resnet.main([name, "--help"])
+        cli.main([name, "--help"])
     except SystemExit as end:
         assert end.code == 0
 print([name for name in ("tensorflow", "keras", "onnxruntime") if name in sys.modules])
@@ -44,11 +45,11 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     """A serving environment that is asked to train says what to install."""
     monkeypatch.setitem(sys.modules, "keras", None)
     monkeypatch.delitem(sys.modules, "training.model", raising=False)
-    assert resnet.main(["train", "--out", "run"]) == 2
+    assert cli.main(["train", "--out", "run"]) == 2
     assert "keras is not installed; install resnet with its extra 'training'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", resnet.PACKAGES)
+@pytest.mark.parametrize("name", cli.PACKAGES)
 def test_packages_are_those_of_this_repository(name: str) -> None:
     """Their names are common words: none may be shadowed by another distribution's."""
     file = importlib.import_module(name).__file__
@@ -73,6 +74,11 @@ def test_the_wheel_holds_all_stages(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    extras = {"protos/classifier.proto", "protos/classifier_pb2.pyi", "serving/observability/dashboard.json", "serving/py.typed"}
-    assert {"resnet.py", *extras} < names
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"resnet.py", *resnet.PACKAGES}
+    extras = {
+        "protos/classifier.proto",
+        "protos/classifier_pb2.pyi",
+        "serving/observability/dashboard.json",
+        "serving/py.typed",
+    }
+    assert {"resnet/cli.py", *extras} < names
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == set(cli.PACKAGES)

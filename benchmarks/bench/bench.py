@@ -28,7 +28,7 @@ from export.manifest import Manifest
 from export.parity import Predict, Probabilities
 from export.source import load_heldout
 from resnet import CheckFailed
-from serving.client.client import Client
+from serving.client import Client
 
 PARITY_IMAGES = 64
 START_SECONDS = 120

@@ -14,10 +14,9 @@ import keras
 import msgspec
 import numpy as np
 
-from serving.batching import Batching
-from serving.limits import Limits
-from serving.models import registry
-from serving.runtimes.onnx import Images, Probabilities
+from serving.config import Batching, Limits
+from serving.models import loader, registry
+from serving.runtimes.base import Images, Probabilities
 from serving.server import Server
 
 UNBATCHED = "unbatched"
@@ -45,10 +44,10 @@ def main() -> None:
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # before any thread starts, so that all leave them to sigwait
     engine = KerasEngine(args.version / "model.keras")
-    about = registry.read_checked(args.version)
+    about = loader.read_checked(args.version)
     served = [
-        registry.start(about, engine, Batching()),
-        registry.start(msgspec.structs.replace(about, model=UNBATCHED), engine, Batching(max_batch=1)),
+        loader.start(about, engine, Batching()),
+        loader.start(msgspec.structs.replace(about, model=UNBATCHED), engine, Batching(max_batch=1)),
     ]
     with Server(registry.ModelRegistry(served), "127.0.0.1", 0, Limits()) as server:
         print(f"serving on {server.address}", flush=True)

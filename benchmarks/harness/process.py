@@ -59,5 +59,5 @@ class ServerProcess:
 
 def serve(repository: Path, *options: str) -> ServerProcess:
     """Start `resnet serve` on a free port."""
-    command = [sys.executable, "-c", "import sys, resnet; sys.exit(resnet.main())"]
+    command = [sys.executable, "-m", "resnet"]
     return ServerProcess([*command, "serve", str(repository), "--port=0", *options])

@@ -64,7 +64,7 @@ class Ours(Peer):
 
     def command(self, python: Path, model: ModelFile, port: int) -> Sequence[str]:
         """Return what starts it on a port of 127.0.0.1."""
-        start = [str(python), "-c", "import sys, resnet; sys.exit(resnet.main())", "serve"]
+        start = [str(python), "-m", "resnet", "serve"]
         return [*start, str(model.path.parents[2]), f"--port={port}", f"--precision={model.precision}"]
 
 

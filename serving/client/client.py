@@ -26,13 +26,11 @@ from protos import classifier_pb2 as pb
 from protos.classifier_pb2_grpc import ClassifierStub
 from serving.client.channel import MAX_RETRIES, Tls, from_rpc, to_options, to_target
 from serving.client.stream import Result, Window
-from serving.client.types import Answer, Class, ClassifyOptions, ImageInput, ImageInputs, to_answer
+from serving.client.types import Answer, ClassifyOptions, ImageInput, ImageInputs, to_answer
 from serving.errors import DeadlineExceeded, InvalidRequest, ServingError, Unavailable
 
 if TYPE_CHECKING:
     from protos.classifier_pb2_grpc import ClassifierAsyncStub  # of the types only
-
-__all__ = ["DEFAULT_SERVER", "Answer", "AsyncClient", "Class", "Client", "Image", "Images", "Result", "Tls"]
 
 DEFAULT_SERVER = "127.0.0.1:8001"
 REQUEST_IMAGES = 256  # what a server takes in one request, by default

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from resnet import BadInput
-from serving.client.client import DEFAULT_SERVER, Client, Result, Tls
+from serving.client import DEFAULT_SERVER, Client, Result, Tls
 from serving.errors import InvalidRequest, ServingError, Unavailable
 from serving.transports.auth import read_tokens
 from serving.transports.tls import read_file

@@ -1,165 +1,17 @@
-"""Loaded models: checked against their manifest, warmed up, each behind a batcher."""
+"""The models of a server, by name and version; requests read it while versions come and go."""
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Literal
 
-import numpy as np
-
-from export import manifest as manifests
-from export.manifest import Manifest, Variant
-from resnet import BadInput
-from serving.batching import Batching
 from serving.errors import InvalidRequest, NotFound
-from serving.models.statistics import Counts, Statistics
-from serving.runtimes import autotune, cuda
-from serving.runtimes.cost import CostCurve
-from serving.runtimes.onnx import Device, Engine, Images, OnnxEngine, Probabilities
-from serving.runtimes.plan import Runtime, list_plans
+from serving.models.model import Model
+from serving.models.statistics import Counts
 from serving.scheduling.batcher import Batcher
-from serving.scheduling.queue import EngineThreads
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Model:
-    """One version of a model, ready to answer; `plan` says in words how its batches are computed."""
-
-    manifest: Manifest
-    engine: Engine
-    batcher: Batcher
-    statistics: Statistics
-    precision: str = "fp32"
-    plan: str = ""
-
-    @property
-    def name(self) -> str:
-        """The model's name in the repository."""
-        return self.manifest.model
-
-    @property
-    def version(self) -> int:
-        """The number of this version."""
-        return self.manifest.version
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(height, width, 3) of an image, as the model takes it."""
-        height, width, channels = self.manifest.input.shape[1:]
-        return height, width, channels
-
-
-def read_checked(folder: Path) -> Manifest:
-    """Read the manifest of a version whose files and certificate hold.
-
-    Raises:
-        BadInput: The manifest is not valid, a file has changed, or the certificate is outside its budget.
-    """
-    manifest = manifests.read(folder)
-    for problem in manifests.changed_files(folder, manifest):
-        raise BadInput(f"{problem}; a version that was changed is not served: export the model again")
-    for violation in manifest.certificate.violations():
-        raise BadInput(f"the certificate of {folder} does not hold, {violation}; export the model again")
-    return manifest
-
-
-def load(
-    folder: Path,
-    device: Device,
-    batching: Batching = Batching(),
-    precision: str = "fp32",
-    runtime: Literal["auto", Runtime] = "auto",
-    tune: bool = False,
-) -> Model:
-    """Load, check and warm up the version in `folder`.
-
-    Args:
-        folder: REPOSITORY/NAME/VERSION.
-        device: What computes.
-        batching: How requests become batches.
-        precision: Which variant answers.
-        runtime: What runs it on the CPU; `auto` is onnxruntime, and with `tune` what is faster.
-        tune: Compute as was measured to be fastest on this machine, in place of each batch by one thread for each core.
-
-    Raises:
-        BadInput: It is not what was exported and proved, it was not exported in this precision, or the device or the
-            runtime is not to be had.
-    """
-    manifest = read_checked(folder)
-    variant = find_variant(folder, manifest, precision)
-    path = folder / variant.path
-    if runtime == "openvino" and device in ("cuda", "tensorrt"):
-        raise BadInput(f"--runtime openvino computes on the CPU; leave out --device {device}")
-    gpu = None if runtime == "openvino" else cuda.choose(path, manifest, device, batching.max_batch)
-    if gpu:
-        return start(manifest, gpu, batching, precision, gpu.curve, instances=gpu.instances, leaders=gpu)
-    if not (tune or runtime == "openvino"):
-        return start(manifest, OnnxEngine(path, manifest), batching, precision)
-    ways = list_plans(runtime)
-    found, _ = autotune.tune(folder, manifest, variant, batching.max_batch, ways if tune else ways[:1])
-    for name, why in found.refusals.items():
-        log.warning("%s/%d is not computed by %s: %s", manifest.model, manifest.version, name, why)
-    engine = found.build(path, manifest)
-    return start(manifest, engine, batching, precision, found.curve(), str(found), overflow=found.overflow)
-
-
-def find_variant(folder: Path, manifest: Manifest, precision: str) -> Variant:
-    """Return the ONNX file of a precision.
-
-    Raises:
-        BadInput: It was not exported in this precision.
-    """
-    variant = manifest.certificate.find("onnx" if precision == "fp32" else f"onnx-{precision}")
-    if variant is None or variant.path not in manifest.files:
-        raise BadInput(f"{folder} has no {precision} variant; export it again with --precision fp32,{precision}")
-    return variant
-
-
-def start(
-    manifest: Manifest,
-    engine: Engine,
-    batching: Batching = Batching(),
-    precision: str = "fp32",
-    curve: CostCurve | None = None,
-    plan: str = "",
-    instances: int = 1,
-    overflow: int = 0,
-    leaders: EngineThreads | None = None,
-) -> Model:
-    """Put an engine behind a batcher, once it has run the smallest and the largest batch.
-
-    Args:
-        manifest: What the engine computes.
-        engine: Computes it.
-        batching: How requests become batches.
-        precision: That of the engine.
-        curve: What its batches cost, if that was measured.
-        plan: How it computes, for people.
-        instances: Batches that it computes at a time.
-        overflow: Further ones, for which no cores of their own are there.
-        leaders: Threads from which it computes, where not every thread will do.
-    """
-    # Those between need none on a CPU: their first run takes as long as later ones, by the median of 30 sizes of
-    # ResNet-18 1.01 times, at most 1.33. OpenVINO and GPUs warm every size, or bucket, by themselves.
-    for size in (1, batching.max_batch):
-        engine.run(np.zeros((size, *manifest.input.shape[1:]), np.uint8))
-    statistics = Statistics(manifest.model, manifest.version)
-
-    def run(images: Images) -> Probabilities:
-        started = time.perf_counter_ns()
-        probabilities = engine.run(images)
-        statistics.batch(len(images), time.perf_counter_ns() - started)
-        return probabilities
-
-    return Model(manifest, engine, Batcher(run, batching, curve, instances, overflow, leaders), statistics, precision, plan)
 
 
 @dataclass(frozen=True)
@@ -191,7 +43,7 @@ class ModelRegistry:
         self._retired: weakref.WeakSet[Batcher] = weakref.WeakSet()
         self._listeners: list[Callable[[str, bool], None]] = []
         for model in models:
-            self.put(model)
+            self.add(model)
 
     def find(self, name: str, version: int = 0, label: str = "") -> Model:
         """Return the model that a request names.
@@ -248,7 +100,7 @@ class ModelRegistry:
             for name in self.names():
                 listener(name, bool(self.get(name).versions))
 
-    def put(self, model: Model) -> None:
+    def add(self, model: Model) -> None:
         """Serve one more version; as the latest, if its number is the highest."""
         with self._lock:
             served = self.get(model.name)

@@ -10,7 +10,8 @@ from pathlib import Path
 from export import repository
 from resnet import BadInput
 from serving.errors import FailedPrecondition, NotFound
-from serving.models.registry import Model, ModelRegistry
+from serving.models.model import Model
+from serving.models.registry import ModelRegistry
 from serving.models.version_policy import VersionPolicy
 
 log = logging.getLogger(__name__)
@@ -145,5 +146,5 @@ class Watcher:
             log.error("%s/%d is not served: %s", folder.name, number, error)
             self._models.refuse(folder.name, number, str(error))
         else:
-            self._models.put(model)
+            self._models.add(model)
             log.info("%s/%d is served", folder.name, number)

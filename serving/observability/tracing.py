@@ -12,7 +12,7 @@ from functools import partial
 
 from resnet import BadInput
 from serving.errors import Cancelled, InternalError, ServingError
-from serving.models.registry import Model
+from serving.models.model import Model
 from serving.models.statistics import TrackedRequest
 from serving.transports.call import Call, Methods, Streaming, Unary
 

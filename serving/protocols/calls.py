@@ -14,8 +14,9 @@ from google.protobuf.message import DecodeError, Message
 
 from serving.errors import Cancelled, InternalError, Malformed, Overloaded, ServingError, Trailers
 from serving.logs import Tally, log_fields
-from serving.models.registry import Model, ModelRegistry
-from serving.runtimes.onnx import Images
+from serving.models.model import Model
+from serving.models.registry import ModelRegistry
+from serving.runtimes.base import Images
 from serving.scheduling.queue import DEFAULT_PRIORITY, BatchResult, Outcome
 from serving.transports.call import Call, Unary
 

@@ -8,11 +8,12 @@ import numpy as np
 
 from protos import classifier_pb2 as pb
 from serving.errors import InvalidRequest, ServingError, to_failure
-from serving.models.registry import Model, ModelRegistry
+from serving.models.model import Model
+from serving.models.registry import ModelRegistry
 from serving.protocols.calls import InferenceHandler, Query, parse_message
 from serving.protocols.inputs import InputDecoder, to_priority
 from serving.protocols.stream import StreamItem
-from serving.runtimes.onnx import Images
+from serving.runtimes.base import Images
 from serving.scheduling.queue import BatchResult
 
 DEFAULT_TOP_K = 5

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from serving.config import Limits
 from serving.errors import InvalidRequest
-from serving.limits import Limits
-from serving.models.registry import Model
-from serving.runtimes.onnx import Images
+from serving.models.model import Model
+from serving.runtimes.base import Images
 from serving.scheduling.queue import DEFAULT_PRIORITY, PRIORITIES
 from training.images import InvalidImage, decode
 

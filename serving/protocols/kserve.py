@@ -22,14 +22,15 @@ from export import triton
 from protos import POOL
 from protos import inference_pb2 as pb
 from serving.errors import InvalidRequest, NotFound, ServingError, Unavailable, Unsupported
-from serving.models.registry import Model, ModelRegistry
+from serving.models.model import Model
+from serving.models.registry import ModelRegistry
 from serving.models.statistics import Counts, Duration
 from serving.models.version_policy import ALL, VersionPolicy
 from serving.protocols.calls import InferenceHandler, Query
 from serving.protocols.inputs import InputDecoder, TensorLayout, to_bytes, to_priority
 from serving.protocols.kserve_request import ENCODED, InferRequest, RequestParser
 from serving.protocols.stream import StreamItem
-from serving.runtimes.onnx import Images
+from serving.runtimes.base import Images
 from serving.scheduling.queue import DEFAULT_PRIORITY, PRIORITIES, BatchResult
 from serving.transports.call import Call
 

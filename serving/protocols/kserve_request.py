@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from export.manifest import Manifest
 from protos import inference_pb2 as pb
-from serving.models.registry import Model
+from serving.models.model import Model
 
 ENCODED = "BYTES"  # the datatype of images in files
 LENGTH_DELIMITED = 2  # the wire type of texts, bytes and messages

@@ -16,10 +16,11 @@ from export.manifest import TensorSpec
 from protos import tensorflow_pb2 as tf
 from protos import tensorflow_serving_pb2 as pb
 from serving.errors import STATUSES, FailedPrecondition, InvalidRequest, Unsupported
-from serving.models.registry import Model, ModelRegistry
+from serving.models.model import Model
+from serving.models.registry import ModelRegistry
 from serving.protocols.calls import Query
 from serving.protocols.inputs import InputDecoder, to_bytes
-from serving.runtimes.onnx import Images
+from serving.runtimes.base import Images
 from serving.scheduling.queue import BatchResult
 
 SIGNATURE, SIGNATURE_DEF, METHOD = "serving_default", "signature_def", "tensorflow/serving/predict"

@@ -1,6 +1,6 @@
-"""Finding out how this machine's CPU computes a model fastest: measured once, kept in the user's cache folder.
+"""Autotuning: find out how this machine's CPU computes a model fastest: measured once, kept in the user's cache folder.
 
-Every way of `serving.runtimes.plan` computes batches of 1, 2, 4, ... images in turn, for a few seconds. For each size the
+Every execution plan computes batches of 1, 2, 4, ... images in turn, for a few seconds. For each size the
 fastest is chosen, if it is clearly faster than the simpler ones; what it took is the first cost curve of the model.
 OpenVINO is not what the export proved: it is held against the certificate of the version before it is chosen.
 
@@ -20,23 +20,23 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from export import parity
 from export.manifest import Budget, Certificate, Manifest, Variant
 from export.speed import name_cpu
 from resnet import BadInput
-from serving.runtimes import openvino
+from serving.runtimes import DEFAULT, RUNTIMES
+from serving.runtimes.base import Engine, Images, Probabilities
+from serving.runtimes.composite import ConcurrentEngine, SizedEngine
 from serving.runtimes.cores import count_cores
 from serving.runtimes.cost import CostCurve
-from serving.runtimes.onnx import ConcurrentEngine, Engine, Images, OnnxEngine, Probabilities, SizedEngine
-from serving.runtimes.plan import ExecutionPlan, describe
+from serving.runtimes.plan import ExecutionPlan, describe, find_runtime
 
-FORMAT = 3
+FORMAT = 4
 WARM_UP_SECONDS = 1.0  # after which no larger batches are tried: they cost in proportion
 ROUNDS, SECONDS = 15, 3.0  # of measuring, whichever ends first
-# By which another way must be faster, for more threads, and of another runtime. Quiet measurements flatter the first:
+# By which share another plan must be faster: with other threads, and of another runtime. Quiet measurements flatter threads:
 # in a busy server more threads wait for cores that take requests in.
 MARGIN, RUNTIME_MARGIN = 0.25, 0.10
 # The same for threads that spin. They are for a single image, when nothing else waits: with larger batches they took
@@ -55,7 +55,7 @@ class TuningKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         model: SHA-256 of the file.
         budget: What its answers may differ by.
         cpu: Name of the processor.
-        ways: Those to choose from; they tell how many cores there are.
+        candidates: The plans to choose from; they depend on the number of cores.
         max_batch: The largest batch.
         versions: Of the runtimes, by name.
     """
@@ -64,13 +64,13 @@ class TuningKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: str
     budget: Budget
     cpu: str
-    ways: list[ExecutionPlan]
+    candidates: list[ExecutionPlan]
     max_batch: int
     versions: dict[str, str | None]
 
     @property
     def path(self) -> Path:
-        """Where the cache keeps what was measured in this setting."""
+        """Where the cache keeps what was measured for this key."""
         key = hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
         return _cache() / "resnet" / "tuning" / f"{key}.json"
 
@@ -79,43 +79,39 @@ class Tuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What was measured, and what follows from it.
 
     Attributes:
-        setting: What it holds for.
-        ways: What could be tried, the simplest first.
-        ns: Nanoseconds of a batch in each of the ways, by its number of images.
-        plan: The way for each batch, by the largest that it is for; the last one is for larger ones too.
+        key: What it holds for.
+        candidates: The plans that could be loaded, the simplest first.
+        ns: Nanoseconds of a batch by each candidate, by its number of images.
+        plans: The plan for each batch, by the largest that it is for; the last one is for larger ones too.
         refusals: Why a runtime is not used, by its name.
     """
 
-    setting: TuningKey
-    ways: list[ExecutionPlan]
+    key: TuningKey
+    candidates: list[ExecutionPlan]
     ns: dict[int, list[int]]
-    plan: dict[int, ExecutionPlan]
+    plans: dict[int, ExecutionPlan]
     refusals: dict[str, str]
 
     def __str__(self) -> str:
-        return describe(self.plan)
+        return describe(self.plans)
 
     @property
     def overflow(self) -> int:
         """How many batches may be computed beside another, each by one core."""
-        *_, largest = self.plan.values()
-        return count_cores() - 1 if largest.runtime == "onnxruntime" else 0
+        *_, largest = self.plans.values()
+        return count_cores() - 1 if find_runtime(largest.runtime).CONCURRENT else 0
 
     def curve(self) -> CostCurve:
         """Return what batches cost by this plan."""
-        return CostCurve({images: self.ns[images][self.ways.index(way)] for images, way in self.plan.items()})
+        return CostCurve({images: self.ns[images][self.candidates.index(plan)] for images, plan in self.plans.items()})
 
     def build(self, path: Path, manifest: Manifest) -> Engine:
         """Return the engine that follows the plan; what it has no use for is not loaded."""
-        engines = {way: way.build(path, manifest) for way in dict.fromkeys(self.plan.values())}
-        engine: Engine = SizedEngine({images: engines[way] for images, way in self.plan.items()})
-        if any(way.runtime == "openvino" for way in engines):
-            # It compiles for every new size, which is tens of milliseconds that no request should wait for.
-            for images in range(1, self.setting.max_batch + 1):
-                engine.run(np.zeros((images, *manifest.input.shape[1:]), np.uint8))
+        engines = {plan: plan.build(path, manifest, self.key.max_batch) for plan in dict.fromkeys(self.plans.values())}
+        engine: Engine = SizedEngine({images: engines[plan] for images, plan in self.plans.items()})
         if not self.overflow:
             return engine
-        single = ExecutionPlan("onnxruntime", 1)
+        single = ExecutionPlan(list(self.plans.values())[-1].runtime, 1)
         return ConcurrentEngine(engine, engines.get(single) or single.build(path, manifest))
 
 
@@ -127,7 +123,12 @@ class TuningLookup(NamedTuple):
 
 
 def tune(
-    folder: Path, manifest: Manifest, variant: Variant, max_batch: int, ways: list[ExecutionPlan], again: bool = False
+    folder: Path,
+    manifest: Manifest,
+    variant: Variant,
+    max_batch: int,
+    candidates: list[ExecutionPlan],
+    again: bool = False,
 ) -> TuningLookup:
     """Measure how to compute a variant fastest, or look it up.
 
@@ -136,20 +137,20 @@ def tune(
         manifest: The version's.
         variant: One of its ONNX files.
         max_batch: The largest batch.
-        ways: Those to choose from, the simplest first.
+        candidates: The plans to choose from, the simplest first.
         again: Measure, whatever the cache has.
 
     Raises:
         BadInput: The only runtime that may be used cannot load the file, or answers outside of the certified budget.
     """
-    versions = {"onnxruntime": onnxruntime.__version__, "openvino": openvino.find_version()}
+    versions = {name: find_runtime(name).find_version() for name in RUNTIMES}
     model = manifest.files[variant.path]
-    setting = TuningKey(FORMAT, model, variant.budget, name_cpu(), ways, max_batch, versions)
-    known = None if again else _read(setting)
+    key = TuningKey(FORMAT, model, variant.budget, name_cpu(), candidates, max_batch, versions)
+    known = None if again else _read(key)
     if known is not None:
         return TuningLookup(known, cached=True)
     log.info("%s/%d: measuring for some seconds how this machine computes it fastest", manifest.model, manifest.version)
-    found = _find(folder, manifest, variant, setting)
+    found = _find(folder, manifest, variant, key)
     _write(found)
     return TuningLookup(found, cached=False)
 
@@ -193,31 +194,31 @@ def measure(
     return least
 
 
-def choose(ways: Sequence[ExecutionPlan], ns: Mapping[int, Sequence[int]]) -> dict[int, ExecutionPlan]:
-    """Return the way for each size of batch: another one than for the size below only if it is clearly faster.
+def choose(candidates: Sequence[ExecutionPlan], ns: Mapping[int, Sequence[int]]) -> dict[int, ExecutionPlan]:
+    """Return the plan for each batch size: another one than for the size below only if it is clearly faster.
 
-    Threads spin for a single image only.
+    Plans with spinning threads are for a single image only.
 
     Args:
-        ways: Those to choose from, the simplest first: the one to beat at the smallest size.
-        ns: What a batch takes in each of them, by its number of images, ascending.
+        candidates: The plans to choose from, the simplest first: the one to beat at the smallest size.
+        ns: Nanoseconds of a batch by each candidate, by its number of images, ascending.
     """
-    plan = {}
+    plans = {}
     at = 0
     for images, row in ns.items():
         for other, took in enumerate(row):
-            if not ways[other].spins and took < (1 - _margin(ways[at], ways[other])) * row[at]:
+            if not candidates[other].spins and took < (1 - _margin(candidates[at], candidates[other])) * row[at]:
                 at = other
-        plan[images] = ways[at]
+        plans[images] = candidates[at]
         if images == 1:
-            quick = [way for way, took in zip(ways, row, strict=True) if took < (1 - SPINS_MARGIN) * row[at]]
-            plan[images] = next((way for way in quick if way.spins), ways[at])
-    return plan
+            fast = [plan for plan, took in zip(candidates, row, strict=True) if took < (1 - SPINS_MARGIN) * row[at]]
+            plans[images] = next((plan for plan in fast if plan.spins), candidates[at])
+    return plans
 
 
-def _margin(way: ExecutionPlan, other: ExecutionPlan) -> float:
-    """Return by how much another way must be faster to be taken."""
-    return MARGIN if other.runtime == way.runtime else RUNTIME_MARGIN
+def _margin(plan: ExecutionPlan, other: ExecutionPlan) -> float:
+    """Return by which share another plan must be faster to be chosen."""
+    return MARGIN if other.runtime == plan.runtime else RUNTIME_MARGIN
 
 
 def find_violations(
@@ -232,7 +233,7 @@ def find_violations(
 
     Args:
         engine: The one to prove.
-        reference: onnxruntime, of which the certificate says how close it is to the original.
+        reference: The runtime with which the certificate was made.
         heldout: Images that neither was trained on, and their classes.
         certificate: The version's.
         variant: Which both run.
@@ -251,37 +252,37 @@ def _run(engine: Engine, images: Images, size: int) -> Probabilities:
     return np.concatenate([engine.run(images[start : start + size]) for start in range(0, len(images), size)])
 
 
-def _find(folder: Path, manifest: Manifest, variant: Variant, setting: TuningKey) -> Tuning:
-    """Measure all ways, choose, and prove what was chosen; every engine is gone afterwards."""
+def _find(folder: Path, manifest: Manifest, variant: Variant, key: TuningKey) -> Tuning:
+    """Measure all candidates, choose, and prove what was chosen; every engine is gone afterwards."""
     path = folder / variant.path
-    engines, refusals = _load(path, manifest, setting.ways)
-    ways = list(engines)
-    ns = measure(list(engines.values()), _batches(manifest, setting.max_batch))
-    plan = _plan(path, ways, ns, refusals)
-    doubtful = [way for way in dict.fromkeys(plan.values()) if way.runtime != "onnxruntime"]
+    engines, refusals = _load(path, manifest, key.candidates)
+    candidates = list(engines)
+    ns = measure(list(engines.values()), _batches(manifest, key.max_batch))
+    plans = _choose_allowed(path, candidates, ns, refusals)
+    doubtful = [plan for plan in dict.fromkeys(plans.values()) if not find_runtime(plan.runtime).CERTIFIED]
     if doubtful:
-        reference = OnnxEngine(path, manifest)
+        reference = ExecutionPlan(DEFAULT, count_cores()).build(path, manifest)
         heldout = _load_heldout(folder)
-        for way in doubtful:
-            sizes = [images for images, chosen in plan.items() if chosen == way]
-            violations = find_violations(engines[way], reference, heldout, manifest.certificate, variant, sizes)
+        for plan in doubtful:
+            sizes = [images for images, chosen in plans.items() if chosen == plan]
+            violations = find_violations(engines[plan], reference, heldout, manifest.certificate, variant, sizes)
             if violations:
-                refusals[way.runtime] = "; ".join(violations)
-        plan = _plan(path, ways, ns, refusals)
-    return Tuning(setting, ways, ns, plan, refusals)
+                refusals[plan.runtime] = "; ".join(violations)
+        plans = _choose_allowed(path, candidates, ns, refusals)
+    return Tuning(key, candidates, ns, plans, refusals)
 
 
 def _load(
-    path: Path, manifest: Manifest, ways: Sequence[ExecutionPlan]
+    path: Path, manifest: Manifest, candidates: Sequence[ExecutionPlan]
 ) -> tuple[dict[ExecutionPlan, Engine], dict[str, str]]:
-    """Return the engines of those ways that can be loaded, and why a runtime cannot."""
+    """Return the engines of the candidates that can be loaded, and why a runtime cannot."""
     engines: dict[ExecutionPlan, Engine] = {}
     refusals: dict[str, str] = {}
-    for way in ways:
+    for plan in candidates:
         try:
-            engines[way] = way.build(path, manifest)
+            engines[plan] = plan.build(path, manifest)
         except BadInput as error:
-            refusals[way.runtime] = str(error)
+            refusals[plan.runtime] = str(error)
     return engines, refusals
 
 
@@ -299,14 +300,16 @@ def _batches(manifest: Manifest, max_batch: int) -> list[Images]:
     return [pixels[:size] for size in sorted({1 << power for power in range(max_batch.bit_length())} | {max_batch})]
 
 
-def _plan(
-    path: Path, ways: Sequence[ExecutionPlan], ns: Mapping[int, Sequence[int]], refusals: Mapping[str, str]
+def _choose_allowed(
+    path: Path, candidates: Sequence[ExecutionPlan], ns: Mapping[int, Sequence[int]], refusals: Mapping[str, str]
 ) -> dict[int, ExecutionPlan]:
-    """Return the way for each size, of those whose runtime was not refused."""
-    allowed = [at for at, way in enumerate(ways) if way.runtime not in refusals]
+    """Return the plan for each batch size, of those whose runtime was not refused."""
+    allowed = [at for at, plan in enumerate(candidates) if plan.runtime not in refusals]
     if not allowed:
         raise BadInput(f"{path} cannot be served so, choose another --runtime: {'; '.join(refusals.values())}")
-    return choose([ways[at] for at in allowed], {images: [row[at] for at in allowed] for images, row in ns.items()})
+    return choose(
+        [candidates[at] for at in allowed], {images: [row[at] for at in allowed] for images, row in ns.items()}
+    )
 
 
 def _cache() -> Path:
@@ -319,9 +322,9 @@ def _cache() -> Path:
         return Path("/.cache")
 
 
-def _read(setting: TuningKey) -> Tuning | None:
+def _read(key: TuningKey) -> Tuning | None:
     """Return what the cache has, None if it has nothing that can be used."""
-    path = setting.path
+    path = key.path
     try:
         known = msgspec.json.decode(path.read_bytes(), type=Tuning)
     except (FileNotFoundError, NotADirectoryError):
@@ -329,12 +332,12 @@ def _read(setting: TuningKey) -> Tuning | None:
     except (OSError, msgspec.DecodeError) as error:
         log.warning("%s cannot be used (%s); the model is measured again", path, error)
         return None
-    return known if known.setting == setting else None
+    return known if known.key == key else None
 
 
 def _write(tuning: Tuning) -> None:
     """Keep what was measured, whole or not at all."""
-    path = tuning.setting.path
+    path = tuning.key.path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")

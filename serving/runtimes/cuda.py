@@ -31,10 +31,10 @@ import onnxruntime
 
 from export.manifest import Manifest
 from resnet import BadInput
+from serving.config import Device
+from serving.runtimes.base import Gather, Images, Probabilities
 from serving.runtimes.cost import CostCurve
 from serving.runtimes.cuda_buffers import Buffers, count_devices
-from serving.runtimes.onnx import Device, Images, Probabilities
-from serving.scheduling.queue import Gather
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 NAMES = {"cuda": "CUDA", "tensorrt": "TensorRT"}

@@ -1,41 +1,44 @@
-"""The engine: what computes a batch. Anything with `run` can stand behind a batcher."""
+"""onnxruntime on the CPU: the runtime with which the export certifies a model."""
 
 from __future__ import annotations
 
-import logging
-import threading
-from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol, get_args
 
-import numpy as np
 import onnxruntime
-from numpy.typing import NDArray
 
 from export.manifest import Manifest
 from resnet import BadInput
+from serving.runtimes.base import Images, Probabilities
 from serving.runtimes.cores import count_cores
+from serving.runtimes.plan import ExecutionPlan
 
-Images = NDArray[np.uint8]
-Probabilities = NDArray[np.float32]
-Device = Literal["auto", "cuda", "tensorrt", "cpu"]
-DEVICES: tuple[Device, ...] = get_args(Device)
+TITLE = ""
+CERTIFIED = CONCURRENT = True
 CPU = "CPUExecutionProvider"
 SPIN_US = 10  # longer wins nothing: ResNet-18 on two cores took 1.2 ms an image with 10 to 100, and 1.5 ms with none
 
-log = logging.getLogger(__name__)
+
+def find_version() -> str | None:
+    """Return the installed version."""
+    return str(onnxruntime.__version__)
 
 
-class Engine(Protocol):
-    """Computes one batch at a time."""
+def list_plans(cores: int) -> Sequence[ExecutionPlan]:
+    """Return the plans worth measuring, the simplest first.
 
-    provider: str
-    """What computes: an execution provider of onnxruntime, or the name of another library."""
+    Threads that wake each other for every layer of a small batch win little, and keep a core from taking requests in;
+    those that spin win more, and keep it for longer.
+    """
+    if cores == 1:
+        return (ExecutionPlan("onnxruntime", 1),)
+    counts = ExecutionPlan("onnxruntime", 1), ExecutionPlan("onnxruntime", cores)
+    return (*counts, ExecutionPlan("onnxruntime", cores, spins=True))
 
-    def run(self, images: Images) -> Probabilities:
-        """Map uint8 [n, height, width, 3] to float32 [n, classes]."""
-        ...
+
+def build(path: Path, manifest: Manifest, plan: ExecutionPlan, max_batch: int) -> OnnxEngine:  # noqa: ARG001
+    """Return the engine of a plan; it needs no warming up for each batch size."""
+    return OnnxEngine(path, manifest, plan.threads, plan.spins)
 
 
 class OnnxEngine:
@@ -74,37 +77,3 @@ class OnnxEngine:
         """Map uint8 [n, height, width, 3] to float32 [n, classes]."""
         result: Probabilities = self._session.run(self._outputs, {self._input: images})[0]
         return result
-
-
-class ConcurrentEngine:
-    """Has a batch computed by all cores while it is the only one, and beside others by one core each."""
-
-    def __init__(self, alone: Engine, beside: Engine) -> None:
-        """Take an engine for each case; several threads may run `beside`, while one runs `alone`."""
-        self._alone, self._beside, self._running = alone, beside, 0
-        self._lock = threading.Lock()
-        self.provider = alone.provider
-
-    def run(self, images: Images) -> Probabilities:
-        """Map uint8 [n, height, width, 3] to float32 [n, classes]."""
-        with self._lock:
-            engine = self._beside if self._running else self._alone
-            self._running += 1
-        try:
-            return engine.run(images)
-        finally:
-            with self._lock:
-                self._running -= 1
-
-
-class SizedEngine:
-    """Has each batch computed by the engine for its size."""
-
-    def __init__(self, engines: Mapping[int, Engine]) -> None:
-        """Take engines by the largest batch that each is for, ascending; the last one takes larger ones too."""
-        self._sizes, self._engines = list(engines), list(engines.values())
-        self.provider = " and ".join(dict.fromkeys(engine.provider for engine in self._engines))
-
-    def run(self, images: Images) -> Probabilities:
-        """Map uint8 [n, height, width, 3] to float32 [n, classes]."""
-        return self._engines[bisect_left(self._sizes, min(len(images), self._sizes[-1]))].run(images)

@@ -95,7 +95,9 @@ def judge(load: QueueState, images: int, left_ns: float, bounds: QueueLimits) ->
         return None
     takes = answer_ns(load, images)
     if takes > bounds.answer_ns:
-        return Overloaded(f"the answer would take {takes / 1e6:.0f} ms, too long for the server's latency target", retry_ms)
+        return Overloaded(
+            f"the answer would take {takes / 1e6:.0f} ms, too long for the server's latency target", retry_ms
+        )
     if (own := load.curve.ns(images)) > left_ns:
         return DeadlineExceeded(f"to compute takes {own / 1e6:.0f} ms, {max(0.0, left_ns) / 1e6:.0f} ms are left")
     if HURRY * takes > left_ns:

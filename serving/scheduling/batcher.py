@@ -17,23 +17,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 
-from serving.batching import Batching
+from serving.config import Batching
 from serving.errors import InternalError, ServingError, Unavailable
+from serving.runtimes.base import EngineThreads, Gather, Images, Probabilities
 from serving.runtimes.cost import CostCurve
-from serving.runtimes.onnx import Images, Probabilities
 from serving.scheduling.admission import QueueLimits, QueueState, judge
 from serving.scheduling.latency_target import LatencyTarget
-from serving.scheduling.queue import (
-    DEFAULT_PRIORITY,
-    Batch,
-    BatchResult,
-    EngineThreads,
-    Gather,
-    Job,
-    Outcome,
-    Queued,
-    ThreadPool,
-)
+from serving.scheduling.queue import DEFAULT_PRIORITY, Batch, BatchResult, Job, Outcome, Queued, ThreadPool
 
 # Of a request: smaller ones take the interpreter longer than the copy does, and there is only one interpreter. Single
 # images of 3 KB, put together ahead, cost a server on a GPU a tenth of its requests.
@@ -60,7 +50,7 @@ class Batcher:
         curve: CostCurve | None = None,
         instances: int = 1,
         overflow: int = 0,
-        leaders: EngineThreads | None = None,
+        threads: EngineThreads | None = None,
     ) -> None:
         """Start empty.
 
@@ -71,7 +61,7 @@ class Batcher:
             instances: Calls of `run` that may be under way at a time, each on a thread of its own.
             overflow: Further calls, which begin only while a full batch waits: calls that share cores with the others, so
                 that two small batches would take longer than one.
-            leaders: Threads for the calls of `run`, where not every thread will do: as many as there are instances.
+            threads: Threads for the calls of `run`, where not every thread will do: as many as there are instances.
         """
         self._run, self._instances, self._overflow = run, instances, overflow
         self._bounds = QueueLimits(batching.max_queue, batching.max_queue_ms * 1e6)
@@ -93,7 +83,7 @@ class Batcher:
         self._prefers = False  # whether any request had another priority: what holds for one may not for others then
         self._closed = False
         # Threads of these end with the batcher.
-        self._leaders: EngineThreads = leaders or ThreadPool(instances + overflow, thread_name_prefix="lead")
+        self._threads: EngineThreads = threads or ThreadPool(instances + overflow, thread_name_prefix="lead")
         self._answerer = ThreadPoolExecutor(1, thread_name_prefix="answer")
         self._gatherer = ThreadPoolExecutor(1, thread_name_prefix="gather")
 
@@ -129,12 +119,14 @@ class Batcher:
                 raise refusal
             heapq.heappush(self._queue, (priority, next(self._numbers), job))
             self.queued += len(images)
-            leads = self._leads < self._instances or (self._overflows() and self._leads < self._instances + self._overflow)
+            leads = self._leads < self._instances or (
+                self._overflows() and self._leads < self._instances + self._overflow
+            )
             self._leads += leads
             if self._linger_ns:
                 self._came.notify_all()
         if leads:
-            self._leaders.submit(self._lead)
+            self._threads.submit(self._lead)
 
     def refusal(self, deadline: float) -> ServingError | None:
         """Return why a request need not be read: just now another one was refused that had as long to wait."""
@@ -195,7 +187,7 @@ class Batcher:
 
     def _lead(self) -> None:
         """Compute batches as long as there are requests."""
-        gather = self._leaders.gatherer()
+        gather = self._threads.gatherer()
         ahead: Batch | None = None
         while batch := self._begin(ahead):
             # In this order: what is put together ahead takes the place of the batch before this one.
@@ -218,7 +210,7 @@ class Batcher:
                 if ahead:
                     with self._lock:
                         self._put_back(ahead)
-                self._leaders.submit(self._lead)  # to another thread, and perhaps to one that fares better
+                self._threads.submit(self._lead)  # to another thread, and perhaps to one that fares better
                 return
 
     def _begin(self, batch: Batch | None) -> Batch | None:
@@ -247,7 +239,7 @@ class Batcher:
 
     def _look_ahead(self, gather: Gather) -> Batch | None:
         """Take the next batch already, and begin to put it together, if it will be a full one of large requests."""
-        if not self._leaders.ahead:
+        if not self._threads.ahead:
             return None
         with self._lock:
             limit = self._limit()

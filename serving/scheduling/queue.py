@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from serving.errors import Cancelled, DeadlineExceeded, ServingError
-from serving.runtimes.onnx import Images, Probabilities
+from serving.runtimes.base import Gather, Images, Probabilities
 
 PRIORITIES, DEFAULT_PRIORITY = (1, 2, 3), 2  # 1 comes first
 
@@ -105,25 +105,6 @@ class Batch:
     def taken(self) -> int:
         """Images that were taken from the queue."""
         return sum(len(job.images) for _, _, job in self.entries)
-
-
-Gather = Callable[[Sequence[Images]], Images]
-"""Puts the images of several requests together."""
-
-
-class EngineThreads(Protocol):
-    """Threads for those who form batches and have them computed."""
-
-    ahead: bool
-    """Whether the next batch is put together while one is computed, if enough waits to fill it; for one instance only."""
-
-    def submit(self, work: Callable[[], object], /) -> object:
-        """Begin it on one of them, or as soon as one is free."""
-        ...
-
-    def gatherer(self) -> Gather:
-        """Return, on such a thread, what puts batches for it together, on any: each overwrites the last but one."""
-        ...
 
 
 class ThreadPool(ThreadPoolExecutor):

@@ -6,8 +6,7 @@ import functools
 from typing import Literal
 
 from resnet import BadInput
-
-Transport = Literal["auto", "native", "grpcio"]
+from serving.config import Transport
 
 
 def is_local(host: str) -> bool:

@@ -6,8 +6,8 @@ import logging
 import time
 from collections.abc import Iterator
 
+from serving.config import Limits
 from serving.errors import Overloaded, ServingError, TooLarge
-from serving.limits import Limits
 from serving.protocols.calls import refuse
 from serving.transports.auth import Tokens
 from serving.transports.call import APART, Call, Methods, Streaming, Unary

@@ -21,8 +21,8 @@ from typing import Any
 import grpc
 
 from resnet import BadInput
+from serving.config import Limits
 from serving.errors import ServingError, Trailers, Unsupported, to_trailers
-from serving.limits import Limits
 from serving.protocols.calls import report
 from serving.transports.auth import Tokens
 from serving.transports.call import APART, Call, Streaming, Unary

@@ -22,7 +22,7 @@ from pathlib import Path
 from export import manifest, repository
 from resnet import CheckFailed
 
-EXPORT = [sys.executable, "-c", "import sys, resnet; sys.exit(resnet.main())", "export"]
+EXPORT = [sys.executable, "-m", "resnet", "export"]
 
 
 def main() -> None:

@@ -30,15 +30,13 @@ from export import repository
 from protos import POOL, inference_pb2, tensorflow_serving_pb2
 from protos import classifier_pb2 as pb
 from resnet import CheckFailed
-from serving import errors
-from serving.client import client
+from serving import client, errors
+from serving.client import Client
 from serving.client.channel import UNLIMITED
-from serving.client.client import Client
-from serving.limits import Limits
-from serving.models import registry
+from serving.config import Limits, Transport
+from serving.models import loader, registry
 from serving.server import SERVICE, SERVICES, Server
 from serving.transports.auth import ADMIN
-from serving.transports.choice import Transport
 from serving.transports.tls import ServerTls
 from tests.acceptance import wire
 from tests.acceptance.bombs import add_scans, add_text, draw
@@ -197,7 +195,7 @@ def start(folder: Path, kind: str, temporary: Path, transport: str) -> Iterator[
     code = "import sys; from tests.acceptance.limits import serve; serve(*sys.argv[1:])"
     with ServerProcess([sys.executable, "-c", code, str(folder), kind, str(temporary), transport]) as process:
         name = next(iter(repository.models(folder)))
-        shape = registry.read_checked(repository.latest(name)).input.shape[1:]
+        shape = loader.read_checked(repository.latest(name)).input.shape[1:]
         target = LimitTarget(process.address, (shape[0], shape[1], 3), tls)
         target.good()
         yield target, process.pid
@@ -205,7 +203,7 @@ def start(folder: Path, kind: str, temporary: Path, transport: str) -> Iterator[
 
 def serve(folder: str, kind: str, temporary: str, transport: Transport) -> None:
     """Serve until SIGTERM: `open` with tokens, `impatient` with short times, `tls` with certificates."""
-    loaded = [registry.load(repository.latest(name), "cpu") for name in repository.models(Path(folder))]
+    loaded = [loader.load(repository.latest(name), "cpu") for name in repository.models(Path(folder))]
     paths = [Path(temporary) / name for name in ("server.crt", "server.key", "authority.crt")]
     server = Server(
         registry.ModelRegistry(loaded),

@@ -32,7 +32,7 @@ from export.source import load_heldout
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from resnet import CheckFailed
-from serving.client.client import Client
+from serving.client import Client
 
 IN_FLIGHT = 4
 

@@ -18,13 +18,12 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-import resnet
 from export import convert, manifest, precision, repository, source
 from export.export import export
 from export.manifest import Cost
 from export.parity import BudgetError
 from export.precision import Reduction
-from resnet import BadInput
+from resnet import BadInput, cli
 from tests.conftest import edit_manifest
 
 
@@ -96,7 +95,7 @@ def test_variants_of_lower_precision_are_proved_too(
 ) -> None:
     """fp16 and int8 take and give what fp32 does, lose no more accuracy than allowed, and verify again."""
     model = tmp_path / "models" / "digits"
-    assert resnet.main(["export", str(run), "--to", str(model), "--precision", "fp32,fp16,int8", "--int8-drop=5"]) == 0
+    assert cli.main(["export", str(run), "--to", str(model), "--precision", "fp32,fp16,int8", "--int8-drop=5"]) == 0
     found = manifest.read(model / "1").certificate
     assert [variant.name for variant in found.variants] == ["onnx", "saved_model", "onnx-fp16", "onnx-int8"]
     images, labels = heldout
@@ -113,7 +112,7 @@ def test_variants_of_lower_precision_are_proved_too(
         assert variant.speedup.keys() == {1, 32}
         assert variant.method
     capsys.readouterr()
-    assert resnet.main(["verify", str(model)]) == 0
+    assert cli.main(["verify", str(model)]) == 0
     assert "int8, allowed 5 points less accuracy" in capsys.readouterr().out
 
 
@@ -128,7 +127,7 @@ def test_a_variant_that_loses_too_much_is_left_out(
     kernel.assign(-kernel.numpy())
     convert.to_onnx(original.model, original.evidence.labels, tmp_path / "other.onnx")
     model = tmp_path / "models" / "digits"
-    assert resnet.main(["export", str(run), "--to", str(model), "--precision", "int8"]) == 1
+    assert cli.main(["export", str(run), "--to", str(model), "--precision", "int8"]) == 1
     error = capsys.readouterr().err
     assert re.search(
         r"published without int8: the accuracy of onnx-int8 .* points below Keras'.*; 0.5 are allowed", error
@@ -142,9 +141,9 @@ def test_int8_needs_training_images(run: Path, tmp_path: Path, capsys: pytest.Ca
     folder = Path(shutil.copytree(run, tmp_path / "run"))
     (folder / "calibration.npz").unlink()
     to = str(tmp_path / "models" / "digits")
-    assert resnet.main(["export", str(folder), "--to", to, "--precision", "int8"]) == 2
+    assert cli.main(["export", str(folder), "--to", to, "--precision", "int8"]) == 2
     assert "no training images beside it to calibrate int8 with" in capsys.readouterr().err
-    assert resnet.main(["export", str(folder), "--to", to, "--precision", "fp32,fp8"]) == 2
+    assert cli.main(["export", str(folder), "--to", to, "--precision", "fp32,fp8"]) == 2
     assert "--precision 'fp8' is unknown" in capsys.readouterr().err
     assert not (tmp_path / "models").exists()
 
@@ -205,7 +204,7 @@ def test_a_model_that_computes_something_else_is_not_published(
     with pytest.raises(BudgetError, match="largest difference of onnx at batch size 1"):
         export(source.load(run), tmp_path / "models" / "digits")
     assert not list((tmp_path / "models" / "digits").iterdir())
-    assert resnet.main(["export", str(run), "--to", str(tmp_path / "models" / "digits")]) == 1
+    assert cli.main(["export", str(run), "--to", str(tmp_path / "models" / "digits")]) == 1
     assert "does not compute what the original does" in capsys.readouterr().err
 
 
@@ -320,7 +319,7 @@ def test_a_broken_file_of_a_run_is_named(run: Path, tmp_path: Path, name: str, m
 
 def test_verify_recomputes_the_certificate(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 0, and the table."""
-    assert resnet.main(["verify", str(repository / "digits")]) == 0
+    assert cli.main(["verify", str(repository / "digits")]) == 0
     out = capsys.readouterr().out
     assert "files of" in out
     assert "digits/1 is verified" in out
@@ -330,26 +329,26 @@ def test_verify_finds_what_was_changed(own_repository: Path, capsys: pytest.Capt
     """A file, a figure of the certificate, or the number of a version: exit code 1; a broken manifest: 2."""
     version = own_repository / "digits" / "1"
     edit_manifest(version, lambda content: content["certificate"].update(accuracy=0.999), forge=False)
-    assert resnet.main(["verify", str(version.parent)]) == 2
+    assert cli.main(["verify", str(version.parent)]) == 2
     assert "manifest.json was edited" in capsys.readouterr().err
     edit_manifest(version, lambda _: None)
-    assert resnet.main(["verify", str(version.parent)]) == 1
+    assert cli.main(["verify", str(version.parent)]) == 1
     assert "gives Keras an accuracy of 99.90%" in capsys.readouterr().err
 
     with (version / "model.onnx").open("ab") as file:
         file.write(b"x")
     (version / "labels.txt").unlink()
-    assert resnet.main(["verify", str(version.parent)]) == 1
+    assert cli.main(["verify", str(version.parent)]) == 1
     message = capsys.readouterr().err
     assert "model.onnx is not the file that was exported" in message
     assert "labels.txt is missing" in message
 
     (version / "manifest.json").write_text('{"format": 2}')
-    assert resnet.main(["verify", str(version.parent)]) == 2
+    assert cli.main(["verify", str(version.parent)]) == 2
     assert "is not a valid manifest" in capsys.readouterr().err
-    assert resnet.main(["verify", str(version.parent), "--version", "4"]) == 2
+    assert cli.main(["verify", str(version.parent), "--version", "4"]) == 2
     assert "has no version 4; it has [1]" in capsys.readouterr().err
-    assert resnet.main(["verify", str(own_repository / "nothing")]) == 2
+    assert cli.main(["verify", str(own_repository / "nothing")]) == 2
     assert "holds no model version" in capsys.readouterr().err
 
 

@@ -11,9 +11,8 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-import resnet
 from export import manifest, repository, triton
-from resnet import BadInput
+from resnet import BadInput, cli
 
 STAGE = """
 import sys
@@ -55,15 +54,15 @@ def test_a_version_with_other_classes_cannot_join(own_repository: Path) -> None:
 def test_list_and_show_tell_what_there_is(own_repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A version that cannot be read has its line too, with the reason."""
     (own_repository / "digits" / "2").mkdir()
-    assert resnet.main(["models", "list", str(own_repository)]) == 0
+    assert cli.main(["models", "list", str(own_repository)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[:3] == ["digits/1", "32x32x3", "10"]
     assert "manifest.json cannot be read" in lines[2]
-    assert resnet.main(["models", "show", str(own_repository / "digits"), "--version", "1"]) == 0
+    assert cli.main(["models", "show", str(own_repository / "digits"), "--version", "1"]) == 0
     shown = capsys.readouterr().out
     assert "image: uint8 [-1, 32, 32, 3]" in shown
     assert "onnx         fp32, allowed a difference of 1e-05" in shown
-    assert resnet.main(["models", "show", str(own_repository), "--version", "7"]) == 2
+    assert cli.main(["models", "show", str(own_repository), "--version", "7"]) == 2
     assert "has no version 7; it has [1, 2]" in capsys.readouterr().err
 
 
@@ -71,10 +70,10 @@ def test_prune_keeps_the_latest_versions(tmp_path: Path, capsys: pytest.CaptureF
     """And says what it removed."""
     for number in (1, 2, 10):
         (tmp_path / "digits" / str(number)).mkdir(parents=True)
-    assert resnet.main(["models", "prune", str(tmp_path), "--keep", "2"]) == 0
+    assert cli.main(["models", "prune", str(tmp_path), "--keep", "2"]) == 0
     assert capsys.readouterr().out == f"removed {tmp_path / 'digits' / '1'}\n"
     assert sorted(path.name for path in (tmp_path / "digits").iterdir()) == ["10", "2"]
-    assert resnet.main(["models", "prune", str(tmp_path), "--keep", "0"]) == 2
+    assert cli.main(["models", "prune", str(tmp_path), "--keep", "0"]) == 2
 
 
 def test_prune_removes_what_a_killed_export_left_and_spares_one_under_way(tmp_path: Path) -> None:

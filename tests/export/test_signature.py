@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import resnet
 from export import signature
+from resnet import BadInput, cli
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
 
@@ -30,8 +30,8 @@ def test_an_export_is_signed_and_verified(
     """By us and by openssl; one changed byte of the manifest, or no signature, is one sentence."""
     private, public = keys
     model = tmp_path / "models" / "digits"
-    assert resnet.main(["export", str(run), "--to", str(model), "--sign", str(private)]) == 0
-    assert resnet.main(["verify", str(model), "--trust", str(public)]) == 0
+    assert cli.main(["export", str(run), "--to", str(model), "--sign", str(private)]) == 0
+    assert cli.main(["verify", str(model), "--trust", str(public)]) == 0
     assert f"is signed by {public}" in capsys.readouterr().out
     checked = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", public, "-rawin"]
     files = ["-in", model / "1" / "manifest.json", "-sigfile", model / "1" / "manifest.sig"]
@@ -39,10 +39,10 @@ def test_an_export_is_signed_and_verified(
 
     manifest = model / "1" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text())))  # the same content in other bytes
-    assert resnet.main(["verify", str(model), "--trust", str(public)]) == 1
+    assert cli.main(["verify", str(model), "--trust", str(public)]) == 1
     assert "is not signed by the trusted key, or its manifest was changed since" in capsys.readouterr().err
     (model / "1" / "manifest.sig").unlink()
-    assert resnet.main(["verify", str(model), "--trust", str(public)]) == 1
+    assert cli.main(["verify", str(model), "--trust", str(public)]) == 1
     assert "is not signed, there is no manifest.sig" in capsys.readouterr().err
 
 
@@ -50,7 +50,7 @@ def test_a_server_refuses_what_is_not_signed(
     repository: Path, keys: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It does not start."""
-    assert resnet.main(["serve", str(repository), "--port=0", "--trust", str(keys[1])]) == 1
+    assert cli.main(["serve", str(repository), "--port=0", "--trust", str(keys[1])]) == 1
     assert "is not signed, there is no manifest.sig" in capsys.readouterr().err
 
 
@@ -64,7 +64,7 @@ def test_what_is_no_key_is_refused(keys: tuple[Path, Path], tmp_path: Path) -> N
         (public, "is not a private key in PEM"),
         (other, "is not an Ed25519 key"),
     ):
-        with pytest.raises(resnet.BadInput, match=message):
+        with pytest.raises(BadInput, match=message):
             signature.load_private(path)
-    with pytest.raises(resnet.BadInput, match="is not a public key in PEM"):
+    with pytest.raises(BadInput, match="is not a public key in PEM"):
         signature.load_public(private)

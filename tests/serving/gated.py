@@ -12,13 +12,11 @@ import numpy as np
 
 from export import manifest
 from protos import classifier_pb2 as pb
-from serving.batching import Batching
-from serving.limits import Limits
-from serving.models import registry
-from serving.models.registry import Model
-from serving.runtimes.onnx import Images, Probabilities
+from serving.config import Batching, Limits, Transport
+from serving.models import loader, registry
+from serving.models.model import Model
+from serving.runtimes.base import Images, Probabilities
 from serving.server import Server
-from serving.transports.choice import Transport
 from tests.serving.scheduling.test_batcher import GatedEngine
 
 
@@ -67,7 +65,7 @@ def start(
     engine = GatedEngine()
     engine.gate.release(2)
     about = manifest.read(repository / "digits" / "1")
-    model = registry.start(about, Wide(engine), Batching(max_batch=max_batch, max_queue=max_queue))
+    model = loader.start(about, Wide(engine), Batching(max_batch=max_batch, max_queue=max_queue))
     for _ in range(2):
         engine.entered.acquire()
     engine.batches.clear()

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import resnet
 from benchmarks.harness.process import serve
+from resnet import BadInput, cli
 
-SERVE = [sys.executable, "-c", "import sys, resnet; sys.exit(resnet.main())", "serve"]
+SERVE = [sys.executable, "-m", "resnet", "serve"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -37,7 +37,7 @@ def test_serving_loads_no_tensorflow() -> None:
     """Server, client and command line work in an environment that has neither TensorFlow nor Keras."""
     code = """
 import sys
-import serving.server, serving.models.registry, serving.app, serving.client.client, serving.commands.classify
+import serving.server, serving.models.registry, serving.app, serving.client, serving.commands.classify
 print([name for name in ("tensorflow", "keras", "onnx", "matplotlib", "sklearn") if name in sys.modules])
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
@@ -47,7 +47,7 @@ print([name for name in ("tensorflow", "keras", "onnx", "matplotlib", "sklearn")
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere holds no models"),
-        (["{models}", "--port", "70000"], "--port must be 0 to 65535"),
+        (["{models}", "--port", "70000"], "--port must be from 0 to 65535"),
         (["{models}", "--max-batch", "0"], "--max-batch must be at least 1"),
         (["{models}", "--port", "{used}"], "is the port in use"),
         (["{models}", "--host", "256.0.0.1", "--port", "0"], "256.0.0.1:0 cannot be listened on"),
@@ -60,7 +60,7 @@ def test_serve_refuses_what_it_cannot_do(
 ) -> None:
     """One sentence, exit code 2."""
     words = [word.format(models=repository, used=address.rpartition(":")[2]) for word in arguments]
-    assert resnet.main(["serve", *words]) == 2
+    assert cli.main(["serve", *words]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -77,7 +77,7 @@ def files(
 
 def classify(address: str, *arguments: str | Path) -> int:
     """Run `resnet classify`."""
-    return resnet.main(["classify", "--server", address, *map(str, arguments)])
+    return cli.main(["classify", "--server", address, *map(str, arguments)])
 
 
 def test_classify_prints_a_table(address: str, files: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,5 +143,5 @@ def test_classify_takes_the_server_that_answers(
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     """The benchmark passes its words on."""
-    with serve(tmp_path) as server, pytest.raises(resnet.BadInput, match="holds no models"):
+    with serve(tmp_path) as server, pytest.raises(BadInput, match="holds no models"):
         _ = server.address

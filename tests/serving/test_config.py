@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import resnet
-from resnet import BadInput
+from resnet import BadInput, cli
+from resnet.options import options
 from serving import config
 from serving.config import Config
 
@@ -56,12 +56,12 @@ def test_an_empty_variable_is_none() -> None:
 @pytest.mark.parametrize(
     ("flags", "environment", "content", "message"),
     [
-        ("m --port 70000", "", "", "--port must be 0 to 65535, not 70000"),
-        ("m", "RESNET_PORT=70000", "", "RESNET_PORT must be 0 to 65535, not 70000"),
-        ("m", "", "port = 70000", "port in {file} must be 0 to 65535, not 70000"),
+        ("m --port 70000", "", "", "--port must be from 0 to 65535, not 70000"),
+        ("m", "RESNET_PORT=70000", "", "RESNET_PORT must be from 0 to 65535, not 70000"),
+        ("m", "", "port = 70000", "port in {file} must be from 0 to 65535, not 70000"),
         ("m --port x", "", "", "--port must be a whole number, not 'x'"),
         ("m", "RESNET_WATCH=soon", "", "RESNET_WATCH must be a number, not 'soon'"),
-        ("m", "RESNET_WATCH=nan", "", "RESNET_WATCH must be 0 to "),
+        ("m", "RESNET_WATCH=nan", "", "RESNET_WATCH must be from 0 to "),
         ("m", "RESNET_TRACE=maybe", "", "RESNET_TRACE must be true or false, not 'maybe'"),
         ("m", "", "trace = 1", "trace in {file} must be true or false, not 1"),
         ("m", "", "max-batch = true", "max-batch in {file} must be a whole number, not True"),
@@ -123,11 +123,11 @@ def test_what_is_printed_can_be_read_back(file: Path, tmp_path: Path) -> None:
 def test_the_command_prints_its_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """And does nothing else: there are no models to serve."""
     monkeypatch.setenv("RESNET_MAX_BATCH", "8")
-    assert resnet.main(["serve", "nowhere", "--print-config"]) == 0
+    assert cli.main(["serve", "nowhere", "--print-config"]) == 0
     shown = capsys.readouterr().out
     assert "max-batch = 8  # environment: RESNET_MAX_BATCH\n" in shown
     *lines, last = shown.splitlines()
-    assert len(lines) == len(config.options())
+    assert len(lines) == len(options(config.Config))
     assert last == "# the transport will be native, for callers on this machine"
 
 

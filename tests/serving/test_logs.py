@@ -24,13 +24,13 @@ from protos import classifier_pb2 as pb
 from protos import inference_pb2
 from protos.classifier_pb2_grpc import ClassifierStub
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
-from serving.client.client import Client
+from serving.client import Client
+from serving.config import Limits
 from serving.errors import MAX_MESSAGE, REQUEST_ID, InternalError, NotFound, Overloaded
-from serving.limits import Limits
 from serving.logs import HumanFormatter, JsonFormatter, Tally
-from serving.models import registry
+from serving.models import loader, registry
 from serving.protocols import calls
-from serving.runtimes.onnx import Images, Probabilities
+from serving.runtimes.base import Images, Probabilities
 from serving.server import Server
 from tests.serving import gated
 from tests.serving.test_app import SERVE
@@ -171,7 +171,7 @@ def test_a_bug_leaves_its_traceback_in_the_log_and_only_an_id_with_the_caller(
     repository: Path, lines: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once, whichever module it is in."""
-    model = registry.start(registry.read_checked(repository / "digits" / "1"), Broken())
+    model = loader.start(loader.read_checked(repository / "digits" / "1"), Broken())
     with Server(registry.ModelRegistry([model]), "127.0.0.1", 0, Limits()) as server, Client(server.address) as client:
         with pytest.raises(InternalError, match="the engine failed"):
             client.classify(IMAGE)
@@ -201,7 +201,7 @@ def test_a_line_for_people_has_its_fields_at_the_end_and_a_traceback_below() -> 
 
 def test_refused_strangers_are_summed_up(repository: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The first is a line at once, many are no more than that."""
-    served = registry.ModelRegistry([registry.load(repository / "digits" / "1", "cpu")])
+    served = registry.ModelRegistry([loader.load(repository / "digits" / "1", "cpu")])
     with Server(served, "127.0.0.1", 0, Limits(), token="sesame") as server:
         for _ in range(5):
             fail(server.address)
@@ -287,7 +287,7 @@ def stuck(self, images):
         threading.Event().wait()
     return run(self, images)
 engine.OnnxEngine.run = stuck
-sys.exit(resnet.main(["serve", sys.argv[1], "--port=0", "--grace=600", "--no-tune"]))
+sys.exit(cli.main(["serve", sys.argv[1], "--port=0", "--grace=600", "--no-tune"]))
 """
 
 

@@ -21,11 +21,11 @@ from protos import classifier_pb2 as pb
 from protos.classifier_pb2_grpc import ClassifierStub
 from resnet import BadInput
 from serving import errors
-from serving.batching import Batching
-from serving.client.client import AsyncClient, Client
-from serving.limits import Limits
-from serving.models import registry
-from serving.runtimes.onnx import Images, Probabilities
+from serving.client import AsyncClient, Client
+from serving.config import Batching, Limits
+from serving.models import loader, registry
+from serving.models.model import Model
+from serving.runtimes.base import Images, Probabilities
 from serving.server import SERVICE, Server
 from tests.conftest import edit_manifest
 from tests.serving.scheduling.test_batcher import GatedEngine
@@ -164,7 +164,7 @@ def test_the_client_refuses_pixels_that_are_no_bytes(client: Client) -> None:
 
 
 @pytest.fixture
-def gated(repository: Path, transport: str) -> Iterator[tuple[GatedEngine, registry.Model, Server]]:
+def gated(repository: Path, transport: str) -> Iterator[tuple[GatedEngine, Model, Server]]:
     """A server whose engine waits for the test."""
     about = manifest.read(repository / "digits" / "1")
     engine = GatedEngine()
@@ -178,7 +178,7 @@ def gated(repository: Path, transport: str) -> Iterator[tuple[GatedEngine, regis
             return np.repeat(engine.run(images), 10, axis=1)
 
     engine.gate.release(2)
-    model = registry.start(about, Wide(), Batching(max_batch=2, max_queue=2))
+    model = loader.start(about, Wide(), Batching(max_batch=2, max_queue=2))
     for _ in range(2):
         engine.entered.acquire()
     engine.batches.clear()
@@ -188,7 +188,7 @@ def gated(repository: Path, transport: str) -> Iterator[tuple[GatedEngine, regis
     server.stop(0)
 
 
-def test_a_full_queue_is_told_to_the_client(gated: tuple[GatedEngine, registry.Model, Server]) -> None:
+def test_a_full_queue_is_told_to_the_client(gated: tuple[GatedEngine, Model, Server]) -> None:
     """RESOURCE_EXHAUSTED, with the time to try again."""
     engine, model, server = gated
     image = np.zeros((1, 32, 32, 3), np.uint8)
@@ -205,7 +205,7 @@ def test_a_full_queue_is_told_to_the_client(gated: tuple[GatedEngine, registry.M
         assert (len(running.result().images), len(waiting.result().images)) == (1, 2)
 
 
-def test_a_request_that_was_given_up_is_never_computed(gated: tuple[GatedEngine, registry.Model, Server]) -> None:
+def test_a_request_that_was_given_up_is_never_computed(gated: tuple[GatedEngine, Model, Server]) -> None:
     """Neither one that was cancelled nor one whose deadline passed."""
     engine, model, server = gated
     with grpc.insecure_channel(server.address) as channel, ThreadPoolExecutor() as pool:
@@ -229,7 +229,7 @@ def test_a_request_that_was_given_up_is_never_computed(gated: tuple[GatedEngine,
     assert [len(batch) for batch in engine.batches] == [1, 1]
 
 
-def test_stopping_answers_what_is_under_way(gated: tuple[GatedEngine, registry.Model, Server]) -> None:
+def test_stopping_answers_what_is_under_way(gated: tuple[GatedEngine, Model, Server]) -> None:
     """Health says NOT_SERVING meanwhile, and new requests are refused as UNAVAILABLE."""
     engine, _, server = gated
     with Client(server.address) as client, ThreadPoolExecutor() as pool:
@@ -249,7 +249,7 @@ def test_stopping_answers_what_is_under_way(gated: tuple[GatedEngine, registry.M
 
 
 def test_an_engine_that_fails_is_an_internal_error_without_details(
-    gated: tuple[GatedEngine, registry.Model, Server],
+    gated: tuple[GatedEngine, Model, Server],
 ) -> None:
     """The server lives on."""
     engine, _, server = gated
@@ -267,7 +267,7 @@ def test_two_models_are_told_apart_by_name(repository: Path, tmp_path: Path) -> 
     """With several models a request must name one."""
     shutil.copytree(repository / "digits", tmp_path / "numbers")
     edit_manifest(tmp_path / "numbers" / "1", lambda content: content.update(model="numbers"))
-    loaded = [registry.load(folder / "1", "cpu") for folder in (repository / "digits", tmp_path / "numbers")]
+    loaded = [loader.load(folder / "1", "cpu") for folder in (repository / "digits", tmp_path / "numbers")]
     image = np.zeros((1, 32, 32, 3), np.uint8)
     with Server(registry.ModelRegistry(loaded), "127.0.0.1", 0, Limits()) as server, Client(server.address) as client:
         assert client.classify(image, model="numbers").model == "numbers"
@@ -292,14 +292,14 @@ def test_a_version_that_does_not_hold_is_not_loaded(own_repository: Path) -> Non
 
     edit_manifest(version, worsen, forge=False)
     with pytest.raises(BadInput, match="manifest.json was edited: its digest differs"):
-        registry.load(version, "cpu")
+        loader.load(version, "cpu")
     edit_manifest(version, worsen)
     with pytest.raises(BadInput, match="the certificate of .* does not hold, the largest difference"):
-        registry.load(version, "cpu")
+        loader.load(version, "cpu")
     (version / "manifest.json").write_text(good)
     (version / "variables" / "variables.index").write_bytes(b"")
     with pytest.raises(BadInput, match=r"variables.index is not the file that was exported"):
-        registry.load(version, "cpu")
+        loader.load(version, "cpu")
 
 
 def test_cuda_that_is_not_there_is_refused(repository: Path) -> None:
@@ -309,7 +309,7 @@ def test_cuda_that_is_not_there_is_refused(repository: Path) -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
     with pytest.raises(BadInput, match="--device cuda: this onnxruntime has no CUDA"):
-        registry.load(repository / "digits" / "1", "cuda")
-    assert registry.load(repository / "digits" / "1", "auto").engine.provider == "CPUExecutionProvider"
+        loader.load(repository / "digits" / "1", "cuda")
+    assert loader.load(repository / "digits" / "1", "auto").engine.provider == "CPUExecutionProvider"
     with pytest.raises(BadInput, match="has no int8 variant; export it again with --precision fp32,int8"):
-        registry.load(repository / "digits" / "1", "auto", precision="int8")
+        loader.load(repository / "digits" / "1", "auto", precision="int8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import Any
 
-from serving.runtimes.onnx import Images
+from serving.runtimes.base import Images
 from serving.scheduling.batcher import Batcher
 from serving.scheduling.queue import BatchResult, Outcome
 

@@ -16,8 +16,7 @@ import keras
 import numpy as np
 import pytest
 
-import resnet
-from resnet import BadInput
+from resnet import BadInput, cli
 from tests.conftest import TRAIN
 from training.distribute import choose
 
@@ -119,7 +118,7 @@ def test_a_model_trained_on_jax_exports_like_any_other(tmp_path: Path) -> None:
     finish(start(script, tmp_path / "run", *options, "--resume", KERAS_BACKEND="jax"))
     assert metrics(tmp_path / "run")["versions"].keys() >= {"jax"}
     assert metrics(tmp_path / "run")["accuracy"] > 0.3
-    assert resnet.main(["export", str(tmp_path / "run"), "--to", str(tmp_path / "models" / "digits")]) == 0
+    assert cli.main(["export", str(tmp_path / "run"), "--to", str(tmp_path / "models" / "digits")]) == 0
 
 
 def test_several_devices_need_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:

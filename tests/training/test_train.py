@@ -18,8 +18,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-import resnet
-from resnet import BadInput, CheckFailed
+from resnet import BadInput, CheckFailed, cli
 from tests.conftest import TINY, TRAIN
 from training.batches import TrainingBatches
 from training.data import Dataset, Split
@@ -314,6 +313,6 @@ def test_bad_options_are_one_sentence_and_write_nothing(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit code 2, and no run folder."""
-    assert resnet.main(["train", *arguments, "--out", str(tmp_path / "run")]) == 2
+    assert cli.main(["train", *arguments, "--out", str(tmp_path / "run")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -18,7 +18,8 @@ from export import manifest as manifests
 from export.manifest import Budget, Certificate, Cost, Manifest, Preprocessing, TensorSpec, Variant
 from resnet import BadInput
 from serving.runtimes import cuda
-from serving.runtimes.onnx import Engine, OnnxEngine
+from serving.runtimes.base import Engine
+from serving.runtimes.onnx import OnnxEngine
 
 # Images a request; a network of large images is measured with fewer.
 BATCHES, LARGE_BATCHES, LARGE_PIXELS = (1, 2, 4, 8, 16, 32, 64, 128, 256), (1, 8, 32, 64, 128), 128 * 128

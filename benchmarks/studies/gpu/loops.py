@@ -17,7 +17,7 @@ from benchmarks.studies.gpu.files import Results, describe, list_batches, list_f
 from export.manifest import Manifest
 from resnet import BadInput
 from serving.runtimes import cuda
-from serving.runtimes.onnx import Images
+from serving.runtimes.base import Images
 
 ROUNDS, SECONDS = 3, 0.15
 

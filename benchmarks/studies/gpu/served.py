@@ -25,11 +25,10 @@ from benchmarks.studies.gpu.loops import make_batch
 from export.manifest import Manifest
 from resnet import CheckFailed
 from serving import memory
-from serving.batching import Batching
-from serving.limits import Limits
-from serving.models import registry
+from serving.config import Batching, Limits
+from serving.models import loader, registry
+from serving.runtimes.base import Images
 from serving.runtimes.cuda import CudaEngine, EnginePool
-from serving.runtimes.onnx import Images
 from serving.server import Server
 from serving.transports import choice
 
@@ -119,9 +118,9 @@ def serve(args: argparse.Namespace) -> None:
     engine = FreeEngine(about) if args.free else open_engine(args.file, about, args.device, args.max_batch)
     batching = Batching(max_batch=args.max_batch, max_queue=MAX_QUEUE, max_queue_ms=1e9)
     if isinstance(engine, CudaEngine | EnginePool):
-        model = registry.start(about, engine, batching, curve=engine.curve, instances=engine.instances, leaders=engine)
+        model = loader.start(about, engine, batching, curve=engine.curve, instances=engine.instances, threads=engine)
     else:
-        model = registry.start(about, engine, batching)
+        model = loader.start(about, engine, batching)
     limits = Limits(max_images=args.max_batch, max_calls=MAX_CALLS, max_streams=MAX_CALLS)
     with Server(registry.ModelRegistry([model]), "127.0.0.1", 0, limits, transport=args.transport) as server:
         print(f"serving on {server.address}", flush=True)

@@ -42,7 +42,7 @@ def _train(data: str, epochs: int, device: str, tiny: bool, out: Path, results: 
         run = Path(folder, "run")
         model, precision = ("resnet20", "float32") if tiny else ("resnet18-cifar", "mixed_bfloat16")
         what = ["--data", data, "--model", model, "--recipe", "modern", "--precision", precision]
-        command = [sys.executable, "-c", "import sys, resnet; sys.exit(resnet.main())", "train", *what]
+        command = [sys.executable, "-m", "resnet", "train", *what]
         command += ["--epochs", str(1 if tiny else epochs), "--out", str(run), *(TINY if tiny else STEPS)]
         variables = os.environ | {"KERAS_BACKEND": "jax"} | ({"JAX_PLATFORMS": "cpu"} if device == "cpu" else {})
         started = time.monotonic()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import resnet
+from resnet import cli
 
 
 @pytest.mark.slow
@@ -17,7 +17,7 @@ def test_bench_measures_every_way_to_run_a_model(
 ) -> None:
     """A table, a picture, all rounds as JSON, and a last line for programs."""
     out = tmp_path / "bench"
-    assert resnet.main(["bench", str(repository / "digits"), "--seconds=0.1", "--rounds=1", f"--out={out}"]) == 0
+    assert cli.main(["bench", str(repository / "digits"), "--seconds=0.1", "--rounds=1", f"--out={out}"]) == 0
     lines = capsys.readouterr().out.splitlines()
     last, saved = json.loads(lines[-1]), json.loads((out / "bench.json").read_text())
     names = [row["row"] for row in last["rows"]]
@@ -39,5 +39,5 @@ def test_bench_refuses_what_it_cannot_measure(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One sentence, exit code 2."""
-    assert resnet.main(["bench", *arguments]) == 2
+    assert cli.main(["bench", *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import resnet
 from benchmarks.harness import process
+from resnet import cli
 
 
 @pytest.mark.slow
@@ -28,7 +28,7 @@ def test_load_finds_capacity_and_goes_beyond(
             "--deadline-ms=500",
         ]
         more = [f"--server-pid={server.pid}", f"--out={tmp_path}"]
-        assert resnet.main(["load", server.address, *options, *more]) == 0
+        assert cli.main(["load", server.address, *options, *more]) == 0
     output = capsys.readouterr().out
     last = json.loads(output.splitlines()[-1])
     assert last == json.loads((tmp_path / "load.json").read_text())
@@ -57,7 +57,7 @@ def test_load_speaks_other_protocols(
     """At a constant rate that is far too high, from two processes; the sweep says where it stopped."""
     arguments = ["load", address, f"--protocol={protocol}", f"--model={model}", "--arrivals=constant", "--clients=2"]
     short = ["--seconds=0.3", "--warm-up=0.1", "--rounds=1", "--p99-limit-ms=0.001"]
-    assert resnet.main([*arguments, *short, "--rate=20,10,30"]) == 0
+    assert cli.main([*arguments, *short, "--rate=20,10,30"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (point,) = json.loads(lines[-1])["points"]
     assert point["rate"] == 10
@@ -73,13 +73,13 @@ def test_load_says_what_it_cannot_measure(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One sentence, exit code 2."""
-    assert resnet.main(["load", *arguments]) == 2
+    assert cli.main(["load", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_images_vary_with_requests_in_flight_alone(capsys: pytest.CaptureFixture[str]) -> None:
     """A rate of requests of several sizes would be several rates."""
-    assert resnet.main(["load", "127.0.0.1:1", "--images=1,8", "--rate=auto"]) == 2
+    assert cli.main(["load", "127.0.0.1:1", "--images=1,8", "--rate=auto"]) == 2
     assert "not with --rate" in capsys.readouterr().err
 
 
@@ -87,7 +87,7 @@ def test_images_vary_with_requests_in_flight_alone(capsys: pytest.CaptureFixture
 def test_load_varies_the_images_of_a_request(address: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Every number with every number in flight, the smallest first."""
     short = ["--seconds=0.1", "--warm-up=0.05", "--rounds=1"]
-    assert resnet.main(["load", address, "--images=8,1", "--in-flight=2,1", *short]) == 0
+    assert cli.main(["load", address, "--images=8,1", "--in-flight=2,1", *short]) == 0
     points = json.loads(capsys.readouterr().out.splitlines()[-1])["points"]
     measured = [(point["images_per_request"], point["in_flight"]) for point in points]
     assert measured == [(1, 1), (1, 2), (8, 1), (8, 2)]
@@ -97,7 +97,7 @@ def test_load_varies_the_images_of_a_request(address: str, capsys: pytest.Captur
 def test_load_refuses_options_that_are_no_numbers_above_0(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     """As argparse does."""
     with pytest.raises(SystemExit, match="2"):
-        resnet.main(["load", "127.0.0.1:1", option])
+        cli.main(["load", "127.0.0.1:1", option])
     assert option.partition("=")[0] in capsys.readouterr().err
 
 

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.load import server_side
 from benchmarks.load.server_side import ServerTimes
 from resnet import BadInput
-from serving.client.client import Client
+from serving.client import Client
 
 
 def test_the_server_counts_between_two_moments(address: str) -> None:

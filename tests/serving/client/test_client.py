@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from benchmarks.harness.process import serve
 from protos import classifier_pb2 as pb
 from protos.classifier_pb2_grpc import ClassifierServicer, add_ClassifierServicer_to_server
-from serving.batching import Batching
-from serving.client.client import Answer, AsyncClient, Client, Result, Tls
+from serving.client import Answer, AsyncClient, Client, Result, Tls
 from serving.client.stream import PORTION_IMAGES, PORTIONS
+from serving.config import Batching, Limits
 from serving.errors import (
     DeadlineExceeded,
     InternalError,
@@ -35,8 +35,8 @@ from serving.errors import (
     to_failure,
     to_trailers,
 )
-from serving.limits import Limits
-from serving.models import registry
+from serving.models import loader, registry
+from serving.models.model import Model
 from serving.runtimes.cost import CostCurve
 from serving.server import Server
 from serving.transports.grpcio import CODES
@@ -48,12 +48,12 @@ Encode = Callable[[NDArray[np.uint8]], bytes]
 
 
 @pytest.fixture
-def start(repository: Path, transport: str) -> Iterator[Callable[..., tuple[Server, registry.Model]]]:
+def start(repository: Path, transport: str) -> Iterator[Callable[..., tuple[Server, Model]]]:
     """Starts servers of the digits, and stops them in the end."""
     servers: list[Server] = []
 
-    def begin(max_queue: int = 1024) -> tuple[Server, registry.Model]:
-        model = registry.load(repository / "digits" / "1", "cpu", Batching(max_queue=max_queue))
+    def begin(max_queue: int = 1024) -> tuple[Server, Model]:
+        model = loader.load(repository / "digits" / "1", "cpu", Batching(max_queue=max_queue))
         servers.append(Server(registry.ModelRegistry([model]), "127.0.0.1", 0, Limits(), transport=transport))
         return servers[-1], model
 
@@ -186,7 +186,7 @@ def test_what_is_wrong_with_the_question_is_raised(address: str) -> None:
 
 
 def test_a_stream_is_as_fast_as_a_queue_that_holds_less(
-    start: Callable[..., tuple[Server, registry.Model]], heldout: Heldout, probabilities: NDArray[np.float32]
+    start: Callable[..., tuple[Server, Model]], heldout: Heldout, probabilities: NDArray[np.float32]
 ) -> None:
     """What the queue has no room for waits for the answers that are under way: no retries are needed for it."""
     server, _ = start(max_queue=PORTION_IMAGES)
@@ -423,7 +423,7 @@ def test_a_silent_server_is_given_up() -> None:
 # Several servers
 
 
-def test_requests_go_to_all_servers_in_turn(start: Callable[..., tuple[Server, registry.Model]]) -> None:
+def test_requests_go_to_all_servers_in_turn(start: Callable[..., tuple[Server, Model]]) -> None:
     """And to the other one when one stops, without an error."""
     (first, one), (second, two) = start(), start()
     with Client([first.address, second.address]) as client:
@@ -442,7 +442,7 @@ def test_requests_go_to_all_servers_in_turn(start: Callable[..., tuple[Server, r
         assert two.statistics.counts().success.count == before[1] + 15
 
 
-def test_a_stream_goes_on_when_its_server_stops(start: Callable[..., tuple[Server, registry.Model]]) -> None:
+def test_a_stream_goes_on_when_its_server_stops(start: Callable[..., tuple[Server, Model]]) -> None:
     """With the other one, and nothing is lost or answered twice."""
     servers = [start(), start()]
     images = pixels(*(number % 256 for number in range(3000)))
@@ -464,7 +464,7 @@ def test_a_stream_goes_on_when_its_server_stops(start: Callable[..., tuple[Serve
 
 @pytest.mark.slow
 def test_a_server_that_is_killed_is_replaced_by_another(
-    repository: Path, start: Callable[..., tuple[Server, registry.Model]]
+    repository: Path, start: Callable[..., tuple[Server, Model]]
 ) -> None:
     """Requests and streams that it had not answered are answered by the other one."""
     server, model = start()
@@ -516,7 +516,7 @@ def test_a_client_lives_beside_tritons() -> None:
     """It loads our classifier.proto only, whose names nobody else has."""
     code = """
 import sys
-import serving.client.client
+import serving.client
 print([name for name in sys.modules if name.startswith("protos.") and "classifier" not in name])
 import tritonclient.grpc
 """

@@ -21,12 +21,11 @@ from numpy.typing import NDArray
 from tensorflow_serving.apis import get_model_status_pb2, model_service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
-import resnet
 from export import repository as repositories
-from resnet import BadInput
-from serving.client.client import Client
-from serving.limits import Limits
-from serving.models import registry, version_policy
+from resnet import BadInput, cli
+from serving.client import Client
+from serving.config import Limits
+from serving.models import loader, registry, version_policy
 from serving.models.version_policy import ALL, VersionPolicy
 from serving.models.watcher import Watcher
 from serving.server import Server
@@ -48,7 +47,7 @@ class Watched:
     """A server of a repository, which is looked at on demand."""
 
     def __init__(self, repository: Path) -> None:
-        load = partial(registry.load, device="cpu")
+        load = partial(loader.load, device="cpu")
         self.models = registry.ModelRegistry([load(repository / "digits" / "1")])
         self.watcher = Watcher(repository, self.models, load, {"pinned": VersionPolicy(listed=(1, 3))})
         self.repository = repository
@@ -176,7 +175,7 @@ def test_labels_name_versions_and_keep_them(
     pixels = triton.InferInput("image", [1, 32, 32, 3], "UINT8").set_data_from_numpy(heldout[0][:1])
 
     def label(*words: str) -> int:
-        return resnet.main(["models", "label", str(model), *words])
+        return cli.main(["models", "label", str(model), *words])
 
     with triton.InferenceServerClient(address) as client:
 
@@ -189,7 +188,7 @@ def test_labels_name_versions_and_keep_them(
         assert label("stable", "2") == 0
         watched.watcher.scan()
         assert [answering(version) for version in ("", "stable", "canary")] == ["3", "2", "3"]
-        assert resnet.main(["models", "prune", str(model), "--keep", "1"]) == 0
+        assert cli.main(["models", "prune", str(model), "--keep", "1"]) == 0
         assert repositories.versions(model) == [2, 3]
         assert label("canary") == 0
         watched.watcher.scan()

@@ -13,9 +13,9 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 
-from serving.client.client import Client
-from serving.limits import Limits
-from serving.models import registry
+from serving.client import Client
+from serving.config import Limits
+from serving.models import loader, registry
 from serving.observability.metrics import MetricsServer
 from serving.server import Server
 
@@ -25,14 +25,16 @@ METRIC = re.compile(r"\bresnet_\w+")
 @pytest.fixture
 def dashboard() -> dict[str, Any]:
     """As it ships, in the package."""
-    content: dict[str, Any] = json.loads(resources.files("serving.observability").joinpath("dashboard.json").read_text())
+    content: dict[str, Any] = json.loads(
+        resources.files("serving.observability").joinpath("dashboard.json").read_text()
+    )
     return content
 
 
 @pytest.fixture
 def page(repository: Path) -> Iterator[str]:
     """What Prometheus reads of a server that has answered, and has refused a version."""
-    served = registry.ModelRegistry([registry.load(repository / "digits" / "1", "cpu", tune=True)])
+    served = registry.ModelRegistry([loader.load(repository / "digits" / "1", "cpu", tune=True)])
     served.refuse("digits", 2, "its files were changed")
     with Server(served, "127.0.0.1", 0, Limits()) as server, Client(server.address) as client:
         client.classify(np.zeros((1, 32, 32, 3), np.uint8))

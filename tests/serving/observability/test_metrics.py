@@ -11,13 +11,11 @@ import pytest
 from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 
-import resnet
-from resnet import BadInput
-from serving.batching import Batching
-from serving.client.client import Client
+from resnet import BadInput, cli
+from serving.client import Client
+from serving.config import Batching, Limits
 from serving.errors import InvalidRequest
-from serving.limits import Limits
-from serving.models import registry
+from serving.models import loader, registry
 from serving.observability.metrics import MetricsServer
 from serving.server import Server
 
@@ -27,7 +25,7 @@ Heldout = tuple[NDArray[np.uint8], NDArray[np.int32]]
 @pytest.fixture
 def served(repository: Path) -> registry.ModelRegistry:
     """A model that nobody has asked yet."""
-    return registry.ModelRegistry([registry.load(repository / "digits" / "1", "cpu")])
+    return registry.ModelRegistry([loader.load(repository / "digits" / "1", "cpu")])
 
 
 @pytest.fixture
@@ -75,7 +73,7 @@ def test_the_page_agrees_with_what_was_asked(
 
 def test_costs_of_batches_are_on_the_page(repository: Path) -> None:
     """Of the sizes that were measured at load, and how they are computed."""
-    model = registry.load(repository / "digits" / "1", "cpu", Batching(max_batch=4), tune=True)
+    model = loader.load(repository / "digits" / "1", "cpu", Batching(max_batch=4), tune=True)
     with (
         MetricsServer(registry.ModelRegistry([model]), "127.0.0.1", 0) as server,
         urlopen(f"http://{server.address}") as page,
@@ -102,4 +100,4 @@ def test_a_port_in_use_is_one_sentence(
     """And one that is none."""
     with pytest.raises(BadInput, match="choose another with --metrics-port"):
         MetricsServer(served, "127.0.0.1", int(metrics.address.rpartition(":")[2]))
-    assert resnet.main(["serve", str(repository), "--metrics-port=70000"]) == 2
+    assert cli.main(["serve", str(repository), "--metrics-port=70000"]) == 2

@@ -18,17 +18,17 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-import resnet
 from protos import classifier_pb2 as pb
 from protos import inference_pb2
 from protos.classifier_pb2_grpc import ClassifierStub
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
+from resnet import cli
+from serving.config import Limits
 from serving.errors import InvalidRequest
-from serving.limits import Limits
 from serving.logs import JsonFormatter
-from serving.models import registry
+from serving.models import loader, registry
 from serving.observability.tracing import Tracing
-from serving.runtimes.onnx import Images
+from serving.runtimes.base import Images
 from serving.server import Server
 from tests.serving.test_app import SERVE
 
@@ -80,7 +80,7 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
 def traced(collector: Collector, repository: Path) -> Iterator[tuple[Tracing, str]]:  # noqa: ARG001  # listens first
     """A server that is traced, and its address."""
     tracing = Tracing()
-    model = registry.load(repository / "digits" / "1", "cpu")
+    model = loader.load(repository / "digits" / "1", "cpu")
     tracing.follow(model)
     with Server(registry.ModelRegistry([model]), "127.0.0.1", 0, Limits(), tracing=tracing) as server:
         yield tracing, server.address
@@ -156,7 +156,7 @@ def test_each_request_of_a_stream_adds_its_phases(traced: tuple[Tracing, str], c
 def test_phases_belong_to_the_call_that_they_began_with(collector: Collector, repository: Path) -> None:
     """Whichever they end within."""
     tracing = Tracing()
-    model = registry.load(repository / "digits" / "1", "cpu")
+    model = loader.load(repository / "digits" / "1", "cpu")
     tracing.follow(model)
     tracer = tracing.provider.get_tracer("test")
     with tracer.start_as_current_span("first") as first:
@@ -186,7 +186,7 @@ def test_a_missing_extra_is_named(
     """One sentence."""
     monkeypatch.delitem(sys.modules, "serving.observability.tracing", raising=False)
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    assert resnet.main(["serve", str(repository), "--port=0", "--trace"]) == 2
+    assert cli.main(["serve", str(repository), "--port=0", "--trace"]) == 2
     assert "install resnet with its extra 'tracing'" in capsys.readouterr().err
 
 

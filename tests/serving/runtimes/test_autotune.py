@@ -11,14 +11,14 @@ import msgspec
 import numpy as np
 import pytest
 
-import resnet
 from export.manifest import Budget, Manifest
-from resnet import BadInput
-from serving.batching import Batching
-from serving.models import registry
+from resnet import BadInput, cli
+from serving.config import Batching
+from serving.models import loader
 from serving.runtimes import autotune, openvino
 from serving.runtimes.autotune import TuningLookup, choose, find_violations, measure, tune
-from serving.runtimes.onnx import Images, OnnxEngine, Probabilities
+from serving.runtimes.base import Images, Probabilities
+from serving.runtimes.onnx import OnnxEngine
 from serving.runtimes.openvino import OpenvinoEngine
 from serving.runtimes.plan import ExecutionPlan, describe, list_plans
 
@@ -138,15 +138,15 @@ def version(repository: Path) -> Path:
 @pytest.fixture
 def manifest(version: Path) -> Manifest:
     """Its manifest."""
-    return registry.read_checked(version)
+    return loader.read_checked(version)
 
 
 def find(
     version: Path, max_batch: int = 4, ways: list[ExecutionPlan] | None = None, again: bool = False
 ) -> TuningLookup:
     """Tune the fp32 variant of a version."""
-    manifest = registry.read_checked(version)
-    variant = registry.find_variant(version, manifest, "fp32")
+    manifest = loader.read_checked(version)
+    variant = loader.find_variant(version, manifest, "fp32")
     return tune(version, manifest, variant, max_batch, ways or [ONE, TWO], again)
 
 
@@ -155,8 +155,8 @@ def test_what_was_measured_is_not_measured_again(version: Path, cache: Path, mon
     first = find(version)
     assert not first.cached
     assert list(first.tuning.ns) == [1, 2, 4]
-    assert [path.name for path in cache.iterdir()] == [first.tuning.setting.path.name]
-    assert not find(version, ways=[ONE]).cached
+    assert [path.name for path in cache.iterdir()] == [first.tuning.key.path.name]
+    assert not find(version, candidates=[ONE]).cached
     assert not find(version, max_batch=3).cached
     with monkeypatch.context() as patch:
         patch.setattr(autotune, "name_cpu", lambda: "another")
@@ -172,20 +172,20 @@ def test_a_cache_that_is_broken_is_measured_again(
     content: bytes, version: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With a line in the log; then it holds again."""
-    path = find(version, ways=[ONE]).tuning.setting.path
+    path = find(version, candidates=[ONE]).tuning.key.path
     path.write_bytes(content)
-    assert not find(version, ways=[ONE]).cached
+    assert not find(version, candidates=[ONE]).cached
     assert [line.partition(" (")[0] for line in read_warnings(caplog)] == [f"{path} cannot be used"]
-    assert find(version, ways=[ONE]).cached
+    assert find(version, candidates=[ONE]).cached
 
 
 def test_a_cache_of_another_setting_is_measured_again(version: Path) -> None:
     """Whatever the name of the file says."""
-    path = find(version, ways=[ONE]).tuning.setting.path
+    path = find(version, candidates=[ONE]).tuning.key.path
     content = json.loads(path.read_text())
     content["setting"]["cpu"] = "another"
     path.write_text(json.dumps(content))
-    assert not find(version, ways=[ONE]).cached
+    assert not find(version, candidates=[ONE]).cached
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(
@@ -194,7 +194,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(
     """The log says so once."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert not find(version, ways=[ONE]).cached
+    assert not find(version, candidates=[ONE]).cached
     assert len(read_warnings(caplog)) == 1
     assert "cannot be written (Not a directory); the model will be measured at each start" in caplog.text
 
@@ -215,8 +215,8 @@ def test_users_without_a_home_have_no_cache(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_tuned_model_computes_what_a_plain_one_does(version: Path) -> None:
     """It knows its costs and says how it computes; a plain one learns the costs later."""
-    model = registry.load(version, "cpu", Batching(max_batch=8), tune=True)
-    plain = registry.load(version, "cpu", Batching(max_batch=8))
+    model = loader.load(version, "cpu", Batching(max_batch=8), tune=True)
+    plain = loader.load(version, "cpu", Batching(max_batch=8))
     for count in (1, 3, 8, 20):
         images = np.random.default_rng(count).integers(0, 256, (count, 32, 32, 3), np.uint8)
         np.testing.assert_allclose(model.engine.run(images), plain.engine.run(images), rtol=0, atol=1e-6)
@@ -256,13 +256,13 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeOpenvino]:
 
 def test_openvino_is_chosen_where_it_is_faster_and_the_same(fake: type[FakeOpenvino], version: Path) -> None:
     """Beside the ways of onnxruntime, or as the only runtime; without measuring it may be asked for, too."""
-    assert describe(find(version, ways=[ONE, TWO, OTHER]).tuning.plan) == "2 threads of OpenVINO"
+    assert describe(find(version, candidates=[ONE, TWO, OTHER]).tuning.plan) == "2 threads of OpenVINO"
     for tuned in (True, False):
-        model = registry.load(version, "auto", Batching(max_batch=4), runtime="openvino", tune=tuned)
+        model = loader.load(version, "auto", Batching(max_batch=4), runtime="openvino", tune=tuned)
         assert model.engine.provider == fake.provider
     assert re.fullmatch(r"\d+ threads of OpenVINO", model.plan)
     assert (
-        registry.load(version, "cpu", Batching(max_batch=4), runtime="onnxruntime", tune=True).engine.provider
+        loader.load(version, "cpu", Batching(max_batch=4), runtime="onnxruntime", tune=True).engine.provider
         == "CPUExecutionProvider"
     )
 
@@ -272,15 +272,15 @@ def test_openvino_is_not_chosen_where_it_answers_otherwise(
 ) -> None:
     """The log says why; if it alone may be used, that is an error."""
     fake.error = 1e-3
-    found = find(version, ways=[ONE, TWO, OTHER]).tuning
+    found = find(version, candidates=[ONE, TWO, OTHER]).tuning
     assert describe(found.plan) == "1 thread"
     assert found.refusals["openvino"].startswith(
         "the largest difference of onnx at batch size 1 is 0.001, above 1e-05;"
     )
-    assert registry.load(version, "cpu", Batching(max_batch=4), tune=True).engine.provider == "CPUExecutionProvider"
+    assert loader.load(version, "cpu", Batching(max_batch=4), tune=True).engine.provider == "CPUExecutionProvider"
     assert "digits/1 is not computed by openvino: the largest difference" in caplog.text
     with pytest.raises(BadInput, match="choose another --runtime: the largest difference of onnx"):
-        registry.load(version, "cpu", Batching(max_batch=4), runtime="openvino")
+        loader.load(version, "cpu", Batching(max_batch=4), runtime="openvino")
 
 
 def test_a_runtime_that_cannot_load_a_model_is_left_out(
@@ -292,10 +292,10 @@ def test_a_runtime_that_cannot_load_a_model_is_left_out(
         raise BadInput("model.onnx cannot be run by OpenVINO: an operator is missing")
 
     monkeypatch.setattr(fake, "__init__", fail)
-    found = find(version, ways=[ONE, TWO, OTHER]).tuning
-    assert [*found.ways, *found.refusals] == [ONE, TWO, "openvino"]
+    found = find(version, candidates=[ONE, TWO, OTHER]).tuning
+    assert [*found.candidates, *found.refusals] == [ONE, TWO, "openvino"]
     with pytest.raises(BadInput, match=r"choose another --runtime: model\.onnx cannot be run by OpenVINO"):
-        find(version, ways=[OTHER])
+        find(version, candidates=[OTHER])
 
 
 class Table:
@@ -335,7 +335,7 @@ def test_another_runtime_may_lose_what_the_certificate_leaves(
 
 def command(*arguments: object) -> int:
     """Run `resnet tune`."""
-    return resnet.main(["tune", *map(str, arguments)])
+    return cli.main(["tune", *map(str, arguments)])
 
 
 def test_the_command_shows_what_was_measured(repository: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -386,5 +386,5 @@ def test_the_command_refuses_in_one_sentence(
 def test_openvino_is_held_against_the_certificate(version: Path) -> None:
     """Where it is installed, it passes."""
     pytest.importorskip("openvino")
-    engine = registry.load(version, "cpu", Batching(max_batch=4), runtime="openvino", tune=True).engine
+    engine = loader.load(version, "cpu", Batching(max_batch=4), runtime="openvino", tune=True).engine
     assert engine.provider == OpenvinoEngine.provider

@@ -23,9 +23,10 @@ from export import manifest
 from export.manifest import Budget, Certificate, Cost, Manifest, Preprocessing, TensorSpec, Variant
 from export.repository import models as list_models
 from resnet import BadInput
-from serving.batching import Batching
+from serving.config import Batching
 from serving.errors import InternalError
-from serving.models import registry
+from serving.models import loader, registry
+from serving.models.model import Model
 from serving.runtimes import cuda, cuda_buffers
 from serving.runtimes.cuda import CudaEngine, EnginePool
 from serving.scheduling import batcher
@@ -206,8 +207,12 @@ def test_batches_that_are_put_together_ahead_get_their_own_answers(
     monkeypatch.setattr(batcher, "LARGE_BYTES", 0)
     machine.devices = devices
     engine = cuda.load(path, about(), "cuda", 8)
-    model = registry.start(
-        about(), engine, Batching(max_batch=8, max_queue=10**6, max_queue_ms=1e9), instances=engine.instances, leaders=engine
+    model = loader.start(
+        about(),
+        engine,
+        Batching(max_batch=8, max_queue=10**6, max_queue_ms=1e9),
+        instances=engine.instances,
+        threads=engine,
     )
     calls, send = itertools.count(), cuda_buffers.Buffers.send
 
@@ -241,10 +246,10 @@ def test_batches_that_are_put_together_ahead_get_their_own_answers(
 def test_a_replaced_version_gives_its_memory_back_with_its_last_answer(machine: Machine, path: Path) -> None:
     """Not only when the next change comes: the one after it may need the room."""
 
-    def start(version: int) -> registry.Model:
+    def start(version: int) -> Model:
         engine = cuda.load(path, about(), "cuda", 4)
         which = msgspec.structs.replace(about(), version=version)
-        return registry.start(which, engine, Batching(max_batch=4), instances=engine.instances, leaders=engine)
+        return loader.start(which, engine, Batching(max_batch=4), instances=engine.instances, threads=engine)
 
     begun, gate = threading.Event(), threading.Event()
     served = registry.ModelRegistry([start(1)])
@@ -254,7 +259,7 @@ def test_a_replaced_version_gives_its_memory_back_with_its_last_answer(machine: 
         answer = caller.submit(submit, served.find("shapes").batcher, pixels(2))
         assert begun.wait(10)
         machine.on_run = lambda _: None
-        served.put(start(2))
+        served.add(start(2))
         served.retain("shapes", {2}, {})
         assert len(machine.allocated) == 2 * size
         gate.set()
@@ -425,7 +430,9 @@ def test_a_gpu_that_fails_does_not_take_what_others_could_do(
 
     machine.devices = 2
     engine = cuda.load(path, about(), "cuda", 4)
-    model = registry.start(about(), engine, Batching(max_batch=4, max_queue=1000), instances=engine.instances, leaders=engine)
+    model = loader.start(
+        about(), engine, Batching(max_batch=4, max_queue=1000), instances=engine.instances, threads=engine
+    )
     machine.on_run = run
     with ThreadPoolExecutor(8) as callers:
         answers = [callers.submit(submit, model.batcher, pixels(1, seed)) for seed in range(200)]
@@ -452,7 +459,9 @@ def test_a_batcher_leads_on_the_threads_that_compute(machine: Machine, path: Pat
         return run(images)
 
     engine.run = watch  # type: ignore[method-assign]
-    model = registry.start(about(), engine, Batching(max_batch=4, max_queue=100), instances=engine.instances, leaders=engine)
+    model = loader.start(
+        about(), engine, Batching(max_batch=4, max_queue=100), instances=engine.instances, threads=engine
+    )
     led.clear()  # of those that warmed it up
     batcher = model.batcher
     with ThreadPoolExecutor(8) as callers:

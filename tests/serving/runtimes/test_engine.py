@@ -10,15 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from serving.models import registry
+from serving.models import loader
+from serving.runtimes.base import Images, Probabilities
+from serving.runtimes.composite import ConcurrentEngine, SizedEngine
 from serving.runtimes.cores import count_cores
-from serving.runtimes.onnx import (
-    ConcurrentEngine,
-    Images,
-    OnnxEngine,
-    Probabilities,
-    SizedEngine,
-)
+from serving.runtimes.onnx import OnnxEngine
 from serving.runtimes.openvino import OpenvinoEngine
 from serving.runtimes.plan import ExecutionPlan, list_plans
 
@@ -113,7 +109,7 @@ def test_the_size_decides_which_engine_computes() -> None:
 @pytest.mark.parametrize("way", list_plans("onnxruntime", cores=4))
 def test_every_way_computes_the_same(way: ExecutionPlan, repository: Path) -> None:
     """As one session on one thread does, for all sizes of batches, but for rounding."""
-    manifest = registry.read_checked(repository / VERSION)
+    manifest = loader.read_checked(repository / VERSION)
     path = repository / VERSION / "model.onnx"
     plain, engine = OnnxEngine(path, manifest, 1), way.build(path, manifest)
     for count in range(1, 34):
@@ -125,7 +121,7 @@ def test_every_way_computes_the_same(way: ExecutionPlan, repository: Path) -> No
 def test_openvino_computes_the_same(threads: int, repository: Path) -> None:
     """Where it is installed, within what the certificate allows; also of pixels that may not be written."""
     pytest.importorskip("openvino")
-    manifest = registry.read_checked(repository / VERSION)
+    manifest = loader.read_checked(repository / VERSION)
     path = repository / VERSION / "model.onnx"
     plain, engine = OnnxEngine(path, manifest, 1), ExecutionPlan("openvino", threads).build(path, manifest)
     assert engine.provider == OpenvinoEngine.provider

@@ -13,7 +13,9 @@ CURVE = CostCurve({1: 1 * MS, 4: 2 * MS})
 FOREVER = float("inf")
 
 
-def load(queued: int = 0, running: tuple[tuple[int, float], ...] = (), instances: int = 1, contention: float = 1) -> QueueState:
+def load(
+    queued: int = 0, running: tuple[tuple[int, float], ...] = (), instances: int = 1, contention: float = 1
+) -> QueueState:
     """Return what there is to do at the time 0, in batches of 4."""
     return QueueState(queued, queued, running, instances, contention, 4, CURVE, 0)
 
@@ -77,7 +79,14 @@ def test_an_answer_comes_with_its_batch(state: QueueState, images: int, ms: floa
         (load(queued=3), 1, 0.9, QueueLimits(9, FOREVER), DeadlineExceeded, "to compute takes 1 ms, 1 ms are left"),
         (load(queued=3), 1, -5, QueueLimits(9, FOREVER), DeadlineExceeded, "to compute takes 1 ms, 0 ms are left"),
         (load(queued=3), 1, FOREVER, QueueLimits(9, FOREVER, 2 * MS), None, ""),
-        (load(queued=3), 1, FOREVER, QueueLimits(9, FOREVER, MS), Overloaded, "too long for the server's latency target"),
+        (
+            load(queued=3),
+            1,
+            FOREVER,
+            QueueLimits(9, FOREVER, MS),
+            Overloaded,
+            "too long for the server's latency target",
+        ),
     ],
 )
 def test_what_keeps_a_request_out(

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.batching import Batching
+from serving.config import Batching
 from serving.errors import Cancelled, DeadlineExceeded, InternalError, Overloaded, Unavailable
+from serving.runtimes.base import Gather, Images, Probabilities
 from serving.runtimes.cost import CostCurve
-from serving.runtimes.onnx import Images, Probabilities
 from serving.scheduling import batcher
 from serving.scheduling.batcher import Batcher
-from serving.scheduling.queue import DEFAULT_PRIORITY, BatchResult, Gather, Outcome
+from serving.scheduling.queue import DEFAULT_PRIORITY, BatchResult, Outcome
 from tests.serving.waiting import submit
 
 
@@ -76,12 +76,12 @@ class Bench:
         pool: ThreadPoolExecutor,
         curve: CostCurve | None = None,
         overflow: int = 0,
-        leaders: Ahead | None = None,
+        threads: Ahead | None = None,
         **batching: float,
     ) -> None:
         self.engine = GatedEngine()
         options: dict[str, Any] = {"max_batch": 4, "max_queue": 8, "max_queue_ms": float("inf"), **batching}
-        self.batcher = Batcher(self.engine.run, Batching(**options), curve, overflow=overflow, leaders=leaders)
+        self.batcher = Batcher(self.engine.run, Batching(**options), curve, overflow=overflow, threads=threads)
         self._pool = pool
 
     def lead(self, *values: int) -> Future[BatchResult]:
@@ -164,7 +164,7 @@ def test_a_full_batch_is_put_together_while_another_is_computed(
     """Those in it wait as the others do, and are computed though the engine fails on the batch before."""
     monkeypatch.setattr(batcher, "LARGE_BYTES", 24)  # two images of this test
     leaders = Ahead()
-    bench = Bench(pool, leaders=leaders, max_queue=20)
+    bench = Bench(pool, threads=leaders, max_queue=20)
     futures = [bench.lead(1), *(bench.wait(value, 100 + value) for value in range(2, 8))]
     bench.compute()
     assert bench.engine.entered.acquire(timeout=10)
@@ -192,7 +192,7 @@ def test_what_is_put_together_ahead_is_given_up_for_who_goes_first(
     """And for those who left: their images are not computed, and neither waits longer than it would have."""
     monkeypatch.setattr(batcher, "LARGE_BYTES", 24)
     leaders, here = Ahead(), True
-    bench = Bench(pool, leaders=leaders, max_queue=20)
+    bench = Bench(pool, threads=leaders, max_queue=20)
     futures = [bench.lead(1), bench.wait(2, 102), bench.wait(3, 103)]
     left = bench.wait(4, 104, alive=lambda: here)
     futures.append(bench.wait(5, 105))
@@ -210,7 +210,7 @@ def test_what_is_put_together_ahead_is_given_up_for_who_goes_first(
 def test_a_thread_that_cannot_be_had_ends_nothing(pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then batches are put together when they begin."""
     monkeypatch.setattr(batcher, "LARGE_BYTES", 24)
-    bench = Bench(pool, leaders=Ahead(), max_queue=20)
+    bench = Bench(pool, threads=Ahead(), max_queue=20)
     bench.batcher._gatherer.shutdown()
     futures = [bench.lead(1), *(bench.wait(value, 100 + value) for value in range(2, 8))]
     bench.compute(4)

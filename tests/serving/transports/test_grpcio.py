@@ -11,7 +11,7 @@ import pytest
 
 from protos import classifier_pb2 as pb
 from protos.classifier_pb2_grpc import ClassifierStub
-from serving.limits import Limits
+from serving.config import Limits
 from serving.protocols import calls
 from serving.protocols.inputs import InputDecoder
 from serving.transports import grpcio

@@ -22,11 +22,10 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from protos import POOL, inference_pb2
 from protos import classifier_pb2 as pb
-from serving.limits import Limits
-from serving.models import registry
+from serving.config import Limits, Transport
+from serving.models import loader, registry
 from serving.protocols.inputs import SMALL_PIXELS, PixelBudget
 from serving.server import SERVICE, SERVICES, Server
-from serving.transports.choice import Transport
 from tests.acceptance import wire
 from tests.acceptance.bombs import draw
 from tests.acceptance.wire import Http2Connection, explain_goaway, pack_headers, pack_message
@@ -45,7 +44,7 @@ def serve(repository: Path, transport: Transport) -> Iterator[Callable[..., str]
     servers: list[Server] = []
 
     def start(**limits: Any) -> str:
-        served = registry.ModelRegistry([registry.load(repository / "digits" / "1", "cpu")])
+        served = registry.ModelRegistry([loader.load(repository / "digits" / "1", "cpu")])
         servers.append(Server(served, "127.0.0.1", 0, Limits(**limits), transport=transport))
         return servers[-1].address
 

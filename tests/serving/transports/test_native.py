@@ -18,9 +18,9 @@ from protos import classifier_pb2 as pb
 from protos.classifier_pb2_grpc import ClassifierStub
 from resnet import BadInput
 from serving import config, errors
-from serving.client.client import Client
-from serving.limits import Limits
-from serving.models import registry
+from serving.client import Client
+from serving.config import Limits
+from serving.models import loader, registry
 from serving.protocols import calls
 from serving.protocols.classifier import Classifier
 from serving.protocols.inputs import InputDecoder
@@ -32,7 +32,7 @@ from tests.serving import gated
 @pytest.fixture
 def loaded(repository: Path) -> registry.ModelRegistry:
     """The digits."""
-    return registry.ModelRegistry([registry.load(repository / "digits" / "1", "cpu")])
+    return registry.ModelRegistry([loader.load(repository / "digits" / "1", "cpu")])
 
 
 def serve(loaded: registry.ModelRegistry, token: str | None = None, **limits: Any) -> Server:

@@ -14,12 +14,12 @@ import tritonclient.grpc as triton
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from numpy.typing import NDArray
 
-import resnet
-from serving.client import client
-from serving.client.client import Client
+from resnet import cli
+from serving import client
+from serving.client import Client
+from serving.config import Limits
 from serving.errors import Unauthenticated, Unavailable
-from serving.limits import Limits
-from serving.models import registry
+from serving.models import loader, registry
 from serving.server import Server
 from serving.transports.auth import ADMIN, Tokens
 from serving.transports.call import Methods, Unary
@@ -38,7 +38,7 @@ def serve(repository: Path) -> Callable[..., Server]:
     """Starts a server of the digits."""
 
     def start(tls: ServerTls | None = None, token: str | None = None, admin_token: str | None = None) -> Server:
-        served = registry.ModelRegistry([registry.load(repository / "digits" / "1", "cpu")])
+        served = registry.ModelRegistry([loader.load(repository / "digits" / "1", "cpu")])
         return Server(served, "127.0.0.1", 0, Limits(), tls, token, admin_token)
 
     return start
@@ -91,9 +91,9 @@ def test_several_encrypted_servers_have_one_name(
                     with pytest.raises(Unavailable):
                         connection.classify(IMAGE)
         arguments = ["classify", str(tmp_path / "zero.png"), "--tls-ca", str(root), "--server", first.address]
-        assert resnet.main([*arguments, "--server", second.address, "--tls-name", "127.0.0.1"]) == 0
+        assert cli.main([*arguments, "--server", second.address, "--tls-name", "127.0.0.1"]) == 0
         assert "zero.png" in capsys.readouterr().out
-        assert resnet.main([*arguments, "--server", second.address]) == 2
+        assert cli.main([*arguments, "--server", second.address]) == 2
         assert "say which their certificates have" in capsys.readouterr().err
 
 
@@ -232,9 +232,9 @@ def test_the_command_line_classifies_with_certificates_and_token(
     (tmp_path / "zero.png").write_bytes(png(IMAGE[0]))
     with serve(ServerTls(certificate, key), "open-sesame") as server:
         arguments = ["classify", str(tmp_path / "zero.png"), "--server", server.address, "--tls-ca", str(root)]
-        assert resnet.main([*arguments, "--token-file", str(tmp_path / "token")]) == 0
+        assert cli.main([*arguments, "--token-file", str(tmp_path / "token")]) == 0
         assert "zero.png" in capsys.readouterr().out
-        assert resnet.main(arguments) == 2
+        assert cli.main(arguments) == 2
         assert "the server refused: this server wants a token" in capsys.readouterr().err
 
 
@@ -252,5 +252,5 @@ def test_what_cannot_be_used_is_one_sentence(
     options: list[str], message: str, repository: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit code 2."""
-    assert resnet.main(["serve", str(repository), "--port=0", *options]) == 2
+    assert cli.main(["serve", str(repository), "--port=0", *options]) == 2
     assert message in capsys.readouterr().err

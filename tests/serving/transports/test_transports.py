@@ -12,17 +12,16 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-import resnet
 from protos import inference_pb2
 from protos.classifier_pb2_grpc import ClassifierStub
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
-from resnet import BadInput
-from serving.client.client import Client
-from serving.limits import Limits
-from serving.models import registry
+from resnet import BadInput, cli
+from serving.client import Client
+from serving.config import Limits, Transport
+from serving.models import loader, registry
 from serving.server import Server
 from serving.transports.call import APART
-from serving.transports.choice import Transport, choose
+from serving.transports.choice import choose
 from tests.serving import gated
 
 IMAGE = np.zeros((1, 32, 32, 3), np.uint8)
@@ -31,7 +30,7 @@ IMAGE = np.zeros((1, 32, 32, 3), np.uint8)
 @pytest.fixture
 def loaded(repository: Path) -> registry.ModelRegistry:
     """The digits."""
-    return registry.ModelRegistry([registry.load(repository / "digits" / "1", "cpu")])
+    return registry.ModelRegistry([loader.load(repository / "digits" / "1", "cpu")])
 
 
 @pytest.mark.parametrize(
@@ -62,7 +61,7 @@ def test_the_transport_is_told(
     ):
         told = GRPCInferenceServiceStub(channel).ServerMetadata(inference_pb2.ServerMetadataRequest())
         assert f"transport:{transport}" in told.extensions
-    assert resnet.main(["serve", "models", "--print-config", f"--transport={transport}"]) == 0
+    assert cli.main(["serve", "models", "--print-config", f"--transport={transport}"]) == 0
     assert f"# the transport will be {transport}, by --transport\n" in capsys.readouterr().out
 
 
@@ -137,7 +136,7 @@ def test_a_server_listens_on_a_unix_socket(repository: Path, tmp_path: Path, tra
     """Which is gone with it; what a server that was killed left behind is in nobody's way."""
     path = tmp_path / "s"
     for _ in range(2):
-        loaded = registry.ModelRegistry([registry.load(repository / "digits" / "1", "cpu")])
+        loaded = registry.ModelRegistry([loader.load(repository / "digits" / "1", "cpu")])
         with Server(loaded, f"unix:{path}", 0, Limits(), transport=transport) as server:
             assert server.address == f"unix:{path}"
             with Client(server.address) as client:

@@ -1,0 +1,212 @@
+"""Options of commands: each is a field of a dataclass, declared once with its type, default, bounds, choices and help.
+
+    @dataclass(frozen=True, kw_only=True)
+    class Settings:
+        epochs: int = option(20, "passes over the training images", low=1)
+
+        def __post_init__(self) -> None:
+            check(self)
+
+`add_options` makes flags of the fields, `read` makes an instance of what was given. The type of a field is bool, int, float,
+str or Path, a Literal of texts, one of these or None, or a tuple of them, which is written with commas.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+from resnet import BadInput
+
+OptionsT = TypeVar("OptionsT")
+
+TRUTH = {"true": True, "1": True, "false": False, "0": False}
+KINDS: Mapping[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    Path: "a path",
+}
+METAVARS: Mapping[type, str] = {bool: "", int: "N", float: "X", str: "TEXT", Path: "FILE"}
+
+
+class Kind(NamedTuple):
+    """What an option's value may be: a `type`, or a tuple of it, and if there are choices one of these."""
+
+    type: type
+    several: bool = False
+    choices: tuple[str, ...] = ()
+
+
+def option(
+    default: Any,
+    meaning: str,
+    low: float = -math.inf,
+    high: float = math.inf,
+    choices: Sequence[str] = (),
+    metavar: str = "",
+) -> Any:
+    """Declare an option.
+
+    Args:
+        default: Its value where none is given; MISSING makes it a positional argument that must be given.
+        meaning: Its help.
+        low: The least value.
+        high: The largest value.
+        choices: All values that there are, where its type is no Literal; none allows any.
+        metavar: What the help calls the value.
+    """
+    metadata = {"help": meaning, "low": low, "high": high, "choices": tuple(choices), "metavar": metavar}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def options(declared: type) -> tuple[dataclasses.Field[Any], ...]:
+    """Return the fields of a dataclass that are options."""
+    return tuple(field for field in dataclasses.fields(declared) if field.metadata)
+
+
+def kinds(declared: type) -> dict[str, Kind]:
+    """Return the types of a dataclass' options, by name."""
+    hints = get_type_hints(declared)
+    return {field.name: _find_kind(hints[field.name], field.metadata["choices"]) for field in options(declared)}
+
+
+def check(instance: Any, name_of: Callable[[str], str] | None = None) -> None:
+    """Hold the options of an instance against their bounds and choices.
+
+    Args:
+        instance: Of a dataclass with options.
+        name_of: Returns what the user called a field; by default its flag.
+
+    Raises:
+        BadInput: A value is out of range.
+    """
+    found = kinds(type(instance))
+    for field in options(type(instance)):
+        name = name_of(field.name) if name_of else flag(field)
+        value = getattr(instance, field.name)
+        for item in value if isinstance(value, tuple) else (value,):
+            _check_value(field, found[field.name].choices, item, name)
+
+
+def add_options(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup, declared: type, show_defaults: bool = True
+) -> None:
+    """Add the flags of a dataclass' options; all values stay text, and absent ones None, until `read`."""
+    found = kinds(declared)
+    for field in options(declared):
+        kind, meaning = found[field.name], field.metadata["help"]
+        shape: dict[str, Any] = {"metavar": _find_metavar(field, kind)}
+        if kind.type is bool:
+            shape = {"action": argparse.BooleanOptionalAction, "default": None}
+        if field.default is MISSING:
+            shape |= {"nargs": "?"}
+        elif show_defaults and kind.type is not bool:
+            meaning += _show_default(field.default)
+        parser.add_argument(flag(field) if field.default is not MISSING else field.name, help=meaning, **shape)
+
+
+def given(args: argparse.Namespace, declared: type) -> dict[str, Any]:
+    """Return the values that were given as flags, by the names of their fields.
+
+    Raises:
+        BadInput: A value is not of its option's type.
+    """
+    found = kinds(declared)
+    return {
+        field.name: convert(value, found[field.name], flag(field))
+        for field in options(declared)
+        if (value := getattr(args, field.name)) is not None
+    }
+
+
+def read(args: argparse.Namespace, declared: type[OptionsT]) -> OptionsT:
+    """Return the options that were given as flags, with defaults for the others.
+
+    Raises:
+        BadInput: A value is not of its option's type or out of range, or one that must be given is missing.
+    """
+    found = given(args, declared)
+    for field in options(declared):
+        if field.default is MISSING and field.name not in found:
+            raise BadInput(f"{flag(field)} is missing")
+    return declared(**found)
+
+
+def convert(value: object, kind: Kind, name: str) -> Any:
+    """Return a value as its field takes it; flags and environment variables give text, TOML files typed values.
+
+    Args:
+        value: As it was given.
+        kind: The field's.
+        name: What the user calls the option.
+
+    Raises:
+        BadInput: It is of another type.
+    """
+    if kind.several:
+        items = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+        return tuple(convert(item, Kind(kind.type), name) for item in items)
+    if isinstance(value, str):
+        if value:
+            try:
+                return TRUTH[value] if kind.type is bool else kind.type(value)
+            except (KeyError, ValueError):
+                pass
+    elif type(value) is kind.type:
+        return value
+    elif kind.type is float and type(value) is int:
+        return float(value)
+    elif kind.type is bool and isinstance(value, bool):
+        return value
+    raise BadInput(f"{name} must be {KINDS[kind.type]}, not {value!r}")
+
+
+def flag(field: dataclasses.Field[Any]) -> str:
+    """Return an option as the command line writes it."""
+    return field.name.upper() if field.default is MISSING else f"--{field.name.replace('_', '-')}"
+
+
+def _check_value(field: dataclasses.Field[Any], choices: Sequence[str], value: Any, name: str) -> None:
+    low, high = field.metadata["low"], field.metadata["high"]
+    if value is None or isinstance(value, bool):
+        return
+    if isinstance(value, int | float) and not low <= value <= high:
+        bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise BadInput(f"{name} must be {bounds}, not {value}")
+    if choices and value not in choices:
+        raise BadInput(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _find_kind(hint: Any, choices: tuple[str, ...]) -> Kind:
+    if get_origin(hint) is UnionType:
+        (hint,) = [kind for kind in get_args(hint) if kind is not NoneType]
+    if get_origin(hint) is Literal:
+        return Kind(str, choices=get_args(hint))
+    if get_origin(hint) is tuple:
+        return _find_kind(get_args(hint)[0], choices)._replace(several=True)
+    return Kind(hint, choices=choices)
+
+
+def _find_metavar(field: dataclasses.Field[Any], kind: Kind) -> str:
+    if field.metadata["metavar"]:
+        return str(field.metadata["metavar"])
+    if kind.choices:
+        return f"{{{','.join(kind.choices)}}}"
+    if field.default is MISSING:
+        return field.name.upper()
+    return f"{METAVARS[kind.type]},..." if kind.several else METAVARS[kind.type]
+
+
+def _show_default(default: Any) -> str:
+    if default is None or default in ("", ()):
+        return ""
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    return f" (default: {shown:g})" if isinstance(shown, float) else f" (default: {shown})"

@@ -1,0 +1,35 @@
+"""Answer classification requests over gRPC, with the models of a repository: the latest version of each, or others.
+
+A new version takes over as soon as it is loaded and checked; SIGHUP looks for one at once. Every option may also be a
+variable, RESNET_PORT for --port, or a key of a TOML file, which --print-config writes.
+
+Examples:
+  resnet serve models
+  resnet serve models --port 0 --device cuda
+  resnet serve models --print-config > serve.toml; resnet serve --config serve.toml
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from serving import config
+from serving.transports import choice
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `resnet serve`."""
+    config.configure(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve, or print the options."""
+    loaded = config.load(args)
+    if args.print_config:
+        print(loaded.to_toml(), end="")
+        transport, reason = choice.choose(loaded.transport, loaded.host, loaded.tls_cert is not None)
+        print(f"# the transport will be {transport}, {reason}")
+        return
+    from serving import app
+
+    app.serve(loaded)

@@ -1,0 +1,43 @@
+"""Engines made of others: one for each batch size, or one for a batch alone and one for concurrent batches."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections.abc import Mapping
+
+from serving.runtimes.base import Engine, Images, Probabilities
+
+
+class ConcurrentEngine:
+    """Computes a batch with all cores while it is the only one, and concurrent batches with one core each."""
+
+    def __init__(self, alone: Engine, beside: Engine) -> None:
+        """Use `alone` for one batch at a time; several threads may run `beside`."""
+        self._alone, self._beside, self._running = alone, beside, 0
+        self._lock = threading.Lock()
+        self.provider = alone.provider
+
+    def run(self, images: Images) -> Probabilities:
+        """Map uint8 [n, height, width, 3] to float32 [n, classes]."""
+        with self._lock:
+            engine = self._beside if self._running else self._alone
+            self._running += 1
+        try:
+            return engine.run(images)
+        finally:
+            with self._lock:
+                self._running -= 1
+
+
+class SizedEngine:
+    """Computes each batch with the engine for its size."""
+
+    def __init__(self, engines: Mapping[int, Engine]) -> None:
+        """Use `engines`, by the largest batch that each is for, ascending; the last is for larger ones too."""
+        self._sizes, self._engines = list(engines), list(engines.values())
+        self.provider = " and ".join(dict.fromkeys(engine.provider for engine in self._engines))
+
+    def run(self, images: Images) -> Probabilities:
+        """Map uint8 [n, height, width, 3] to float32 [n, classes]."""
+        return self._engines[bisect_left(self._sizes, min(len(images), self._sizes[-1]))].run(images)
