@@ -1,1 +1,1 @@
-"""A trained Keras model to a verified model version: SavedModel, ONNX, and the proof that they compute the same."""
+"""From a trained Keras model to a model version: its conversions, and the proof that they compute the same."""

@@ -1,4 +1,4 @@
-"""What a graph costs to keep and to run."""
+"""Size and arithmetic of an ONNX graph."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import onnx
 from export.manifest import Cost
 
 
-def measure(graph: onnx.ModelProto, converted: int) -> Cost:
+def measure(graph: onnx.ModelProto, nodes_converted: int) -> Cost:
     """Return the cost of an ONNX model for one image.
 
     Args:
-        graph: The model, with a free first axis.
-        converted: Nodes that it had before it was cleaned.
+        graph: The model, with a dynamic first axis.
+        nodes_converted: Number of its nodes before it was simplified.
     """
     fixed = onnx.ModelProto()
     fixed.CopyFrom(graph)
@@ -27,7 +27,7 @@ def measure(graph: onnx.ModelProto, converted: int) -> Cost:
         shapes[value.name] = [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
     return Cost(
         nodes=len(graph.graph.node),
-        nodes_converted=converted,
+        nodes_converted=nodes_converted,
         parameters=sum(math.prod(tensor.dims) for tensor in graph.graph.initializer),
         bytes=graph.ByteSize(),
         multiply_adds=sum(_multiply_adds(node, shapes) for node in inferred.node),
@@ -35,7 +35,7 @@ def measure(graph: onnx.ModelProto, converted: int) -> Cost:
 
 
 def _multiply_adds(node: onnx.NodeProto, shapes: dict[str, list[int]]) -> int:
-    """Count those of convolutions and matrix products, beside which all others do not matter."""
+    """Count the multiply-adds of convolutions and matrix products; all others are negligible."""
     if node.op_type == "Conv":  # weights are [filters, channels of a group, height, width]
         return math.prod(shapes[node.output[0]]) * math.prod(shapes[node.input[1]][1:])
     if node.op_type in ("Gemm", "MatMul"):

@@ -1,6 +1,6 @@
-"""manifest.json: what a model version contains, and the proof that its files compute what the original does.
+"""manifest.json: the files of a model version, and the certificate that they compute the same as the original.
 
-The format is defined here, once; the export writes it and the server reads it. Loading this module needs no TensorFlow.
+The export writes it and the server reads it; its format is defined here only. Loading this module needs no TensorFlow.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from resnet import BadInput
 
 FORMAT = 2
 NAME = "manifest.json"
-ROUNDING = 1e-9  # of a difference of two accuracies; an image among a million weighs a thousand times as much
+ROUNDING = 1e-9  # error of a difference of two accuracies; one image of a million is a thousand times as much
+REQUIRED = ("onnx", "saved_model")  # variants without which a certificate does not hold
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Name, NumPy dtype and shape of an input or output; -1 stands for the batch axis."""
+    """Name, NumPy dtype and shape of an input or output; the batch axis is -1."""
 
     name: str
     dtype: str
@@ -27,12 +28,13 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a variant may differ by. A limit that is None is not set.
+    """The permitted difference of a variant from the original; a limit of None is not checked.
 
     Attributes:
-        max_difference: Largest absolute difference of any probability; with it, no answer may name another class.
-        accuracy_drop: How much lower the accuracy may be than the original's, as a share: 0.005 is half a point.
-        tie: Where the original's two best probabilities are closer than this, either class may win.
+        max_difference: Largest absolute difference of any probability. If it is set, the predicted classes must be the
+            same too.
+        accuracy_drop: Largest loss of accuracy, as a share: 0.005 is half a point.
+        tie: If the two best probabilities of the original are closer than this, either class is right.
     """
 
     max_difference: float | None = None
@@ -49,17 +51,17 @@ class Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How one variant answers at one batch size, against the Keras original on the same images.
+    """The comparison of one variant at one batch size with the Keras original, on the same images.
 
     Attributes:
-        batch_size: Images in one call.
+        batch_size: Images per call.
         max_difference: Largest absolute difference of any probability.
         mean_difference: Mean absolute difference of all probabilities.
-        top1_agreement: Share of images for which both name the same class, 0 to 1.
-        top1_disagreements: Images with another class although the original's two best are no tie.
-        accuracy: Share of images whose class is right, 0 to 1.
-        class_agreement: `top1_agreement` among the images of each class; None for a class that none is of.
-        worst: Indices of the images with the largest differences, at most ten, the worst first.
+        top1_agreement: Share of images with the same predicted class, 0 to 1.
+        top1_disagreements: Number of images with another predicted class, without ties of the original.
+        accuracy: Share of correctly classified images, 0 to 1.
+        class_agreement: `top1_agreement` of the images of each class; None for a class without images.
+        worst: Indices of the images with the largest differences, at most ten, largest first.
     """
 
     batch_size: int
@@ -73,16 +75,16 @@ class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One converted model and how it answers.
+    """One converted model and its comparison with the original.
 
     Attributes:
-        name: `onnx` or `saved_model`, or `onnx-fp16` or `onnx-int8` for less precision.
-        path: Its file inside the version; `.` for the SavedModel, which is the folder itself.
-        precision: Of its computation: `fp32`, `fp16` or `int8`.
-        method: How its precision was reached, in words; empty for fp32.
-        budget: What it may differ by.
-        rows: Its figures at each batch size.
-        speedup: How many times faster than `onnx` it was on the exporting machine's CPU, by batch size.
+        name: Name of its format, as `onnx` or `saved_model`; `onnx-fp16` and `onnx-int8` in lower precision.
+        path: Its file inside the version folder; `.` for a SavedModel, which is the folder itself.
+        precision: Precision of its computation: `fp32`, `fp16` or `int8`.
+        method: How its precision was lowered, in words; empty for fp32.
+        budget: The permitted difference.
+        rows: The comparison at each batch size.
+        speedup: Its speed on the CPU of the exporting machine, as a multiple of that of `onnx`, by batch size.
     """
 
     name: str
@@ -94,7 +96,12 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     speedup: dict[int, float]
 
     def violations(self, images: int, accuracy: float) -> Iterator[str]:
-        """Yield a clause for every figure that is outside the budget, given those of the original."""
+        """Yield a clause for every figure outside the budget.
+
+        Args:
+            images: Number of images of the comparison.
+            accuracy: Accuracy of the original, 0 to 1.
+        """
         if not self.rows:
             yield f"there is no evidence for {self.name}"
         if self.budget.max_difference is None and self.budget.accuracy_drop is None:
@@ -103,12 +110,12 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             where = f"of {self.name} at batch size {row.batch_size}"
             limit = self.budget.max_difference
             if limit is not None:
-                if not row.max_difference <= limit:  # so that NaN counts as outside
+                if not row.max_difference <= limit:  # NaN is outside too
                     yield f"the largest difference {where} is {row.max_difference:.3g}, above {limit:.3g}"
                 if row.top1_disagreements:
-                    yield f"{row.top1_disagreements} of {images} answers {where} name another class than Keras"
+                    yield f"{row.top1_disagreements} of {images} predictions {where} name another class than Keras"
             drop = self.budget.accuracy_drop
-            # Shares of so many images: 59.2 % less 59.1 % is a rounding error more than 0.1 %.
+            # In floating point, 59.2 % less 59.1 % is slightly more than 0.1 %.
             if drop is not None and not accuracy - row.accuracy <= drop + ROUNDING:
                 yield (
                     f"the accuracy {where} is {row.accuracy:.2%}, {100 * (accuracy - row.accuracy):.2f} points below "
@@ -117,13 +124,13 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The evidence: every variant at every batch size, on images that the model was not trained on.
+    """The comparison of every variant with the original, on images that the model was not trained on.
 
     Attributes:
         images: Number of images.
-        images_sha256: Hash of their pixels and classes.
-        accuracy: Share of images that the Keras original classifies right, 0 to 1.
-        variants: The converted models; `onnx` and `saved_model` among them.
+        images_sha256: Hash of their pixels and labels.
+        accuracy: Share of images that the Keras original classifies correctly, 0 to 1.
+        variants: The converted models, those of `REQUIRED` among them.
     """
 
     images: int
@@ -132,30 +139,30 @@ class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     variants: list[Variant]
 
     def find(self, name: str) -> Variant | None:
-        """Return the variant of this name."""
+        """Return the variant with this name, or None."""
         return next((variant for variant in self.variants if variant.name == name), None)
 
     def violations(self) -> Iterator[str]:
-        """Yield a clause for every figure that is outside its budget, and for evidence that is missing."""
-        for name in ("onnx", "saved_model"):
+        """Yield a clause for every figure outside its budget, and for missing evidence."""
+        for name in REQUIRED:
             if not self.find(name):
                 yield f"there is no evidence for {name}"
         if self.images < 1:
-            yield "there are no images behind it"
+            yield "it was made without images"
         for variant in self.variants:
             yield from variant.violations(self.images, self.accuracy)
 
 
 class Cost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the graph of `model.onnx` costs.
+    """Size and arithmetic of the graph in `model.onnx`.
 
     Attributes:
-        nodes: Its operators.
-        nodes_converted: How many it had before it was cleaned.
-        parameters: Values of its constants.
+        nodes: Number of operators.
+        nodes_converted: Number of operators before simplification.
+        parameters: Number of values in its constants.
         bytes: Size of the file.
-        multiply_adds: Multiplications, each with an addition, of convolutions and matrix products for one image; twice
-            as many floating-point operations.
+        multiply_adds: Multiply-adds of convolutions and matrix products for one image; each is two floating-point
+            operations.
     """
 
     nodes: int
@@ -166,7 +173,7 @@ class Cost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What happens to an image file before it is a row of the input; scaling of values is part of the graph."""
+    """How an image file becomes a row of the input; scaling of values is part of the graph."""
 
     color: str = "RGB"
     resize: str = "bilinear"
@@ -179,19 +186,19 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         format: Version of this format.
         model: Name of the model.
         version: Number of the model version.
-        created: Time of the export, ISO 8601, UTC.
+        created: Time of the export, in ISO 8601, UTC.
         input: The images: uint8 [-1, height, width, 3].
         output: The probabilities: float32 [-1, classes].
         labels: Names of the classes, in the order of the output.
         preprocessing: How an image file becomes pixels.
         opset: Operator set of the ONNX file.
-        cost: What its graph costs.
-        versions: Libraries that took part, by name.
-        cpu: Processor on which the certificate was made.
-        training: Where the weights come from, as the run's metrics.json says; None for a model from elsewhere.
-        files: SHA-256 of every other file of the version, by path inside it.
-        certificate: The proof.
-        digest: SHA-256 of all of the above, as compact JSON with sorted keys: an edited figure shows.
+        cost: Size and arithmetic of the ONNX graph.
+        versions: Versions of the libraries used in the export, by name.
+        cpu: Name of the CPU on which the certificate was made.
+        training: Content of metrics.json of the training; None for a model that `resnet train` did not make.
+        files: SHA-256 of every other file of the version, by path inside its folder.
+        certificate: The comparison with the original.
+        digest: SHA-256 of all of the above, as compact JSON with sorted keys; it reveals edits.
     """
 
     format: int
@@ -217,7 +224,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         (folder / NAME).write_bytes(msgspec.json.format(msgspec.json.encode(complete), indent=2) + b"\n")
 
     def compute_digest(self) -> str:
-        """Return what `digest` should be."""
+        """Return the digest of the other attributes."""
         plain = msgspec.to_builtins(msgspec.structs.replace(self, digest=""), str_keys=True)
         content = msgspec.json.encode(plain, order="deterministic")
         return hashlib.sha256(content).hexdigest()
@@ -231,21 +238,21 @@ def read(folder: Path) -> Manifest:
     """Read the manifest of the version in `folder`.
 
     Raises:
-        BadInput: It is missing, is not valid, or describes another version or format.
+        BadInput: It is missing or invalid, has another format, or belongs to another version.
     """
     path = folder / NAME
     try:
         text = path.read_bytes()
-        found = msgspec.json.decode(text, type=_Header).format
-        if found != FORMAT:
-            raise BadInput(f"{path} has format {found}, this version of resnet reads {FORMAT}; export again")
+        number = msgspec.json.decode(text, type=_Header).format
+        if number != FORMAT:
+            raise BadInput(f"{path} has format {number}, this version of resnet reads {FORMAT}; export again")
         manifest = msgspec.json.decode(text, type=Manifest)
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror}); export the model again") from None
     except msgspec.DecodeError as error:
         raise BadInput(f"{path} is not a valid manifest ({error}); export the model again") from None
     if manifest.digest != manifest.compute_digest():
-        raise BadInput(f"{path} was edited: its digest differs from what it says; export the model again")
+        raise BadInput(f"{path} was edited: its digest differs from that of its content; export the model again")
     if str(manifest.version) != folder.name or manifest.model != folder.parent.name:
         raise BadInput(
             f"{path} belongs to {manifest.model}/{manifest.version}, not to {folder.parent.name}/{folder.name}"
@@ -258,13 +265,13 @@ def read(folder: Path) -> Manifest:
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file below `folder` but its manifest, by path inside it."""
+    """Return the SHA-256 of every file below `folder` except its manifest, by path inside the folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
     return {path.relative_to(folder).as_posix(): _hash(path) for path in paths}
 
 
 def changed_files(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """Yield a clause for every file that is missing or differs from what the manifest says of it."""
+    """Yield a clause for every file that is missing or whose SHA-256 is not that of the manifest."""
     for name, expected in manifest.files.items():
         path = folder / name
         if not path.is_file():

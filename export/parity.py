@@ -1,4 +1,4 @@
-"""The proof: a converted model against the Keras original, on images that the model was not trained on."""
+"""The comparison of converted models with the Keras original, on images that the model was not trained on."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ Predict = Callable[[NDArray[np.uint8]], Probabilities]
 """From uint8 [n, height, width, 3] to float32 [n, classes]."""
 
 BATCH_SIZES = (1, 3, 64)
-WORST = 10  # images of each row that the certificate names
+WORST = 10  # images that the certificate lists for each variant and batch size
 
 
 class ParityError(CheckFailed):
-    """A converted model does not compute what the original does."""
+    """A converted model does not compute the same as the original."""
 
 
 class ShapeError(ParityError):
-    """The output has another shape or dtype than the original's."""
+    """The output has another shape or dtype than that of the original."""
 
 
 class VariantError(ParityError):
-    """A variant of lower precision loses more than its budget; the version is published without it."""
+    """A variant in lower precision is outside its budget; the version is published without it."""
 
 
 class RunError(ParityError):
-    """A converted model cannot be run at all, or not at every batch size."""
+    """A converted model cannot be run, or not at every batch size."""
 
 
 class EvidenceError(ParityError):
-    """The evidence is not that of the model: the original itself answers otherwise than its training says."""
+    """The evidence is not that of the model: the original has another accuracy than its training measured."""
 
 
 class BudgetError(ParityError):
@@ -50,19 +50,20 @@ def certify(
     images: NDArray[np.uint8],
     labels: NDArray[np.int32],
 ) -> Certificate:
-    """Compare every variant with the original on all images, at every batch size.
+    """Compare every variant with the original on all images, at every batch size of `BATCH_SIZES`.
 
     Args:
         reference: The Keras original.
-        variants: The converted models, with or without rows, and how each is called.
+        variants: The converted models, each with the function that runs it; their rows are ignored.
         images: Held-out images, uint8 [n, height, width, 3].
-        labels: Their classes, int32 [n].
+        labels: Their labels, int32 [n].
 
     Returns:
-        A certificate, whose variants have the rows that were measured now.
+        A certificate with new rows for all variants.
 
     Raises:
-        ShapeError: A variant answers in another shape or dtype.
+        RunError: A model cannot be run.
+        ShapeError: The output of a variant has another shape or dtype than that of the original.
     """
     expected = _predict(reference, images, max(BATCH_SIZES), "Keras")
     measured = []
@@ -76,23 +77,23 @@ def certify(
 
 
 def check(certificate: Certificate) -> None:
-    """Raise `BudgetError` if a figure of the certificate is outside its budget; the message names each."""
+    """Raise `BudgetError`, which names every figure of the certificate that is outside its budget."""
     violations = list(certificate.violations())
     if violations:
-        raise BudgetError("the converted model does not compute what the original does: " + "; ".join(violations))
+        raise BudgetError("the converted model does not compute the same as the original: " + "; ".join(violations))
 
 
 def compare(
     expected: Probabilities, actual: Probabilities, labels: NDArray[np.int32], batch_size: int, tie: float
 ) -> Parity:
-    """Return the figures of one variant at one batch size.
+    """Compare the output of one variant at one batch size with that of the original.
 
     Args:
-        expected: The original's probabilities, float32 [n, classes].
-        actual: The variant's, of the same shape.
-        labels: The right classes, int32 [n].
-        batch_size: Images in one call to the variant.
-        tie: Where the original's two best probabilities are closer than this, either class may win.
+        expected: Probabilities of the original, float32 [n, classes].
+        actual: Probabilities of the variant, float32 [n, classes].
+        labels: The labels of the images, int32 [n].
+        batch_size: Images per call of the variant.
+        tie: If the two best probabilities of the original are closer than this, either class is right.
 
     Raises:
         ShapeError: The two differ in shape or dtype.
@@ -113,13 +114,13 @@ def compare(
         top1_agreement=float(agree.mean()),
         top1_disagreements=int(np.sum(~agree & (first - second >= tie))),
         accuracy=_accuracy(actual, labels),
-        class_agreement=[float(found.mean()) if len(found) else None for found in classes],
+        class_agreement=[float(same.mean()) if len(same) else None for same in classes],
         worst=np.argsort(-difference.max(axis=1), kind="stable")[:WORST].tolist(),
     )
 
 
 def hash_images(images: NDArray[np.uint8], labels: NDArray[np.int32]) -> str:
-    """Return the SHA-256 of pixels and classes."""
+    """Return the SHA-256 of pixels and labels."""
     digest = hashlib.sha256(repr(images.shape).encode())
     digest.update(np.ascontiguousarray(images).data)
     digest.update(np.ascontiguousarray(labels.astype("<i4")).data)
@@ -127,7 +128,7 @@ def hash_images(images: NDArray[np.uint8], labels: NDArray[np.int32]) -> str:
 
 
 def describe(certificate: Certificate) -> str:
-    """Return the certificate as a table for people."""
+    """Return the certificate as a table to print."""
     rows: list[Sequence[str]] = [("", "batch", "max difference", "mean", "same class", "accuracy")]
     rows.append(("keras", "", "", "", "", f"{certificate.accuracy:.2%}"))
     rows += [
@@ -151,20 +152,20 @@ def describe(certificate: Certificate) -> str:
             f"  {variant.name:<12} {variant.precision}, allowed {variant.budget}"
             + (f"; {variant.method}" if variant.method else "")
             + (f"; speed {speed}" if speed else "")
-            + (f"; furthest off on images {worst}" if worst else "")
+            + (f"; largest differences on images {worst}" if worst else "")
         )
     return "\n".join(lines)
 
 
 def _predict(predict: Predict, images: NDArray[np.uint8], batch_size: int, title: str) -> Probabilities:
-    from rich.progress import track  # here, so that a server compares without it
+    from rich.progress import track  # here, because a server compares models without it
 
     starts = range(0, len(images), batch_size)
     try:
         return np.concatenate(
             [predict(images[start : start + batch_size]) for start in track(starts, f"  {title:<28}")]
         )
-    except Exception as error:  # each library has exceptions of its own
+    except Exception as error:  # each library has its own exceptions
         raise RunError(f"{title}: the model cannot be run: {error}") from error
 
 

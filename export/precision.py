@@ -1,4 +1,4 @@
-"""Variants of an exported ONNX file in lower precision: half precision, and 8-bit integers."""
+"""Variants of an ONNX file in lower precision: 16-bit floating point and 8-bit integers."""
 
 from __future__ import annotations
 
@@ -14,108 +14,113 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnxruntime import quantization
+from onnxruntime import quantization as quantizer
 from onnxruntime.quantization import CalibrationMethod
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers import float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 
-# Sums over many values, and exponentials: half precision overflows or flushes to zero there.
+# Sums of many values and exponentials overflow or underflow in half precision.
 KEPT_IN_FP32 = ("GlobalAveragePool", "ReduceMean", "Softmax")
 CALIBRATION_BATCH = 32
 
 
 class Quantization(NamedTuple):
-    """One way to choose the scales of an int8 model.
+    """Settings of a quantization to int8.
 
     Attributes:
-        method: How the range of each activation is taken from what the calibration images show.
-        reduced: Weights of 7 bits: on x86 without VNNI the products of 8-bit values can overflow.
-        ends: The first convolution and the last matrix product stay in fp32, whose errors weigh most.
+        calibration: How the range of each activation follows from its values for the calibration images.
+        reduce_range: Use 7 bits for weights: on x86 without VNNI the products of 8-bit values can overflow.
+        outer_fp32: Keep the first convolution and the last matrix product, whose errors matter most, in fp32.
     """
 
-    method: CalibrationMethod
-    reduced: bool
-    ends: bool
+    calibration: CalibrationMethod
+    reduce_range: bool
+    outer_fp32: bool
 
     def __str__(self) -> str:
-        bits, kept = 7 if self.reduced else 8, ", first and last layer in fp32" if self.ends else ""
-        return f"{self.method.name.lower()} calibration, {bits}-bit weights{kept}"
+        bits, fp32 = 7 if self.reduce_range else 8, ", first and last layer in fp32" if self.outer_fp32 else ""
+        return f"{self.calibration.name.lower()} calibration, {bits}-bit weights{fp32}"
 
 
-# From the fastest to the most careful.
-SEARCH = (
-    Quantization(CalibrationMethod.MinMax, reduced=False, ends=False),
-    Quantization(CalibrationMethod.MinMax, reduced=True, ends=False),
-    Quantization(CalibrationMethod.MinMax, reduced=True, ends=True),
-    Quantization(CalibrationMethod.Percentile, reduced=True, ends=True),
-    Quantization(CalibrationMethod.Entropy, reduced=True, ends=True),
+# From the fastest model to the most accurate one.
+QUANTIZATIONS = (
+    Quantization(CalibrationMethod.MinMax, reduce_range=False, outer_fp32=False),
+    Quantization(CalibrationMethod.MinMax, reduce_range=True, outer_fp32=False),
+    Quantization(CalibrationMethod.MinMax, reduce_range=True, outer_fp32=True),
+    Quantization(CalibrationMethod.Percentile, reduce_range=True, outer_fp32=True),
+    Quantization(CalibrationMethod.Entropy, reduce_range=True, outer_fp32=True),
 )
 
 
 class Reduction(NamedTuple):
-    """One way to reach a precision: in words, and as a function that writes the first file's variant to the second."""
+    """One way to lower the precision.
+
+    Attributes:
+        method: A description for people.
+        write: Reads the fp32 file, its first argument, and writes the variant to the second.
+    """
 
     method: str
     write: Callable[[Path, Path], None]
 
 
-def attempts(precision: str, calibration: NDArray[np.uint8] | None) -> list[Reduction]:
-    """Return the ways to reach a precision, from the fastest to the most careful.
+def list_reductions(precision: str, calibration: NDArray[np.uint8] | None) -> list[Reduction]:
+    """Return the reductions to a precision, from the fastest model to the most accurate one.
 
     Args:
         precision: `fp16` or `int8`.
-        calibration: Images that the model was trained on, uint8 [n, height, width, 3]; int8 needs them.
+        calibration: Training images, uint8 [n, height, width, 3]; int8 needs them.
     """
     if precision == "fp16":
         return [Reduction(f"{', '.join(KEPT_IN_FP32)} in fp32", to_fp16)]
     assert calibration is not None
-    return [Reduction(str(how), partial(to_int8, images=calibration, how=how)) for how in SEARCH]
+    return [Reduction(str(row), partial(to_int8, images=calibration, quantization=row)) for row in QUANTIZATIONS]
 
 
 def to_fp16(source: Path, target: Path) -> None:
-    """Write `source` in half precision; its input and output keep their types."""
+    """Write `source` in half precision; input and output keep their types."""
     blocked = [*float16.DEFAULT_OP_BLOCK_LIST, *KEPT_IN_FP32]
     graph = float16.convert_float_to_float16(onnx.load(source), keep_io_types=True, op_block_list=blocked)
-    OnnxModel(graph).topological_sort()  # the converter appends its casts
+    OnnxModel(graph).topological_sort()  # the converter appends its casts at the end
     onnx.checker.check_model(graph, full_check=True)
     onnx.save(graph, target)
 
 
-def to_int8(source: Path, target: Path, images: NDArray[np.uint8], how: Quantization) -> None:
-    """Write `source` with 8-bit weights per channel and 8-bit activations, as pairs of Quantize and Dequantize.
+def to_int8(source: Path, target: Path, images: NDArray[np.uint8], quantization: Quantization) -> None:
+    """Write `source` with 8-bit weights per channel and 8-bit activations, in the QDQ format of onnxruntime.
 
     Args:
         source: An ONNX file in fp32.
         target: The file to write.
-        images: Images that the model was trained on, uint8 [n, height, width, 3]: they show how large activations get.
-        how: One of `SEARCH`, or one of your own.
+        images: Training images, uint8 [n, height, width, 3], with which the ranges of activations are calibrated.
+        quantization: One of `QUANTIZATIONS`, or other settings.
     """
     graph = onnx.load(source)
-    kept = [node.name for node in graph.graph.node if node.op_type in ("Softmax", "Mul", "Cast")]
-    if how.ends:
+    excluded = [node.name for node in graph.graph.node if node.op_type in ("Softmax", "Mul", "Cast")]
+    if quantization.outer_fp32:
         weighted = [node.name for node in graph.graph.node if node.op_type in ("Conv", "MatMul", "Gemm")]
-        kept += [weighted[0], weighted[-1]]
+        excluded += [weighted[0], weighted[-1]]
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
-        # It prints how it goes about it.
+        # It prints its progress.
         with contextlib.redirect_stdout(io.StringIO()):
-            quantization.quantize_static(
+            quantizer.quantize_static(
                 prepared,
                 target,
-                _Reader(graph.graph.input[0].name, images),
-                quant_format=quantization.QuantFormat.QDQ,
+                _CalibrationReader(graph.graph.input[0].name, images),
+                quant_format=quantizer.QuantFormat.QDQ,
                 per_channel=True,
-                reduce_range=how.reduced,
-                activation_type=quantization.QuantType.QUInt8,
-                weight_type=quantization.QuantType.QInt8,
-                nodes_to_exclude=kept,
-                calibrate_method=how.method,
+                reduce_range=quantization.reduce_range,
+                activation_type=quantizer.QuantType.QUInt8,
+                weight_type=quantizer.QuantType.QInt8,
+                nodes_to_exclude=excluded,
+                calibrate_method=quantization.calibration,
             )
 
 
-class _Reader(quantization.CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
+class _CalibrationReader(quantizer.CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
     def __init__(self, name: str, images: NDArray[np.uint8]) -> None:
         self._batches: Iterator[dict[str, Any]] = (
             {name: images[start : start + CALIBRATION_BATCH]} for start in range(0, len(images), CALIBRATION_BATCH)

@@ -1,4 +1,4 @@
-"""The model repository: REPOSITORY/NAME/VERSION, where VERSION is an integer and the highest is the latest."""
+"""The model repository: folders REPOSITORY/NAME/VERSION. VERSION is an integer; the highest is the latest version."""
 
 from __future__ import annotations
 
@@ -18,35 +18,37 @@ MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def versions(model: Path) -> list[int]:
-    """Return the version numbers in the folder of a model, ascending."""
+    """Return the version numbers of a model, ascending."""
     if not model.is_dir():
         return []
     return sorted(int(path.name) for path in model.iterdir() if path.name.isdecimal() and path.is_dir())
 
 
 def labels(model: Path) -> dict[str, int]:
-    """Return the versions that have labels, by label: each is a link in the folder of the model, as `stable -> 3`."""
+    """Return the labelled versions, by label. A label is a symbolic link in the model folder, as `stable -> 3`."""
     links = [path for path in sorted(model.iterdir()) if path.is_symlink() and not path.name.isdecimal()]
-    found = {link.name: link.readlink().name for link in links if MODEL_NAME.fullmatch(link.name) and link.is_dir()}
-    return {label: int(target) for label, target in found.items() if target.isdecimal()}
+    targets = {link.name: link.readlink().name for link in links if MODEL_NAME.fullmatch(link.name) and link.is_dir()}
+    return {label: int(target) for label, target in targets.items() if target.isdecimal()}
 
 
 def label(model: Path, name: str, number: int) -> None:
-    """Give a label to a version, which takes it from the one that had it.
+    """Set a label to a version; a label that another version has moves.
 
     Raises:
-        BadInput: The label could be a number or part of a path, or there is no such version.
+        BadInput: The label is a number or has other characters than a name, or there is no such version.
     """
     if not MODEL_NAME.fullmatch(name) or name.isdecimal():
-        raise BadInput(f"a label has letters, digits, dots, dashes and underscores and is no number, not {name!r}")
+        raise BadInput(
+            f"the label {name!r} is invalid: use letters, digits, dots, dashes and underscores, and not a number alone"
+        )
     part = model / f"{STAGING}{name}"
     part.unlink(missing_ok=True)
     part.symlink_to(version(model, number).name)
-    part.replace(model / name)  # at once: a server sees the old version or the new one
+    part.replace(model / name)  # atomic: a server sees the old version or the new one
 
 
 def unlabel(model: Path, name: str) -> None:
-    """Take a label away.
+    """Remove a label.
 
     Raises:
         BadInput: There is no such label.
@@ -60,12 +62,12 @@ def latest(model: Path) -> Path:
     """Return the folder of the highest version.
 
     Raises:
-        BadInput: There is none.
+        BadInput: The model has no version.
     """
-    found = versions(model)
-    if not found:
+    numbers = versions(model)
+    if not numbers:
         raise BadInput(f"{model} holds no model version; `resnet export ... --to {model}` makes one")
-    return model / str(found[-1])
+    return model / str(numbers[-1])
 
 
 def version(model: Path, number: int | None) -> Path:
@@ -82,37 +84,37 @@ def version(model: Path, number: int | None) -> Path:
 
 
 def models(repository: Path) -> list[Path]:
-    """Return the folders of all models that have a version, by name.
+    """Return the folders of all models with a version, sorted by name.
 
     Raises:
-        BadInput: There are none.
+        BadInput: There are no models.
     """
     folders = sorted(repository.iterdir()) if repository.is_dir() else []
-    found = [folder for folder in folders if MODEL_NAME.fullmatch(folder.name) and versions(folder)]
-    if not found:
-        raise BadInput(f"{repository} holds no models; `resnet export ... --to {repository}/NAME` puts one there")
-    return found
+    complete = [folder for folder in folders if MODEL_NAME.fullmatch(folder.name) and versions(folder)]
+    if not complete:
+        raise BadInput(f"{repository} holds no models; `resnet export ... --to {repository}/NAME` adds one")
+    return complete
 
 
 @contextmanager
 def staging(model: Path) -> Iterator[Path]:
-    """Yield an empty folder beside the versions of a model, and remove whatever is left of it afterwards.
+    """Yield an empty folder beside the versions of a model, and remove it afterwards if it was not published.
 
-    It is locked for as long as its process lives, so that `prune` can tell it from what a killed export left.
+    Its process holds a lock on it, by which `prune` recognises the folders of killed exports: they have none.
 
     Raises:
-        BadInput: The name of the model is not fit for a folder and a URL, or the folder cannot be written.
+        BadInput: The name of the model is invalid in a path or URL, or the folder cannot be written.
     """
     if not MODEL_NAME.fullmatch(model.name):
         raise BadInput(
-            f"--to {model}: a model's name has letters, digits, dots, dashes and underscores, not {model.name!r}"
+            f"--to {model}: the model name {model.name!r} is invalid; use letters, digits, dots, dashes and underscores"
         )
     try:
         model.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=STAGING, dir=model))
     except OSError as error:
         raise BadInput(f"--to {model} cannot be written: {error.strerror}") from None
-    folder.chmod(0o755)  # mkdtemp keeps it to its owner; a server may run as somebody else
+    folder.chmod(0o755)  # mkdtemp permits only its owner to read it; a server may run as another user
     lock = _lock(folder)
     try:
         yield folder
@@ -123,11 +125,11 @@ def staging(model: Path) -> Iterator[Path]:
 
 
 def publish(staged: Path, finish: Callable[[int], None]) -> Path:
-    """Make a staged folder the next version, visible whole or not at all.
+    """Publish a staged folder as the next version. It appears complete, by a rename, or not at all.
 
     Args:
         staged: A folder from `staging`.
-        finish: Called with the version number before the folder moves; it writes what depends on the number.
+        finish: Called with the version number before the folder moves; it writes the files that depend on the number.
 
     Returns:
         The folder of the version.
@@ -148,18 +150,18 @@ def publish(staged: Path, finish: Callable[[int], None]) -> Path:
 
 
 def prune(model: Path, keep: int) -> Iterator[Path]:
-    """Remove all but the highest versions of a model and those with labels, and what killed exports left.
+    """Remove old versions of a model, except labelled ones, and the staging folders of killed exports.
 
     Args:
         model: REPOSITORY/NAME.
-        keep: How many versions stay, at least 1.
+        keep: Number of highest versions to keep, at least 1.
 
     Yields:
-        Each folder that was removed.
+        Each removed folder.
     """
     labelled = labels(model).values()
     for number in [number for number in versions(model)[:-keep] if number not in labelled]:
-        # Renamed first, so that nobody sees a version with files missing.
+        # Renamed first, so that nobody sees an incomplete version.
         hidden = Path(tempfile.mkdtemp(prefix=STAGING, dir=model))
         (model / str(number)).rename(hidden / str(number))
         shutil.rmtree(hidden)
@@ -173,7 +175,7 @@ def prune(model: Path, keep: int) -> Iterator[Path]:
 
 
 def _lock(folder: Path) -> int | None:
-    """Lock a folder until the returned descriptor is closed or the process ends; None if another process has it."""
+    """Lock a folder until the returned descriptor is closed or the process ends; None if another process holds it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,6 +1,6 @@
-"""Who vouches for a version: an Ed25519 signature (RFC 8032) of its manifest, which in turn has the hash of every file.
+"""The signature of a version: Ed25519 (RFC 8032), over the manifest, which contains the hash of every file.
 
-Keys are PEM files, as `openssl genpkey -algorithm ed25519` writes them; openssl also checks the signature.
+Keys are PEM files as `openssl genpkey -algorithm ed25519` writes them. openssl can check the signatures too.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ NAME = "manifest.sig"
 
 
 def load_private(path: Path) -> Ed25519PrivateKey:
-    """Read the key to sign with.
+    """Read a private key.
 
     Raises:
-        BadInput: It cannot be read, has a password, or is of another kind.
+        BadInput: The file cannot be read, has a password, or holds another kind of key.
     """
     try:
         key = serialization.load_pem_private_key(_read("--sign", path), password=None)
@@ -33,10 +33,10 @@ def load_private(path: Path) -> Ed25519PrivateKey:
 
 
 def load_public(path: Path) -> Ed25519PublicKey:
-    """Read the key to check signatures with.
+    """Read a public key.
 
     Raises:
-        BadInput: It cannot be read or is of another kind.
+        BadInput: The file cannot be read or holds another kind of key.
     """
     try:
         key = serialization.load_pem_public_key(_read("--trust", path))
@@ -56,7 +56,7 @@ def check(folder: Path, key: Ed25519PublicKey) -> None:
     """Check the signature of the version in `folder`.
 
     Raises:
-        CheckFailed: There is none, or it is not that of this manifest by this key.
+        CheckFailed: There is no signature, or this key did not sign this manifest.
     """
     try:
         key.verify((folder / NAME).read_bytes(), (folder / MANIFEST).read_bytes())

@@ -1,4 +1,4 @@
-"""What an export starts from: a trained Keras classifier, the names of its classes, and images it has not seen."""
+"""The input of an export: a trained Keras classifier, its class names, and images that it was not trained on."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import contextlib
 import json
 import re
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,19 +14,21 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from export import preprocessing
+from export.preprocessing import PREPROCESSING
 from resnet import BadInput
 
-TESTED_ROWS = 64  # rows that are enough to tell probabilities from other outputs
+TESTED_ROWS = 64  # enough to distinguish probabilities from other outputs
 
 
 class Evidence(NamedTuple):
-    """What a model is proved with.
+    """The data for the comparison of a model with its conversions.
 
     Attributes:
         labels: Names of the classes, in the order of the output.
         images: Held-out images, uint8 [n, height, width, 3].
-        targets: Their classes, int32 [n].
-        calibration: Training images of the same shape, to choose the scales of int8 with; None if there are none.
+        targets: Their labels, int32 [n].
+        calibration: Training images, uint8 [n, height, width, 3], for the ranges of int8; None if there are none.
     """
 
     labels: tuple[str, ...]
@@ -37,30 +37,16 @@ class Evidence(NamedTuple):
     calibration: NDArray[np.uint8] | None
 
 
-def _imagenet(mode: str) -> Callable[[keras.KerasTensor], keras.KerasTensor]:
-    return partial(keras.applications.imagenet_utils.preprocess_input, data_format="channels_last", mode=mode)
-
-
-# From float32 pixels of 0 to 255 in RGB order to what a model was trained on.
-PREPROCESSING: dict[str, Callable[[keras.KerasTensor], keras.KerasTensor]] = {
-    "identity": lambda x: x,  # EfficientNet
-    "unit": keras.layers.Rescaling(1 / 255),
-    "tf": _imagenet("tf"),  # -1 to 1: MobileNetV2, ResNet50V2
-    "torch": _imagenet("torch"),  # less ImageNet's mean, divided by its deviation: DenseNet
-    "caffe": _imagenet("caffe"),  # BGR less ImageNet's mean: ResNet50
-}
-
-
 @dataclass(frozen=True)
 class Source:
-    """A model and what is known about it.
+    """A trained model, with the evidence and the metrics of its training.
 
     Attributes:
         path: The .keras file.
-        model: The model in it, from uint8 [batch, height, width, 3] to float32 [batch, classes].
-        evidence: What it is proved with.
-        training: What the run's metrics.json says; None for a model from elsewhere.
-        accuracy: Share of the held-out images that the training found right; None if nobody looked at just these.
+        model: The model, from uint8 [batch, height, width, 3] to float32 [batch, classes].
+        evidence: The data for the comparison.
+        training: Content of metrics.json; None for a model that `resnet train` did not make.
+        accuracy: Accuracy on the held-out images as the training measured it, 0 to 1; None if it used other images.
     """
 
     path: Path
@@ -82,15 +68,15 @@ def load(
 
     Args:
         path: A run folder of `resnet train`, or a .keras file.
-        data: A data set, as for `resnet train`, whose test images are the evidence and whose classes are the labels;
-            None uses what lies beside the model.
-        labels: A text file with a class name a line, in the order of the model's outputs; None takes the data set's.
-        preprocess: What the model wants in place of plain pixels, a key of `PREPROCESSING`, which then becomes part of
-            it; None for a model that takes uint8.
-        logits: Append the softmax that the model lacks.
+        data: A data set, as for `resnet train`: its test images are the evidence, its classes the labels. None reads
+            the files beside the model.
+        labels: A text file with one class name per line, in the order of the outputs; None uses those of the data set.
+        preprocess: The preprocessing that the model expects, one of `export.preprocessing.PREPROCESSING`; it becomes
+            part of the model. None for a model of uint8 input.
+        logits: Append a softmax, for a model that ends in logits.
 
     Raises:
-        BadInput: There is no such model, it is no image classifier, or the evidence does not fit it.
+        BadInput: There is no such model, it is no image classifier, or the evidence does not fit.
     """
     file = path / "model.keras" if path.is_dir() else path
     model = _complete(file, _load_model(path, file), preprocess, logits)
@@ -99,23 +85,26 @@ def load(
         evidence = _rename(evidence, labels)
     if evidence.images.shape[1:] != model.input_shape[1:]:
         raise BadInput(
-            f"{file} takes images of {list(model.input_shape[1:])}, "
-            f"the held-out images are {list(evidence.images.shape[1:])}"
+            f"{file} takes images of shape {list(model.input_shape[1:])}, but the held-out images have "
+            f"{list(evidence.images.shape[1:])}; name another data set with --data"
         )
     if len(evidence.labels) != model.output_shape[-1]:
-        raise BadInput(f"{file} has {model.output_shape[-1]} outputs, but there are {len(evidence.labels)} class names")
+        raise BadInput(
+            f"{file} has {model.output_shape[-1]} outputs, but there are {len(evidence.labels)} class names; "
+            "name another data set with --data, or the classes with --labels"
+        )
     rows = model.predict_on_batch(evidence.images[:TESTED_ROWS])
     if not np.all(rows >= 0) or not np.allclose(np.sum(rows, axis=1), 1, atol=1e-3):
         raise BadInput(
-            f"{file} does not end in probabilities: its outputs are not positive with a sum of 1; "
-            "if they are logits, --logits adds the softmax"
+            f"{file} does not end in probabilities: its outputs are negative or do not add up to 1; "
+            "if they are logits, --logits appends a softmax"
         )
     training = _load_metrics(file.parent / "metrics.json")
     accuracy = None
     if training is not None and data is None and labels is None:
         if list(training.get("class_accuracy", evidence.labels)) != list(evidence.labels):
             raise BadInput(f"{file.parent / 'labels.txt'} names other classes than metrics.json, or in another order")
-        if training["images"]["test"] == len(evidence.images):  # else they are a sample
+        if training["images"]["test"] == len(evidence.images):  # otherwise the held-out images are a sample
             accuracy = training["accuracy"]
     return Source(file, model, evidence, training, accuracy)
 
@@ -127,9 +116,11 @@ def _load_model(path: Path, file: Path) -> keras.Model:
         raise BadInput(f"{path} holds no model.keras; finish its training with `resnet train ... --resume`")
     try:
         model = keras.models.load_model(file, compile=False)
-    except Exception as error:  # Keras reports unreadable files by many types
+    except Exception as error:  # Keras raises many types for unreadable files
         text = str(error).strip() or type(error).__name__
-        advice = "; an export takes the layers of Keras alone" if "Lambda" in text or "locate class" in text else ""
+        advice = (
+            "; only the built-in layers of Keras can be exported" if "Lambda" in text or "locate class" in text else ""
+        )
         raise BadInput(f"{file} is not a Keras model that can be loaded ({text.splitlines()[0]}){advice}") from None
     if len(model.inputs) != 1 or len(model.outputs) != 1:
         raise BadInput(
@@ -143,38 +134,38 @@ def _in_float32(model: keras.Model) -> keras.Model:
     text = model.to_json()
     if "mixed_" not in text:
         return model
-    print("the model was trained in mixed precision: what is exported and proved computes in float32")
+    print("the model was trained in mixed precision; the exported model computes in float32")
     full = keras.models.model_from_json(re.sub(r'"mixed_b?float16"', '"float32"', text))
     full.set_weights(model.get_weights())
     return full
 
 
 def _complete(file: Path, model: keras.Model, preprocess: str | None, logits: bool) -> keras.Model:
-    """Return a model from plain pixels to probabilities, in float32."""
-    taken, given = model.inputs[0], model.outputs[0]
-    if len(taken.shape) != 4 or taken.shape[-1] != 3 or None in taken.shape[1:]:
+    """Return a model from plain pixels to float32 probabilities."""
+    pixels, output = model.inputs[0], model.outputs[0]
+    if len(pixels.shape) != 4 or pixels.shape[-1] != 3 or None in pixels.shape[1:]:
         raise BadInput(
-            f"{file} takes {taken.dtype} {_axes(taken.shape)}; a classifier of images takes [batch, height, width, 3]"
+            f"{file} takes {pixels.dtype} {_axes(pixels.shape)}; a classifier of images takes [batch, height, width, 3]"
         )
-    if preprocess is None and taken.dtype != "uint8":
+    if preprocess is None and pixels.dtype != "uint8":
         raise BadInput(
-            f"{file} takes {taken.dtype} {_axes(taken.shape)}; a servable model takes uint8 pixels: say with "
-            f"--preprocess what it wants in their place ({', '.join(PREPROCESSING)})"
+            f"{file} takes {pixels.dtype} {_axes(pixels.shape)} in place of uint8 pixels; "
+            f"name its preprocessing with --preprocess ({', '.join(PREPROCESSING)})"
         )
-    if preprocess is not None and taken.dtype == "uint8":
-        raise BadInput(f"{file} takes uint8 pixels as they are; leave --preprocess out")
-    if len(given.shape) != 2 or given.shape[-1] is None or given.shape[-1] < 2:
-        raise BadInput(f"{file} gives {given.dtype} {_axes(given.shape)}; a classifier gives [batch, classes]")
-    if preprocess is None and not logits and given.dtype == "float32":
+    if preprocess is not None and pixels.dtype == "uint8":
+        raise BadInput(f"{file} takes uint8 pixels already; leave out --preprocess")
+    if len(output.shape) != 2 or output.shape[-1] is None or output.shape[-1] < 2:
+        raise BadInput(f"{file} gives {output.dtype} {_axes(output.shape)}; a classifier gives [batch, classes]")
+    if preprocess is None and not logits and output.dtype == "float32":
         return model
-    image = keras.Input(taken.shape[1:], dtype="uint8", name="image")
-    x = image if preprocess is None else PREPROCESSING[preprocess](keras.ops.cast(image, "float32"))
+    image = keras.Input(pixels.shape[1:], dtype="uint8", name="image")
+    x = image if preprocess is None else preprocessing.apply(preprocess, keras.ops.cast(image, "float32"))
     y = keras.ops.cast(model(x), "float32")
     return keras.Model(image, keras.layers.Softmax(name="probabilities")(y) if logits else y, name=model.name)
 
 
 def _rename(evidence: Evidence, path: Path) -> Evidence:
-    """Give the classes the names and the order of a file, which may know more classes than the evidence shows."""
+    """Use the class names and the order of a file, which may name more classes than the evidence has."""
     try:
         names = tuple(path.read_text("utf-8").splitlines())
     except (OSError, UnicodeDecodeError) as error:
@@ -182,7 +173,7 @@ def _rename(evidence: Evidence, path: Path) -> Evidence:
     missing = set(evidence.labels) - set(names)
     if missing or len(set(names)) != len(names):
         problem = f"lacks the class {min(missing)!r}" if missing else "names a class twice"
-        raise BadInput(f"--labels {path} {problem}; it needs a name a line, in the order of the model's outputs")
+        raise BadInput(f"--labels {path} {problem}; it needs one name per line, in the order of the outputs")
     order = np.array([names.index(name) for name in evidence.labels], np.int32)
     return evidence._replace(labels=names, targets=order[evidence.targets])
 
@@ -196,7 +187,7 @@ def _load_evidence(folder: Path) -> Evidence:
             calibration = arrays["images"]
     except FileNotFoundError:
         raise BadInput(
-            f"{folder} holds no labels.txt and heldout.npz to prove the export with; name a data set with --data"
+            f"{folder} holds no labels.txt and heldout.npz for the comparison; name a data set with --data"
         ) from None
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise BadInput(f"the evidence in {folder} is broken ({error}); name a data set with --data") from None
@@ -206,7 +197,7 @@ def _load_evidence(folder: Path) -> Evidence:
 def _load_metrics(path: Path) -> dict[str, Any] | None:
     try:
         metrics: dict[str, Any] = json.loads(path.read_text())
-        metrics["class_accuracy"], metrics["accuracy"], metrics["images"]["test"]  # they are compared with
+        metrics["class_accuracy"], metrics["accuracy"], metrics["images"]["test"]  # keys that `load` reads
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
@@ -215,7 +206,7 @@ def _load_metrics(path: Path) -> dict[str, Any] | None:
 
 
 def load_heldout(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    """Read held-out images and their classes from the heldout.npz of a run or version."""
+    """Read held-out images and their labels from heldout.npz in a run folder or version folder."""
     with np.load(folder / "heldout.npz") as arrays:
         return arrays["images"], arrays["labels"]
 
@@ -225,9 +216,9 @@ def _load_data(name: str, size: int) -> Evidence:
     from training.run_folder import choose_calibration
 
     dataset = data.load(name, size)
-    everything = np.arange(len(dataset.test.labels))
+    indices = np.arange(len(dataset.test.labels))
     return Evidence(
-        dataset.classes, dataset.test.images[everything], dataset.test.labels, choose_calibration(dataset.train)
+        dataset.classes, dataset.test.images[indices], dataset.test.labels, choose_calibration(dataset.train)
     )
 
 

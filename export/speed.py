@@ -1,4 +1,4 @@
-"""How fast a variant is against another, on this machine."""
+"""Speed of a variant in relation to another one, on this machine."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ BATCH_SIZES = (1, 32)
 ROUNDS, SECONDS = 5, 0.1
 
 
-def compare(baseline: Predict, other: Predict, images: NDArray[np.uint8]) -> dict[int, float]:
-    """Return how many times as fast `other` is as `baseline`, by batch size: ratios of interleaved medians."""
-    found = {}
+def measure_speedup(baseline: Predict, variant: Predict, images: NDArray[np.uint8]) -> dict[int, float]:
+    """Return the speed of a variant as a multiple of the baseline's, by batch size: ratios of interleaved medians."""
+    speedups = {}
     for size in BATCH_SIZES:
         batch = np.resize(images, (size, *images.shape[1:]))
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(ROUNDS):
-            for predict, seconds in zip((baseline, other), times, strict=True):
+            for predict, seconds in zip((baseline, variant), times, strict=True):
                 seconds.append(_time(predict, batch))
-        slow, quick = (statistics.median(seconds) for seconds in times)
-        found[size] = round(slow / quick, 2)
-    return found
+        before, after = (statistics.median(seconds) for seconds in times)
+        speedups[size] = round(before / after, 2)
+    return speedups
 
 
 def name_cpu() -> str:
-    """Return the name of this machine's processor, as Linux gives it."""
+    """Return the name of the CPU, from /proc/cpuinfo."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -39,7 +39,7 @@ def name_cpu() -> str:
 
 
 def _time(predict: Predict, batch: NDArray[np.uint8]) -> float:
-    """Return the median seconds of a call, of as many as fit into a moment."""
+    """Return the median duration of a call, in seconds; calls repeat for `SECONDS`."""
     predict(batch)
     samples: list[float] = []
     end = time.perf_counter() + SECONDS

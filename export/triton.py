@@ -1,4 +1,4 @@
-"""config.pbtxt and labels.txt: what Triton wants to know of a model, beside its versions.
+"""config.pbtxt and labels.txt: the configuration of a model for Triton, beside its versions.
 
 The fields are those of Triton's `model_config.proto`: https://github.com/triton-inference-server/common.
 """
@@ -18,24 +18,24 @@ TYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32"}
 
 def config(manifest: Manifest) -> str:
     """Return the text of config.pbtxt for a model whose latest version has this manifest."""
-    taken, given = manifest.input, manifest.output
+    image, probabilities = manifest.input, manifest.output
     return f"""\
 name: {json.dumps(manifest.model)}
 backend: "onnxruntime"
 default_model_filename: "model.onnx"
 max_batch_size: {MAX_BATCH}
 input {{
-  name: {json.dumps(taken.name)}
-  data_type: {TYPES[taken.dtype]}
-  dims: {taken.shape[1:]}
+  name: {json.dumps(image.name)}
+  data_type: {TYPES[image.dtype]}
+  dims: {image.shape[1:]}
 }}
 output {{
-  name: {json.dumps(given.name)}
-  data_type: {TYPES[given.dtype]}
-  dims: {given.shape[1:]}
+  name: {json.dumps(probabilities.name)}
+  data_type: {TYPES[probabilities.dtype]}
+  dims: {probabilities.shape[1:]}
   label_filename: "{LABELS}"
 }}
-# A batch is what waits when the engine becomes free, as in `resnet serve`: no queue delay.
+# As in `resnet serve`, all waiting requests form the next batch: no queue delay.
 dynamic_batching {{
 }}
 instance_group {{
@@ -50,15 +50,14 @@ version_policy {{
 """
 
 
-def describe(manifest: Manifest, model: Path) -> None:
-    """Write config.pbtxt and labels.txt beside the versions of a model, or check that they already say the same.
+def write_files(manifest: Manifest, model: Path) -> None:
+    """Write config.pbtxt and labels.txt beside the versions of a model; existing files must have the same content.
 
     Raises:
-        BadInput: The versions that `model` holds have another input or other classes: a client could not tell them
-            apart.
+        BadInput: The other versions have another input or other classes: clients could not tell them apart.
     """
-    wanted = {CONFIG: config(manifest), LABELS: "".join(f"{label}\n" for label in manifest.labels)}
-    for name, text in wanted.items():
+    contents = {CONFIG: config(manifest), LABELS: "".join(f"{label}\n" for label in manifest.labels)}
+    for name, text in contents.items():
         path = model / name
         if not path.exists():
             part = path.with_name(f".{name}.part")
@@ -67,5 +66,5 @@ def describe(manifest: Manifest, model: Path) -> None:
         elif path.read_text("utf-8") != text:
             raise BadInput(
                 f"{path} describes a model with another input or other classes than this one; "
-                "export it under a name of its own, or remove that file if nobody uses the older versions"
+                "export under another name, or remove that file if nobody uses the older versions"
             )

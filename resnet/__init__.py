@@ -5,8 +5,8 @@
     with Client("127.0.0.1:8001") as client:
         answer = client.classify([Path("cat.jpg").read_bytes()])
 
-The other names are `AsyncClient`, `Answer`, `Class`, `Tls` and the errors of `serving.errors`. Nothing is imported before it
-is used: the command line starts without gRPC.
+The other names are `AsyncClient`, `Answer`, `Class`, `Tls` and the errors of `serving.errors`. Nothing is imported
+before it is used: the command line starts without gRPC.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@
         def __post_init__(self) -> None:
             check(self)
 
-`add_options` makes flags of the fields, `read` makes an instance of what was given. The type of a field is bool, int, float,
-str or Path, a Literal of texts, one of these or None, or a tuple of them, which is written with commas.
+`add_options` makes flags of the fields, `read` makes an instance of what was given. The type of a field is bool, int,
+float, str or Path, a Literal of texts, one of these or None, or a tuple of them, which is written with commas.
 """
 
 from __future__ import annotations
@@ -52,18 +52,31 @@ def option(
     high: float = math.inf,
     choices: Sequence[str] = (),
     metavar: str = "",
+    required: bool = False,
+    group: str = "",
 ) -> Any:
     """Declare an option.
 
     Args:
-        default: Its value where none is given; MISSING makes it a positional argument that must be given.
+        default: Its value where none is given; MISSING makes it a positional argument that must be given, unless
+            `required` is set.
         meaning: Its help.
         low: The least value.
         high: The largest value.
         choices: All values that there are, where its type is no Literal; none allows any.
         metavar: What the help calls the value.
+        required: With the default MISSING: a flag that must be given, in place of a positional argument.
+        group: Heading in the help, for this option and the following ones until the next heading.
     """
-    metadata = {"help": meaning, "low": low, "high": high, "choices": tuple(choices), "metavar": metavar}
+    metadata = {
+        "help": meaning,
+        "low": low,
+        "high": high,
+        "choices": tuple(choices),
+        "metavar": metavar,
+        "positional": default is MISSING and not required,
+        "group": group,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -100,17 +113,22 @@ def add_options(
     parser: argparse.ArgumentParser | argparse._ArgumentGroup, declared: type, show_defaults: bool = True
 ) -> None:
     """Add the flags of a dataclass' options; all values stay text, and absent ones None, until `read`."""
-    found = kinds(declared)
+    found, group = kinds(declared), parser
     for field in options(declared):
+        if field.metadata["group"]:
+            group = parser.add_argument_group(field.metadata["group"])
         kind, meaning = found[field.name], field.metadata["help"]
         shape: dict[str, Any] = {"metavar": _find_metavar(field, kind)}
         if kind.type is bool:
             shape = {"action": argparse.BooleanOptionalAction, "default": None}
-        if field.default is MISSING:
+        positional = field.metadata["positional"]
+        if positional:
             shape |= {"nargs": "?"}
+        elif field.default is MISSING:
+            shape |= {"required": True}
         elif show_defaults and kind.type is not bool:
             meaning += _show_default(field.default)
-        parser.add_argument(flag(field) if field.default is not MISSING else field.name, help=meaning, **shape)
+        group.add_argument(field.name if positional else flag(field), help=meaning, **shape)
 
 
 def given(args: argparse.Namespace, declared: type) -> dict[str, Any]:
@@ -171,7 +189,7 @@ def convert(value: object, kind: Kind, name: str) -> Any:
 
 def flag(field: dataclasses.Field[Any]) -> str:
     """Return an option as the command line writes it."""
-    return field.name.upper() if field.default is MISSING else f"--{field.name.replace('_', '-')}"
+    return field.name.upper() if field.metadata["positional"] else f"--{field.name.replace('_', '-')}"
 
 
 def _check_value(field: dataclasses.Field[Any], choices: Sequence[str], value: Any, name: str) -> None:
@@ -200,7 +218,7 @@ def _find_metavar(field: dataclasses.Field[Any], kind: Kind) -> str:
         return str(field.metadata["metavar"])
     if kind.choices:
         return f"{{{','.join(kind.choices)}}}"
-    if field.default is MISSING:
+    if field.metadata["positional"]:
         return field.name.upper()
     return f"{METAVARS[kind.type]},..." if kind.several else METAVARS[kind.type]
 

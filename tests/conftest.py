@@ -1,9 +1,14 @@
-"""A small model, trained, exported and served once for all tests; each test changes copies only."""
+"""A small model, trained, exported and served once for all tests; each test changes copies only.
+
+TensorFlow takes seconds to load, and is loaded only for the tests that ask for it; `pytest --quick` leaves these out.
+"""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -19,24 +24,56 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from export.manifest import Manifest
-from training.commands.train import start_tensorflow
 
 os.environ["TF_XLA_FLAGS"] = ""  # the small networks of tests compile for longer than they train
-start_tensorflow()
 
-from training.model import ARCHITECTURES, Architecture  # noqa: E402  # TensorFlow comes first
+ROOT = Path(__file__).parent.parent
+TENSORFLOW = {"keras", "tensorflow", "tensorflow_serving", "tf2onnx"}
 
-TINY = Architecture((8, 16), strides=(1, 2), blocks=(1, 1))
 
-# What a user's shell would start, with the tests' small network in the family.
-TRAIN = """
-import sys
-from resnet import cli
-from tests.conftest import TINY
-from training.model import ARCHITECTURES
-ARCHITECTURES["tiny"] = TINY
-sys.exit(cli.main(sys.argv[1:]))
-"""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --quick."""
+    parser.addoption("--quick", action="store_true", help="leave out what needs TensorFlow, and what is slow")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out a file that loads TensorFlow, with --quick."""
+    quick = config.getoption("--quick") and collection_path.suffix == ".py"
+    return True if quick and loads_tensorflow(collection_path) else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests of the trained model, and slow ones, with --quick."""
+    if config.getoption("--quick"):
+        slow = [
+            item for item in items if "tiny" in getattr(item, "fixturenames", ()) or item.get_closest_marker("slow")
+        ]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+def uses_model(item: pytest.Item) -> bool:
+    """Return whether a test asks for the trained model, or for what follows from it."""
+    return "tiny" in getattr(item, "fixturenames", ())
+
+
+@functools.cache
+def loads_tensorflow(path: Path) -> bool:
+    """Return whether importing a module of this repository loads TensorFlow."""
+    for node in ast.parse(path.read_text()).body:
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            if name.partition(".")[0] in TENSORFLOW:
+                return True
+            place = ROOT / name.replace(".", "/")
+            files = (place.with_suffix(".py"), place / "__init__.py")
+            if any(loads_tensorflow(file) for file in files if file.is_file() and file != path):
+                return True
+    return False
 
 
 def edit_manifest(version: Path, change: Callable[[dict[str, Any]], object], forge: bool = True) -> None:
@@ -50,9 +87,12 @@ def edit_manifest(version: Path, change: Callable[[dict[str, Any]], object], for
     path.write_text(json.dumps(content))
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def tiny() -> Iterator[str]:
     """Add a network to the family that trains in seconds, and return its name."""
+    from tests.tiny import TINY
+    from training.model import ARCHITECTURES
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ARCHITECTURES, "tiny", TINY)
         yield "tiny"
@@ -107,9 +147,9 @@ def heldout(run: Path) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
 @pytest.fixture(scope="session")
 def probabilities(repository: Path, heldout: tuple[NDArray[np.uint8], NDArray[np.int32]]) -> NDArray[np.float32]:
     """What the Keras original answers to the test images."""
-    from export.convert import load_keras
+    from export import original
 
-    return load_keras(repository / "digits" / "1" / "model.keras")(heldout[0])
+    return original.load(repository / "digits" / "1" / "model.keras")(heldout[0])
 
 
 @pytest.fixture(scope="session", params=["grpcio", "native"])

@@ -1,4 +1,4 @@
-"""The batches that a network sees: shuffled, and augmented a batch at a time."""
+"""Batches of training and validation images; training batches are shuffled and augmented."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ from training.data import Split
 from training.images import Pixels
 from training.recipes import Recipe
 
-# Threads that prepare batches, where there are cores for it: beside a GPU, one thread took a third of an epoch's time.
+# Threads that prepare batches, if there are enough cores. With one thread, a GPU waited a third of an epoch.
 WORKERS = max(1, min(8, (os.cpu_count() or 1) // 2))
 
 
 class Batches(keras.utils.PyDataset):  # type: ignore[misc]  # Keras has no types
-    """Chosen examples of a split, in batches of (uint8 [n, height, width, 3], one-hot float32 [n, classes]).
+    """Selected examples of a split, in batches of (uint8 [n, height, width, 3], one-hot float32 [n, classes]).
 
     Attributes:
-        seconds: Time that preparing the batches of this pass has taken so far, by all threads side by side: an
-            upper bound of what a training waits.
+        seconds: Time that the threads have spent on the batches of this pass so far, divided by the number of threads:
+            an upper bound of the time that the training waits for data.
     """
 
-    def __init__(self, split: Split, chosen: NDArray[np.intp], classes: int, batch_size: int, workers: int = 1) -> None:
+    def __init__(
+        self, split: Split, indices: NDArray[np.intp], classes: int, batch_size: int, workers: int = 1
+    ) -> None:
         super().__init__(workers=workers, max_queue_size=2 * workers)
         self.seconds = 0.0
         self._lock = threading.Lock()
-        self._split, self._order = split, chosen
+        self._split, self._order = split, indices
         self._one_hot = np.eye(classes, dtype=np.float32)
         self._batch_size = batch_size
 
@@ -40,8 +42,8 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]  # Keras has no type
 
     def __getitem__(self, index: int) -> tuple[Pixels, NDArray[np.float32]]:
         started = time.perf_counter()
-        chosen = self._order[index * self._batch_size : (index + 1) * self._batch_size]
-        batch = self._prepare(self._split.images[chosen], index), self._one_hot[self._split.labels[chosen]]
+        rows = self._order[index * self._batch_size : (index + 1) * self._batch_size]
+        batch = self._prepare(self._split.images[rows], index), self._one_hot[self._split.labels[rows]]
         with self._lock:
             self.seconds += (time.perf_counter() - started) / self.workers
         return batch
@@ -51,31 +53,31 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]  # Keras has no type
 
 
 class TrainingBatches(Batches):
-    """Batches in another order, with other augmentations, in every epoch; `seed` and epoch decide both."""
+    """Batches whose order and augmentation change with every epoch; both follow from the seed and the epoch."""
 
     def __init__(
-        self, split: Split, chosen: NDArray[np.intp], classes: int, recipe: Recipe, seed: int, workers: int = 1
+        self, split: Split, indices: NDArray[np.intp], classes: int, recipe: Recipe, seed: int, workers: int = 1
     ) -> None:
-        super().__init__(split, chosen, classes, recipe.batch_size, workers)
-        self._chosen, self._recipe, self._seed = chosen, recipe, seed
+        super().__init__(split, indices, classes, recipe.batch_size, workers)
+        self._indices, self._recipe, self._seed = indices, recipe, seed
         self.begin(0)
 
     def begin(self, epoch: int) -> None:
-        """Shuffle for an epoch, counted from 0."""
+        """Shuffle for an epoch; epochs count from 0."""
         self.seconds, self._epoch = 0.0, epoch
-        self._order = np.random.default_rng((self._seed, epoch)).permutation(self._chosen)
+        self._order = np.random.default_rng((self._seed, epoch)).permutation(self._indices)
 
     def _prepare(self, images: Pixels, index: int) -> Pixels:
         return augment(images, self._recipe, np.random.default_rng((self._seed, self._epoch, index)))
 
 
 def augment(images: Pixels, recipe: Recipe, rng: np.random.Generator) -> Pixels:
-    """Flip, shift and cut out as the recipe says.
+    """Flip, shift and cut out a batch of images.
 
     Args:
         images: uint8 [n, height, width, 3].
-        recipe: Its dials `flip`, `crop` and `cutout`.
-        rng: Decides about every image of the batch.
+        recipe: Its values `flip`, `crop` and `cutout` are used.
+        rng: Source of all random choices.
 
     Returns:
         uint8 [n, height, width, 3].
@@ -90,7 +92,7 @@ def augment(images: Pixels, recipe: Recipe, rng: np.random.Generator) -> Pixels:
         top, start = rng.integers(2 * above + 1, size=count), rng.integers(2 * left + 1, size=count)
         images = np.ascontiguousarray(windows[np.arange(count), top, start].transpose(0, 2, 3, 1))
     if recipe.cutout:
-        # The centre of the hole lies anywhere, so that a hole may hang over the edge (DeVries and Taylor 2017).
+        # The centre is any pixel, so that a part of the square may lie outside of the image (DeVries and Taylor 2017).
         rows = np.abs(np.arange(height) - rng.integers(height, size=(count, 1))) < recipe.cutout * height / 2
         columns = np.abs(np.arange(width) - rng.integers(width, size=(count, 1))) < recipe.cutout * width / 2
         images = np.where((rows[:, :, None] & columns[:, None, :])[..., None], np.uint8(128), images)

@@ -1,4 +1,4 @@
-"""What a training writes as it goes: after every epoch its history, its curves and its checkpoints."""
+"""History, curves and checkpoints: written after every epoch, so that a training can be resumed."""
 
 from __future__ import annotations
 
@@ -14,27 +14,33 @@ from training.run_folder import HistoryRow, RunFolder
 
 
 class Checkpoints(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types
-    """Makes every finished epoch safe on disk before the next begins, and says when a training should end.
+    """Saves every finished epoch before the next begins, and stops the training early.
 
     Attributes:
-        rows: The history so far, a row per epoch.
+        rows: The history so far, one row per epoch.
     """
 
     def __init__(
-        self, run: RunFolder, rows: list[HistoryRow], batches: TrainingBatches, patience: int, answers: keras.Model
+        self,
+        run_folder: RunFolder,
+        rows: list[HistoryRow],
+        batches: TrainingBatches,
+        patience: int,
+        final_model: keras.Model,
     ) -> None:
-        """Prepare to write.
+        """Store what the callbacks write and use.
 
         Args:
-            run: Where to.
-            rows: What an interrupted training wrote already.
-            batches: The training images, which are shuffled as an epoch begins.
-            patience: Stop after so many epochs without a better validation accuracy; 0 never does.
-            answers: The model that is to be used, in float32: it takes over the weights that are worth keeping.
+            run_folder: The folder to write.
+            rows: The history of the training that is resumed; empty for a new one.
+            batches: The training images; they are shuffled as an epoch begins.
+            patience: Epochs without a better validation accuracy before stopping; 0 never stops.
+            final_model: The same architecture in float32; it gets the weights of the best epoch.
         """
         super().__init__()
         self.rows = rows
-        self._run, self._batches, self._patience, self._answers = run, batches, patience, answers
+        self._run_folder, self._batches = run_folder, batches
+        self._patience, self._final_model = patience, final_model
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:  # noqa: ARG002, D102
         self._batches.begin(epoch)
@@ -42,30 +48,31 @@ class Checkpoints(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has 
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float]) -> None:  # noqa: D102
         if not math.isfinite(logs["loss"]):
-            kept = f"{self._run.checkpoint} keeps epoch {self._epoch}" if self.rows else "no epoch was finished"
+            checkpoint = self._run_folder.checkpoint
+            saved = f"{checkpoint} holds epoch {self._epoch}" if self.rows else "no epoch was finished"
             raise CheckFailed(
-                f"the loss became {logs['loss']} in step {batch + 1} of epoch {self._epoch + 1}; {kept}. "
-                "Train again into another folder with a lower --learning-rate"
+                f"the loss became {logs['loss']} in step {batch + 1} of epoch {self._epoch + 1}; {saved}. "
+                "Train into another folder with a lower --learning-rate"
             )
 
     def on_test_end(self, logs: dict[str, float]) -> None:
-        """Keep the best weights at the moment they were measured, be they the raw ones or their average."""
+        """Save the best weights right after validation, while they are the ones that were measured: raw or averaged."""
         if logs["accuracy"] > max((row["val_accuracy"] for row in self.rows), default=-1.0):
-            self._answers.set_weights(self.model.get_weights())
-            self._run.replace(self._run.best, self._answers.save)
+            self._final_model.set_weights(self.model.get_weights())
+            self._run_folder.replace(self._run_folder.best, self._final_model.save)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:  # noqa: D102
         seconds = {"seconds": time.perf_counter() - self._started, "data_seconds": self._batches.seconds}
         self.rows.append({"epoch": epoch + 1} | logs | seconds)
-        self._run.write_history(self.rows)
-        plot_curves(self.rows, self._run)
-        # Last, because its epoch is what counts on resuming: a row without its checkpoint is dropped then.
-        self._run.replace(self._run.checkpoint, self.model.save)
-        self.model.stop_training = self.stops
+        self._run_folder.write_history(self.rows)
+        plot_curves(self.rows, self._run_folder)
+        # Last, because resuming starts at the epoch of the checkpoint: it drops a history row without a checkpoint.
+        self._run_folder.replace(self._run_folder.checkpoint, self.model.save)
+        self.model.stop_training = self.exhausted
 
     @property
-    def stops(self) -> bool:
-        """Whether the patience is at its end."""
+    def exhausted(self) -> bool:
+        """Whether `patience` epochs in a row brought no better validation accuracy."""
         if not self._patience or not self.rows:
             return False
         accuracies = [row["val_accuracy"] for row in self.rows]

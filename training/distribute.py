@@ -1,63 +1,66 @@
-"""Several devices that share the work of a training."""
+"""Data-parallel training on several devices or machines."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
-
-import keras
+from typing import TYPE_CHECKING, Any
 
 from resnet import BadInput
+
+if TYPE_CHECKING:
+    import keras
 
 STRATEGIES = ("mirrored", "multiworker")
 
 
 def choose(name: str | None, batch_size: int) -> Any | None:
-    """Return the tf.distribute.Strategy that shares the work of every step among several devices.
+    """Return the tf.distribute.Strategy that splits every batch among several devices.
 
-    Each device takes an equal part of the batch, and their gradients are summed: the result is that of one device, but
-    for the statistics of batch normalisation, which every device takes from its own part. Of several machines each
-    saves its own: their other weights are equal, and the model of any one is whole.
+    Each device takes an equal part of the batch, and their gradients are summed. The result is that of one device,
+    except for the statistics of batch normalisation: every device computes them on its own part. With several machines
+    each writes its own run folder; all weights but those statistics are equal, so that any of the models can be used.
 
     Args:
         name: `mirrored` for all GPUs of this machine, `multiworker` for the machines that the environment variable
             TF_CONFIG names, None for one device.
-        batch_size: Images of a step, all devices together.
+        batch_size: Images per step, on all devices together.
 
     Returns:
         The strategy, or None for one device.
 
     Raises:
-        BadInput: The strategy is unknown or cannot be had, or the devices would have unequal parts.
+        BadInput: The strategy is not available, or the batch cannot be split into equal parts.
     """
     if name is None:
         return None
-    if name not in STRATEGIES:
-        raise BadInput(f"--distribute {name!r} is unknown; choose one of {', '.join(STRATEGIES)}")
+    import keras
+
     if keras.backend.backend() != "tensorflow":
         raise BadInput("--distribute needs TensorFlow; unset KERAS_BACKEND, or train on one device")
     import tensorflow as tf
 
     if name == "multiworker":
         if "TF_CONFIG" not in os.environ:
-            raise BadInput("--distribute multiworker needs TF_CONFIG, which names the machines and this one's place")
+            raise BadInput(
+                "--distribute multiworker needs TF_CONFIG with the addresses of all machines and the index of this one"
+            )
         strategy = tf.distribute.MultiWorkerMirroredStrategy()
     else:
         devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
         strategy = tf.distribute.MirroredStrategy([device.name for device in devices])
     replicas = strategy.num_replicas_in_sync
     if batch_size % replicas:
-        raise BadInput(f"--batch-size {batch_size} does not divide among {replicas} devices; choose a multiple")
-    print(f"sharing every batch of {batch_size} images among {replicas} devices")
+        raise BadInput(f"--batch-size {batch_size} is not a multiple of the {replicas} devices; choose one that is")
+    print(f"splitting every batch of {batch_size} images among {replicas} devices")
     return strategy
 
 
 def prepare(network: keras.Model, strategy: Any) -> None:
-    """Mend what keeps Keras 3 from training a compiled model on several machines; elsewhere do nothing.
+    """Work around two defects of Keras 3 on several machines; with another strategy do nothing.
 
-    Keras takes the mean of every figure of a step along its first axis, and scalars have none; and it cannot take a
-    batch apart that lies on several machines, to learn its shape (https://github.com/keras-team/keras/issues/20585).
+    Keras averages every metric of a step along its first axis, which scalars do not have. And it cannot read the shape
+    of a batch that is distributed over several machines (https://github.com/keras-team/keras/issues/20585).
     """
     import tensorflow as tf
 

@@ -1,7 +1,6 @@
-"""How an image file becomes the pixels a model sees.
+"""The one decoder: from an image file to the pixels of a model input.
 
-There is one decoder: training, the server and the clients all call it, so a model never meets pixels that were
-decoded, turned or resized in another way than those it learned from.
+Training, server and clients all use it, so that images are decoded, rotated and resized in the same way everywhere.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 Pixels = NDArray[np.uint8]
 
 FORMATS = ("JPEG", "PNG")
-MAX_PIXELS = 64_000_000  # an image above this is refused before it is unpacked: it would take up to 750 MB
-# A JPEG may go over all its pixels again with every few bytes. Those of people do so ten times; bytes that look like it
-# are also in the videos that phones append.
+MAX_PIXELS = 64_000_000  # larger images are refused before they are decoded: they would take up to 750 MB
+# Each scan of a JPEG updates all pixels, but may be only a few bytes long. Real photos have about ten scans. The marker
+# of a scan also occurs by chance in the videos that phones append.
 MAX_SCANS = 200
 
-# Pillow takes memory in blocks. Those of 16 MB, its default, stay with the process: twice as much while many threads
-# decode large images, and gigabytes afterwards. Above 32 MB the C library gives each back to the system at once.
+# Pillow allocates memory in blocks. The C library keeps freed blocks of 16 MB, the default, in the process: twice the
+# memory while many threads decode large images, and gigabytes afterwards. It returns blocks above 32 MB at once.
 Image.core.set_block_size(64 * 2**20)  # type: ignore[attr-defined]  # documented, but not declared
 
 
 class InvalidImage(ValueError):
-    """The bytes are not an image that can be used; the message says why, as the end of a sentence."""
+    """The bytes are no usable image; the message says why, as a clause that follows the name of the image."""
 
 
 def decode(
@@ -43,17 +42,17 @@ def decode(
     Args:
         data: The bytes of the file.
         size: (height, width) to resize to, bilinearly; None keeps the size of the image.
-        max_pixels: An image with more is refused before it is unpacked; so is a JPEG that is more work than one of this
-            size with `MAX_SCANS` scans.
-        admit: Called with the number of pixels before the image is unpacked; what it returns is held until the image
-            has its new size. What it raises is passed on.
+        max_pixels: Larger images are refused before they are decoded. So are JPEG files whose scans update more pixels
+            in all than `MAX_SCANS` scans of an image of this size.
+        admit: Called with the number of pixels before the image is decoded. Its context is held until the image is
+            resized; its exceptions propagate.
 
     Returns:
         uint8 [height, width, 3]. The EXIF orientation is applied, grey and palette images become RGB, and an alpha
         channel is dropped.
 
     Raises:
-        InvalidImage: The bytes are empty, cut short, too large or too much work, or no JPEG or PNG.
+        InvalidImage: The bytes are empty, truncated, too large, too slow to decode, or no JPEG or PNG.
     """
     if not data:
         raise InvalidImage("is empty (0 bytes)")
@@ -64,9 +63,9 @@ def decode(
         if pixels > max_pixels:
             raise InvalidImage(f"has {file.width}x{file.height} pixels, more than the {max_pixels:,} allowed")
         if file.format != "PNG" and pixels * data.count(b"\xff\xda") > MAX_SCANS * max_pixels:
-            raise InvalidImage("has too many scans: it would take minutes to unpack")
+            raise InvalidImage("has too many scans: decoding it would take minutes")
         with admit(pixels), _explain(max_pixels):
-            # In place and without a copy: a large image is there once, not three times.
+            # In place and without copies: a large image is in memory once, not three times.
             ImageOps.exif_transpose(file, in_place=True)
             image = file if file.mode == "RGB" else file.convert("RGB")
             if size is not None and (image.height, image.width) != size:
@@ -76,7 +75,7 @@ def decode(
 
 @contextmanager
 def _explain(max_pixels: int) -> Iterator[None]:
-    """Turn what Pillow raises into `InvalidImage`."""
+    """Convert the exceptions of Pillow to `InvalidImage`."""
     try:
         yield
     except MemoryError:

@@ -11,16 +11,18 @@ Shortcut = Literal["projection", "padding", "none"]
 
 
 class Architecture(NamedTuple):
-    """What sets one network of the family apart.
+    """The parameters of one network.
 
     Attributes:
-        filters: Filters of every stage; a bottleneck block gives out four times as many.
+        filters: Filters of every stage; the output of a bottleneck block has four times as many channels.
         strides: Stride of the first block of every stage.
         blocks: Blocks of every stage.
         bottleneck: Blocks of 1x1, 3x3 and 1x1 convolutions in place of two 3x3 ones (figure 5).
-        stem: `imagenet` is 7x7/2 and 3x3/2 max-pooling, `cifar` is 3x3/1 alone.
-        shortcut: How a shortcut changes shape: a 1x1 convolution (option B of section 3.3), a step and zeros for the
-            new channels (option A, without parameters). `none` leaves all shortcuts out: a plain network.
+        stem: `imagenet` is a 7x7 convolution and 3x3 max-pooling, both with stride 2; `cifar` is a 3x3 convolution with
+            stride 1.
+        shortcut: How a shortcut changes shape. `projection` is a 1x1 convolution (option B of section 3.3), `padding`
+            is subsampling and zeros for the new channels (option A, without parameters). `none` leaves all shortcuts
+            out: a plain network.
     """
 
     filters: tuple[int, ...]
@@ -32,12 +34,12 @@ class Architecture(NamedTuple):
 
 
 def _imagenet(*blocks: int, bottleneck: bool = False) -> Architecture:
-    """Table 1 of the paper: a stage that doubles the filters halves the feature map."""
+    """Return a network of table 1: each stage doubles the filters and halves the side of the feature map."""
     return Architecture((64, 128, 256, 512), (1, 2, 2, 2), blocks, bottleneck)
 
 
 def _cifar(depth: int) -> Architecture:
-    """Section 4.2 of the paper: 6n + 2 layers, and shortcuts without parameters."""
+    """Return a network of section 4.2: 6n + 2 layers, and shortcuts without parameters."""
     return Architecture((16, 32, 64), (1, 2, 2), ((depth - 2) // 6,) * 3, stem="cifar", shortcut="padding")
 
 
@@ -48,14 +50,15 @@ RESNETS = {
     "resnet101": _imagenet(3, 4, 23, 3, bottleneck=True),
     "resnet152": _imagenet(3, 8, 36, 3, bottleneck=True),
     "resnet18-cifar": _imagenet(2, 2, 2, 2)._replace(stem="cifar"),
-    # Half the filters and depth: what two cores can teach most in an hour, for wide layers keep them busier than deep.
+    # Half the filters and half the depth: of the sizes that two cores can train in an hour, wide beats deep, because
+    # wide layers use the cores better.
     "resnet10-narrow": Architecture((32, 64, 128, 256), (1, 2, 2, 2), (1, 1, 1, 1), stem="cifar"),
-    # The teaching notebook read to the letter: no stage shrinks the feature map, at 19 times the arithmetic.
+    # The teaching notebook taken literally: no stage shrinks the feature map, which takes 19 times the arithmetic.
     "resnet18-stride1": _imagenet(2, 2, 2, 2)._replace(strides=(1, 1, 1, 1)),
     **{f"resnet{depth}": _cifar(depth) for depth in (20, 32, 44, 56, 110)},
 }
 
-# Each residual network, and its plain twin: the same layers without shortcuts.
+# Each residual network and its plain twin, which has the same layers without shortcuts.
 ARCHITECTURES = RESNETS | {
     name.replace("resnet", "plain"): architecture._replace(shortcut="none") for name, architecture in RESNETS.items()
 }
@@ -70,12 +73,13 @@ def build(
         architecture: A value of `ARCHITECTURES`, or one of your own.
         image_shape: (height, width, 3) of the images.
         classes: Number of classes, at least 2.
-        zero_scale: Start the last batch normalisation of every residual block at zero, so that the block starts as
-            its shortcut (Goyal et al. 2017, section 5.1). A plain network, which has none, ignores it.
+        zero_scale: Initialise the scale of the last batch normalisation of every residual block with zero, so that the
+            block starts as its shortcut (Goyal et al. 2017, section 5.1). A plain network has no shortcuts and ignores
+            it.
 
     Returns:
-        A model from `image`, uint8 [batch, height, width, 3], to `probabilities`, float32 [batch, classes]. Scaling to
-        [0, 1] is its first layer, so whoever calls it sends plain pixels.
+        A model from `image`, uint8 [batch, height, width, 3], to `probabilities`, float32 [batch, classes]. Its first
+        layer scales pixels to [0, 1], so that callers pass plain pixels.
     """
     image = keras.Input(image_shape, dtype="uint8", name="image")
     x = layers.Rescaling(1 / 255, name="rescale")(image)
@@ -111,18 +115,18 @@ def residual_block(
     zero_scale: bool = False,
     name: str = "block",
 ) -> keras.KerasTensor:
-    """Add to `x` some convolutions and the shortcut around them, which is the identity unless the shape changes.
+    """Append a residual block: convolutions, and a shortcut around them that is the identity if the shape stays.
 
     Args:
         x: [batch, height, width, channels].
         filters: Channels of the 3x3 convolutions.
-        stride: The result has ceil(height / stride) rows.
+        stride: Stride of the block; the output has ceil(height / stride) rows.
         bottleneck: 1x1, 3x3 and 1x1 convolutions and 4 * filters channels (figure 5 of the paper), in place of two 3x3
             convolutions and `filters` channels (figure 2). The 3x3 convolution has the stride, as in every
-            implementation since Facebook's of 2016; in the paper it is the first.
+            implementation since Facebook's of 2016; in the paper the first 1x1 convolution has it.
         shortcut: See `Architecture`.
         zero_scale: See `build`.
-        name: Prefix of the layers' names.
+        name: Prefix of the layer names.
     """
     zero_scale = zero_scale and shortcut != "none"
     if bottleneck:
@@ -136,12 +140,12 @@ def residual_block(
         y = layers.ReLU(name=f"{name}_1_relu")(y)
         y = _convolve(y, filters, 3, 1, name=f"{name}_2", zero_scale=zero_scale)
     if shortcut != "none":
-        y = layers.Add(name=f"{name}_add")([y, _shorten(x, y.shape[-1], stride, shortcut, name)])
+        y = layers.Add(name=f"{name}_add")([y, _match_shape(x, y.shape[-1], stride, shortcut, name)])
     return layers.ReLU(name=f"{name}_relu")(y)
 
 
-def _shorten(x: keras.KerasTensor, filters: int, stride: int, shortcut: Shortcut, name: str) -> keras.KerasTensor:
-    """Give `x` the shape of the result of its block."""
+def _match_shape(x: keras.KerasTensor, filters: int, stride: int, shortcut: Shortcut, name: str) -> keras.KerasTensor:
+    """Return `x` with the shape of the output of its block."""
     missing = filters - x.shape[-1]
     if stride == 1 and not missing:
         return x
@@ -154,10 +158,10 @@ def _shorten(x: keras.KerasTensor, filters: int, stride: int, shortcut: Shortcut
 def _convolve(
     x: keras.KerasTensor, filters: int, size: int, stride: int, name: str, zero_scale: bool = False
 ) -> keras.KerasTensor:
-    """Convolution and batch normalisation; the latter's shift makes a bias of the former redundant.
+    """Append a convolution and batch normalisation, whose shift makes a bias of the convolution redundant.
 
-    The running statistics move by a tenth a step (Goyal et al. 2017, section 5.1), not by Keras' hundredth, with which
-    a small data set has been trained before they have caught up.
+    The momentum of the running statistics is 0.9 (Goyal et al. 2017, section 5.1). With 0.99, the default of Keras,
+    they lag behind until the end of a training on a small data set.
     """
     x = layers.Conv2D(
         filters,

@@ -1,4 +1,4 @@
-"""What a person sees while a model trains: a bar for the epoch under way, and a line for each that has ended."""
+"""Progress of a training on the terminal: a bar for the current epoch, and a line for each finished one."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from rich.progress import Progress as Bar
 
 
 class Progress(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types
-    """Shows each epoch: on a terminal as it goes, everywhere when it has ended."""
+    """Prints a line as each epoch ends; on a terminal it also shows a bar while the epoch runs."""
 
     def __init__(self, epochs: int, steps: int, images: int) -> None:
-        """Prepare for a training.
+        """Set the totals.
 
         Args:
-            epochs: How many there will be.
-            steps: Batches in each.
-            images: Training images in each.
+            epochs: Epochs of the training.
+            steps: Batches per epoch.
+            images: Training images per epoch.
         """
         super().__init__()
         self._epochs, self._images, self._steps = epochs, images, steps
-        self._bar = Bar(disable=True)  # until the first epoch begins, if one does
+        self._bar = Bar(disable=True)  # replaced as the first epoch begins, if one does
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:  # noqa: ARG002, D102
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        terminal = get_console().is_terminal  # elsewhere a bar that is gone leaves an empty line
+        terminal = get_console().is_terminal  # elsewhere a finished bar leaves an empty line
         self._bar = Bar(*columns, TextColumn("{task.fields[figures]}"), transient=True, disable=not terminal)
         self._title = f"epoch {epoch + 1:>{len(str(self._epochs))}}/{self._epochs}"
         self._task = self._bar.add_task(self._title, total=self._steps, figures="")

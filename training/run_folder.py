@@ -1,17 +1,17 @@
-"""A run folder: everything that one training leaves on disk, each file whole or absent.
+"""The run folder: all files of one training. Each is replaced as a whole, so that no interruption leaves half a file.
 
-settings.json    what was asked for; `--resume` compares it
-checkpoint.keras the model and its optimizer after the last finished epoch
-history.csv      a header and one row per epoch, written as each ends
+settings.json    the settings of the training; `--resume` compares them
+checkpoint.keras model and optimizer after the last finished epoch
+history.csv      one row per epoch, with a header
 best.keras       the model of the epoch with the best validation accuracy, in float32 and without its optimizer
 model.keras      the trained model: that of the best epoch with --patience, else that of the last
-labels.txt       class names, one per line, in the order of the model's outputs
-heldout.npz      test images and labels: the evidence that `resnet export` works on
-calibration.npz  some training images: they show an export to int8 how large activations get
-metrics.json     accuracy, overall and by class, versions, seed, hash of the data
+labels.txt       class names, one per line, in the order of the outputs of the model
+heldout.npz      test images and labels: `resnet export` compares models on them
+calibration.npz  some training images: an export to int8 calibrates with them
+metrics.json     accuracy (overall and by class), settings, library versions, hash of the data
 curves.png       accuracy and loss by epoch
-confusion.png    which class of the test images was taken for which
-mistakes.png     the test images that were mistaken with most confidence
+confusion.png    confusion matrix of the test images
+mistakes.png     the misclassified test images with the highest confidence
 tensorboard/     the curves for TensorBoard, with --tensorboard
 """
 
@@ -33,14 +33,14 @@ from resnet import BadInput
 from training.data import Dataset, Split
 
 CALIBRATION_IMAGES, CALIBRATION_BYTES = 512, 64 * 2**20
-HELDOUT_BYTES = 256 * 2**20  # of pixels; a larger test split is sampled, so that a model version stays portable
+HELDOUT_BYTES = 256 * 2**20  # of pixels; a larger test split is sampled, to keep model versions small
 
 HistoryRow = dict[str, float]
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The paths of a run folder, and how each is read and written."""
+    """Paths of a run folder, and how its files are read and written."""
 
     folder: Path
 
@@ -60,10 +60,10 @@ class RunFolder:
         return self.folder / "best.keras"
 
     def start(self, settings: dict[str, Any], resume: bool) -> None:
-        """Claim the folder for a run with these settings, or check that it holds one.
+        """Begin a run with these settings in an empty folder, or check that the run to resume has the same ones.
 
         Raises:
-            BadInput: The folder cannot be written, holds something already, or holds a run with other settings.
+            BadInput: The folder cannot be written, is not empty, or holds a run with other settings.
         """
         path = self.folder / "settings.json"
         try:
@@ -73,25 +73,26 @@ class RunFolder:
             elif any(self.folder.iterdir()):
                 advice = "it holds no run to resume" if resume else "pass --resume to continue its run"
                 raise BadInput(f"--out {self.folder} is not empty; {advice}, or choose another folder")
-            self._write("settings.json", settings)
+            self._write_json("settings.json", settings)
         except (OSError, json.JSONDecodeError) as error:
             raise BadInput(f"--out {self.folder} cannot be used: {error}") from None
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
-        # More epochs would bend a schedule that was drawn for fewer.
-        free = {"epochs"} if now["schedule"] == "constant" else set()
-        for key in now.keys() - free:
+        # A schedule depends on the number of epochs, unless the rate is constant.
+        changeable = {"epochs"} if now["schedule"] == "constant" else set()
+        for key in now.keys() - changeable:
             if before.get(key) != now[key]:
                 raise BadInput(
-                    f"{self.folder} was started with {key} {before.get(key)!r}, not {now[key]!r}; --resume keeps it"
+                    f"{self.folder} was started with {key} {before.get(key)!r}, not {now[key]!r}; "
+                    "--resume needs the same settings"
                 )
         if now["epochs"] < before["epochs"]:
             raise BadInput(
-                f"{self.folder} was started for {before['epochs']} epochs; --resume may only raise that number"
+                f"{self.folder} was started with {before['epochs']} epochs; --resume can only raise that number"
             )
 
     def read_history(self) -> list[HistoryRow]:
-        """Return the rows of history.csv, oldest first; none if there is no such file."""
+        """Return the rows of history.csv, oldest first; an empty list without such a file."""
         path = self.folder / "history.csv"
         if not path.exists():
             return []
@@ -99,7 +100,7 @@ class RunFolder:
             return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
     def write_history(self, rows: list[HistoryRow]) -> None:
-        """Replace history.csv by these rows."""
+        """Write these rows to history.csv."""
 
         def write(path: Path) -> None:
             with path.open("w", newline="") as file:
@@ -110,14 +111,14 @@ class RunFolder:
         self.replace(self.folder / "history.csv", write)
 
     def write_evidence(self, dataset: Dataset) -> None:
-        """Write the class names, the test images as far as `HELDOUT_BYTES` allows, and some training images."""
+        """Write the class names, at most `HELDOUT_BYTES` of test images, and some training images for calibration."""
         test = dataset.test
         limit = max(1, HELDOUT_BYTES // math.prod(test.images.shape[1:]))
-        chosen = np.arange(len(test.labels))
-        if len(chosen) > limit:
-            print(f"keeping {limit:,} of {len(chosen):,} test images as evidence for the export")
-            chosen = np.sort(np.random.default_rng(0).permutation(chosen)[:limit])
-        self._write_arrays("heldout.npz", images=test.images[chosen], labels=test.labels[chosen])
+        selected = np.arange(len(test.labels))
+        if len(selected) > limit:
+            print(f"saving {limit:,} of {len(selected):,} test images for the comparison at export")
+            selected = np.sort(np.random.default_rng(0).permutation(selected)[:limit])
+        self._write_arrays("heldout.npz", images=test.images[selected], labels=test.labels[selected])
         self._write_arrays("calibration.npz", images=choose_calibration(dataset.train))
         text = "".join(f"{name}\n" for name in dataset.classes)
         self.replace(self.folder / "labels.txt", lambda path: path.write_text(text, "utf-8"))
@@ -131,15 +132,15 @@ class RunFolder:
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Write metrics.json."""
-        self._write("metrics.json", metrics)
+        self._write_json("metrics.json", metrics)
 
-    def _write(self, name: str, value: dict[str, Any]) -> None:
+    def _write_json(self, name: str, value: dict[str, Any]) -> None:
         self.replace(self.folder / name, lambda path: path.write_text(json.dumps(value, indent=2) + "\n"))
 
     @staticmethod
     def replace(path: Path, write: Callable[[Path], object]) -> None:
-        """Call `write` on a path beside `path`, sync that file and rename it: a kill leaves the old file or the new."""
-        # The suffix stays, because Keras tells formats apart by it.
+        """Write a temporary file beside `path`, sync it and rename it: a kill leaves the old file or the new one."""
+        # With the same suffix, by which Keras chooses the format.
         part = path.with_name(f".part-{path.name}")
         try:
             write(part)
@@ -152,6 +153,6 @@ class RunFolder:
 
 
 def choose_calibration(train: Split) -> NDArray[np.uint8]:
-    """Return training images that show an export to int8 how large activations get, uint8 [n, height, width, 3]."""
+    """Return training images, uint8 [n, height, width, 3], with which an export to int8 calibrates activations."""
     limit = min(CALIBRATION_IMAGES, max(1, CALIBRATION_BYTES // math.prod(train.images.shape[1:])))
     return train.images[np.sort(np.random.default_rng(0).permutation(len(train.labels))[:limit])]

@@ -1,10 +1,10 @@
-"""Look after a model repository: what it holds, what was proved, whether it still holds, and what may go.
+"""Manage a model repository: list, show, label, verify and prune its versions.
 
 Examples:
   resnet models list models
   resnet models show models/digits
+  resnet models label models/digits stable 2        (`resnet models label models/digits stable` removes the label)
   resnet models verify models
-  resnet models label models/digits stable 2        (`resnet models label models/digits stable` takes it away)
   resnet models prune models --keep 2
 """
 
@@ -18,49 +18,58 @@ import msgspec
 from export import manifest, parity, repository
 from resnet import BadInput, CheckFailed
 
+VERBS = {
+    "list": "print one line per version",
+    "show": "print the manifest and certificate of a version",
+    "label": "set a label, by which clients may request a version, or remove it",
+    "schema": "print the JSON Schema of manifest.json",
+    "verify": "verify every version, as `resnet verify` does",
+    "prune": "remove old versions without a label, and the remains of killed exports",
+}
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the verbs of `resnet models` and their options."""
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="|".join(VERBS))
     for verb, meaning in VERBS.items():
         action = verbs.add_parser(verb, help=meaning, description=meaning)
-        if verb != "schema":
+        if verb == "label":
             action.add_argument(
-                "folder", type=Path, metavar="REPOSITORY[/NAME]", help="a repository, or one of its models"
+                "folder", type=Path, metavar="REPOSITORY[/NAME]", help="model, or a repository with a single model"
+            )
+            action.add_argument("label", metavar="LABEL", help="label, as stable or canary")
+            action.add_argument(
+                "number", type=int, nargs="?", metavar="VERSION", help="version to label (default: remove the label)"
+            )
+        elif verb == "show":
+            action.add_argument(
+                "folder", type=Path, metavar="REPOSITORY[/NAME]", help="model, or a repository with a single model"
+            )
+            action.add_argument("--version", type=int, metavar="N", help="version to show (default: the latest)")
+        elif verb != "schema":
+            action.add_argument(
+                "folder", type=Path, metavar="REPOSITORY[/NAME]", help="repository, or one of its models"
             )
         if verb == "prune":
-            action.add_argument("--keep", type=int, default=3, help="how many of the latest versions stay (default: 3)")
-        if verb == "label":
-            action.add_argument("label", metavar="LABEL", help="a name, as stable or canary")
-            action.add_argument("number", type=int, nargs="?", metavar="VERSION", help="which version gets it")
-        if verb == "show":
-            action.add_argument("--version", type=int, help="which version (default: the latest)")
-
-
-VERBS = {
-    "list": "print a line for every version",
-    "show": "print what one version is, and its proof",
-    "label": "give a label to a version, by which clients may ask for it, or take it away",
-    "schema": "print the JSON Schema of manifest.json",
-    "verify": "recompute the proof of every version",
-    "prune": "remove all but the latest and the labelled versions, and what killed exports left",
-}
+            action.add_argument(
+                "--keep", type=int, default=3, metavar="N", help="number of latest versions to keep (default: 3)"
+            )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what the verb says."""
+    """Run one verb."""
     actions = {"list": _list, "show": _show, "label": _label, "schema": _schema, "verify": _verify, "prune": _prune}
     actions[args.verb](args)
 
 
-def _models(folder: Path) -> list[Path]:
-    """Return the models of a repository, or the one model that the folder is."""
+def _list_models(folder: Path) -> list[Path]:
+    """Return all models of a repository, or the folder itself if it is a model."""
     return [folder] if repository.versions(folder) else repository.models(folder)
 
 
-def _model(folder: Path) -> Path:
-    """Return the one model that is meant."""
-    models = _models(folder)
+def _find_model(folder: Path) -> Path:
+    """Return the folder if it is a model, or the only model of a repository."""
+    models = _list_models(folder)
     if len(models) > 1:
         raise BadInput(f"{folder} holds {len(models)} models; name one of them, as {models[0]}")
     return models[0]
@@ -68,44 +77,46 @@ def _model(folder: Path) -> Path:
 
 def _list(args: argparse.Namespace) -> None:
     print(f"{'model':<24} {'input':<14} {'classes':>7}  {'accuracy':>8}  {'precision':<16}  created")
-    for model in _models(args.folder):
+    for model in _list_models(args.folder):
         for number in repository.versions(model):
             name = f"{model.name}/{number}"
             try:
-                found = manifest.read(model / str(number))
+                version = manifest.read(model / str(number))
             except BadInput as error:
                 print(f"{name:<24} {error}")
                 continue
-            size = "x".join(str(side) for side in found.input.shape[1:])
-            precisions = ", ".join(dict.fromkeys(variant.precision for variant in found.certificate.variants))
-            labels = [label for label, version in repository.labels(model).items() if version == number]
+            size = "x".join(str(side) for side in version.input.shape[1:])
+            precisions = ", ".join(dict.fromkeys(variant.precision for variant in version.certificate.variants))
+            labels = [label for label, labelled in repository.labels(model).items() if labelled == number]
             print(
-                f"{name:<24} {size:<14} {len(found.labels):>7}  {found.certificate.accuracy:>8.2%}  {precisions:<16}  "
-                f"{found.created}" + (f"  {', '.join(labels)}" if labels else "")
+                f"{name:<24} {size:<14} {len(version.labels):>7}  {version.certificate.accuracy:>8.2%}  "
+                f"{precisions:<16}  {version.created}" + (f"  {', '.join(labels)}" if labels else "")
             )
 
 
 def _show(args: argparse.Namespace) -> None:
-    folder = repository.version(_model(args.folder), args.version)
-    found = manifest.read(folder)
-    print(f"{found.model}/{found.version}, exported {found.created}")
-    print(f"  input   {found.input.name}: {found.input.dtype} {found.input.shape}")
-    print(f"  output  {found.output.name}: {found.output.dtype} {found.output.shape}")
-    print(f"  labels  {', '.join(found.labels)}")
-    print(f"  files   {len(found.files)}, {sum((folder / name).stat().st_size for name in found.files) / 1e6:.1f} MB")
-    cost = found.cost
+    folder = repository.version(_find_model(args.folder), args.version)
+    version = manifest.read(folder)
+    size = sum((folder / name).stat().st_size for name in version.files)
+    cost = version.cost
+    print(f"{version.model}/{version.version}, exported {version.created}")
+    print(f"  input      {version.input.name}: {version.input.dtype} {version.input.shape}")
+    print(f"  output     {version.output.name}: {version.output.dtype} {version.output.shape}")
+    print(f"  labels     {', '.join(version.labels)}")
+    print(f"  files      {len(version.files)}, {size / 1e6:.1f} MB")
     print(
-        f"  graph   {cost.nodes} nodes, {cost.parameters:,} parameters, {cost.multiply_adds / 1e6:,.1f} M multiply-adds"
+        f"  graph      {cost.nodes} nodes, {cost.parameters:,} parameters, "
+        f"{cost.multiply_adds / 1e6:,.1f} M multiply-adds per image"
     )
-    print(f"  made by {', '.join(f'{name} {number}' for name, number in found.versions.items())}")
-    print(parity.describe(found.certificate))
+    print(f"  libraries  {', '.join(f'{name} {number}' for name, number in version.versions.items())}")
+    print(parity.describe(version.certificate))
 
 
 def _label(args: argparse.Namespace) -> None:
-    model = _model(args.folder)
+    model = _find_model(args.folder)
     if args.number is None:
         repository.unlabel(model, args.label)
-        print(f"{model.name} has no {args.label} any longer")
+        print(f"removed the label {args.label} from {model.name}")
     else:
         repository.label(model, args.label, args.number)
         print(f"{model.name}/{args.number} is {args.label}")
@@ -117,23 +128,25 @@ def _schema(_: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from export.commands.verify import verify
+    from export.verification import verify
 
     failed = []
-    for model in _models(args.folder):
+    for model in _list_models(args.folder):
         for number in repository.versions(model):
+            name = f"{model.name}/{number}"
             try:
                 verify(model / str(number))
+                print(f"{name} is verified")
             except (BadInput, CheckFailed) as error:
-                failed.append(f"{model.name}/{number}")
-                print(f"{model.name}/{number} does not hold: {error}")
+                failed.append(name)
+                print(f"{name} is not verified: {error}")
     if failed:
-        raise CheckFailed(f"{', '.join(failed)} cannot be verified; the reasons are above")
+        raise CheckFailed(f"not verified: {', '.join(failed)}; the reasons are above")
 
 
 def _prune(args: argparse.Namespace) -> None:
     if args.keep < 1:
         raise BadInput(f"--keep must be at least 1, not {args.keep}")
-    for model in _models(args.folder):
+    for model in _list_models(args.folder):
         for path in repository.prune(model, args.keep):
             print(f"removed {path}")

@@ -48,9 +48,9 @@ def test_an_artifact_needs_none_of_our_code(
     tmp_path: Path,
 ) -> None:
     """In a process that imports nothing of ours it answers what the original answers."""
-    given, found = tmp_path / "images.npy", tmp_path / "probabilities.npy"
-    np.save(given, heldout[0][:50])
+    source, target = tmp_path / "images.npy", tmp_path / "probabilities.npy"
+    np.save(source, heldout[0][:50])
     code = FRAME.format(load=LOADERS[artifact])
-    arguments = [str(repository / "digits" / "1"), str(given), str(found)]
+    arguments = [str(repository / "digits" / "1"), str(source), str(target)]
     subprocess.run([sys.executable, "-I", "-c", code, *arguments], check=True)
-    np.testing.assert_allclose(np.load(found), probabilities[:50], atol=1e-5)
+    np.testing.assert_allclose(np.load(target), probabilities[:50], atol=1e-5)

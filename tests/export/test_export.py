@@ -18,8 +18,10 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from export import convert, manifest, precision, repository, source
+from export import manifest, original, precision, repository, source
 from export.export import export
+from export.formats import OPSET
+from export.formats import onnx as onnx_format
 from export.manifest import Cost
 from export.parity import BudgetError
 from export.precision import Reduction
@@ -30,29 +32,33 @@ from tests.conftest import edit_manifest
 def test_a_version_holds_all_forms_of_the_model(repository: Path) -> None:
     """SavedModel, ONNX, Keras, labels, evidence; the manifest has the hash of each."""
     version = repository / "digits" / "1"
-    about = manifest.read(version)
-    assert {"model.onnx", "model.keras", "saved_model.pb", "labels.txt", "heldout.npz"} < about.files.keys()
-    assert any(name.startswith("variables/") for name in about.files)
-    assert about.files == manifest.hash_files(version)
-    assert about.labels == [str(digit) for digit in range(10)]
-    assert (about.input.name, about.input.dtype, about.input.shape) == ("image", "uint8", [-1, 32, 32, 3])
-    assert (about.output.name, about.output.dtype, about.output.shape) == ("probabilities", "float32", [-1, 10])
-    assert about.training is not None
-    assert about.training["accuracy"] == about.certificate.accuracy
+    recorded = manifest.read(version)
+    assert {"model.onnx", "model.keras", "saved_model.pb", "labels.txt", "heldout.npz"} < recorded.files.keys()
+    assert any(name.startswith("variables/") for name in recorded.files)
+    assert recorded.files == manifest.hash_files(version)
+    assert recorded.labels == [str(digit) for digit in range(10)]
+    assert (recorded.input.name, recorded.input.dtype, recorded.input.shape) == ("image", "uint8", [-1, 32, 32, 3])
+    assert (recorded.output.name, recorded.output.dtype, recorded.output.shape) == (
+        "probabilities",
+        "float32",
+        [-1, 10],
+    )
+    assert recorded.training is not None
+    assert recorded.training["accuracy"] == recorded.certificate.accuracy
 
 
 def test_the_certificate_covers_both_variants_at_three_batch_sizes(
     repository: Path, heldout: tuple[NDArray[np.uint8], NDArray[np.int32]]
 ) -> None:
     """All held-out images, within the budget, and with the accuracy of Keras."""
-    found = manifest.read(repository / "digits" / "1").certificate
-    assert found.images == len(heldout[0])
-    assert {variant.name: [row.batch_size for row in variant.rows] for variant in found.variants} == {
+    certificate = manifest.read(repository / "digits" / "1").certificate
+    assert certificate.images == len(heldout[0])
+    assert {variant.name: [row.batch_size for row in variant.rows] for variant in certificate.variants} == {
         "onnx": [1, 3, 64],
         "saved_model": [1, 3, 64],
     }
-    assert not list(found.violations())
-    assert {row.accuracy for variant in found.variants for row in variant.rows} == {found.accuracy}
+    assert not list(certificate.violations())
+    assert {row.accuracy for variant in certificate.variants for row in variant.rows} == {certificate.accuracy}
 
 
 def test_the_onnx_file_has_the_names_that_clients_use(repository: Path) -> None:
@@ -96,19 +102,19 @@ def test_variants_of_lower_precision_are_proved_too(
     """fp16 and int8 take and give what fp32 does, lose no more accuracy than allowed, and verify again."""
     model = tmp_path / "models" / "digits"
     assert cli.main(["export", str(run), "--to", str(model), "--precision", "fp32,fp16,int8", "--int8-drop=5"]) == 0
-    found = manifest.read(model / "1").certificate
-    assert [variant.name for variant in found.variants] == ["onnx", "saved_model", "onnx-fp16", "onnx-int8"]
+    certificate = manifest.read(model / "1").certificate
+    assert [variant.name for variant in certificate.variants] == ["onnx", "saved_model", "onnx-fp16", "onnx-int8"]
     images, labels = heldout
-    for variant in found.variants[2:]:
+    for variant in certificate.variants[2:]:
         path = model / "1" / variant.path
         kernels = [value for value in onnx.load(path).graph.initializer if len(value.dims) == 4]
         assert len(kernels) == 6
         expected = onnx.TensorProto.FLOAT16 if variant.precision == "fp16" else onnx.TensorProto.INT8
         assert {kernel.data_type for kernel in kernels} == {expected}
-        answers = convert.load_onnx(path)(images)
+        answers = onnx_format.load(path)(images)
         assert answers.dtype == np.float32
         assert np.mean(answers.argmax(axis=1) == labels) == variant.rows[-1].accuracy
-        assert found.accuracy - variant.rows[-1].accuracy <= (variant.budget.accuracy_drop or 0) + 1e-9
+        assert certificate.accuracy - variant.rows[-1].accuracy <= (variant.budget.accuracy_drop or 0) + 1e-9
         assert variant.speedup.keys() == {1, 32}
         assert variant.method
     capsys.readouterr()
@@ -121,11 +127,11 @@ def test_a_variant_that_loses_too_much_is_left_out(
 ) -> None:
     """Here it is another model: the rest is published, and the exit code is 1."""
     other = Reduction("other", lambda _, path: path.write_bytes((tmp_path / "other.onnx").read_bytes()))
-    monkeypatch.setattr(precision, "attempts", lambda *_: [other])
-    original = source.load(run)
-    kernel = original.model.get_layer("stem_conv").kernel
+    monkeypatch.setattr(precision, "list_reductions", lambda *_: [other])
+    trained = source.load(run)
+    kernel = trained.model.get_layer("stem_conv").kernel
     kernel.assign(-kernel.numpy())
-    convert.to_onnx(original.model, original.evidence.labels, tmp_path / "other.onnx")
+    onnx_format.write(trained.model, trained.evidence.labels, tmp_path / "other.onnx", OPSET)
     model = tmp_path / "models" / "digits"
     assert cli.main(["export", str(run), "--to", str(model), "--precision", "int8"]) == 1
     error = capsys.readouterr().err
@@ -144,7 +150,7 @@ def test_int8_needs_training_images(run: Path, tmp_path: Path, capsys: pytest.Ca
     assert cli.main(["export", str(folder), "--to", to, "--precision", "int8"]) == 2
     assert "no training images beside it to calibrate int8 with" in capsys.readouterr().err
     assert cli.main(["export", str(folder), "--to", to, "--precision", "fp32,fp8"]) == 2
-    assert "--precision 'fp8' is unknown" in capsys.readouterr().err
+    assert "--precision must be one of fp32, fp16, int8, not 'fp8'" in capsys.readouterr().err
     assert not (tmp_path / "models").exists()
 
 
@@ -167,7 +173,7 @@ def test_the_files_need_none_of_our_code(
 ) -> None:
     """TensorFlow and onnxruntime alone, in processes of their own, answer as the original does."""
     version = repository / "digits" / "1"
-    expected = convert.load_keras(version / "model.keras")(heldout[0])
+    expected = original.load(version / "model.keras")(heldout[0])
     for name, body in WITHOUT_OUR_CODE.items():
         target = tmp_path / f"{name}.npy"
         script = (
@@ -199,13 +205,13 @@ def test_a_model_that_computes_something_else_is_not_published(
         kernel.assign(right)
         return cost
 
-    to_onnx = convert.to_onnx
-    monkeypatch.setattr(convert, "to_onnx", to_wrong_onnx)
+    to_onnx = onnx_format.write
+    monkeypatch.setattr(onnx_format, "write", to_wrong_onnx)
     with pytest.raises(BudgetError, match="largest difference of onnx at batch size 1"):
         export(source.load(run), tmp_path / "models" / "digits")
     assert not list((tmp_path / "models" / "digits").iterdir())
     assert cli.main(["export", str(run), "--to", str(tmp_path / "models" / "digits")]) == 1
-    assert "does not compute what the original does" in capsys.readouterr().err
+    assert "does not compute the same as the original" in capsys.readouterr().err
 
 
 def test_two_exports_at_once_get_two_versions(tmp_path: Path) -> None:
@@ -229,7 +235,7 @@ def test_two_exports_at_once_get_two_versions(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["..", ".hidden", "a b", "ä"])
 def test_names_that_no_url_or_folder_should_have_are_refused(run: Path, tmp_path: Path, name: str) -> None:
     """The name is the last part of the path."""
-    with pytest.raises(BadInput, match="a model's name has letters"):
+    with pytest.raises(BadInput, match="the model name .* is invalid; use letters"):
         export(source.load(run), tmp_path / "models" / name)
 
 
@@ -258,13 +264,16 @@ def two_inputs() -> keras.Model:
 MODELS: dict[str, tuple[Callable[[], keras.Model], str]] = {
     "float input": (
         lambda: model(dtype="float32"),
-        r"takes float32 \[batch, 32, 32, 3\]; a servable model takes uint8 pixels: say with --preprocess",
+        r"takes float32 \[batch, 32, 32, 3\] in place of uint8 pixels; name its preprocessing with --preprocess",
     ),
     "grey input": (lambda: model((32, 32, 1)), r"takes uint8 \[batch, 32, 32, 1\]"),
-    "no softmax": (lambda: model(activation="linear"), "does not end in probabilities.* --logits adds the softmax"),
+    "no softmax": (lambda: model(activation="linear"), "does not end in probabilities.* --logits appends a softmax"),
     "one output": (lambda: model(outputs=1, activation="sigmoid"), r"gives float32 \[batch, 1\]"),
     "other classes": (lambda: model(outputs=7), "has 7 outputs, but there are 10 class names"),
-    "other size": (lambda: model((16, 16, 3)), r"takes images of \[16, 16, 3\], the held-out images are \[32, 32, 3\]"),
+    "other size": (
+        lambda: model((16, 16, 3)),
+        r"takes images of shape \[16, 16, 3\], but the held-out images have \[32, 32, 3\]",
+    ),
     "two inputs": (two_inputs, "has 2 inputs and 1 outputs"),
 }
 
@@ -282,9 +291,9 @@ def test_a_model_from_elsewhere_is_exported_with_a_named_data_set(tmp_path: Path
     """It needs no run folder; its labels and evidence are the data set's."""
     model().save(tmp_path / "mine.keras")
     version = export(source.load(tmp_path / "mine.keras", data="digits"), tmp_path / "models" / "mine")
-    about = manifest.read(version)
-    assert about.training is None
-    assert about.certificate.images == 360
+    recorded = manifest.read(version)
+    assert recorded.training is None
+    assert recorded.certificate.images == 360
 
 
 def test_what_is_no_model_is_refused(run: Path, tmp_path: Path) -> None:

@@ -14,11 +14,13 @@ import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from export import convert, manifest, parity, source
-from export.commands.verify import verify
+from export import manifest, original, parity, source
 from export.export import export
+from export.formats import onnx as onnx_format
+from export.formats import saved_model
 from export.manifest import Variant
 from export.parity import BudgetError, RunError, ShapeError
+from export.verification import verify
 from resnet import BadInput, CheckFailed
 from tests.conftest import edit_manifest
 
@@ -149,12 +151,12 @@ def test_a_faulty_conversion_is_caught(fault: str, repository: Path, tmp_path: P
     graph = onnx.load(version / "model.onnx")
     plant(graph.graph)
     onnx.save(graph, tmp_path / "model.onnx")
-    reference, labels = convert.load_keras(version / "model.keras"), np.zeros(len(images), np.int32)
-    saved_model = (variants["saved_model"], convert.load_saved_model(version))
+    reference, labels = original.load(version / "model.keras"), np.zeros(len(images), np.int32)
+    saved_variant = (variants["saved_model"], saved_model.load(version))
 
     def prove(path: Path) -> None:
-        onnx_variant = (variants["onnx"], convert.load_onnx(path))
-        parity.check(parity.certify(reference, [onnx_variant, saved_model], images, labels))
+        onnx_variant = (variants["onnx"], onnx_format.load(path))
+        parity.check(parity.certify(reference, [onnx_variant, saved_variant], images, labels))
 
     prove(version / "model.onnx")
     with pytest.raises(error):
@@ -163,18 +165,18 @@ def test_a_faulty_conversion_is_caught(fault: str, repository: Path, tmp_path: P
 
 def test_normalisation_in_training_mode_is_caught(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It uses the statistics of the batch: each answer then depends on its neighbours."""
-    original = source.load(run)
-    kept = original.model.__class__.__call__
-    to_onnx = convert.to_onnx
+    trained = source.load(run)
+    call = trained.model.__class__.__call__
+    to_onnx = onnx_format.write
 
     def wrong(*arguments: Any) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(original.model.__class__, "__call__", lambda self, x, **_: kept(self, x, training=True))
+            patch.setattr(trained.model.__class__, "__call__", lambda self, x, **_: call(self, x, training=True))
             to_onnx(*arguments)
 
-    monkeypatch.setattr(convert, "to_onnx", wrong)
+    monkeypatch.setattr(onnx_format, "write", wrong)
     with pytest.raises(BudgetError):
-        export(original, tmp_path / "models" / "digits")
+        export(trained, tmp_path / "models" / "digits")
     assert not list((tmp_path / "models" / "digits").iterdir())
 
 
@@ -188,7 +190,7 @@ def test_labels_in_another_order_are_caught(run: Path, tmp_path: Path) -> None:
     (folder / "labels.txt").write_text("".join(f"{name}\n" for name in names))
     with np.load(folder / "heldout.npz") as arrays:
         np.savez_compressed(folder / "heldout.npz", images=arrays["images"], labels=(arrays["labels"] + 1) % 10)
-    with pytest.raises(CheckFailed, match="the run says .* of the test images were right, here it is"):
+    with pytest.raises(CheckFailed, match="metrics.json gives a test accuracy of .*, but it is"):
         export(source.load(folder), tmp_path / "models" / "digits")
 
 
@@ -279,7 +281,7 @@ REPOSITORIES: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "other held-out images with a forged hash": (
         replace_and_forge("heldout.npz", other_images),
         CheckFailed,
-        "speaks of other held-out images",
+        "is about other held-out images",
     ),
 }
 

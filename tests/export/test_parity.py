@@ -22,30 +22,30 @@ def compare(actual: np.ndarray, tie: float = 1e-3) -> Parity:
 
 def test_equal_answers_have_no_difference() -> None:
     """All figures are those of the original."""
-    found = compare(EXPECTED.copy())
-    assert (found.max_difference, found.mean_difference) == (0, 0)
-    assert (found.top1_agreement, found.top1_disagreements) == (1, 0)
-    assert found.accuracy == pytest.approx(2 / 3)
+    row = compare(EXPECTED.copy())
+    assert (row.max_difference, row.mean_difference) == (0, 0)
+    assert (row.top1_agreement, row.top1_disagreements) == (1, 0)
+    assert row.accuracy == pytest.approx(2 / 3)
 
 
 def test_differences_are_the_largest_and_the_mean_of_all_probabilities() -> None:
     """A move of 0.09 from one class to another: the largest is 0.09, the mean 0.18 / 9."""
     actual = EXPECTED.copy()
     actual[0] += np.array([-0.09, 0.09, 0], np.float32)
-    found = compare(actual)
-    assert found.max_difference == pytest.approx(0.09, abs=1e-6)
-    assert found.mean_difference == pytest.approx(0.02, abs=1e-6)
-    assert found.top1_disagreements == 0
-    assert found.worst == [0, 1, 2]
+    row = compare(actual)
+    assert row.max_difference == pytest.approx(0.09, abs=1e-6)
+    assert row.mean_difference == pytest.approx(0.02, abs=1e-6)
+    assert row.top1_disagreements == 0
+    assert row.worst == [0, 1, 2]
 
 
 def test_classes_and_the_worst_images_are_named() -> None:
     """Class 1 has two images, of which one is answered otherwise; class 2 has none."""
     actual = EXPECTED.copy()
     actual[1] = [0.1, 0.4, 0.5]
-    found = compare(actual)
-    assert found.class_agreement == [1.0, 0.5, None]
-    assert found.worst == [1, 0, 2]
+    row = compare(actual)
+    assert row.class_agreement == [1.0, 0.5, None]
+    assert row.worst == [1, 0, 2]
     many = np.tile(EXPECTED, (5, 1))
     later = many.copy()
     later[11] += 0.01
@@ -81,7 +81,7 @@ def certificate(budget: Budget = BUDGET, **changes: float) -> Certificate:
     [
         ({"max_difference": 2e-5}, "largest difference of saved_model at batch size 3 is 2e-05, above 1e-05"),
         ({"max_difference": float("nan")}, "largest difference of saved_model at batch size 3 is nan"),
-        ({"top1_disagreements": 2}, "2 of 10 answers of saved_model at batch size 3 name another class"),
+        ({"top1_disagreements": 2}, "2 of 10 predictions of saved_model at batch size 3 name another class"),
     ],
 )
 def test_a_broken_budget_is_named(changes: dict[str, float], message: str) -> None:

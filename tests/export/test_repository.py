@@ -29,26 +29,30 @@ def test_triton_understands_its_configuration(own_repository: Path) -> None:
     """Parsed by the message that Triton itself parses it with; names, types, shapes and labels are the manifest's."""
     folder = own_repository / "digits"
     config = text_format.Parse((folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
-    found = manifest.read(folder / "1")
+    version = manifest.read(folder / "1")
     assert config.name == "digits"
     assert config.backend == "onnxruntime"
     assert (folder / "1" / config.default_model_filename).is_file()
     assert config.max_batch_size == 64
     assert config.HasField("dynamic_batching")
-    (taken,), (given,) = config.input, config.output
-    assert (taken.name, taken.data_type, list(taken.dims)) == ("image", model_config_pb2.TYPE_UINT8, [32, 32, 3])
-    assert (given.name, given.data_type, list(given.dims)) == ("probabilities", model_config_pb2.TYPE_FP32, [10])
-    assert (folder / given.label_filename).read_text().splitlines() == found.labels
+    (image,), (probabilities,) = config.input, config.output
+    assert (image.name, image.data_type, list(image.dims)) == ("image", model_config_pb2.TYPE_UINT8, [32, 32, 3])
+    assert (probabilities.name, probabilities.data_type, list(probabilities.dims)) == (
+        "probabilities",
+        model_config_pb2.TYPE_FP32,
+        [10],
+    )
+    assert (folder / probabilities.label_filename).read_text().splitlines() == version.labels
 
 
 def test_a_version_with_other_classes_cannot_join(own_repository: Path) -> None:
     """Triton has one configuration for all versions, and clients count on it."""
     model = own_repository / "digits"
-    found = manifest.read(model / "1")
-    triton.describe(found, model)
+    version = manifest.read(model / "1")
+    triton.write_files(version, model)
     (model / "labels.txt").write_text("cat\ndog\n")
     with pytest.raises(BadInput, match="labels.txt describes a model with another input or other classes"):
-        triton.describe(found, model)
+        triton.write_files(version, model)
 
 
 def test_list_and_show_tell_what_there_is(own_repository: Path, capsys: pytest.CaptureFixture[str]) -> None:

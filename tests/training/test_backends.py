@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 
 from resnet import BadInput, cli
-from tests.conftest import TRAIN
+from tests.tiny import TRAIN
 from training.distribute import choose
 
 ARGUMENTS = ["train", "--data=digits", "--model=tiny", "--epochs=3"]
 
 # Two devices on a machine that has one.
 DEVICES = """
-from training.commands.train import start_tensorflow
+from training.backend import start_tensorflow
 import os
 os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"
 import tensorflow as tf
@@ -64,13 +64,13 @@ def test_two_devices_share_the_work(tmp_path: Path) -> None:
     output = finish(
         start(DEVICES + TRAIN, tmp_path / "run", "--distribute=mirrored", "--images=1001", "--epochs=3", "--resume")
     )
-    assert "sharing every batch of 64 images among 2 devices" in output
+    assert "splitting every batch of 64 images among 2 devices" in output
     assert "resuming after epoch 1 of 3" in output
     assert metrics(tmp_path / "run")["accuracy"] > 0.4
     refused = start(DEVICES + TRAIN, tmp_path / "other", "--distribute=mirrored", "--batch-size=33")
     _, errors = refused.communicate()
     assert refused.returncode == 2
-    assert "--batch-size 33 does not divide among 2 devices" in errors
+    assert "--batch-size 33 is not a multiple of the 2 devices" in errors
 
 
 @pytest.mark.slow
@@ -110,7 +110,7 @@ def test_two_machines_share_the_work(tmp_path: Path) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")
 def test_a_model_trained_on_jax_exports_like_any_other(tmp_path: Path) -> None:
     """Interrupted and resumed there, with an average of its weights."""
-    script = TRAIN.replace("tests.conftest import TINY", "training.model import Architecture").replace(
+    script = TRAIN.replace("tests.tiny import TINY", "training.model import Architecture").replace(
         "TINY", "Architecture((8, 16), strides=(1, 2), blocks=(1, 1))"
     )
     options = ("--weight-average=0.5", "--images=512")

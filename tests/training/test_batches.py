@@ -21,12 +21,12 @@ def images() -> Pixels:
     return np.random.default_rng(1).integers(256, size=(50, 16, 16, 3), dtype=np.uint8)
 
 
-def changed(images: Pixels, **dials: Any) -> Pixels:
-    """Augment with one dial."""
-    return augment(images, Recipe(name="", **dials), np.random.default_rng(0))
+def changed(images: Pixels, **values: Any) -> Pixels:
+    """Augment with one value of a recipe."""
+    return augment(images, Recipe(name="", **values), np.random.default_rng(0))
 
 
-def test_without_dials_nothing_changes(images: Pixels) -> None:
+def test_without_augmentation_nothing_changes(images: Pixels) -> None:
     """Not a bit."""
     np.testing.assert_array_equal(changed(images), images)
 
@@ -46,14 +46,14 @@ def test_crop_moves_images_by_up_to_its_share(images: Pixels) -> None:
     padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
     moves = set()
     for wide, after in zip(padded, changed(images, crop=0.125), strict=True):
-        found = [
+        matches = [
             (row, column)
             for row in range(5)
             for column in range(5)
             if np.array_equal(wide[row : row + 16, column : column + 16], after)
         ]
-        assert len(found) == 1
-        moves.update(found)
+        assert len(matches) == 1
+        moves.update(matches)
     assert len(moves) > 15
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 
 from resnet import BadInput
 from training import data
+from training.datasets import cifar10
 
 
 def write(path: Path, shade: int = 0, size: tuple[int, int] = (8, 8)) -> None:
@@ -29,6 +31,14 @@ def folder(tmp_path: Path) -> Path:
         write(tmp_path / "train" / name / "2.jpg", 10 * label + 1)
         write(tmp_path / "test" / name / "1.png", 10 * label + 2)
     return tmp_path
+
+
+@pytest.mark.parametrize("loader", data.LOADERS, ids=lambda loader: str(loader.meaning))
+def test_every_row_of_the_table_has_a_module_and_a_place_in_the_help(loader: data.Loader) -> None:
+    """And at least one value of --data means it."""
+    assert callable(importlib.import_module(loader.module).load)
+    assert loader.name or loader.suffix or loader.holds
+    assert loader.meaning in data.SOURCES
 
 
 def test_digits_are_rgb_images_of_which_a_fifth_is_for_testing() -> None:
@@ -70,7 +80,7 @@ def test_images_that_do_not_fit_memory_are_decoded_when_they_are_asked_for(
 ) -> None:
     """They are the same images, with the same hash; one that breaks is named when its turn comes."""
     cached = data.load(str(folder))
-    monkeypatch.setattr("training.data.CACHE_BYTES", 0)
+    monkeypatch.setattr("training.datasets.folder.CACHE_BYTES", 0)
     dataset = data.load(str(folder))
     assert isinstance(dataset.train.images, data.FileImages)
     assert dataset.image_shape == cached.image_shape
@@ -99,7 +109,7 @@ def test_arrays_are_read_from_an_npz_file(tmp_path: Path) -> None:
     np.savez(tmp_path / "named.npz", **arrays(classes=["cat", "dog", "emu"]))
     assert data.load(str(tmp_path / "named.npz")).classes == ("cat", "dog", "emu")
     np.savez(tmp_path / "cifar10.npz", **arrays())
-    assert data.load(str(tmp_path / "cifar10.npz")).classes == data.CIFAR10_CLASSES
+    assert data.load(str(tmp_path / "cifar10.npz")).classes == cifar10.CLASSES
 
 
 @pytest.mark.parametrize(
@@ -133,7 +143,7 @@ def test_a_file_without_the_arrays_is_refused(tmp_path: Path) -> None:
 def test_a_local_copy_of_cifar10_is_read(tmp_path: Path) -> None:
     """The distribution's rows are planar: 1,024 red values, then green, then blue."""
     row = np.repeat(np.array([1, 2, 3], np.uint8), 1024)
-    for name in (*data.CIFAR10_BATCHES, "test_batch"):
+    for name in (*cifar10.TRAINING_BATCHES, cifar10.TEST_BATCH):
         (tmp_path / name).write_bytes(pickle.dumps({b"data": np.stack([row, row]), b"labels": [3, 4]}))
     dataset = data.load(str(tmp_path))
     assert dataset.train.images.shape == (10, 32, 32, 3)
@@ -154,7 +164,7 @@ def test_a_download_that_fails_is_one_sentence(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_broken_cifar10_batch_is_named(tmp_path: Path) -> None:
     """A download that was cut short is one sentence."""
-    (tmp_path / data.CIFAR10_BATCHES[0]).write_bytes(b"\x80\x04")
+    (tmp_path / cifar10.TRAINING_BATCHES[0]).write_bytes(b"\x80\x04")
     with pytest.raises(BadInput, match="data_batch_1 is not a CIFAR-10 batch"):
         data.load(str(tmp_path))
 
@@ -189,7 +199,9 @@ def test_a_faulty_folder_is_refused_with_the_place_of_the_fault(folder: Path, fa
 
 def test_unknown_empty_and_one_class_data_are_refused(tmp_path: Path) -> None:
     """There must be two classes to tell apart."""
-    with pytest.raises(BadInput, match="neither a data set .* nor a folder"):
+    with pytest.raises(
+        BadInput, match="--data 'mnist' is unknown; choose one of: digits, cifar10, .* a folder of images"
+    ):
         data.load("mnist")
     with pytest.raises(BadInput, match="train cannot be read"):
         data.load(str(tmp_path))

@@ -6,21 +6,21 @@ import keras
 import numpy as np
 import pytest
 
-from training.commands.family import PUBLISHED, parameters
+from training.family import PUBLISHED, count_parameters
 from training.model import ARCHITECTURES, RESNETS, Architecture, build, residual_block
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
 def test_an_imagenet_network_has_the_published_number_of_parameters(name: str) -> None:
     """To the digit, at 1,000 classes, as torchvision has them."""
-    assert f"{parameters(name):,}" == PUBLISHED[name]
+    assert f"{count_parameters(name):,}" == PUBLISHED[name]
 
 
 @pytest.mark.parametrize(("depth", "millions"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)])
 def test_a_cifar_network_has_the_published_number_of_parameters(depth: int, millions: float) -> None:
     """As far as table 6 of the paper gives them."""
     digits = 1 if depth == 110 else 2
-    assert round(parameters(f"resnet{depth}") / 1e6, digits) == millions
+    assert round(count_parameters(f"resnet{depth}") / 1e6, digits) == millions
     assert PUBLISHED[f"resnet{depth}"] == f"{millions}M"
 
 

@@ -1,4 +1,4 @@
-"""A recipe does what its dials say."""
+"""A recipe does what its values say."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_weight_decay_is_an_l2_penalty_on_kernels_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dials", "message"),
+    ("values", "message"),
     [
         ({"epochs": 0}, "--epochs must be at least 1, not 0"),
         ({"learning_rate": -1.0}, "--learning-rate must be at least 0"),
@@ -76,7 +76,7 @@ def test_weight_decay_is_an_l2_penalty_on_kernels_alone() -> None:
         ({"weight_average": 1.0}, "--weight-average must be from 0 to 0.9999"),
     ],
 )
-def test_a_dial_out_of_range_is_named(dials: dict[str, Any], message: str) -> None:
+def test_a_value_out_of_range_is_named(values: dict[str, Any], message: str) -> None:
     """By its option, with what it may be."""
     with pytest.raises(BadInput, match=message):
-        Recipe(name="", **dials)
+        Recipe(name="", **values)

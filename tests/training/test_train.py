@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from resnet import BadInput, CheckFailed, cli
-from tests.conftest import TINY, TRAIN
+from tests.tiny import TINY, TRAIN
 from training.batches import TrainingBatches
 from training.data import Dataset, Split
 from training.model import ARCHITECTURES
@@ -28,9 +28,9 @@ from training.run_folder import RunFolder
 from training.train import TrainingSettings, _balance, train
 
 
-def settings(epochs: int = 2, seed: int = 0, images: int | None = None, **dials: Any) -> TrainingSettings:
+def settings(epochs: int = 2, seed: int = 0, images: int | None = None, **values: Any) -> TrainingSettings:
     """Return settings of a training that takes seconds."""
-    recipe = dataclasses.replace(RECIPES["notebook"], epochs=epochs, **dials)
+    recipe = dataclasses.replace(RECIPES["notebook"], epochs=epochs, **values)
     return TrainingSettings(data="digits", model="tiny", recipe=recipe, seed=seed, images=images)
 
 
@@ -138,7 +138,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_epoch(
     with monkeypatch.context() as patch:
         healthy = TrainingBatches.__getitem__
         patch.setattr(TrainingBatches, "__getitem__", lambda *at: (healthy(*at)[0], healthy(*at)[1] * np.nan))
-        with pytest.raises(CheckFailed, match="became nan in step 1 of epoch 2; .* keeps epoch 1"):
+        with pytest.raises(CheckFailed, match="became nan in step 1 of epoch 2; .* holds epoch 1"):
             train(settings(epochs=2, images=128), tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "checkpoint.keras").read_bytes() == checkpoint
     assert len(rows(tmp_path / "run")) == 1
@@ -224,7 +224,7 @@ def test_images_of_224_pixels_train(tmp_path: Path) -> None:
         Image.fromarray(noise // (1 if name == "cat" else 4)).save(path)
     made = dataclasses.replace(settings(epochs=3, batch_size=8), data=str(tmp_path / "data"), image_size=224)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.data.CACHE_BYTES", 0)
+        patch.setattr("training.datasets.folder.CACHE_BYTES", 0)
         # On CPUs with AVX-512, TensorFlow 2.21 crashes in the gradient of a 1x1 convolution of stride 2 that reads
         # 8 channels of 56x56 pixels, which no network of the family has but this small one.
         patch.setitem(ARCHITECTURES, "tiny", TINY._replace(filters=(16, 32)))
@@ -236,11 +236,11 @@ def test_images_of_224_pixels_train(tmp_path: Path) -> None:
 def test_a_row_without_its_checkpoint_is_dropped_on_resuming(tmp_path: Path) -> None:
     """A kill between history and checkpoint must not count an epoch twice."""
     train(settings(epochs=1), tmp_path / "run")
-    run = RunFolder(tmp_path / "run")
-    history = run.read_history()
-    run.write_history([*history, history[0] | {"epoch": 2}])
-    train(settings(epochs=2), run.folder, resume=True)
-    assert [row["epoch"] for row in rows(run.folder)] == ["1", "2"]
+    run_folder = RunFolder(tmp_path / "run")
+    history = run_folder.read_history()
+    run_folder.write_history([*history, history[0] | {"epoch": 2}])
+    train(settings(epochs=2), run_folder.folder, resume=True)
+    assert [row["epoch"] for row in rows(run_folder.folder)] == ["1", "2"]
 
 
 def test_a_folder_in_use_is_not_overwritten(run: Path, tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_a_folder_in_use_is_not_overwritten(run: Path, tmp_path: Path) -> None:
         train(settings(), run)
     with pytest.raises(BadInput, match="was started with seed 0, not 1"):
         train(settings(epochs=3, seed=1), run, resume=True)
-    with pytest.raises(BadInput, match="may only raise"):
+    with pytest.raises(BadInput, match="can only raise"):
         train(settings(epochs=1), run, resume=True)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(BadInput, match="holds no run to resume"):
@@ -290,9 +290,17 @@ def test_too_few_images_leave_no_run_folder(tmp_path: Path) -> None:
         (tmp_path / "data" / split / name).mkdir(parents=True)
         for number in (1, 2):
             Image.new("RGB", (32, 32)).save(tmp_path / "data" / split / name / f"{number}.png")
-    with pytest.raises(BadInput, match="4 training images are too few to set 10% aside"):
+    with pytest.raises(BadInput, match="4 training images are too few for a validation share of 10%"):
         train(dataclasses.replace(settings(), data=str(tmp_path / "data")), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """--out is a flag that has no default."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(["train", "--data", "digits"])
+    assert end.value.code == 2
+    assert "arguments are required: --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -300,13 +308,13 @@ def test_too_few_images_leave_no_run_folder(tmp_path: Path) -> None:
     [
         (["--model", "resnet9"], "--model 'resnet9' is unknown; choose one of resnet18"),
         (["--image-size", "64"], "--image-size is for folders of images; 'digits' has 32x32 pixels"),
-        (["--distribute", "magic"], "--distribute 'magic' is unknown"),
+        (["--distribute", "magic"], "--distribute must be one of mirrored, multiworker, not 'magic'"),
         (["--distribute", "multiworker"], "needs TF_CONFIG"),
         (["--images", "0"], "--images must be at least 1"),
-        (["--recipe", "magic"], "--recipe 'magic' is unknown"),
+        (["--recipe", "magic"], "--recipe must be one of notebook, paper, quick, modern, not 'magic'"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--seed", "-1"], "--seed must be at least 0"),
-        (["--data", "mnist"], "--data 'mnist' is neither"),
+        (["--data", "mnist"], "--data 'mnist' is unknown"),
     ],
 )
 def test_bad_options_are_one_sentence_and_write_nothing(

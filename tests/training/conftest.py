@@ -1,0 +1,11 @@
+"""The small network is in the family for every test here, whether it asks for it or not."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def small_network(tiny: str) -> str:
+    """Return its name."""
+    return tiny

@@ -1,0 +1,36 @@
+"""Start the backend of Keras: before anything else imports it, with the settings that train fastest."""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+
+def start_tensorflow(fuse: bool = False) -> None:
+    """Load TensorFlow with oneDNN's kernels and without its start-up notes, unless Keras uses another backend.
+
+    On CPUs without VNNI TensorFlow leaves oneDNN off. A step of ResNet-18 on 32-pixel images then takes 2.1 s in place
+    of 0.35 s (batch 64, two Zen 3 cores): TensorFlow's own gradient of a convolution is slow for small feature maps.
+
+    Args:
+        fuse: Let XLA fuse all operations but convolutions and matrix products. Keras composes batch normalisation of
+            ten operations, each of which reads and writes memory: fused, a step of ResNet-20 takes a third less time.
+    """
+    if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
+        return
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+    if fuse:  # convolutions, at which XLA is slow, stay with oneDNN
+        flags = "--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit --tf_xla_ops_to_cluster=FUSIBLE"
+        os.environ.setdefault("TF_XLA_FLAGS", flags)
+    # TensorFlow writes two notes of four lines to stderr, whatever its log level: one as it is loaded, and one with the
+    # first tensor.
+    stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(devnull, 2)
+        tensorflow = importlib.import_module("tensorflow")
+        if "TF_CONFIG" not in os.environ:  # several machines join before the first tensor
+            tensorflow.zeros(1)
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(devnull)

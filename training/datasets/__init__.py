@@ -1,0 +1,1 @@
+"""The kinds of data sets: one module for each, listed in `training.data.LOADERS`."""
