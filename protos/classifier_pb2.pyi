@@ -46,15 +46,15 @@ class ClassifyRequest(_message.Message):
     VERSION_LABEL_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model; may be empty where the server has just one."""
+    """Name of the model; may be empty if the server has only one."""
     version: _builtins.int
-    """Version of the model; 0 asks for the one that has the label, or without a label for the latest."""
+    """Version of the model; 0 is the version that has the label or, without a label, the latest version."""
     top_k: _builtins.int
-    """How many classes to return for each image, the most probable first; 0 asks for 5, or all where there are fewer."""
+    """Classes to return for each image, the most probable first; 0 returns 5, or all if the model has fewer."""
     version_label: _builtins.str
-    """A label that the server's operator gave to a version, as "stable"."""
+    """Label that the server's operator gave to a version, such as "stable"."""
     priority: _builtins.int
-    """1 is computed before 2, and that before 3; 0 is 2. Among equals, the first come is the first served."""
+    """Priority from 1, the highest, to 3; 0 means 2. Requests of equal priority are served in order of arrival."""
     @_builtins.property
     def encoded(self) -> Global___EncodedImages: ...
     @_builtins.property
@@ -82,14 +82,14 @@ Global___ClassifyRequest: _TypeAlias = ClassifyRequest  # noqa: Y015
 
 @_typing.final
 class EncodedImages(_message.Message):
-    """Image files. Each is resized to what the model takes."""
+    """Image files, which the server resizes to the model's input size."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     IMAGES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def images(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """JPEG or PNG."""
+        """JPEG or PNG files."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ Global___EncodedImages: _TypeAlias = EncodedImages  # noqa: Y015
 
 @_typing.final
 class Tensor(_message.Message):
-    """Pixels, as the model takes them."""
+    """Pixels of the model's input size."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -115,7 +115,7 @@ class Tensor(_message.Message):
     DATA_FIELD_NUMBER: _builtins.int
     data_type: Global___DataType.ValueType
     data: _builtins.bytes
-    """Row-major, red, green, blue."""
+    """Row-major, RGB."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """[images, height, width, 3]"""
@@ -148,7 +148,7 @@ class ClassifyResponse(_message.Message):
     version: _builtins.int
     @_builtins.property
     def classifications(self) -> _containers.RepeatedCompositeFieldContainer[Global___Classification]:
-        """One for each image."""
+        """One per image."""
 
     @_builtins.property
     def timing(self) -> Global___Timing: ...
@@ -175,7 +175,7 @@ class ClassifyStreamRequest(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     REQUEST_FIELD_NUMBER: _builtins.int
     id: _builtins.int
-    """Chosen by the client. INVALID_ARGUMENT if a request with this id is unanswered."""
+    """Chosen by the client. INVALID_ARGUMENT if another request with this id is unanswered."""
     @_builtins.property
     def request(self) -> Global___ClassifyRequest: ...
     def __init__(
@@ -200,7 +200,7 @@ class ClassifyStreamResponse(_message.Message):
     RESPONSE_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     id: _builtins.int
-    """That of the request."""
+    """Id of the request."""
     @_builtins.property
     def response(self) -> Global___ClassifyResponse: ...
     @_builtins.property
@@ -224,7 +224,7 @@ Global___ClassifyStreamResponse: _TypeAlias = ClassifyStreamResponse  # noqa: Y0
 
 @_typing.final
 class Failure(_message.Message):
-    """Why one request of a stream was not answered: what Classify tells by the status of its call."""
+    """Error of one request of a stream: the details that Classify sends as the status of its call."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -234,14 +234,14 @@ class Failure(_message.Message):
     IMAGE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     code: _builtins.int
-    """The number of a gRPC status code; never 0."""
+    """gRPC status code; never 0."""
     message: _builtins.str
     retry_pushback_ms: _builtins.int
-    """Of RESOURCE_EXHAUSTED: when to try again, in milliseconds."""
+    """With RESOURCE_EXHAUSTED: milliseconds to wait before a retry."""
     image: _builtins.int
-    """Of INVALID_ARGUMENT: which of the request's images is at fault, if it is one."""
+    """With INVALID_ARGUMENT: index of the invalid image, if the fault is in one image."""
     request_id: _builtins.str
-    """What the server's log calls the request."""
+    """Id of the request in the server's log."""
     def __init__(
         self,
         *,
@@ -292,7 +292,7 @@ class Class(_message.Message):
     PROBABILITY_FIELD_NUMBER: _builtins.int
     label: _builtins.str
     index: _builtins.int
-    """Position among the model's outputs."""
+    """Index in the model's output."""
     probability: _builtins.float
     def __init__(
         self,
@@ -311,7 +311,7 @@ Global___Class: _TypeAlias = Class  # noqa: Y015
 
 @_typing.final
 class Timing(_message.Message):
-    """Where the server's time went."""
+    """Where the server spent its time."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -320,13 +320,13 @@ class Timing(_message.Message):
     COMPUTE_NS_FIELD_NUMBER: _builtins.int
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
     decode_ns: _builtins.int
-    """Unpacking and checking the request, in nanoseconds."""
+    """Time to parse, decode and check the request, in nanoseconds."""
     queue_ns: _builtins.int
-    """Waiting for the engine, in nanoseconds."""
+    """Time in the queue, in nanoseconds."""
     compute_ns: _builtins.int
-    """Computing the batch that held these images, in nanoseconds."""
+    """Time to compute the batch of these images, in nanoseconds."""
     batch_size: _builtins.int
-    """Images in that batch, those of other requests included."""
+    """Images in that batch, including those of other requests."""
     def __init__(
         self,
         *,

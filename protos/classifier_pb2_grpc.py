@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ClassifierStub(object):
-    """Answers which classes images belong to.
+    """Image classification.
     """
 
     def __init__(self, channel):
@@ -48,15 +48,15 @@ class ClassifierStub(object):
 
 
 class ClassifierServicer(object):
-    """Answers which classes images belong to.
+    """Image classification.
     """
 
     def Classify(self, request, context):
-        """Classifies one or many images. The answers come in the order of the images.
+        """Classifies one or more images. The response has one classification per image, in the same order.
 
-        INVALID_ARGUMENT   an image or tensor cannot be used, or a number is out of range
-        NOT_FOUND          there is no such model or version
-        RESOURCE_EXHAUSTED the queue is full; the trailer grpc-retry-pushback-ms says when to try again
+        INVALID_ARGUMENT   an image or tensor is invalid, or a number is out of range
+        NOT_FOUND          the server has no such model or version
+        RESOURCE_EXHAUSTED the queue is full; the trailer retry-after-ms (or grpc-retry-pushback-ms) says when to retry
         UNAVAILABLE        the server is shutting down
         DEADLINE_EXCEEDED  the deadline passed before the images were computed
         """
@@ -65,13 +65,13 @@ class ClassifierServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ClassifyStream(self, request_iterator, context):
-        """Classifies the images of many requests over one call. Each answer comes as soon as it is ready, in any order, with
-        the id of its request; a request that fails does not end the stream. After the client has half-closed, what is
-        under way is answered, and the call ends with OK.
+        """Classifies the images of many requests over one call. Each response has the id of its request and is sent as soon
+        as it is ready, in any order; a failed request does not end the stream. After the client half-closes, the server
+        answers the remaining requests and ends the call with OK.
 
-        The server reads at most 64 requests that it has not answered; beyond that, sending waits. The deadline is that of
-        the call, for all its requests. A server that shuts down answers what is under way and ends the call with
-        UNAVAILABLE: a request without an answer can be sent again, elsewhere.
+        The server reads at most 64 unanswered requests; further ones wait. The deadline of the call applies to all of its
+        requests. A server that shuts down answers the requests that it has read and ends the call with UNAVAILABLE;
+        unanswered requests can be sent again to another server.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -99,7 +99,7 @@ def add_ClassifierServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Classifier(object):
-    """Answers which classes images belong to.
+    """Image classification.
     """
 
     @staticmethod

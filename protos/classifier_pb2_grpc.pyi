@@ -27,57 +27,57 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ClassifierStub:
-    """Answers which classes images belong to."""
+    """Image classification."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ClassifierAsyncStub: ...
     Classify: _grpc.UnaryUnaryMultiCallable[_classifier_pb2.ClassifyRequest, _classifier_pb2.ClassifyResponse]
-    """Classifies one or many images. The answers come in the order of the images.
+    """Classifies one or more images. The response has one classification per image, in the same order.
 
-    INVALID_ARGUMENT   an image or tensor cannot be used, or a number is out of range
-    NOT_FOUND          there is no such model or version
-    RESOURCE_EXHAUSTED the queue is full; the trailer grpc-retry-pushback-ms says when to try again
+    INVALID_ARGUMENT   an image or tensor is invalid, or a number is out of range
+    NOT_FOUND          the server has no such model or version
+    RESOURCE_EXHAUSTED the queue is full; the trailer retry-after-ms (or grpc-retry-pushback-ms) says when to retry
     UNAVAILABLE        the server is shutting down
     DEADLINE_EXCEEDED  the deadline passed before the images were computed
     """
     ClassifyStream: _grpc.StreamStreamMultiCallable[_classifier_pb2.ClassifyStreamRequest, _classifier_pb2.ClassifyStreamResponse]
-    """Classifies the images of many requests over one call. Each answer comes as soon as it is ready, in any order, with
-    the id of its request; a request that fails does not end the stream. After the client has half-closed, what is
-    under way is answered, and the call ends with OK.
+    """Classifies the images of many requests over one call. Each response has the id of its request and is sent as soon
+    as it is ready, in any order; a failed request does not end the stream. After the client half-closes, the server
+    answers the remaining requests and ends the call with OK.
 
-    The server reads at most 64 requests that it has not answered; beyond that, sending waits. The deadline is that of
-    the call, for all its requests. A server that shuts down answers what is under way and ends the call with
-    UNAVAILABLE: a request without an answer can be sent again, elsewhere.
+    The server reads at most 64 unanswered requests; further ones wait. The deadline of the call applies to all of its
+    requests. A server that shuts down answers the requests that it has read and ends the call with UNAVAILABLE;
+    unanswered requests can be sent again to another server.
     """
 
 @_typing.type_check_only
 class ClassifierAsyncStub(ClassifierStub):
-    """Answers which classes images belong to."""
+    """Image classification."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Classify: _aio.UnaryUnaryMultiCallable[_classifier_pb2.ClassifyRequest, _classifier_pb2.ClassifyResponse]  # type: ignore[assignment]
-    """Classifies one or many images. The answers come in the order of the images.
+    """Classifies one or more images. The response has one classification per image, in the same order.
 
-    INVALID_ARGUMENT   an image or tensor cannot be used, or a number is out of range
-    NOT_FOUND          there is no such model or version
-    RESOURCE_EXHAUSTED the queue is full; the trailer grpc-retry-pushback-ms says when to try again
+    INVALID_ARGUMENT   an image or tensor is invalid, or a number is out of range
+    NOT_FOUND          the server has no such model or version
+    RESOURCE_EXHAUSTED the queue is full; the trailer retry-after-ms (or grpc-retry-pushback-ms) says when to retry
     UNAVAILABLE        the server is shutting down
     DEADLINE_EXCEEDED  the deadline passed before the images were computed
     """
     ClassifyStream: _aio.StreamStreamMultiCallable[_classifier_pb2.ClassifyStreamRequest, _classifier_pb2.ClassifyStreamResponse]  # type: ignore[assignment]
-    """Classifies the images of many requests over one call. Each answer comes as soon as it is ready, in any order, with
-    the id of its request; a request that fails does not end the stream. After the client has half-closed, what is
-    under way is answered, and the call ends with OK.
+    """Classifies the images of many requests over one call. Each response has the id of its request and is sent as soon
+    as it is ready, in any order; a failed request does not end the stream. After the client half-closes, the server
+    answers the remaining requests and ends the call with OK.
 
-    The server reads at most 64 requests that it has not answered; beyond that, sending waits. The deadline is that of
-    the call, for all its requests. A server that shuts down answers what is under way and ends the call with
-    UNAVAILABLE: a request without an answer can be sent again, elsewhere.
+    The server reads at most 64 unanswered requests; further ones wait. The deadline of the call applies to all of its
+    requests. A server that shuts down answers the requests that it has read and ends the call with UNAVAILABLE;
+    unanswered requests can be sent again to another server.
     """
 
 class ClassifierServicer(metaclass=_abc_1.ABCMeta):
-    """Answers which classes images belong to."""
+    """Image classification."""
 
     @_abc_1.abstractmethod
     def Classify(
@@ -85,11 +85,11 @@ class ClassifierServicer(metaclass=_abc_1.ABCMeta):
         request: _classifier_pb2.ClassifyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_classifier_pb2.ClassifyResponse, _abc.Awaitable[_classifier_pb2.ClassifyResponse]]:
-        """Classifies one or many images. The answers come in the order of the images.
+        """Classifies one or more images. The response has one classification per image, in the same order.
 
-        INVALID_ARGUMENT   an image or tensor cannot be used, or a number is out of range
-        NOT_FOUND          there is no such model or version
-        RESOURCE_EXHAUSTED the queue is full; the trailer grpc-retry-pushback-ms says when to try again
+        INVALID_ARGUMENT   an image or tensor is invalid, or a number is out of range
+        NOT_FOUND          the server has no such model or version
+        RESOURCE_EXHAUSTED the queue is full; the trailer retry-after-ms (or grpc-retry-pushback-ms) says when to retry
         UNAVAILABLE        the server is shutting down
         DEADLINE_EXCEEDED  the deadline passed before the images were computed
         """
@@ -100,13 +100,13 @@ class ClassifierServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_classifier_pb2.ClassifyStreamRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_classifier_pb2.ClassifyStreamResponse], _abc.AsyncIterator[_classifier_pb2.ClassifyStreamResponse]]:
-        """Classifies the images of many requests over one call. Each answer comes as soon as it is ready, in any order, with
-        the id of its request; a request that fails does not end the stream. After the client has half-closed, what is
-        under way is answered, and the call ends with OK.
+        """Classifies the images of many requests over one call. Each response has the id of its request and is sent as soon
+        as it is ready, in any order; a failed request does not end the stream. After the client half-closes, the server
+        answers the remaining requests and ends the call with OK.
 
-        The server reads at most 64 requests that it has not answered; beyond that, sending waits. The deadline is that of
-        the call, for all its requests. A server that shuts down answers what is under way and ends the call with
-        UNAVAILABLE: a request without an answer can be sent again, elsewhere.
+        The server reads at most 64 unanswered requests; further ones wait. The deadline of the call applies to all of its
+        requests. A server that shuts down answers the requests that it has read and ends the call with UNAVAILABLE;
+        unanswered requests can be sent again to another server.
         """
 
 def add_ClassifierServicer_to_server(servicer: ClassifierServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,7 +1,7 @@
 """Generate the Python code of the wire contract in place: `python -m protos.generate`, from the repository's root.
 
-Running protoc from the root makes the generated imports right as they are. The code is committed, so that an install
-needs no compiler; CI runs this and fails when it changes a file.
+protoc runs from the root so that the generated imports are correct. The code is committed, so that an installation
+needs no compiler; CI runs this module and fails if a file changes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def generate(root: Path) -> int:
     """Compile every .proto file of `root/protos`; return protoc's exit code."""
     sources = sorted(path.relative_to(root).as_posix() for path in (root / "protos").glob("*.proto"))
     code = int(protoc.main(["protoc", "-I.", f"-I{files('grpc_tools') / '_proto'}", *OUTPUTS, *sources]))
-    for path in sorted((root / "protos").glob("*_pb2.py")):  # protoc knows no pool but the default
+    for path in sorted((root / "protos").glob("*_pb2.py")):  # protoc supports the default pool only
         text = path.read_text("utf-8").replace(
             "from google.protobuf import descriptor_pool as _descriptor_pool\n", "import protos as _protos\n"
         )

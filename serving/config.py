@@ -1,8 +1,8 @@
-"""What `resnet serve` can be told, each option declared once with its type, default, bounds and help.
+"""Options of `resnet serve`, each declared once with its type, default, bounds and help.
 
-A flag `--max-batch`, an environment variable `RESNET_MAX_BATCH` and a key `max-batch` of a TOML file are the same option. A
-flag wins over a variable, a variable over the file, and the file over the default. Paths are relative to the working
-directory, wherever they were written.
+A flag `--max-batch`, an environment variable `RESNET_MAX_BATCH` and a key `max-batch` of a TOML file set the same
+option. A flag overrides a variable, a variable overrides the file, and the file overrides the default. Relative paths
+start at the working directory, wherever they are written.
 """
 
 from __future__ import annotations
@@ -21,74 +21,82 @@ from typing import Any, Literal, NamedTuple
 
 from resnet import BadInput
 from resnet.options import add_options, check, convert, flag, kinds, option, options
-from serving.runtimes import RUNTIMES
+from serving.runtimes import RUNTIMES, Device
 from training.images import MAX_PIXELS
 
 PREFIX = "RESNET_"
 FILE_VARIABLE = "RESNET_CONFIG"
 
-Device = Literal["auto", "cuda", "tensorrt", "cpu"]
 Precision = Literal["fp32", "fp16", "int8"]
 Transport = Literal["auto", "native", "grpcio"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a server takes on; `resnet serve --help` says what each is.
+    """Limits of a server on requests and connections; `resnet serve --help` explains each.
 
-    At worst its memory holds `max_calls` requests of `max_message_bytes`, and about twelve bytes for each of
-    `max_unpacked_pixels`. Where strangers can ask, lower the first two, or give out tokens.
+    In the worst case a server's memory holds `max_calls` requests of `max_message_bytes` each, and about twelve bytes
+    for each of `max_unpacked_pixels`. For untrusted callers, lower the first two or require tokens.
     """
 
-    max_images: int = option(256, "images in one request", low=1)
-    # The decoder's own limit, a few more than phones take.
+    max_images: int = option(256, "maximum images in one request", low=1, group="request limits")
+    # The image decoder's own limit, a little more than phone cameras produce.
     max_image_pixels: int = option(
-        MAX_PIXELS, "pixels of one encoded image, before it is unpacked", low=1, high=MAX_PIXELS
+        MAX_PIXELS, "maximum pixels of one encoded image, checked before decoding", low=1, high=MAX_PIXELS
     )
-    # A small file may have many: these are seconds of work.
-    max_request_pixels: int = option(8 * MAX_PIXELS, "pixels of all encoded images of one request", low=1)
-    # At most 1.5 GB.
+    # Small files can hold many pixels: the default is seconds of work.
+    max_request_pixels: int = option(8 * MAX_PIXELS, "maximum pixels of all encoded images in one request", low=1)
+    # The default takes at most 1.5 GB.
     max_unpacked_pixels: int = option(
-        2 * MAX_PIXELS, "pixels that are unpacked at a time, for all requests together; more wait", low=1
+        2 * MAX_PIXELS, "maximum pixels being decoded at once, over all requests; others wait", low=1
     )
-    max_message_bytes: int = option(64 * 2**20, "bytes of one request", low=1)
-    # These hold any token.
-    max_metadata_bytes: int = option(16 * 2**10, "bytes of the headers of one request, as HTTP/2 counts them", low=1024)
-    max_calls: int = option(256, "calls at a time, streams included; each stream has a thread while it is open", low=1)
-    # Half of the calls: no connection takes all.
-    max_streams: int = option(128, "calls at a time on one connection; more wait in the client", low=1)
-    # Half of the usual limit of open files.
-    max_connections: int = option(512, "connections at a time; more are closed", low=1)
-    handshake_seconds: float = option(10.0, "how long a new connection may take over TLS and its first frame", low=0.1)
-    # Clients open another one unseen; those of gRPC close theirs after half an hour.
-    idle_seconds: float = option(3600.0, "when a connection without calls is closed", low=1)
-    # The streams of the dead hold threads.
-    keepalive_seconds: float = option(
-        60.0, "how long a connection may be silent before its client is asked whether it is there", low=1
+    max_message_bytes: int = option(64 * 2**20, "maximum bytes of one request", low=1)
+    # The default and the lower bound have room for any token.
+    max_metadata_bytes: int = option(
+        16 * 2**10, "maximum bytes of one request's headers, counted as in HTTP/2", low=1024
     )
-    keepalive_timeout_seconds: float = option(20.0, "how long to wait for the client to say so", low=1)
-    # gRPC's own 5 minutes break off clients with common settings.
-    min_ping_seconds: float = option(10.0, "how often a client may ask whether the server is there", low=0)
-    max_ping_strikes: int = option(2, "how many times it may ask more often, before its connection is closed", low=1)
+    max_calls: int = option(
+        256, "maximum active calls, streams included; each open stream takes a thread", low=1, group="connection limits"
+    )
+    # Half of the calls, so that no connection takes all.
+    max_streams: int = option(128, "maximum active calls per connection; others wait in the client", low=1)
+    # Half of the usual limit on open files.
+    max_connections: int = option(512, "maximum open connections; others are closed at once", low=1)
+    handshake_seconds: float = option(
+        10.0, "seconds for a new connection to finish its TLS and HTTP/2 handshake", low=0.1
+    )
+    # Clients reconnect by themselves; gRPC's own clients close idle connections after half an hour.
+    idle_seconds: float = option(3600.0, "seconds until a connection without calls is closed", low=1)
+    # Streams of dead clients hold threads.
+    keepalive_seconds: float = option(60.0, "seconds of silence until the server sends a keepalive ping", low=1)
+    keepalive_timeout_seconds: float = option(
+        20.0, "seconds to wait for the reply to a keepalive ping before disconnecting", low=1
+    )
+    # gRPC's default of 5 minutes disconnects clients with common settings.
+    min_ping_seconds: float = option(10.0, "minimum seconds between two pings of a client", low=0)
+    max_ping_strikes: int = option(
+        2, "early pings allowed before a client is disconnected; see --min-ping-seconds", low=1
+    )
 
     def to_options(self) -> list[tuple[str, int]]:
-        """Return what gRPC itself has to know of this."""
+        """Return the options of a gRPC server that enforce these limits."""
         return [
             ("grpc.max_receive_message_length", self.max_message_bytes),
-            # Between these two gRPC would refuse at random.
+            # Both limits are equal: between them gRPC refuses at random.
             ("grpc.max_metadata_size", self.max_metadata_bytes),
             ("grpc.absolute_max_metadata_size", self.max_metadata_bytes),
             ("grpc.max_concurrent_streams", self.max_streams),
-            # gRPC would count streams that are answered and not put away yet, which no client can know of.
+            # Otherwise gRPC counts streams that are answered but not yet released, which no client can know.
             ("grpc.http.overload_protection", 0),
             ("grpc.max_allowed_incoming_connections", self.max_connections),
             ("grpc.server_handshake_timeout_ms", int(self.handshake_seconds * 1000)),
             ("grpc.max_connection_idle_ms", int(self.idle_seconds * 1000)),
             ("grpc.keepalive_time_ms", int(self.keepalive_seconds * 1000)),
             ("grpc.keepalive_timeout_ms", int(self.keepalive_timeout_seconds * 1000)),
-            ("grpc.http2.ping_timeout_ms", int(self.keepalive_timeout_seconds * 1000)),  # the longer one counts
+            # gRPC uses the longer of this timeout and the last one.
+            ("grpc.http2.ping_timeout_ms", int(self.keepalive_timeout_seconds * 1000)),
             ("grpc.http2.min_ping_interval_without_data_ms", int(self.min_ping_seconds * 1000)),
-            # Otherwise connections without calls are never asked, and may ask every two hours.
+            # Otherwise connections without calls are never pinged, and may ping only every two hours.
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.max_ping_strikes", self.max_ping_strikes),
         ]
@@ -96,24 +104,22 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Batching:
-    """How a batcher works; `resnet serve --help` says what each is."""
+    """Options of a batcher; `resnet serve --help` explains each."""
 
-    max_batch: int = option(32, "images in one batch", low=1)
-    max_queue: int = option(1024, "images that may wait; a request that would go beyond is refused at once", low=1)
-    # Beyond that most callers have given up, and what is computed for them keeps the others waiting.
+    max_batch: int = option(32, "maximum images in one batch", low=1, group="batching")
+    max_queue: int = option(1024, "maximum images in the queue; requests that exceed it are refused", low=1)
+    # After 5 s most callers have given up, and work for them delays the others.
     max_queue_ms: float = option(
-        5000.0, "milliseconds of work that may wait; a request that comes when there is more is refused at once", low=0
+        5000.0, "maximum milliseconds of queued work; above it new requests are refused", low=0
     )
-    linger_ms: float = option(
-        0.0, "milliseconds that the first request of a batch waits for others while the engine is free", low=0, high=1e6
-    )
+    linger_ms: float = option(0.0, "milliseconds an idle engine waits for more images to fill a batch", low=0, high=1e6)
     target_p99_ms: float = option(
-        0.0, "milliseconds in which 99 of 100 requests are to be answered, by refusing others; 0 is no such goal", low=0
+        0.0, "p99 latency target in milliseconds, met by refusing requests; 0 for none", low=0
     )
 
 
 class Origin(NamedTuple):
-    """Where a value came from: a flag, the environment or a file, and what the user calls it there."""
+    """Source of a value: its kind (flag, environment or file), and the option's name there."""
 
     kind: str
     name: str
@@ -123,62 +129,71 @@ class Origin(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Limits, Batching):
-    """Everything that decides how to serve. `origins` says of each value that is no default where it came from.
+class ServeOptions:
+    """Options of `resnet serve` other than `Batching` and `Limits`."""
 
-    Raises:
-        BadInput: A value is out of range, or one of those that belong together is missing.
-    """
-
-    repository: Path = option(MISSING, "folder of models that `resnet export` wrote")
-    host: str = option("127.0.0.1", "interface to listen on, by default for this machine only; or unix:PATH")
-    port: int = option(8001, "port; 0 takes a free one", low=0, high=65535)
-    metrics_port: int | None = option(
-        None, "also serve Prometheus metrics over HTTP; 0 takes a free port", low=0, high=65535
-    )
-    device: Device = option(
-        "auto", "what computes: every GPU that CUDA_VISIBLE_DEVICES leaves, by CUDA or TensorRT, or the CPU"
-    )
-    precision: Precision = option("fp32", "which of the exported variants answers")
+    repository: Path = option(MISSING, "model repository that `resnet export` wrote", group="models")
     versions: str = option(
         "latest",
-        "which versions to serve, beside those with labels: latest, latest:N, all, or numbers as 1,3; "
-        "for one model behind NAME=, several with spaces between them",
+        "versions to serve besides labelled ones: latest, latest:N, all or numbers as 1,3; for single models "
+        "NAME=VERSIONS, separated by spaces",
+        metavar="VERSIONS",
     )
-    trust: Path | None = option(None, "serve only what is signed by this public key, in PEM")
-    tls_cert: Path | None = option(None, "encrypt, with this certificate in PEM")
-    tls_key: Path | None = option(None, "its private key")
-    tls_client_ca: Path | None = option(None, "ask clients for certificates of this CA")
-    token_file: Path | None = option(None, "ask callers for the token in this file")
+    precision: Precision = option("fp32", "exported variant to serve")
+    trust: Path | None = option(None, "public key in PEM; serve only versions signed with its private key")
+    watch: float = option(
+        5.0, "seconds between scans for new versions; 0 scans on SIGHUP only", low=0, high=threading.TIMEOUT_MAX
+    )
+    host: str = option(
+        "127.0.0.1", "address to listen on, or unix:PATH; 0.0.0.0 for all interfaces", metavar="HOST", group="network"
+    )
+    port: int = option(8001, "port to listen on; 0 picks a free one", low=0, high=65535)
+    transport: Transport = option(
+        "auto",
+        "gRPC server; native takes several times as many calls, but has no TLS and fewer limits; auto picks native on "
+        "a local address without TLS",
+    )
+    metrics_port: int | None = option(
+        None, "port for Prometheus metrics over HTTP; 0 picks a free one", low=0, high=65535
+    )
+    grace: float = option(30.0, "seconds to finish active requests after SIGTERM", low=0, high=threading.TIMEOUT_MAX)
+    tls_cert: Path | None = option(None, "server certificate in PEM; turns on TLS", group="security")
+    tls_key: Path | None = option(None, "private key of the certificate, in PEM")
+    tls_client_ca: Path | None = option(None, "CA certificate in PEM; require client certificates signed by it")
+    token_file: Path | None = option(None, "file with tokens, one per line; every call except health checks needs one")
     admin_token_file: Path | None = option(
         None,
-        "ask whoever loads or unloads models by request for the token in this file; "
-        "without it, a server for more than this machine, or with --token-file, refuses to",
+        "file with tokens for loading and unloading models; without it, only local servers without tokens allow that",
     )
-    watch: float = option(
-        5.0, "seconds between looks for new versions; 0 looks on SIGHUP only", low=0, high=threading.TIMEOUT_MAX
+    device: Device = option(
+        "auto",
+        "auto is cuda if that works, else cpu; CUDA_VISIBLE_DEVICES selects the GPUs",
+        group="compute",
     )
-    grace: float = option(30.0, "seconds to finish on SIGTERM", low=0, high=threading.TIMEOUT_MAX)
-    log_format: Literal["human", "json"] = option("human", "log as lines to read, or as a JSON object a line")
+    runtime: str = option(
+        "auto", "CPU runtime; auto takes OpenVINO if installed, verified and faster", choices=("auto", *RUNTIMES)
+    )
+    tune: bool = option(True, "measure once how this CPU computes a model fastest; --no-tune uses one thread per core")
+    log_format: Literal["human", "json"] = option(
+        "human", "lines of text, or one JSON object per line", group="logging"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = option(
         "info", "minimum log level; debug logs every call, info only failed ones"
     )
-    trace: bool = option(False, "send OpenTelemetry traces where the variables OTEL_* say")
-    runtime: str = option(
-        "auto",
-        "what runs a model on the CPU; auto takes OpenVINO where it is installed, proved and faster",
-        choices=("auto", *RUNTIMES),
-    )
-    tune: bool = option(
-        True,
-        "measure for a few seconds how to compute a model fastest on this machine, once; not so, one thread for "
-        "each core computes each batch",
-    )
-    transport: Transport = option(
-        "auto",
-        "what receives calls: native takes in several times as many, but has no TLS and fewer limits; auto is native "
-        "for callers on this machine without TLS",
-    )
+    trace: bool = option(False, "send OpenTelemetry traces, configured by the OTEL_* variables")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Limits, Batching, ServeOptions):
+    """All options of a server.
+
+    Attributes:
+        origins: Source of each value that is not a default, by field name.
+
+    Raises:
+        BadInput: A value is out of range, or an option lacks one that it requires.
+    """
+
     origins: Mapping[str, Origin] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -190,33 +205,34 @@ class Config(Limits, Batching):
             raise BadInput(f"{self.name_of('tls_cert')} needs --transport grpcio: native has no TLS")
 
     def name_of(self, field: str) -> str:
-        """Return what the user called an option, or its flag if nothing was said of it."""
+        """Return an option's name as the user wrote it, or its flag if it has its default."""
         return self.origins[field].name if field in self.origins else flag(Config.__dataclass_fields__[field])
 
     def to_toml(self) -> str:
-        """Return all values as a file that `load` can read, each with where it came from."""
+        """Return all values as a TOML file that `load` can read, each with its origin."""
         lines = []
         for field in options(Config):
             value, origin = getattr(self, field.name), self.origins.get(field.name, "default")
-            given = f"# {_key(field.name)} =" if value is None else f"{_key(field.name)} = {_to_toml(value)}"
-            lines.append(f"{given}  # {origin}\n")
+            entry = f"# {_key(field.name)} =" if value is None else f"{_key(field.name)} = {_to_toml(value)}"
+            lines.append(f"{entry}  # {origin}\n")
         return "".join(lines)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments whose values `load` takes."""
-    parser.add_argument("--config", metavar="FILE", help=f"read options from this TOML file (or {FILE_VARIABLE})")
+    """Add the arguments that `load` reads."""
+    parser.usage = "%(prog)s [options] [REPOSITORY]"  # the groups below it list the forty flags
+    parser.add_argument("--config", metavar="FILE", help=f"TOML file with options (or set {FILE_VARIABLE})")
     parser.add_argument(
-        "--print-config", action="store_true", help="print all options as such a file, with their origins, and end"
+        "--print-config", action="store_true", help="print all options as a TOML file, each with its origin, and exit"
     )
     add_options(parser, Config)
 
 
 def load(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> Config:
-    """Put the options together, from the arguments of `configure`, the environment, the file and the defaults.
+    """Combine the options from the arguments of `configure`, the environment, the file and the defaults.
 
     Raises:
-        BadInput: A value cannot be used, a name is unknown, or the file cannot be read.
+        BadInput: A value is invalid, a name is unknown, or the file cannot be read.
     """
     path = args.config or environment.get(FILE_VARIABLE)
     given = dict(_read_file(Path(path))) if path else {}
@@ -233,44 +249,46 @@ def load(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) 
     return Config(**values, origins={name: origin for name, (_, origin) in given.items()})
 
 
-Given = tuple[str, tuple[object, Origin]]  # a field's name, and its value as it was written
+Setting = tuple[str, tuple[object, Origin]]  # a field's name, and its unconverted value with its origin
 
 
-def _read_flags(args: argparse.Namespace) -> Iterator[Given]:
+def _read_flags(args: argparse.Namespace) -> Iterator[Setting]:
     for field in options(Config):
         value = getattr(args, field.name)
         if value is not None:
             yield field.name, (value, Origin("flag", flag(field)))
 
 
-def _read_environment(environment: Mapping[str, str]) -> Iterator[Given]:
-    """Take what begins with RESNET_; a variable that is empty counts as none, as compose files pass them."""
+def _read_environment(environment: Mapping[str, str]) -> Iterator[Setting]:
+    """Read the variables RESNET_*; an empty one counts as unset, as compose files pass unset variables."""
     known = {_variable(field.name): field.name for field in options(Config)}
     for variable, value in environment.items():
         if variable.startswith(PREFIX) and variable != FILE_VARIABLE:
             if variable not in known:
-                raise BadInput(f"{variable} in the environment is no option{_guess(variable, [*known, FILE_VARIABLE])}")
+                raise BadInput(
+                    f"{variable} in the environment is not an option{_suggest(variable, [*known, FILE_VARIABLE])}"
+                )
             if value:
                 yield known[variable], (value, Origin("environment", variable))
 
 
-def _read_file(path: Path) -> Iterator[Given]:
+def _read_file(path: Path) -> Iterator[Setting]:
     known = {_key(field.name): field.name for field in options(Config)}
     try:
         content = tomllib.loads(path.read_text())
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror})") from None
-    except ValueError as error:  # no UTF-8, or no TOML
+    except ValueError as error:  # not UTF-8, or not TOML
         raise BadInput(f"{path} is not a TOML file: {error}") from None
     for key, value in content.items():
         if key not in known:
-            raise BadInput(f"{key} in {path} is no option{_guess(key, known)}")
+            raise BadInput(f"{key} in {path} is not an option{_suggest(key, known)}")
         yield known[key], (value, Origin("file", f"{key} in {path}"))
 
 
-def _guess(name: str, known: Iterable[str]) -> str:
+def _suggest(name: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(name, list(known), n=1)
-    return f"; is {nearest[0]} meant?" if nearest else "; `resnet serve --help` lists them"
+    return f"; did you mean {nearest[0]}?" if nearest else "; `resnet serve --help` lists all options"
 
 
 def _key(field: str) -> str:
@@ -282,7 +300,7 @@ def _variable(field: str) -> str:
 
 
 def _to_toml(value: object) -> str:
-    """Return a value as TOML writes it: what JSON escapes in a text, TOML understands."""
+    """Return a value in TOML syntax; strings are escaped as in JSON, and DEL as well."""
     if isinstance(value, str | Path):
         return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value).lower()

@@ -1,22 +1,22 @@
-"""Why a request was not answered, on both sides of the wire, and the one table of what each error is called there.
+"""Errors of requests, for server and client, with the one table of their status codes.
 
-| error              | what to do                                          | `Client` by itself |
-|--------------------|-----------------------------------------------------|--------------------|
-| InvalidRequest     | mend the request                                    | raises             |
-| Malformed          | send a message of the method's type                 | raises             |
-| NotFound           | ask for a model and version that the server has     | raises             |
-| Overloaded         | try again after `retry_ms`, or send fewer images    | retries            |
-| TooLarge           | send fewer or smaller images                        | retries            |
-| Unavailable        | try again, perhaps elsewhere: no server, or it ends | retries            |
-| DeadlineExceeded   | allow more time                                     | raises             |
-| Cancelled          | nothing: the caller went away                       | raises             |
-| Unauthenticated    | give the server's token                             | raises             |
-| PermissionDenied   | ask an administrator                                | raises             |
-| FailedPrecondition | name a signature that the model has                 | raises             |
-| Unsupported        | do without it: the protocol has it, the server not  | raises             |
-| InternalError      | look into the server's log                          | raises             |
+| error              | what to do                                           | `Client` by itself |
+|--------------------|------------------------------------------------------|--------------------|
+| InvalidRequest     | correct the request                                  | raises             |
+| Malformed          | send a message of the method's type                  | raises             |
+| NotFound           | name a model and version that the server has         | raises             |
+| Overloaded         | retry after `retry_ms`, or send fewer images         | retries            |
+| TooLarge           | send fewer or smaller images                         | retries            |
+| Unavailable        | retry, perhaps elsewhere: no server, or a shutdown   | retries            |
+| DeadlineExceeded   | allow more time                                      | raises             |
+| Cancelled          | nothing: the caller cancelled the call               | raises             |
+| Unauthenticated    | send the server's token                              | raises             |
+| PermissionDenied   | ask an administrator                                 | raises             |
+| FailedPrecondition | name a signature that the model has                  | raises             |
+| Unsupported        | nothing: this server lacks that part of the protocol | raises             |
+| InternalError      | read the server's log                                | raises             |
 
-A call carries what its status does not say in trailing metadata, an item of a stream in `Failure`.
+Details beyond the status travel in a call's trailing metadata, and in the `Failure` of a stream's response.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from typing import Any, NamedTuple
 
 from protos import classifier_pb2 as pb
 
-MAX_MESSAGE = 500  # characters; of up to twelve bytes on the wire, and clients take 8 KB
+MAX_MESSAGE = 500  # characters, of up to twelve bytes on the wire; clients accept 8 KB of headers
 
 
 class Status(NamedTuple):
-    """What an error is called on the wire: the code of its gRPC status, the name of that, and the status of HTTP."""
+    """Status of an error: gRPC code, its name, and the HTTP status."""
 
     code: int
     name: str
@@ -38,12 +38,12 @@ class Status(NamedTuple):
 
 
 class ServingError(Exception):
-    """A request that was not answered; the message says why in one sentence.
+    """A failed request; the message says why in one sentence.
 
     Attributes:
-        request_id: What the server's log calls the request.
-        model: Name of the model that it was for, where the server came as far as to find it.
-        version: The model's version; 0 as long as there is no model.
+        request_id: Id of the request in the server's log.
+        model: Name of the model; empty if the request failed before the server looked it up.
+        version: Version of the model; 0 without a model.
     """
 
     request_id: str = ""
@@ -51,21 +51,21 @@ class ServingError(Exception):
     version: int = 0
 
     def __str__(self) -> str:
-        """Return the message, cut where it quotes so much of a request that no client would take it as a header."""
+        """Return the message, cut to `MAX_MESSAGE`: it may quote the request, and clients limit the size of headers."""
         message = super().__str__()
         return message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}..."
 
     @property
     def status(self) -> Status:
-        """What it is called on the wire."""
+        """Status codes of the error."""
         return STATUSES[type(self)]
 
 
 class InvalidRequest(ServingError):
-    """The request cannot be answered as it is.
+    """The request is invalid.
 
     Attributes:
-        image: Index of the image that is at fault, if it is one.
+        image: Index of the invalid image; None if the fault is not in one image.
     """
 
     def __init__(self, message: str, image: int | None = None) -> None:
@@ -74,7 +74,7 @@ class InvalidRequest(ServingError):
 
 
 class Malformed(InvalidRequest):
-    """The request is no message of its method's type, which is no matter for the log."""
+    """The request is not a message of its method's type; the server logs it at debug level only."""
 
 
 class NotFound(ServingError):
@@ -85,7 +85,7 @@ class Overloaded(ServingError):
     """The queue is full.
 
     Attributes:
-        retry_ms: When to try again, in milliseconds.
+        retry_ms: Milliseconds to wait before a retry; 0 if the server gave none.
     """
 
     def __init__(self, message: str, retry_ms: int = 0) -> None:
@@ -94,35 +94,35 @@ class Overloaded(ServingError):
 
 
 class TooLarge(ServingError):
-    """The request has more bytes than the server takes; for gRPC that is the status of a full queue."""
+    """The request has more bytes than the server accepts; gRPC uses the status of a full queue for it."""
 
 
 class Unavailable(ServingError):
-    """No server answers, or it is shutting down."""
+    """No server answers, or the server is shutting down."""
 
 
 class DeadlineExceeded(ServingError):
-    """The deadline passed before there was an answer."""
+    """The deadline passed before the answer."""
 
 
 class Cancelled(ServingError):
-    """The caller went away."""
+    """The caller cancelled the call or disconnected."""
 
 
 class Unauthenticated(ServingError):
-    """The server wants a token, and the caller gave none, or another."""
+    """The caller sent no token, or a wrong one."""
 
 
 class PermissionDenied(ServingError):
-    """The caller may not ask for this."""
+    """The caller is not allowed to make this call."""
 
 
 class FailedPrecondition(ServingError):
-    """The request asks for what this model does not have, as TensorFlow Serving tells it."""
+    """The model lacks what the request names, such as a signature; TensorFlow Serving uses this status."""
 
 
 class Unsupported(ServingError):
-    """The protocol has this, the server does not."""
+    """The protocol has this method or feature, this server does not."""
 
 
 class InternalError(ServingError):
@@ -145,18 +145,17 @@ STATUSES: dict[type[ServingError], Status] = {
     Unsupported: Status(12, "UNIMPLEMENTED", 501),
     InternalError: Status(13, "INTERNAL", 500),
 }
-ERRORS = {status.code: error for error, status in STATUSES.items()}  # of two with one code, the last
-PUSHBACK = "grpc-retry-pushback-ms"  # a name of gRPC's own: its retry policies wait that long
-RETRY = "retry-after-ms"  # the same for our client: not every transport may send names of gRPC's own
+ERRORS = {status.code: error for error, status in STATUSES.items()}  # of two errors with one code, the last
+PUSHBACK = "grpc-retry-pushback-ms"  # gRPC's own key: its retry policies wait that long
+RETRY = "retry-after-ms"  # the same for our client: not every transport may send gRPC's keys
 IMAGE = "resnet-image-index"
-REQUEST_ID = "x-request-id"  # as proxies call it; a caller may choose it
-
+REQUEST_ID = "x-request-id"  # the name that proxies use; a caller may choose the id
 
 Trailers = tuple[tuple[str, str], ...]
 
 
 def to_trailers(error: ServingError) -> Trailers:
-    """Return what a status and its message do not say of an error, as trailing metadata."""
+    """Return the details of an error beyond its status, as trailing metadata."""
     trailers = {REQUEST_ID: error.request_id} if error.request_id else {}
     match error:
         case Overloaded():
@@ -167,21 +166,21 @@ def to_trailers(error: ServingError) -> Trailers:
 
 
 def from_status(code: int, message: str, trailers: Mapping[str, Any]) -> ServingError:
-    """Return what a failed call raised on the server, or what kept it from getting there.
+    """Return a failed call as the error that the server raised, or as the connection error.
 
     Args:
-        code: Of its gRPC status.
-        message: Of the status.
+        code: gRPC status code.
+        message: Message of the status.
         trailers: Trailing metadata.
     """
     image = int(trailers[IMAGE]) if IMAGE in trailers else None
-    raised = _restore(code, message, int(trailers.get(RETRY) or trailers.get(PUSHBACK) or 0), image)
-    raised.request_id = trailers.get(REQUEST_ID, "")
-    return raised
+    error = _make_error(code, message, int(trailers.get(RETRY) or trailers.get(PUSHBACK) or 0), image)
+    error.request_id = trailers.get(REQUEST_ID, "")
+    return error
 
 
 def to_failure(error: ServingError) -> pb.Failure:
-    """Return an error as an item of a stream carries it."""
+    """Return an error as the failure of one request of a stream."""
     failure = pb.Failure(code=error.status.code, message=str(error), request_id=error.request_id)
     match error:
         case Overloaded():
@@ -192,17 +191,17 @@ def to_failure(error: ServingError) -> pb.Failure:
 
 
 def from_failure(failure: pb.Failure) -> ServingError:
-    """Return what one request of a stream raised on the server."""
+    """Return the failure of one request of a stream as the error that the server raised."""
     image = failure.image if failure.HasField("image") else None
-    raised = _restore(failure.code, failure.message, failure.retry_pushback_ms, image)
-    raised.request_id = failure.request_id
-    return raised
+    error = _make_error(failure.code, failure.message, failure.retry_pushback_ms, image)
+    error.request_id = failure.request_id
+    return error
 
 
-def _restore(code: int, message: str, retry_ms: int, image: int | None) -> ServingError:
-    kind = ERRORS.get(code, ServingError)
-    if kind is Overloaded:
+def _make_error(code: int, message: str, retry_ms: int, image: int | None) -> ServingError:
+    error_type = ERRORS.get(code, ServingError)
+    if error_type is Overloaded:
         return Overloaded(message, retry_ms)
-    if kind is InvalidRequest:
+    if error_type is InvalidRequest:
         return InvalidRequest(message, image)
-    return kind(message)
+    return error_type(message)

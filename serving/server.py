@@ -1,35 +1,23 @@
-"""A server: every protocol, health and reflection on one port."""
+"""A server: all protocols on one port, over one transport."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
-from google.protobuf.descriptor import MethodDescriptor
-from google.protobuf.descriptor_pool import DescriptorPool
-from google.protobuf.message_factory import GetMessageClass
-from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection, reflection_pb2
-
-from protos import POOL, classifier_pb2, inference_pb2, tensorflow_serving_pb2
 from serving.config import Limits, Transport
 from serving.models.registry import ModelRegistry
-from serving.protocols.calls import InferenceHandler, parse_message, reply
-from serving.protocols.classifier import Classifier, ClassifyStream
+from serving.protocols.base import RepositoryControl, ServerContext, list_services, load_protocols
 from serving.protocols.health import Health
 from serving.protocols.inputs import InputDecoder
-from serving.protocols.kserve import KServe, ModelStreamInfer, Repository
 from serving.protocols.stream import Streams
-from serving.protocols.tfserving import TfServing
 from serving.runtimes.cores import count_cores
 from serving.transports import unix
 from serving.transports.auth import Tokens
-from serving.transports.call import Call, Methods, Streaming, Unary
+from serving.transports.call import Methods
 from serving.transports.choice import choose
 from serving.transports.dispatcher import Dispatcher
 from serving.transports.grpcio import GrpcioTransport
@@ -39,33 +27,12 @@ from serving.transports.tls import ServerTls
 if TYPE_CHECKING:
     from serving.observability.tracing import Tracing
 
-SERVICE = classifier_pb2.DESCRIPTOR.services_by_name["Classifier"].full_name
-SERVICES = tuple(
-    service.full_name
-    for file in (classifier_pb2.DESCRIPTOR, inference_pb2.DESCRIPTOR, tensorflow_serving_pb2.DESCRIPTOR)
-    for service in file.services_by_name.values()
-)
-HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-REFLECTION = reflection.SERVICE_NAME
-PROBES = ("ServerLive", "ServerReady", "ModelReady")  # answered at once, whatever is under way
-LAST_SECONDS = 0.5  # for clients to hear of the end
+# Those of the models; gRPC's own services, health and reflection, have no status of their own.
+SERVICE = "resnet.v1.Classifier"
+SERVICES = tuple(name for name in list_services() if not name.startswith("grpc."))
+CLOSE_SECONDS = 0.5  # for clients to hear that the server ends
 
 log = logging.getLogger(__name__)
-
-
-def reflect(_: Call, messages: Iterator[bytes]) -> Iterator[bytes]:
-    """Answer questions for the definitions of services."""
-    servicer = reflection.ReflectionServicer((*SERVICES, HEALTH, REFLECTION), pool=_describe())
-    requests = (parse_message(reflection_pb2.ServerReflectionRequest.FromString, message) for message in messages)
-    for response in servicer.ServerReflectionInfo(requests, None):  # type: ignore[arg-type]
-        yield response.SerializeToString()
-
-
-def _describe() -> DescriptorPool:
-    """Return our pool with what gRPC itself adds to a server: reflection looks into one pool only."""
-    for file in (health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR):
-        POOL.AddSerializedFile(file.serialized_pb)
-    return POOL
 
 
 class Server:
@@ -80,24 +47,24 @@ class Server:
         tls: ServerTls | None = None,
         token: str | None = None,
         admin_token: str | None = None,
-        repository: Repository | None = None,
+        repository: RepositoryControl | None = None,
         tracing: Tracing | None = None,
         transport: Transport = "auto",
     ) -> None:
         """Listen on a port, and answer.
 
         Args:
-            models: Loaded and warm.
+            models: Loaded and warm models.
             host: Name or address of an interface, or unix:PATH.
-            port: 0 takes a free one; see the attribute `address`.
-            limits: What to take on.
-            tls: Certificate and key; None is open text.
-            token: What callers must give; None lets everybody ask.
-            admin_token: What those must give who load and unload models; None lets nobody, but for those on this
-                machine of a server that listens on it alone and has no `token`.
+            port: 0 takes a free port; see the attribute `address`.
+            limits: The limits that requests must keep.
+            tls: Certificate and key; None is without encryption.
+            token: The callers' tokens; None lets everybody call.
+            admin_token: The administrators' tokens, for loading and unloading models; without them nobody may, except
+                on a server for this machine only that has no `token`.
             repository: Loads and unloads models on request; None refuses to.
-            tracing: Follows calls.
-            transport: What receives calls; `auto` is what `serving.transports.choice` says.
+            tracing: Traces calls.
+            transport: Receives calls; `auto` chooses as `serving.transports.choice` says.
 
         Raises:
             BadInput: The port cannot be had, or a file of `tls` cannot be read or used.
@@ -106,23 +73,23 @@ class Server:
         self._models, self._streams, self._health = models, Streams(), Health()
         self.ready = False
         """Whether requests are taken."""
-        self._workers = ThreadPoolExecutor(count_cores(), thread_name_prefix="intake")
-        methods = self._find_methods(models, InputDecoder(limits), repository, kind)
-        door = Dispatcher(
-            tracing.follow_calls(methods) if tracing else methods, limits, Tokens(host, token, admin_token)
-        )
-        self._transport = NativeTransport(door) if kind == "native" else GrpcioTransport(door)
         self.transport = kind
-        """What receives calls."""
+        """The transport that receives calls."""
+        self._workers = ThreadPoolExecutor(count_cores(), thread_name_prefix="decode")
+        methods = self._find_methods(InputDecoder(limits), repository)
+        traced = tracing.follow_calls(methods) if tracing else methods
+        dispatcher = Dispatcher(traced, limits, Tokens(host, token, admin_token))
+        self._transport = NativeTransport(dispatcher) if kind == "native" else GrpcioTransport(dispatcher)
         self._socket: Path | None = None
         self.address = self._listen(host, port, tls)
+        """HOST:PORT or unix:PATH, as clients write it."""
         self._transport.start()
         log.info("the transport is %s, %s", kind, reason)
         self.announce(True)
         models.subscribe(self._health.set)
 
     def announce(self, ready: bool) -> None:
-        """Let clients know whether requests are taken, by the server and for its services and models."""
+        """Set whether the server, its services and its models take requests, as health checks report it."""
         self.ready = ready
         for service in ("", *SERVICES):
             self._health.set(service, ready)
@@ -130,22 +97,22 @@ class Server:
             self._health.set(name, ready and bool(self._models.get(name).versions))
 
     def stop(self, grace_seconds: float) -> None:
-        """Refuse new requests, answer those that are under way, and close.
+        """Refuse new requests, answer the active ones, and close.
 
         Args:
-            grace_seconds: How long those under way may take before they are cut off.
+            grace_seconds: Time for active requests; later ones are cut off.
         """
         end = time.monotonic() + grace_seconds
         self.ready = False
         self._health.close()
-        # While work is under way, new requests on open connections are refused as UNAVAILABLE, which clients take
+        # While requests are active, new ones on open connections are refused as UNAVAILABLE, which clients send
         # elsewhere; gRPC's own stop would cancel some of them.
         self._models.close()
         self._streams.close()
         self._models.drain(grace_seconds)
-        self._transport.door.drain(max(0.0, end - time.monotonic()))
-        # What is left asks for nothing: those who watch or reflect, and requests that never came.
-        self._transport.stop(min(LAST_SECONDS, max(0.0, end - time.monotonic())))
+        self._transport.dispatcher.drain(max(0.0, end - time.monotonic()))
+        # What is left needs no answer: watches, reflection, and calls whose request never came.
+        self._transport.stop(min(CLOSE_SECONDS, max(0.0, end - time.monotonic())))
         self._workers.shutdown(wait=False)
         if self._socket:
             self._socket.unlink(missing_ok=True)
@@ -156,47 +123,24 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.stop(grace_seconds=10)
 
-    def _find_methods(
-        self, models: ModelRegistry, intake: InputDecoder, repository: Repository | None, transport: str
-    ) -> Methods:
-        """Return what is served, by path."""
-        kserve = KServe(models, intake, self, repository, transport)
-        prediction = TfServing(models, intake)
-        classify = InferenceHandler(Classifier(models, intake), models, self._workers)
-        infer = InferenceHandler(kserve, models, self._workers)
-        predict = InferenceHandler(prediction, models, self._workers)
-        methods: Methods = {
-            f"/{SERVICE}/Classify": Unary(classify.answer),
-            f"/{SERVICE}/ClassifyStream": self._stream(lambda _: ClassifyStream(classify)),
-            "/inference.GRPCInferenceService/ModelInfer": Unary(infer.answer),
-            "/inference.GRPCInferenceService/ModelStreamInfer": self._stream(partial(ModelStreamInfer, infer)),
-            "/tensorflow.serving.PredictionService/Predict": Unary(predict.answer),
-            f"/{HEALTH}/Watch": Streaming(self._health.watch, apart=True),
-            f"/{REFLECTION}/ServerReflectionInfo": Streaming(reflect, apart=True),
-        }
-        served: tuple[tuple[Any, Any], ...] = (
-            (inference_pb2, kserve),
-            (tensorflow_serving_pb2, prediction),
-            (health_pb2, self._health),
+    def _find_methods(self, decoder: InputDecoder, repository: RepositoryControl | None) -> Methods:
+        """Return the methods of all protocols, by path."""
+        context = ServerContext(
+            models=self._models,
+            decoder=decoder,
+            workers=self._workers,
+            streams=self._streams,
+            health=self._health,
+            server=self,
+            repository=repository,
+            transport=self.transport,
         )
-        for module, protocol in served:
-            for service in module.DESCRIPTOR.services_by_name.values():
-                for method in service.methods:
-                    path = f"/{service.full_name}/{method.name}"
-                    if path not in methods:
-                        methods[path] = self._reply(method, getattr(protocol, method.name))
-        return methods
-
-    def _reply(self, method: MethodDescriptor, function: Any) -> Unary:
-        """Return a method that computes nothing."""
-        is_probe = method.name in PROBES or method.containing_service.full_name == HEALTH
-        return reply(function, GetMessageClass(method.input_type), None if is_probe else self._workers, not is_probe)
-
-    def _stream(self, dialect: Any) -> Streaming:
-        return Streaming(partial(self._streams.answer, dialect))
+        return {
+            path: method for protocol in load_protocols() for path, method in protocol.find_methods(context).items()
+        }
 
     def _listen(self, host: str, port: int, tls: ServerTls | None) -> str:
-        """Listen, and return the address as clients write it."""
+        """Listen, and return the address."""
         if host.startswith(unix.PREFIX):
             self._socket = unix.claim(host)
             self._transport.listen(f"{unix.PREFIX}{self._socket}", tls)

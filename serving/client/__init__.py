@@ -1,4 +1,4 @@
-"""Clients of `resnet.v1.Classifier`, for threads and for asyncio. Needs neither onnxruntime nor the server."""
+"""Clients of `resnet.v1.Classifier`, for threads and for asyncio. They need neither onnxruntime nor the server."""
 
 from serving.client.channel import Tls
 from serving.client.client import DEFAULT_SERVER, AsyncClient, Client

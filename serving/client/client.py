@@ -4,9 +4,8 @@
         answer = client.classify([Path("cat.jpg").read_bytes()])
         print(answer.images[0][0].label)
 
-Requests go to all servers in turn; a stream stays with one, as long as that answers. Both raise the errors of
-`serving.errors`: its table says what each means, and which of them are tried again before they are raised. A timeout
-counts all attempts.
+Requests go to all servers in turn; a stream stays with one server as long as that answers. Both clients raise the
+errors of `serving.errors`, whose table says what each means and which are retried. A timeout covers all attempts.
 """
 
 from __future__ import annotations
@@ -25,22 +24,22 @@ import numpy as np
 from protos import classifier_pb2 as pb
 from protos.classifier_pb2_grpc import ClassifierStub
 from serving.client.channel import MAX_RETRIES, Tls, from_rpc, to_options, to_target
-from serving.client.stream import Result, Window
+from serving.client.stream import Result, StreamState
 from serving.client.types import Answer, ClassifyOptions, ImageInput, ImageInputs, to_answer
 from serving.errors import DeadlineExceeded, InvalidRequest, ServingError, Unavailable
 
 if TYPE_CHECKING:
-    from protos.classifier_pb2_grpc import ClassifierAsyncStub  # of the types only
+    from protos.classifier_pb2_grpc import ClassifierAsyncStub  # exists in the stub file only
 
 DEFAULT_SERVER = "127.0.0.1:8001"
-REQUEST_IMAGES = 256  # what a server takes in one request, by default
-REQUEST_BYTES = 48 * 2**20  # of the 64 MiB that it takes
+REQUEST_IMAGES = 256  # a server's default limit
+REQUEST_BYTES = 48 * 2**20  # below a server's default limit of 64 MiB
 
 CallMetadata = tuple[tuple[str, str], ...]
 
 
 class Client:
-    """A connection to one or several servers, for use from any number of threads."""
+    """A connection to one or several servers, safe to use from any number of threads."""
 
     def __init__(
         self,
@@ -50,16 +49,17 @@ class Client:
         token: str | None = None,
         retries: int = MAX_RETRIES,
     ) -> None:
-        """Prepare a connection; it is made with the first call.
+        """Prepare a connection, which the first call opens.
 
         Args:
-            servers: HOST:PORT, where the name may stand for several addresses; or several IP:PORT, of one kind.
-            tls: How to encrypt; None is open text.
-            token: What the servers ask callers for.
-            retries: How often to try again what was refused or found no server, 0 to 4.
+            servers: HOST:PORT, where the name may resolve to several addresses; or several IP:PORT, all IPv4 or all
+                IPv6.
+            tls: Certificates; None connects without encryption.
+            token: Bearer token that the servers require.
+            retries: Maximum retries of a request that was refused or reached no server, 0 to 4.
 
         Raises:
-            ValueError: `servers` or `retries` are not as above, or several servers have no `Tls.name`.
+            ValueError: `servers` or `retries` are invalid, or `tls` lacks the name of several servers.
         """
         target, options = to_target(servers, tls), to_options(servers, retries, tls)
         self._channel = (
@@ -80,29 +80,29 @@ class Client:
     ) -> Answer:
         """Classify images.
 
-        What is too much for one request goes over a stream, and becomes one answer, of one version of the model.
+        More images than fit one request go over a stream. The result is still one answer, by one version of the model.
 
         Args:
             images: Files or pixels.
-            top_k: Classes to return for each; 0 asks for 5, or all where there are fewer.
-            model: Name of the model; may be empty where the server has just one.
-            version: Its number, or a label of the server's, as "stable"; 0 asks for the latest.
-            timeout: Seconds until the client gives up; None waits for ever.
+            top_k: Classes to return for each image; 0 returns 5, or all if the model has fewer.
+            model: Name of the model; may be empty if the server has only one.
+            version: Version number, or a label such as "stable"; 0 is the latest version.
+            timeout: Seconds until the client gives up; None waits forever.
 
         Raises:
-            ServingError: One of those in `serving.errors`.
+            ServingError: The request failed; `serving.errors` lists the subclasses.
         """
-        question, deadline = ClassifyOptions(top_k, model, version), _find_deadline(timeout)
+        options, deadline = ClassifyOptions(top_k, model, version), _find_deadline(timeout)
         if _fits_one_request(images):
             try:
-                request = question.to_request(images)
+                request = options.to_request(images)
                 return to_answer(self._stub.Classify(request, timeout=timeout, metadata=self._metadata))
             except grpc.RpcError as error:
                 raise from_rpc(error) from None
         while True:
-            window = Window(question, self._retries)
-            answers = [_expect(result) for result in self._converse(window, images, deadline, None)]
-            if _are_of_one_version(answers):
+            state = StreamState(options, self._retries)
+            answers = [_require_answer(result) for result in self._stream(state, images, deadline, None)]
+            if _share_version(answers):
                 return Answer.join(answers)
 
     def classify_each(
@@ -114,23 +114,23 @@ class Client:
         version: int | str = 0,
         timeout: float | None = 30,
     ) -> Iterator[Result]:
-        """Classify any number of images, and yield what becomes of each, in their order.
+        """Classify any number of images, and yield the results in order.
 
-        They are read as the answers come in, so that neither need fit into memory. An image that is at fault does not
-        end it: the InvalidRequest that says why takes the place of its answer.
+        Images are read as answers arrive, so that neither need fit into memory. An invalid image does not end the
+        iteration: its result is the InvalidRequest that says why.
 
         Args:
             images: Files or pixels, one by one.
             top_k: As in `classify`.
             model: As in `classify`.
-            version: As in `classify`; with 0, a version that appears meanwhile answers what is asked from then on.
-            timeout: Seconds without any answer after which the client gives up; None waits for ever.
+            version: As in `classify`; with 0, a version loaded meanwhile answers the images sent after that.
+            timeout: Seconds without any answer until the client gives up; None waits forever.
 
         Raises:
-            ServingError: One of those in `serving.errors`; it ends the iteration.
+            ServingError: A request failed, which ends the iteration; `serving.errors` lists the subclasses.
         """
-        window = Window(ClassifyOptions(top_k, model, version), self._retries)
-        return self._converse(window, images, float("inf"), timeout)
+        state = StreamState(ClassifyOptions(top_k, model, version), self._retries)
+        return self._stream(state, images, float("inf"), timeout)
 
     def close(self) -> None:
         """Close the connection."""
@@ -142,29 +142,29 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _converse(
-        self, window: Window, images: Iterable[ImageInput], deadline: float, patience: float | None
+    def _stream(
+        self, state: StreamState, images: Iterable[ImageInput], deadline: float, answer_timeout: float | None
     ) -> Iterator[Result]:
-        """Ask for the images over a stream, and over another where it breaks; yield the results in order."""
+        """Send the images over a call, and over a new one if that breaks; yield the results in order."""
         source = iter(images)
-        while not window.done:
-            window.reopen()
-            stream = _Stream(self._stub, self._metadata, deadline)
+        while not state.done:
+            state.start_call()
+            call = _StreamCall(self._stub, self._metadata, deadline)
             try:
-                while not (window.done or window.broken):
-                    while window.has_room:
+                while not (state.done or state.broken):
+                    while state.has_room:
                         try:
-                            window.put(next(source))
+                            state.add(next(source))
                         except StopIteration:
-                            window.end()
-                        stream.send(window.send())
-                    stream.send(window.send())
-                    if not window.done:
-                        pause = window.take(stream.receive(patience))
-                        yield from window.give()
-                        time.sleep(_check(pause, deadline, patience))
+                            state.end_input()
+                        call.send(state.pop_requests())
+                    call.send(state.pop_requests())
+                    if not state.done:
+                        pause = state.handle(call.receive(answer_timeout))
+                        yield from state.pop_results()
+                        time.sleep(_check_pause(pause, deadline, answer_timeout))
             finally:
-                stream.close(cancel=not window.done)
+                call.close(cancel=not state.done)
 
 
 class AsyncClient:
@@ -178,7 +178,7 @@ class AsyncClient:
         token: str | None = None,
         retries: int = MAX_RETRIES,
     ) -> None:
-        """Prepare a connection; arguments and errors are those of `Client`."""
+        """Prepare a connection, with the arguments and errors of `Client`."""
         target, options = to_target(servers, tls), to_options(servers, retries, tls)
         self._channel = (
             grpc.aio.secure_channel(target, tls.to_credentials(), options)
@@ -196,19 +196,19 @@ class AsyncClient:
         version: int | str = 0,
         timeout: float | None = 30,
     ) -> Answer:
-        """Classify images; arguments, result and errors are those of `Client.classify`."""
-        question, deadline = ClassifyOptions(top_k, model, version), _find_deadline(timeout)
+        """Classify images, with the arguments, result and errors of `Client.classify`."""
+        options, deadline = ClassifyOptions(top_k, model, version), _find_deadline(timeout)
         if _fits_one_request(images):
             try:
-                request = question.to_request(images)
+                request = options.to_request(images)
                 return to_answer(await self._stub.Classify(request, timeout=timeout, metadata=self._metadata))
             except grpc.RpcError as error:
                 raise from_rpc(error) from None
         while True:
-            window = Window(question, self._retries)
-            async with aclosing(self._converse(window, images, deadline, None)) as results:
-                answers = [_expect(result) async for result in results]
-            if _are_of_one_version(answers):
+            state = StreamState(options, self._retries)
+            async with aclosing(self._stream(state, images, deadline, None)) as results:
+                answers = [_require_answer(result) async for result in results]
+            if _share_version(answers):
                 return Answer.join(answers)
 
     def classify_each(
@@ -220,9 +220,9 @@ class AsyncClient:
         version: int | str = 0,
         timeout: float | None = 30,
     ) -> AsyncGenerator[Result, None]:
-        """Classify any number of images; arguments, results and errors are those of `Client.classify_each`."""
-        window = Window(ClassifyOptions(top_k, model, version), self._retries)
-        return self._converse(window, images, float("inf"), timeout)
+        """Classify any number of images, with the arguments, results and errors of `Client.classify_each`."""
+        state = StreamState(ClassifyOptions(top_k, model, version), self._retries)
+        return self._stream(state, images, float("inf"), timeout)
 
     async def close(self) -> None:
         """Close the connection."""
@@ -234,38 +234,38 @@ class AsyncClient:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def _converse(
+    async def _stream(
         self,
-        window: Window,
+        state: StreamState,
         images: Iterable[ImageInput] | AsyncIterable[ImageInput],
         deadline: float,
-        patience: float | None,
+        answer_timeout: float | None,
     ) -> AsyncGenerator[Result, None]:
-        """As `Client._converse`."""
+        """As `Client._stream`."""
         source = aiter(images if isinstance(images, AsyncIterable) else _iterate(images))
-        while not window.done:
-            window.reopen()
-            stream = _AsyncStream(self._stub, self._metadata, deadline)
+        while not state.done:
+            state.start_call()
+            call = _AsyncStreamCall(self._stub, self._metadata, deadline)
             try:
-                while not (window.done or window.broken):
-                    while window.has_room:
+                while not (state.done or state.broken):
+                    while state.has_room:
                         try:
-                            window.put(await anext(source))
+                            state.add(await anext(source))
                         except StopAsyncIteration:
-                            window.end()
-                        stream.send(window.send())
-                    stream.send(window.send())
-                    if not window.done:
-                        pause = window.take(await stream.receive(patience))
-                        for result in window.give():
+                            state.end_input()
+                        call.send(state.pop_requests())
+                    call.send(state.pop_requests())
+                    if not state.done:
+                        pause = state.handle(await call.receive(answer_timeout))
+                        for result in state.pop_results():
                             yield result
-                        await asyncio.sleep(_check(pause, deadline, patience))
+                        await asyncio.sleep(_check_pause(pause, deadline, answer_timeout))
             finally:
-                stream.close(cancel=not window.done)
+                call.close(cancel=not state.done)
 
 
-class _Stream:
-    """A call of ClassifyStream, whose answers can be waited for as long as one likes."""
+class _StreamCall:
+    """A call of ClassifyStream; its thread makes a timeout per response possible, which gRPC lacks."""
 
     def __init__(self, stub: ClassifierStub, metadata: CallMetadata, deadline: float) -> None:
         self._outbox: SimpleQueue[pb.ClassifyStreamRequest | None] = SimpleQueue()
@@ -273,60 +273,60 @@ class _Stream:
         self._call = stub.ClassifyStream(
             iter(self._outbox.get, None), timeout=_find_timeout(deadline), metadata=metadata
         )
-        Thread(target=self._listen, name="answers", daemon=True).start()
+        Thread(target=self._read_responses, name="answers", daemon=True).start()
 
     def send(self, requests: Iterable[pb.ClassifyStreamRequest]) -> None:
         for request in requests:
             self._outbox.put(request)
 
-    def receive(self, patience: float | None) -> pb.ClassifyStreamResponse | ServingError:
-        """Return the next answer, or why the call ended."""
+    def receive(self, timeout: float | None) -> pb.ClassifyStreamResponse | ServingError:
+        """Return the next response, or the error that ended the call."""
         try:
-            return self._inbox.get(timeout=patience)
+            return self._inbox.get(timeout=timeout)
         except Empty:
-            raise DeadlineExceeded(f"there was no answer for {patience} seconds") from None
+            raise DeadlineExceeded(f"there was no answer for {timeout} seconds") from None
 
     def close(self, cancel: bool) -> None:
-        """Half-close, for the server to end the call; or end it."""
+        """Half-close the call, so that the server ends it; or cancel it."""
         self._outbox.put(None)
         if cancel:
             self._call.cancel()
 
-    def _listen(self) -> None:
+    def _read_responses(self) -> None:
         try:
             for response in self._call:
                 self._inbox.put(response)
-            self._inbox.put(_end())
+            self._inbox.put(_stream_ended())
         except grpc.RpcError as error:
             self._inbox.put(from_rpc(error))
 
 
-class _AsyncStream:
-    """As `_Stream`, for asyncio."""
+class _AsyncStreamCall:
+    """As `_StreamCall`, for asyncio."""
 
     def __init__(self, stub: ClassifierAsyncStub, metadata: CallMetadata, deadline: float) -> None:
         self._outbox: asyncio.Queue[pb.ClassifyStreamRequest | None] = asyncio.Queue()
-        self._call = stub.ClassifyStream(self._post(), timeout=_find_timeout(deadline), metadata=metadata)
+        self._call = stub.ClassifyStream(self._requests(), timeout=_find_timeout(deadline), metadata=metadata)
 
     def send(self, requests: Iterable[pb.ClassifyStreamRequest]) -> None:
         for request in requests:
             self._outbox.put_nowait(request)
 
-    async def receive(self, patience: float | None) -> pb.ClassifyStreamResponse | ServingError:
+    async def receive(self, timeout: float | None) -> pb.ClassifyStreamResponse | ServingError:
         try:
-            response = await asyncio.wait_for(self._call.read(), patience)
+            response = await asyncio.wait_for(self._call.read(), timeout)
         except TimeoutError:
-            raise DeadlineExceeded(f"there was no answer for {patience} seconds") from None
+            raise DeadlineExceeded(f"there was no answer for {timeout} seconds") from None
         except grpc.RpcError as error:
             return from_rpc(error)
-        return response if isinstance(response, pb.ClassifyStreamResponse) else _end()
+        return response if isinstance(response, pb.ClassifyStreamResponse) else _stream_ended()
 
     def close(self, cancel: bool) -> None:
         self._outbox.put_nowait(None)
         if cancel:
             self._call.cancel()
 
-    async def _post(self) -> AsyncIterator[pb.ClassifyStreamRequest]:
+    async def _requests(self) -> AsyncIterator[pb.ClassifyStreamRequest]:
         while (request := await self._outbox.get()) is not None:
             yield request
 
@@ -340,18 +340,18 @@ def _fits_one_request(images: ImageInputs) -> bool:
     return len(images) <= REQUEST_IMAGES and size <= REQUEST_BYTES
 
 
-def _expect(result: Result) -> Answer:
+def _require_answer(result: Result) -> Answer:
     if isinstance(result, InvalidRequest):
         raise result
     return result
 
 
-def _are_of_one_version(answers: Sequence[Answer]) -> bool:
+def _share_version(answers: Sequence[Answer]) -> bool:
     return len({(answer.model, answer.version) for answer in answers}) == 1
 
 
-def _end() -> ServingError:
-    return Unavailable("the server ended the stream before it had answered")
+def _stream_ended() -> ServingError:
+    return Unavailable("the server ended the stream before it answered all requests")
 
 
 def _find_deadline(timeout: float | None) -> float:
@@ -362,17 +362,15 @@ def _find_timeout(deadline: float) -> float | None:
     return None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
 
 
-def _check(pause: float, deadline: float, patience: float | None) -> float:
-    """Return a pause, in seconds, if there is time for it.
+def _check_pause(pause: float, deadline: float, answer_timeout: float | None) -> float:
+    """Return a pause in seconds, if it ends before the deadline.
 
     Raises:
-        DeadlineExceeded: There is not.
+        DeadlineExceeded: It ends later.
     """
-    left = min(deadline - time.monotonic(), float("inf") if patience is None else patience)
+    left = min(deadline - time.monotonic(), float("inf") if answer_timeout is None else answer_timeout)
     if pause and pause >= left:
-        raise DeadlineExceeded(
-            f"the server takes nothing more for {pause:.3f} s, and the time to wait ends before that"
-        )
+        raise DeadlineExceeded(f"the server accepts no requests for {pause:.3f} s, longer than the timeout allows")
     return pause
 
 

@@ -1,9 +1,9 @@
-"""What is under way on a stream: the part of a streaming client that needs neither threads nor asyncio.
+"""State of a client's stream, without input or output: the thread and asyncio clients share it.
 
-Images travel in portions, and so many portions may be under way. A portion that the server's queue has no room for
-waits for the answer of another one, so that a stream is as fast as the server; only if there is no other does it count
-as refused, and is tried again after a pause. An image that is at fault is set aside, and the others of its portion are
-sent again. If the call breaks, what has no answer is sent over the next one.
+Images travel in chunks, one request each, and several chunks may be in flight. If the server's queue has no room for a
+chunk, it is sent again after the next answer, so that a stream is as fast as the server. Only if no other chunk is in
+flight does that count as a refusal: the chunk is retried after a pause. An invalid image is taken out of its chunk, and
+the others are sent again. If the call breaks, unanswered images are sent over the next one.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from collections.abc import Iterator
 import numpy as np
 
 from protos import classifier_pb2 as pb
-from serving.client.channel import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS
+from serving.client.channel import FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS
 from serving.client.types import Answer, ClassifyOptions, ImageInput, ImageInputs, to_answer
 from serving.errors import InvalidRequest, Overloaded, ServingError, Unavailable, from_failure
 
-PORTION_IMAGES = 32  # a full batch of a server, by default
-PORTION_BYTES = 8 * 2**20
-PORTIONS = 8  # sent, or answered while an earlier one is not
+CHUNK_IMAGES = 32  # a server's default batch size
+CHUNK_BYTES = 8 * 2**20
+MAX_CHUNKS = 8  # in flight, or answered while an earlier one is not
 
 Result = Answer | InvalidRequest
-"""The answer for an image; or, if the image is at fault, what is wrong with it."""
+"""The answer for an image or, if the image is invalid, what is wrong with it."""
 
 
-class _Portion:
+class _Chunk:
     """Consecutive images that travel in one request."""
 
     def __init__(self, start: int) -> None:
         self.start = start
-        self.images: dict[int, ImageInput] = {}  # by position, of the images that have no result
+        self.images: dict[int, ImageInput] = {}  # images without a result, by position
         self.results: dict[int, Result] = {}
         self.refusals = 0
         self._bytes = 0
 
-    def takes(self, image: ImageInput) -> bool:
-        """Say whether an image can travel with these: files with files, pixels with pixels of the same shape."""
+    def fits(self, image: ImageInput) -> bool:
+        """Return whether an image can travel with these: files with files, pixels with pixels of the same shape."""
         alike = getattr(self.images[self.start], "shape", None) == getattr(image, "shape", None)
-        return alike and self._bytes + _count_bytes(image) <= PORTION_BYTES
+        return alike and self._bytes + _count_bytes(image) <= CHUNK_BYTES
 
     def add(self, image: ImageInput) -> None:
         self.images[self.start + len(self.images)] = image
@@ -50,109 +50,113 @@ class _Portion:
         images = list(self.images.values())
         return np.stack(images) if isinstance(images[0], np.ndarray) else images  # type: ignore[return-value]
 
-    def settle(self, answer: Answer) -> None:
+    def accept(self, answer: Answer) -> None:
+        """Store the answer for all images of the request."""
         self.results.update(zip(self.images, answer.split(), strict=True))
         self.images.clear()
 
-    def set_aside(self, index: int, error: InvalidRequest) -> None:
-        """Note that the image at this place of the request is at fault."""
+    def reject(self, index: int, error: InvalidRequest) -> None:
+        """Store an error as the result of the image at this index of the request."""
         position = list(self.images)[index]
         del self.images[position]
-        what = str(error).removeprefix(f"image {index} ")
-        self.results[position] = InvalidRequest(f"image {position} {what}", position)
+        reason = str(error).removeprefix(f"image {index} ")
+        self.results[position] = InvalidRequest(f"image {position} {reason}", position)
 
 
-class Window:
-    """The portions that are under way, and those that wait for an earlier one to be given to the caller."""
+class StreamState:
+    """The chunks in flight, and answered ones that wait for an earlier chunk."""
 
-    def __init__(self, question: ClassifyOptions, retries: int) -> None:
-        """Hold nothing yet.
+    def __init__(self, options: ClassifyOptions, retries: int) -> None:
+        """Start without images.
 
         Args:
-            question: What is asked of every image.
-            retries: How often the same portion may be refused, and how often calls may break without an answer.
+            options: What to ask of every image.
+            retries: How often one chunk may be refused, and how many calls in a row may break without an answer.
         """
-        self._question, self._retries = question, retries
-        self._filling: _Portion | None = None
-        self._portions: deque[_Portion] = deque()  # in the order of the images
-        self._outgoing: deque[_Portion] = deque()
-        self._sent: dict[int, _Portion] = {}
-        self._held: deque[_Portion] = deque()  # until another one is answered
+        self._options, self._retries = options, retries
+        self._filling: _Chunk | None = None
+        self._chunks: deque[_Chunk] = deque()  # in the order of the images
+        self._outgoing: deque[_Chunk] = deque()
+        self._sent: dict[int, _Chunk] = {}
+        self._held: deque[_Chunk] = deque()  # no room in the server's queue; sent after the next answer
         self._count = 0
         self._breaks = 0
-        self._ended = False
+        self._input_ended = False
         self.broken = False
-        """Whether a new call is needed; see `reopen`."""
+        """Whether a new call is needed; see `start_call`."""
 
     @property
     def has_room(self) -> bool:
         """Whether the next image may be read."""
-        return not self._ended and len(self._portions) < PORTIONS
+        return not self._input_ended and len(self._chunks) < MAX_CHUNKS
 
     @property
     def done(self) -> bool:
-        """Whether all images have been read, answered and given to the caller."""
-        return self._ended and not self._portions
+        """Whether all images have been read, and all results returned."""
+        return self._input_ended and not self._chunks
 
-    def put(self, image: ImageInput) -> None:
-        """Take the next image."""
-        if self._filling is not None and not self._filling.takes(image):
+    def add(self, image: ImageInput) -> None:
+        """Add the next image."""
+        if self._filling is not None and not self._filling.fits(image):
             self._flush()
         if self._filling is None:
-            self._filling = _Portion(self._count)
+            self._filling = _Chunk(self._count)
         self._filling.add(image)
         self._count += 1
-        if len(self._filling.images) == PORTION_IMAGES:
+        if len(self._filling.images) == CHUNK_IMAGES:
             self._flush()
 
-    def end(self) -> None:
-        """Take no further image."""
-        self._ended = True
+    def end_input(self) -> None:
+        """Mark the last image as added."""
+        self._input_ended = True
         self._flush()
 
-    def reopen(self) -> None:
-        """Begin a call: whatever has no answer is sent over it."""
+    def start_call(self) -> None:
+        """Begin a call, over which all unanswered images are sent."""
         self.broken = False
         self._sent.clear()
         self._held.clear()
-        self._outgoing = deque(portion for portion in self._portions if portion.images)
+        self._outgoing = deque(chunk for chunk in self._chunks if chunk.images)
 
-    def send(self) -> Iterator[pb.ClassifyStreamRequest]:
-        """Yield what is to be sent now."""
+    def pop_requests(self) -> Iterator[pb.ClassifyStreamRequest]:
+        """Yield the requests to send now."""
         while self._outgoing:
-            portion = self._outgoing.popleft()
-            self._sent[portion.start] = portion
-            request = self._question.to_request(portion.stack())
-            yield pb.ClassifyStreamRequest(id=portion.start, request=request)
+            chunk = self._outgoing.popleft()
+            self._sent[chunk.start] = chunk
+            request = self._options.to_request(chunk.stack())
+            yield pb.ClassifyStreamRequest(id=chunk.start, request=request)
 
-    def take(self, event: pb.ClassifyStreamResponse | ServingError) -> float:
-        """Note what came of the call, an answer or its end; return how long to pause before going on, in seconds.
+    def handle(self, event: pb.ClassifyStreamResponse | ServingError) -> float:
+        """Process a response, or the error that ended the call.
+
+        Returns:
+            Seconds to wait before going on.
 
         Raises:
-            ServingError: There is no use in going on, or not after so many attempts.
+            ServingError: A retry would not help, or there were too many.
         """
         if isinstance(event, ServingError):
             return self._break(event)
-        portion = self._sent.pop(event.id)
+        chunk = self._sent.pop(event.id)
         error = from_failure(event.failure) if event.HasField("failure") else None
         match error:
             case None:
                 self._breaks = 0
-                portion.settle(to_answer(event.response))
+                chunk.accept(to_answer(event.response))
             case InvalidRequest(image=int(index)):
-                portion.set_aside(index, error)
-                if portion.images:
-                    self._outgoing.append(portion)
+                chunk.reject(index, error)
+                if chunk.images:
+                    self._outgoing.append(chunk)
             case Overloaded() if self._sent:
-                self._held.append(portion)
+                self._held.append(chunk)
                 return 0
             case Overloaded():
-                portion.refusals += 1
-                if portion.refusals > self._retries:
+                chunk.refusals += 1
+                if chunk.refusals > self._retries:
                     raise error
-                self._outgoing.extend([*self._held, portion])
+                self._outgoing.extend([*self._held, chunk])
                 self._held.clear()
-                return _find_pause(error, portion.refusals)
+                return _find_pause(error, chunk.refusals)
             case Unavailable():
                 return self._break(error)
             case _:
@@ -161,15 +165,15 @@ class Window:
             self._outgoing.append(self._held.popleft())
         return 0
 
-    def give(self) -> Iterator[Result]:
-        """Yield the results that the caller can have, in the order of the images."""
-        while self._portions and not self._portions[0].images:
-            results = self._portions.popleft().results
+    def pop_results(self) -> Iterator[Result]:
+        """Yield the results that are ready, in the order of the images."""
+        while self._chunks and not self._chunks[0].images:
+            results = self._chunks.popleft().results
             yield from (results[position] for position in sorted(results))
 
     def _flush(self) -> None:
         if self._filling is not None:
-            self._portions.append(self._filling)
+            self._chunks.append(self._filling)
             self._outgoing.append(self._filling)
             self._filling = None
 
@@ -186,7 +190,7 @@ def _count_bytes(image: ImageInput) -> int:
 
 
 def _find_pause(error: ServingError, attempt: int) -> float:
-    """Return when to try again: when the server says so, or else as gRPC does it."""
+    """Return the seconds until the next attempt: the server's hint if it gave one, else gRPC's exponential backoff."""
     if isinstance(error, Overloaded) and error.retry_ms:
         return error.retry_ms / 1000
-    return random.uniform(0.8, 1.2) * min(FIRST_PAUSE_SECONDS * 2.0 ** (attempt - 1), LONGEST_PAUSE_SECONDS)
+    return random.uniform(0.8, 1.2) * min(FIRST_BACKOFF_SECONDS * 2.0 ** (attempt - 1), MAX_BACKOFF_SECONDS)

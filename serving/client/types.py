@@ -1,4 +1,4 @@
-"""What a client asks and hears, as plain values, and as the messages of the wire."""
+"""Inputs, options and answers of a client as plain values, with their conversion to and from messages."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 from protos import classifier_pb2 as pb
 
 ImageInput = bytes | NDArray[np.uint8]
-"""A file, JPEG or PNG; or pixels, uint8 [height, width, 3], of the size that the model takes."""
+"""A JPEG or PNG file; or pixels, uint8 [height, width, 3], of the model's input size."""
 
 ImageInputs = Sequence[bytes] | NDArray[np.uint8]
-"""Files, each JPEG or PNG; or pixels, uint8 [n, height, width, 3], of the size that the model takes."""
+"""JPEG or PNG files; or pixels, uint8 [n, height, width, 3], of the model's input size."""
 
 
 @dataclass(frozen=True)
 class Class:
-    """One class of an image: its name, its place among the model's outputs, its probability."""
+    """One class of an image: its name, its index in the model's output, its probability."""
 
     label: str
     index: int
@@ -28,19 +28,19 @@ class Class:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the server said of images.
+    """A server's answer for some images.
 
-    The figures are those of the request that carried the images. Where it took several requests, each figure is the
-    largest among them: they are under way side by side, so that sums would be longer than the wait.
+    The times are those of the request that carried the images. If there were several requests, each figure is the
+    maximum over them: they ran in parallel, so that sums would exceed the wait.
 
     Attributes:
         model: Name of the model that answered.
-        version: Its version.
-        images: For each image its classes, the most probable first.
-        decode_ns: Time the server took to unpack the request, in nanoseconds.
-        queue_ns: Time the images waited for the engine, in nanoseconds.
-        compute_ns: Time to compute their batch, in nanoseconds.
-        batch_size: Images in that batch, those of other requests included.
+        version: Version of that model.
+        images: Classes of each image, the most probable first.
+        decode_ns: Time to parse and decode the request, in nanoseconds.
+        queue_ns: Time in the queue, in nanoseconds.
+        compute_ns: Time to compute the batch, in nanoseconds.
+        batch_size: Images in that batch, including those of other requests.
     """
 
     model: str
@@ -52,12 +52,12 @@ class Answer:
     batch_size: int
 
     def split(self) -> list[Answer]:
-        """Return an answer for each image."""
+        """Return one answer per image."""
         return [replace(self, images=(classes,)) for classes in self.images]
 
     @classmethod
     def join(cls, answers: Sequence[Answer]) -> Answer:
-        """Return one answer for the images of several, which are of one version of one model."""
+        """Merge answers by the same version of a model into one."""
         return cls(
             model=answers[0].model,
             version=answers[0].version,
@@ -71,12 +71,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class ClassifyOptions:
-    """What is asked of every image.
+    """Options that apply to every image.
 
     Attributes:
-        top_k: Classes to return; 0 asks for 5, or all where there are fewer.
-        model: Name of the model; may be empty where the server has just one.
-        version: Its number, or a label of the server's; 0 asks for the latest.
+        top_k: Classes to return for each image; 0 returns 5, or all if the model has fewer.
+        model: Name of the model; may be empty if the server has only one.
+        version: Version number, or a label; 0 is the latest version.
     """
 
     top_k: int = 0
@@ -84,10 +84,10 @@ class ClassifyOptions:
     version: int | str = 0
 
     def to_request(self, images: ImageInputs) -> pb.ClassifyRequest:
-        """Return the message that asks it of `images`.
+        """Return the request for some images.
 
         Raises:
-            TypeError: They are pixels, and not uint8.
+            TypeError: Pixels are not uint8.
         """
         request = pb.ClassifyRequest(model=self.model, top_k=self.top_k)
         if isinstance(self.version, str):
@@ -98,7 +98,7 @@ class ClassifyOptions:
             request.encoded.images.extend(images)
             return request
         if images.dtype != np.uint8:
-            raise TypeError(f"pixels must be uint8, from 0 to 255, not {images.dtype}")
+            raise TypeError(f"pixels must be uint8 (0 to 255), not {images.dtype}")
         request.tensor.data_type = pb.DATA_TYPE_UINT8
         request.tensor.shape.extend(images.shape)
         request.tensor.data = images.tobytes()
@@ -106,7 +106,7 @@ class ClassifyOptions:
 
 
 def to_answer(response: pb.ClassifyResponse) -> Answer:
-    """Return the answer that a message holds."""
+    """Return a response as an answer."""
     return Answer(
         model=response.model,
         version=response.version,

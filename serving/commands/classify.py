@@ -29,26 +29,26 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--server",
         action="append",
         metavar="HOST:PORT",
-        help=f"several, each IP:PORT, stand in for each other (default: {DEFAULT_SERVER})",
+        help=f"server address; repeat it for several servers, as IP:PORT (default: {DEFAULT_SERVER})",
     )
-    parser.add_argument("--model", default="", help="name of the model (default: the only one)")
-    parser.add_argument(
-        "--version", type=_to_version, default=0, help="version of the model, or its label (default: the latest)"
-    )
-    parser.add_argument("--top-k", type=int, default=3, metavar="K", help="classes to show for each image (default: 3)")
+    parser.add_argument("--model", default="", metavar="NAME", help="name of the model (default: the only one)")
+    parser.add_argument("--version", type=_to_version, default=0, help="version number or label (default: the latest)")
+    parser.add_argument("--top-k", type=int, default=3, metavar="K", help="classes to print per image (default: 3)")
     parser.add_argument(
         "--timeout", type=float, default=30, metavar="S", help="seconds to wait for an answer (default: 30)"
     )
-    parser.add_argument("--tls-ca", type=Path, metavar="FILE", help="encrypt; the server's certificate is of this CA")
-    parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="show the server this certificate")
-    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key")
-    parser.add_argument("--tls-name", metavar="NAME", help="the name in the certificates; several servers need it")
-    parser.add_argument("--token-file", type=Path, metavar="FILE", help="give the token in this file")
-    parser.add_argument("--json", action="store_true", help="print a JSON array, one object an image")
+    parser.add_argument("--tls-ca", type=Path, metavar="FILE", help="CA certificate in PEM; turns on TLS")
+    parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="client certificate in PEM")
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="private key of the client certificate, in PEM")
+    parser.add_argument(
+        "--tls-name", metavar="NAME", help="host name in the servers' certificates; required for several servers"
+    )
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="file with the server's token")
+    parser.add_argument("--json", action="store_true", help="print a JSON array with one object per image")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Classify all files and print a table or JSON; files that are no images are named at the end."""
+    """Classify all files, print a table or JSON, and list the files that failed."""
     if args.tls_name and not args.tls_ca:
         raise BadInput("--tls-name needs --tls-ca")
     if (args.tls_cert is None) != (args.tls_key is None) or (args.tls_cert and not args.tls_ca):

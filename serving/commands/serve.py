@@ -1,7 +1,7 @@
-"""Answer classification requests over gRPC, with the models of a repository: the latest version of each, or others.
+"""Serve the models of a repository over gRPC: the latest version of each, or those that --versions names.
 
-A new version takes over as soon as it is loaded and checked; SIGHUP looks for one at once. Every option may also be a
-variable, RESNET_PORT for --port, or a key of a TOML file, which --print-config writes.
+A new version takes over once it is loaded and checked; SIGHUP scans for one at once. Each option can also be set by an
+environment variable (RESNET_PORT for --port) or a key of a TOML file, as --print-config prints it.
 
 Examples:
   resnet serve models

@@ -1,1 +1,1 @@
-"""The models of a server: loaded and checked, held by name and version, replaced while requests run."""
+"""The models of a server: loaded and checked, found by name and version, and replaced while requests run."""

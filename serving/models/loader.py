@@ -1,4 +1,4 @@
-"""Load a version: check it against its manifest, choose what computes it, warm it up, put it behind a batcher."""
+"""Load a version of a model: check it against its manifest, choose its engine, warm it up, and start its batcher."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 from export import manifest as manifests
 from export.manifest import Manifest, Variant
 from resnet import BadInput
-from serving.config import Batching, Device
+from serving.config import Batching
 from serving.models.model import Model
 from serving.models.statistics import Statistics
-from serving.runtimes import DEFAULT, autotune, cuda
+from serving.runtimes import DEFAULT, Device, autotune, cuda
 from serving.runtimes.base import Engine, EngineThreads, Images, Probabilities
 from serving.runtimes.cores import count_cores
 from serving.runtimes.cost import CostCurve
@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 
 
 def read_checked(folder: Path) -> Manifest:
-    """Read the manifest of a version whose files and certificate hold.
+    """Read the manifest of a version, and check its files and its certificate.
 
     Raises:
-        BadInput: The manifest is not valid, a file has changed, or the certificate is outside its budget.
+        BadInput: The manifest is invalid, a file has changed, or the certificate is outside of its budget.
     """
     manifest = manifests.read(folder)
     for problem in manifests.changed_files(folder, manifest):
@@ -50,15 +50,16 @@ def load(
 
     Args:
         folder: REPOSITORY/NAME/VERSION.
-        device: What computes.
-        batching: How requests become batches.
-        precision: Which variant answers.
-        runtime: What runs it on the CPU; `auto` is onnxruntime, and with `tune` what is faster.
-        tune: Compute as was measured to be fastest on this machine, in place of each batch by one thread for each core.
+        device: The CPU or GPUs, and on GPUs the execution provider.
+        batching: Limits of batches and of the queue.
+        precision: The variant to serve.
+        runtime: The runtime on the CPU; `auto` is onnxruntime, and with `tune` the fastest.
+        tune: Measure which plans compute it fastest on this machine; without it, one thread for each core computes each
+            batch.
 
     Raises:
-        BadInput: It is not what was exported and proved, it was not exported in this precision, or the device or the
-            runtime is not to be had.
+        BadInput: Its files or its certificate do not hold, it was not exported in this precision, or the device or the
+            runtime cannot be used.
     """
     manifest = read_checked(folder)
     variant = find_variant(folder, manifest, precision)
@@ -74,8 +75,8 @@ def load(
         engine = ExecutionPlan(plans[0].runtime, count_cores()).build(path, manifest)
         return start(manifest, engine, batching, precision)
     tuning, _ = autotune.tune(folder, manifest, variant, batching.max_batch, plans if tune else plans[:1])
-    for name, why in tuning.refusals.items():
-        log.warning("%s/%d is not computed by %s: %s", manifest.model, manifest.version, name, why)
+    for name, reason in tuning.refusals.items():
+        log.warning("%s/%d is not computed by %s: %s", manifest.model, manifest.version, name, reason)
     engine = tuning.build(path, manifest)
     return start(manifest, engine, batching, precision, tuning.curve(), str(tuning), overflow=tuning.overflow)
 
@@ -103,29 +104,29 @@ def start(
     overflow: int = 0,
     threads: EngineThreads | None = None,
 ) -> Model:
-    """Put an engine behind a batcher, once it has run the smallest and the largest batch.
+    """Warm up an engine with the smallest and the largest batch, and start a batcher for it.
 
     Args:
-        manifest: What the engine computes.
-        engine: Computes it.
-        batching: How requests become batches.
-        precision: That of the engine.
-        curve: What its batches cost, if that was measured.
-        plan: How it computes, for people.
-        instances: Batches that it computes at a time.
-        overflow: Further ones, for which no cores of their own are there.
-        threads: From which it computes, where not every thread will do.
+        manifest: The manifest of the version.
+        engine: Computes the model.
+        batching: Limits of batches and of the queue.
+        precision: The precision of the engine.
+        curve: Cost of a batch by its size, if it was measured.
+        plan: Description of the execution plans.
+        instances: As in `Batcher`.
+        overflow: As in `Batcher`.
+        threads: As in `Batcher`.
     """
-    # Those between need none on a CPU: their first run takes as long as later ones, by the median of 30 sizes of
-    # ResNet-18 1.01 times, at most 1.33. OpenVINO and GPUs warm every size, or bucket, by themselves.
+    # On a CPU the sizes between need no warm-up: over 30 sizes of ResNet-18 the first run took 1.01 times as long as
+    # later ones in the median, and at most 1.33 times. OpenVINO and GPUs warm up every size, or bucket, by themselves.
     for size in (1, batching.max_batch):
         engine.run(np.zeros((size, *manifest.input.shape[1:]), np.uint8))
     statistics = Statistics(manifest.model, manifest.version)
 
     def run(images: Images) -> Probabilities:
-        started = time.perf_counter_ns()
+        start_ns = time.perf_counter_ns()
         probabilities = engine.run(images)
-        statistics.batch(len(images), time.perf_counter_ns() - started)
+        statistics.count_batch(len(images), time.perf_counter_ns() - start_ns)
         return probabilities
 
     return Model(

@@ -1,4 +1,4 @@
-"""One version of a model, ready to answer."""
+"""A loaded version of a model, with all that answers its requests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from serving.scheduling.batcher import Batcher
 
 @dataclass(frozen=True)
 class Model:
-    """One version of a model, ready to answer; `plan` says in words how its batches are computed."""
+    """A loaded version of a model.
+
+    Attributes:
+        manifest: The manifest of the version.
+        engine: Computes its batches.
+        batcher: Queues its requests.
+        statistics: Counts its requests.
+        precision: The variant that is served.
+        plan: Description of the execution plans; empty if none were measured.
+    """
 
     manifest: Manifest
     engine: Engine
@@ -23,7 +32,7 @@ class Model:
 
     @property
     def name(self) -> str:
-        """The model's name in the repository."""
+        """The name of the model in the repository."""
         return self.manifest.model
 
     @property
@@ -33,6 +42,6 @@ class Model:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(height, width, 3) of an image, as the model takes it."""
+        """The shape of one input image: (height, width, 3)."""
         height, width, channels = self.manifest.input.shape[1:]
         return height, width, channels

@@ -1,4 +1,4 @@
-"""The models of a server, by name and version; requests read it while versions come and go."""
+"""The registry of a server's models: requests look versions up while others are added and removed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from serving.scheduling.batcher import Batcher
 
 @dataclass(frozen=True)
 class ServedVersions:
-    """What of one model is served; replaced whole, never changed.
+    """The versions of one model; replaced as a whole, never changed.
 
     Attributes:
-        versions: By number.
-        labels: Numbers by label, each that of a version.
-        refusals: Why a version that the repository has is not served, by number.
+        versions: The served versions, by number.
+        labels: The number of a served version, by label.
+        refusals: Why a version of the repository is not served, by number.
     """
 
     versions: Mapping[int, Model] = field(default_factory=dict)
@@ -30,16 +30,16 @@ class ServedVersions:
 
 
 class ModelRegistry:
-    """The models of a server, by name and version. Requests read it while versions come and go."""
+    """The models of a server, by name and version; threads may share it."""
 
     def __init__(self, models: Iterable[Model] = ()) -> None:
-        """Hold some versions."""
+        """Begin with some versions."""
         self._lock = threading.Lock()
-        # Replaced whole, never changed: whoever reads it needs no lock.
+        # Replaced as a whole, never changed, so that reading needs no lock.
         self._served: Mapping[str, ServedVersions] = {}
         self.only: Model | None = None
-        """The one version that is served, if it is the only one: every request is for it."""
-        # Who still uses a batcher keeps it: when the last request is answered, its engine gives its memory back.
+        """The served version if there is only one: every request is for it."""
+        # Weak references: a batcher, and the memory of its engine, is released with its last request.
         self._retired: weakref.WeakSet[Batcher] = weakref.WeakSet()
         self._listeners: list[Callable[[str, bool], None]] = []
         for model in models:
@@ -49,13 +49,13 @@ class ModelRegistry:
         """Return the model that a request names.
 
         Args:
-            name: Empty where there is just one model.
-            version: 0 for the latest, or for the one that has the label.
-            label: Empty for none.
+            name: Name of the model; may be empty if there is only one.
+            version: Number of the version; 0 is the one with the label, or without a label the latest.
+            label: Label of the version; may be empty.
 
         Raises:
-            InvalidRequest: No name was given although there are several models, or no version has the label.
-            NotFound: There is no such model or version.
+            InvalidRequest: No name is given although there are several models, or no version has the label.
+            NotFound: The model or the version is not served.
         """
         served = self._served.get(name)
         if served is None or not served.versions:
@@ -76,76 +76,76 @@ class ModelRegistry:
         return model
 
     def __iter__(self) -> Iterator[Model]:
-        """Yield each version of each model, by name and number."""
+        """Yield each served version of each model, ordered by name and number."""
         for name in self.names():
             for _, model in sorted(self.get(name).versions.items()):
                 yield model
 
     def names(self) -> list[str]:
-        """Return the names of the models that have a version, served or refused."""
+        """Return the names of the models with a served or refused version."""
         return sorted(self._served)
 
     def get(self, name: str) -> ServedVersions:
-        """Return what of a model is served or refused; nothing, if it is unknown."""
+        """Return the versions of a model; none if the model is unknown."""
         return self._served.get(name, ServedVersions())
 
     def counts(self) -> dict[tuple[str, int], Counts]:
-        """Return what was answered so far, by name and version."""
+        """Return the counts of each served version, by name and number."""
         return {(model.name, model.version): model.statistics.counts() for model in self}
 
     def subscribe(self, listener: Callable[[str, bool], None]) -> None:
-        """Call `listener` with the name of a model and whether it is served: now for each, later on each change."""
+        """Call `listener` with each model's name and whether it is served, now and at every change."""
         with self._lock:
             self._listeners.append(listener)
             for name in self.names():
                 listener(name, bool(self.get(name).versions))
 
     def add(self, model: Model) -> None:
-        """Serve one more version; as the latest, if its number is the highest."""
+        """Serve a further version; it is the latest if its number is the highest."""
         with self._lock:
             served = self.get(model.name)
-            refusals = {number: why for number, why in served.refusals.items() if number != model.version}
+            refusals = {number: reason for number, reason in served.refusals.items() if number != model.version}
             self._replace(
                 model.name,
                 replace(served, versions={**served.versions, model.version: model}, refusals=refusals),
             )
 
     def refuse(self, name: str, version: int, reason: str) -> None:
-        """Note why a version is not served."""
+        """Record why a version is not served."""
         with self._lock:
             served = self.get(name)
             self._replace(name, replace(served, refusals={**served.refusals, version: reason}))
 
     def retain(
-        self, name: str, versions: Collection[int], labels: Mapping[str, int], known: Collection[int] = ()
+        self, name: str, versions: Collection[int], labels: Mapping[str, int], keep_refusals: Collection[int] = ()
     ) -> None:
-        """Serve none of a model's versions but these, under these labels; requests that have found another end with it.
+        """Serve only some of a model's versions, under these labels; running requests finish with theirs.
 
         Args:
-            name: Of the model.
-            versions: Numbers; those that are not served yet stay so.
-            labels: Numbers by label; one of a version that is not served is left out.
-            known: Numbers whose refusal stays on record.
+            name: Name of the model.
+            versions: Numbers of the versions to retain; none is added.
+            labels: Numbers by label; labels of versions that are not served are left out.
+            keep_refusals: Numbers of the versions whose refusal stays recorded.
         """
         with self._lock:
             served = self.get(name)
-            kept = {number: model for number, model in served.versions.items() if number in versions}
+            retained = {number: model for number, model in served.versions.items() if number in versions}
             self._replace(
                 name,
                 ServedVersions(
-                    versions=kept,
-                    labels={label: number for label, number in labels.items() if number in kept},
-                    refusals={number: why for number, why in served.refusals.items() if number in known},
+                    versions=retained,
+                    labels={label: number for label, number in labels.items() if number in retained},
+                    refusals={number: reason for number, reason in served.refusals.items() if number in keep_refusals},
                 ),
             )
 
     def close(self) -> None:
-        """Refuse further requests; those that wait are still computed."""
+        """Refuse further requests; queued ones are still computed."""
         for model in self:
             model.batcher.close()
 
     def drain(self, seconds: float) -> None:
-        """Wait for the requests under way, for at most so long."""
+        """Wait until all requests are answered, at most so many seconds."""
         end = time.monotonic() + seconds
         with self._lock:
             batchers = [*self._retired, *(model.batcher for model in self)]
@@ -153,10 +153,11 @@ class ModelRegistry:
             batcher.drain(max(0.0, end - time.monotonic()))
 
     def _replace(self, name: str, served: ServedVersions) -> None:
-        """Put what is served of a model in place of what was; the lock is held."""
+        """Replace the versions of a model. The lock is held."""
         before = self.get(name)
-        gone = (model.batcher for number, model in before.versions.items() if served.versions.get(number) is not model)
-        self._retired.update(gone)
+        self._retired.update(
+            model.batcher for number, model in before.versions.items() if served.versions.get(number) is not model
+        )
         others = {key: value for key, value in self._served.items() if key != name}
         self._served = {**others, name: served} if served.versions or served.refusals else others
         versions = [model for one in self._served.values() for model in one.versions.values()]

@@ -1,4 +1,4 @@
-"""What a model has answered so far, and where the time went."""
+"""The statistics of a model version: requests, images and batches, and where the time of requests went."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ import numpy as np
 from serving.errors import ServingError
 from serving.scheduling.queue import BatchResult
 
-# Upper bounds of the buckets of a histogram: from 0.1 ms to 10 s, three a decade.
+# Upper bounds of the histogram buckets: from 0.1 ms to 10 s, three in each decade.
 BOUNDS_NS = (*(digit * 10**power for power in range(5, 10) for digit in (1, 2, 5)), 10**10)
-AT_ONCE = 512  # answers that are counted together: one by one they cost as much as to check a request
+FLUSH_SIZE = 512  # answered requests that are counted together: one by one, each costs as much as checking a request
 
 
 @dataclass
 class Duration:
-    """How often something happened, and how long it took in all, in nanoseconds.
+    """A histogram of durations.
 
     Attributes:
-        count: How often.
-        ns: How long in all.
-        buckets: How often it took at most each of `BOUNDS_NS` and more than the one before; the last is beyond all.
+        count: Number of durations.
+        ns: Their sum, in nanoseconds.
+        buckets: Number of durations in each bucket, by the upper bounds `BOUNDS_NS`; the last bucket has no bound.
     """
 
     count: int = 0
@@ -36,26 +36,26 @@ class Duration:
     buckets: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS_NS) + 1))
 
     def add(self, ns: int) -> None:
-        """Count it once more."""
+        """Count a duration, in nanoseconds."""
         self.count += 1
         self.ns += ns
         self.buckets[bisect_left(BOUNDS_NS, ns)] += 1
 
     def extend(self, times: Sequence[int]) -> None:
-        """Count it once for each of these, in nanoseconds."""
+        """Count several durations, in nanoseconds."""
         self.count += len(times)
         self.ns += sum(times)
-        found = np.bincount(np.searchsorted(BOUNDS_NS, times), minlength=len(self.buckets))
-        self.buckets = [mine + more for mine, more in zip(self.buckets, found.tolist(), strict=True)]
+        counts = np.bincount(np.searchsorted(BOUNDS_NS, times), minlength=len(self.buckets))
+        self.buckets = [old + new for old, new in zip(self.buckets, counts.tolist(), strict=True)]
 
 
 class TrackedRequest:
-    """One request under way, until `end` or `fail`.
+    """One running request, until `end` or `fail`.
 
     Attributes:
-        span: Of the trace that it is part of, if there is one.
-        decode_ns: Time that it took to unpack, in nanoseconds.
-        answer: What it was answered by, if it was.
+        span: Its span in a trace, if it is traced.
+        decode_ns: Time to decode its images, in nanoseconds.
+        answer: Its result, once it is answered.
     """
 
     __slots__ = ("_arrived", "_statistics", "answer", "decode_ns", "span")
@@ -66,11 +66,11 @@ class TrackedRequest:
         self.answer: BatchResult | None = None
 
     def decoded(self) -> None:
-        """Note that its images are unpacked."""
+        """Record that its images are decoded."""
         self.decode_ns = self.elapsed_ns()
 
     def elapsed_ns(self) -> int:
-        """Return the time since it arrived."""
+        """Return the time since its arrival, in nanoseconds."""
         return time.perf_counter_ns() - self._arrived
 
     def end(self, answer: BatchResult) -> None:
@@ -84,28 +84,28 @@ class TrackedRequest:
 
 
 class Observer(Protocol):
-    """Is told of every request for a model, on the thread that answers it."""
+    """Observes every request for a model, on the thread that responds to it."""
 
     def end(self, request: TrackedRequest) -> None:
-        """Note that it was answered, or if there is no answer, that it failed."""
+        """Observe the end of a request; one that failed has no `answer`."""
         ...
 
 
 @dataclass
 class Counts:
-    """What was answered with a model version, since it was loaded.
+    """Counts of a model version since it was loaded.
 
     Attributes:
-        images: Images answered.
-        success: Requests answered, from unpacking to packing.
-        fail: Requests refused or failed.
-        queue: Of the answered, the wait for the engine.
-        decode: Of the answered, unpacking.
-        compute: Of the answered, the batch that they were in.
-        respond: Of the answered, the rest: packing, and waking up.
-        batches: Calls of the engine, by number of images.
+        images: Images of answered requests.
+        success: Answered requests, from decoding to the response.
+        fail: Refused and failed requests.
+        queue: Queueing time of answered requests.
+        decode: Decoding time of answered requests.
+        compute: Compute time of the batches of answered requests.
+        respond: Remaining time of answered requests: encoding the response, and changes of threads.
+        batches: Calls of the engine, by the number of images.
         codes: Requests, by the name of their gRPC status.
-        last_ms: When the last request was answered, milliseconds since 1970.
+        last_ms: Time of the last response, in milliseconds since 1970.
     """
 
     images: int = 0
@@ -121,42 +121,42 @@ class Counts:
 
 
 class Statistics:
-    """What is answered with a model version; threads may share it.
+    """Counts the requests for a model version; threads may share it.
 
     Attributes:
         model: Name of the model.
-        version: Of the model.
-        observer: Is told of every request too, if there is one.
+        version: Number of the version.
+        observer: Observes every request, too; None if there is no observer.
     """
 
     def __init__(self, model: str, version: int) -> None:
-        """Begin with nothing."""
+        """Begin without requests."""
         self.model, self.version = model, version
         self.observer: Observer | None = None
         self._lock = threading.Lock()
         self._counts = Counts()
-        # Images, and the time in all, in the queue, for unpacking, computing and the rest, of those not counted yet.
-        self._answered: deque[tuple[int, int, int, int, int, int]] = deque()
+        # Answered requests to be counted: images, and the nanoseconds in total, queue, decode, compute and respond.
+        self._pending: deque[tuple[int, int, int, int, int, int]] = deque()
         self._last_ns = 0
 
     def begin(self, span: Any = None) -> TrackedRequest:
-        """Return what counts one more request; `span` as in `TrackedRequest`."""
+        """Return a new running request; `span` as in `TrackedRequest`."""
         return TrackedRequest(self, span)
 
     def count(self, request: TrackedRequest, answer: BatchResult) -> None:
-        """Count a request that was answered, and let the observer know."""
-        total, waited, computed = request.elapsed_ns(), answer.queue_ns, answer.compute_ns
-        rest = max(0, total - waited - request.decode_ns - computed)
+        """Count an answered request, and notify the observer."""
+        total, queue, compute = request.elapsed_ns(), answer.queue_ns, answer.compute_ns
+        respond = max(0, total - queue - request.decode_ns - compute)
         self._last_ns = time.time_ns()
-        self._answered.append((len(answer.probabilities), total, waited, request.decode_ns, computed, rest))
-        if len(self._answered) >= AT_ONCE:
+        self._pending.append((len(answer.probabilities), total, queue, request.decode_ns, compute, respond))
+        if len(self._pending) >= FLUSH_SIZE:
             with self._lock:
-                self._sum_up()
+                self._flush()
         if self.observer:
             self.observer.end(request)
 
     def count_failed(self, request: TrackedRequest, error: Exception) -> None:
-        """Count a request that failed, and let the observer know."""
+        """Count a failed request, and notify the observer."""
         with self._lock:
             self._counts.fail.add(request.elapsed_ns())
             self._counts.codes[error.status.name if isinstance(error, ServingError) else "INTERNAL"] += 1
@@ -166,32 +166,32 @@ class Statistics:
             self.observer.end(request)
 
     def count_refused(self, error: ServingError) -> None:
-        """Count a request that failed as soon as it had come."""
+        """Count a request that was refused on arrival."""
         with self._lock:
             self._counts.fail.add(0)
             self._counts.codes[error.status.name] += 1
 
-    def batch(self, images: int, ns: int) -> None:
-        """Count a call of the engine."""
+    def count_batch(self, images: int, ns: int) -> None:
+        """Count a call of the engine by its number of images and its nanoseconds."""
         with self._lock:
             self._counts.batches[images].add(ns)
 
     def counts(self) -> Counts:
-        """Return what was counted until now."""
+        """Return a copy of the counts."""
         with self._lock:
-            self._sum_up()
+            self._flush()
             return copy.deepcopy(self._counts)
 
-    def _sum_up(self) -> None:
-        """Count what was answered since the last time; the lock is held."""
-        # Others go on adding: what is taken out here is counted here.
-        rows = [self._answered.popleft() for _ in range(len(self._answered))]
+    def _flush(self) -> None:
+        """Add the pending requests to the counts. The lock is held."""
+        # Other threads append meanwhile: only what is removed here is counted here.
+        rows = [self._pending.popleft() for _ in range(len(self._pending))]
         if not rows:
             return
         counts, (images, *times) = self._counts, zip(*rows, strict=True)
         counts.images += sum(images)
         counts.codes["OK"] += len(rows)
         durations = (counts.success, counts.queue, counts.decode, counts.compute, counts.respond)
-        for duration, some in zip(durations, times, strict=True):
-            duration.extend(some)
+        for duration, column in zip(durations, times, strict=True):
+            duration.extend(column)
         counts.last_ms = self._last_ns // 1_000_000

@@ -1,4 +1,4 @@
-"""Which of its versions a model is served with."""
+"""Version policies: which versions of a model are served."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ class VersionPolicy(NamedTuple):
     """A choice among the versions of a model.
 
     Attributes:
-        latest: So many of the highest numbers.
-        listed: These numbers in their place, if there are any.
+        latest: How many of the highest numbers are chosen, unless numbers are listed.
+        listed: The numbers that are chosen.
     """
 
     latest: int = 1
     listed: tuple[int, ...] = ()
 
     def choose(self, versions: Sequence[int]) -> list[int]:
-        """Return those of `versions`, which ascend, that are to be served."""
+        """Return the chosen ones of `versions`, which ascend."""
         return (
             [version for version in versions if version in self.listed] if self.listed else [*versions[-self.latest :]]
         )
@@ -31,17 +31,17 @@ ALL = VersionPolicy(latest=sys.maxsize)
 
 
 def parse(text: str) -> Mapping[str, VersionPolicy]:
-    """Read the policies that a user wrote, separated by spaces.
+    """Parse policies separated by spaces, as in `latest:2 digits=all cats=1,3`.
 
     Args:
-        text: Each is `latest`, `latest:N`, `all` or numbers with commas between them, for one model behind its name
-            and `=`, without them for all others: `latest:2 digits=all cats=1,3`.
+        text: Each policy is `latest`, `latest:N`, `all`, or numbers separated by commas. `NAME=` before it limits it to
+            one model.
 
     Returns:
-        The policy of each model that was named, and that of the others under the empty name.
+        The policy of each named model, and under the empty name the policy of all other models.
 
     Raises:
-        BadInput: A policy cannot be read.
+        BadInput: A policy cannot be parsed.
     """
     policies = {"": VersionPolicy()}
     for word in text.split():

@@ -1,4 +1,4 @@
-"""Follows a model repository: a new version is loaded, checked and warmed up before it takes the old one's place."""
+"""Watches a model repository: a new version is loaded, checked and warmed up before it replaces the old one."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ log = logging.getLogger(__name__)
 
 
 class Watcher:
-    """Keeps the models of a server those of a repository, as far as policies choose them.
+    """Serves the models of a repository: the versions that policies choose, and those with a label.
 
-    Beside the versions that the policy of a model chooses, those with a label are served. A version that cannot be
-    loaded is refused, and the policy chooses among the others: with the latest one broken, the one before it stays.
-    Requests under way end with the version they began with.
+    A version that cannot be loaded is refused, and the policy chooses among the others: if the latest one is broken,
+    the one before it stays. Running requests finish with the version they began with.
     """
 
     def __init__(
@@ -32,14 +31,14 @@ class Watcher:
         load: Callable[[Path], Model],
         policies: Mapping[str, VersionPolicy] | None = None,
     ) -> None:
-        """Watch nothing yet.
+        """Load nothing yet: `start` does.
 
         Args:
             folder: The model repository.
-            models: What is served.
+            models: Registry of the served models.
             load: Loads and warms up the version in a folder.
-            policies: Which versions of a model to serve, by its name, and under the empty name for all others; None is
-                the latest of each.
+            policies: Version policies by model name, and under the empty name that of all other models; None serves the
+                latest version of each model.
         """
         self._folder, self._models, self._load = folder, models, load
         self._policies = {"": VersionPolicy(), **(policies or {})}
@@ -47,69 +46,69 @@ class Watcher:
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Load what the repository holds.
+        """Load the models of the repository.
 
         Raises:
-            BadInput: There is none, a version does not load, or a policy chooses none of a model's versions.
-            CheckFailed: A version is not signed by the key that is trusted.
+            BadInput: There is no repository, a version cannot be loaded, or a policy chooses no version of a model.
+            CheckFailed: A version is not signed by the trusted key.
         """
         for folder in repository.models(self._folder):
-            self._follow(folder, strict=True)
+            self._update(folder, strict=True)
             if not self._models.get(folder.name).versions:
-                found = repository.versions(folder)
-                raise BadInput(f"--versions chooses none of the versions of {folder.name}, which are {found}")
+                available = repository.versions(folder)
+                raise BadInput(f"--versions chooses none of the versions of {folder.name}, which are {available}")
 
     def scan(self) -> None:
-        """Look at the repository once, and follow what changed."""
+        """Look for changes of the repository once, and apply them."""
         with self._lock:
             try:
-                found = {folder.name: folder for folder in repository.models(self._folder)}
-            except (BadInput, OSError) as error:  # as while a disk is mounted: what is served is not given up for that
+                folders = {folder.name: folder for folder in repository.models(self._folder)}
+            except (BadInput, OSError) as error:  # as while a disk is being mounted: that must not end the service
                 log.error("the served models stay: %s", error)
                 return
-            for name, folder in found.items():
+            for name, folder in folders.items():
                 if name not in self._unloaded:
-                    self._follow(folder)
+                    self._update(folder)
             for name in self._models.names():
-                if name not in found:
+                if name not in folders:
                     log.info("%s is no longer served, it was removed", name)
                     self._models.retain(name, (), {})
                     self._unloaded.discard(name)
 
     def load(self, name: str, policy: VersionPolicy | None = None) -> None:
-        """Serve what the repository holds of a model, and follow it from now on; versions that were refused get a try.
+        """Serve a model of the repository from now on; versions that were refused are tried again.
 
         Args:
-            name: Of the model.
-            policy: Which versions to serve from now on; None leaves the policy as it is.
+            name: Name of the model.
+            policy: The new version policy; None keeps the current one.
 
         Raises:
             NotFound: The repository has no such model.
-            FailedPrecondition: A version cannot be loaded, or the policy chooses none; what was served still is.
+            FailedPrecondition: A version cannot be loaded, or the policy chooses none; the served versions stay.
         """
         with self._lock:
-            # Looked up, never made into a path: what a request says does not reach the file system.
+            # The name is looked up, never made into a path: no text of a request reaches the file system.
             folders = {folder.name: folder for folder in repository.models(self._folder)}
             if name not in folders:
                 raise NotFound(f"the repository has no model {name!r}; it has {', '.join(folders)}")
             if policy is not None:
-                found = repository.versions(folders[name])
-                if not policy.choose(found):
-                    raise FailedPrecondition(f"the policy chooses none of the versions of model {name!r}: {found}")
+                available = repository.versions(folders[name])
+                if not policy.choose(available):
+                    raise FailedPrecondition(f"the policy chooses none of the versions of model {name!r}: {available}")
                 self._policies[name] = policy
             self._unloaded.discard(name)
             before = self._models.get(name)
             self._models.retain(name, before.versions.keys(), before.labels)
-            self._follow(folders[name])
+            self._update(folders[name])
             served = self._models.get(name)
             for number, reason in served.refusals.items():
                 raise FailedPrecondition(f"version {number} of model {name!r} is not served: {reason}")
 
     def unload(self, name: str) -> None:
-        """Serve a model no longer, until it is loaded again.
+        """Stop serving a model until it is loaded again.
 
         Raises:
-            NotFound: It is not served.
+            NotFound: The model is not served.
         """
         with self._lock:
             versions = self._models.get(name).versions
@@ -121,28 +120,28 @@ class Watcher:
                 self._models.refuse(name, number, "unloaded by request")
             log.info("%s is no longer served, by request", name)
 
-    def _follow(self, folder: Path, strict: bool = False) -> None:
-        """Serve the versions of a model that its policy chooses, and no others; `strict` raises what keeps one out."""
-        name, found, labels = folder.name, repository.versions(folder), repository.labels(folder)
+    def _update(self, folder: Path, strict: bool = False) -> None:
+        """Serve the versions of a model that its policy chooses; `strict` raises if one cannot be loaded."""
+        name, available, labels = folder.name, repository.versions(folder), repository.labels(folder)
         policy = self._policies.get(name, self._policies[""])
         while True:
             served = self._models.get(name)
-            sound = [number for number in found if number not in served.refusals]
-            chosen = {*policy.choose(sound), *(number for number in labels.values() if number in sound)}
+            candidates = [number for number in available if number not in served.refusals]
+            chosen = {*policy.choose(candidates), *(number for number in labels.values() if number in candidates)}
             missing = chosen - served.versions.keys()
             if not missing:
                 break
-            self._try(folder, max(missing), strict)
-        # Where nothing holds, what was served stays.
-        self._models.retain(name, chosen or served.versions.keys(), labels, known=found)
+            self._load_version(folder, max(missing), strict)
+        # If no version can be loaded, the served ones stay.
+        self._models.retain(name, chosen or served.versions.keys(), labels, keep_refusals=available)
 
-    def _try(self, folder: Path, number: int, strict: bool) -> None:
+    def _load_version(self, folder: Path, number: int, strict: bool) -> None:
         try:
             model = self._load(folder / str(number))
         except Exception as error:
             if strict:
                 raise
-            # Whatever it was, the other versions keep serving.
+            # Whatever the error is, the other versions stay served.
             log.error("%s/%d is not served: %s", folder.name, number, error)
             self._models.refuse(folder.name, number, str(error))
         else:

@@ -1,1 +1,1 @@
-"""What a server tells of itself: metrics and traces."""
+"""Metrics and traces of a server."""

@@ -1,21 +1,19 @@
-"""The page that Prometheus reads, by `model` and `version`.
+"""Metrics for Prometheus, labelled by `model` and `version`; `serving.models.statistics` counts them.
 
-The figures are those of `serving.models.statistics`.
-
-| metric                      | what it is                                                           |
-|-----------------------------|----------------------------------------------------------------------|
-| resnet_requests_total       | requests, by gRPC status (`code`)                                    |
-| resnet_images_total         | images answered                                                      |
-| resnet_request_seconds      | histogram: answered requests, from unpacking to packing              |
-| resnet_queue_seconds        | histogram: of these, the wait for the engine                         |
-| resnet_compute_seconds      | histogram: of these, the batch they were in                          |
-| resnet_batch_images         | histogram: images of each call of the engine                         |
-| resnet_queued_images        | images that wait now                                                 |
-| resnet_batch_cost_seconds   | what a batch takes, by its number of `images`                        |
-| resnet_model_info           | 1 for what is served, with `precision`, `provider`, `plan`, `digest` |
-| resnet_certificate_accuracy | share of the held-out images that the original has right             |
-| resnet_refused_info         | 1 for each version that was refused                                  |
-| resnet_build_info           | 1, with `version`, `onnxruntime` and `transport`, and no other label |
+| metric                      | meaning                                                                   |
+|-----------------------------|---------------------------------------------------------------------------|
+| resnet_requests_total       | requests, by gRPC status (`code`)                                         |
+| resnet_images_total         | images answered                                                           |
+| resnet_request_seconds      | histogram: latency of answered requests, from parsing to the response     |
+| resnet_queue_seconds        | histogram: time in the queue of answered requests                         |
+| resnet_compute_seconds      | histogram: compute time of the batches of answered requests               |
+| resnet_batch_images         | histogram: images per batch                                               |
+| resnet_queued_images        | images in the queue                                                       |
+| resnet_batch_cost_seconds   | compute time of a batch, by its number of `images`                        |
+| resnet_model_info           | 1 for each served version, with `precision`, `provider`, `plan`, `digest` |
+| resnet_certificate_accuracy | accuracy of the original model on the held-out images, 0 to 1             |
+| resnet_refused_info         | 1 for each version that was refused                                       |
+| resnet_build_info           | 1, with `version`, `onnxruntime` and `transport` in place of the labels   |
 """
 
 from __future__ import annotations
@@ -46,19 +44,19 @@ BATCH_BOUNDS = tuple(2**power for power in range(9))  # 1 to 256 images
 
 
 class MetricsServer:
-    """Answers GET /metrics from when it is made until `close`; as a context manager, until the end of the block."""
+    """HTTP server of GET /metrics; it runs until `close`, or until the end of the block as a context manager."""
 
     def __init__(self, models: ModelRegistry, host: str, port: int, transport: str = "") -> None:
         """Listen on a port.
 
         Args:
-            models: What is served.
-            host: Name or address of an interface.
-            port: 0 takes a free one; see the attribute `address`.
-            transport: What receives calls, for people.
+            models: Models to report on.
+            host: Host name or address to listen on.
+            port: Port to listen on; 0 picks a free one, see the attribute `address`.
+            transport: Name of the server's transport, for `resnet_build_info`.
 
         Raises:
-            BadInput: The port cannot be had.
+            BadInput: The server cannot listen on that port.
         """
         registry = CollectorRegistry()
         registry.register(_ModelsCollector(models, transport))
@@ -68,12 +66,12 @@ class MetricsServer:
             self._server, self._thread = start_http_server(port, host, registry)
         except OSError as error:
             raise BadInput(
-                f"{host}:{port} cannot be listened on ({error.strerror}); choose another with --metrics-port"
+                f"cannot serve metrics on {host}:{port} ({error.strerror}); choose another with --metrics-port"
             ) from None
         self.address = f"{host}:{self._server.server_port}"
 
     def close(self) -> None:
-        """Listen no longer."""
+        """Stop the server."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -90,59 +88,64 @@ class _ModelsCollector(Collector):
         self._models, self._transport = models, transport
 
     def collect(self) -> Iterable[Metric]:
-        requests = CounterMetricFamily("resnet_requests", "Requests, by gRPC status", labels=(*LABELS, "code"))
+        requests = CounterMetricFamily("resnet_requests", "Requests by gRPC status", labels=(*LABELS, "code"))
         images = CounterMetricFamily("resnet_images", "Images answered", labels=LABELS)
-        total = HistogramMetricFamily("resnet_request_seconds", "Answered requests", labels=LABELS)
-        queue = HistogramMetricFamily("resnet_queue_seconds", "Waits for the engine", labels=LABELS)
-        compute = HistogramMetricFamily("resnet_compute_seconds", "Batches that requests were in", labels=LABELS)
-        batches = HistogramMetricFamily("resnet_batch_images", "Images of each call of the engine", labels=LABELS)
-        queued = GaugeMetricFamily("resnet_queued_images", "Images that wait now", labels=LABELS)
-        costs = GaugeMetricFamily("resnet_batch_cost_seconds", "What a batch takes", labels=(*LABELS, "images"))
-        accuracy = GaugeMetricFamily("resnet_certificate_accuracy", "Accuracy of the original", labels=LABELS)
-        about = GaugeMetricFamily(
-            "resnet_model_info", "Models that are served", labels=(*LABELS, "precision", "provider", "plan", "digest")
+        latency = HistogramMetricFamily("resnet_request_seconds", "Latency of answered requests", labels=LABELS)
+        queue = HistogramMetricFamily("resnet_queue_seconds", "Time in the queue", labels=LABELS)
+        compute = HistogramMetricFamily("resnet_compute_seconds", "Compute time of the batch", labels=LABELS)
+        batches = HistogramMetricFamily("resnet_batch_images", "Images per batch", labels=LABELS)
+        queued = GaugeMetricFamily("resnet_queued_images", "Images in the queue", labels=LABELS)
+        costs = GaugeMetricFamily(
+            "resnet_batch_cost_seconds", "Compute time of a batch by size", labels=(*LABELS, "images")
         )
-        counted = self._models.counts()
+        accuracy = GaugeMetricFamily("resnet_certificate_accuracy", "Accuracy of the original model", labels=LABELS)
+        info = GaugeMetricFamily(
+            "resnet_model_info", "Served versions", labels=(*LABELS, "precision", "provider", "plan", "digest")
+        )
+        all_counts = self._models.counts()
         for model in self._models:
-            names, found = [model.name, str(model.version)], counted.get((model.name, model.version), Counts())
-            for code, count in found.codes.items():
+            names, counts = [model.name, str(model.version)], all_counts.get((model.name, model.version), Counts())
+            for code, count in counts.codes.items():
                 requests.add_metric([*names, code], count)
-            images.add_metric(names, found.images)
-            for family, duration in ((total, found.success), (queue, found.queue), (compute, found.compute)):
-                family.add_metric(names, list(_seconds(duration)), duration.ns / 1e9)
-            sizes = {size: batch.count for size, batch in found.batches.items()}
-            batches.add_metric(names, list(_sizes(sizes)), sum(size * count for size, count in sizes.items()))
+            images.add_metric(names, counts.images)
+            for family, duration in ((latency, counts.success), (queue, counts.queue), (compute, counts.compute)):
+                family.add_metric(names, list(_duration_buckets(duration)), duration.ns / 1e9)
+            sizes = {size: batch.count for size, batch in counts.batches.items()}
+            batches.add_metric(names, list(_size_buckets(sizes)), sum(size * count for size, count in sizes.items()))
             queued.add_metric(names, model.batcher.queued)
-            for size, ns in _costs(model.batcher.curve):
+            for size, ns in _sample_costs(model.batcher.curve):
                 costs.add_metric([*names, str(size)], ns / 1e9)
             accuracy.add_metric(names, model.manifest.certificate.accuracy)
-            about.add_metric([*names, model.precision, model.engine.provider, model.plan, model.manifest.digest], 1)
-        refused = GaugeMetricFamily("resnet_refused_info", "Versions that were refused", labels=LABELS)
+            info.add_metric([*names, model.precision, model.engine.provider, model.plan, model.manifest.digest], 1)
+        refused = GaugeMetricFamily("resnet_refused_info", "Refused versions", labels=LABELS)
         for name in self._models.names():
             for number in self._models.get(name).refusals:
                 refused.add_metric([name, str(number)], 1)
-        build = GaugeMetricFamily("resnet_build_info", "This server", labels=("version", "onnxruntime", "transport"))
+        build = GaugeMetricFamily(
+            "resnet_build_info", "Build of this server", labels=("version", "onnxruntime", "transport")
+        )
         build.add_metric([version("resnet"), onnxruntime.__version__, self._transport], 1)
-        return (requests, images, total, queue, compute, batches, queued, costs, accuracy, about, refused, build)
+        return (requests, images, latency, queue, compute, batches, queued, costs, accuracy, info, refused, build)
 
 
-def _seconds(duration: Duration) -> Iterator[tuple[str, int]]:
-    """Yield the buckets of a histogram, each with all that is below its bound."""
+def _duration_buckets(duration: Duration) -> Iterator[tuple[str, int]]:
+    """Yield the upper bound in seconds and the cumulative count of each bucket."""
     below = 0
     for bound, count in zip((*BOUNDS_NS, None), duration.buckets, strict=True):
         below += count
         yield ("+Inf" if bound is None else repr(bound / 1e9)), below
 
 
-def _costs(curve: CostCurve) -> Iterator[tuple[int, float]]:
-    """Yield nanoseconds by images, up to the largest batch that is known: a few points of what may be hundreds."""
+def _sample_costs(curve: CostCurve) -> Iterator[tuple[int, float]]:
+    """Yield images and nanoseconds for a few batch sizes, as a curve may have hundreds; none beyond the largest."""
     largest = max(curve.points(), default=0)
     for size in BATCH_BOUNDS:
         if size <= largest:
             yield size, curve.ns(size)
 
 
-def _sizes(counts: dict[int, int]) -> Iterator[tuple[str, int]]:
+def _size_buckets(counts: dict[int, int]) -> Iterator[tuple[str, int]]:
+    """Yield the upper bound in images and the cumulative count of each bucket."""
     for bound in BATCH_BOUNDS:
         yield repr(float(bound)), sum(count for size, count in counts.items() if size <= bound)
     yield "+Inf", sum(counts.values())

@@ -1,7 +1,7 @@
-"""Traces for OpenTelemetry: a span for each call, part of the caller's trace, with what became of its images.
+"""OpenTelemetry traces: one span for each call, as part of the caller's trace, with a child span for each phase.
 
-Where spans go, which are kept and what the service is called say the standard variables: OTEL_EXPORTER_OTLP_ENDPOINT,
-OTEL_TRACES_SAMPLER, OTEL_SERVICE_NAME and their like. Importing this module needs the extra `tracing`.
+The standard variables configure the exporter, the sampler and the service name: OTEL_EXPORTER_OTLP_ENDPOINT,
+OTEL_TRACES_SAMPLER, OTEL_SERVICE_NAME and so on. This module needs the extra `tracing`.
 """
 
 from __future__ import annotations
@@ -25,46 +25,49 @@ try:
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
     from opentelemetry.util.types import AttributeValue
 except ModuleNotFoundError as error:
-    raise BadInput(f"{error.name} is not installed; to trace calls, install resnet with its extra 'tracing'") from None
+    raise BadInput(f"{error.name} is not installed; for --trace, install resnet with its extra 'tracing'") from None
 
-QUIET = "/grpc."  # health checks and reflection: nobody wants a trace of each probe
+UNTRACED = "/grpc."  # health checks and reflection: a span for each probe would be noise
 
 
 class Tracing:
-    """Traces calls from when it is made until `close`."""
+    """Traces calls until `close`."""
 
     def __init__(self) -> None:
-        """Send spans in batches, from a thread of its own."""
-        name = Resource.create({"service.name": "resnet"}).merge(OTELResourceDetector().detect())  # variables win
-        self.provider = TracerProvider(resource=name)
+        """Start a thread that exports spans in batches."""
+        resource = Resource.create({"service.name": "resnet"}).merge(OTELResourceDetector().detect())  # variables win
+        self.provider = TracerProvider(resource=resource)
         self.provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self.provider.get_tracer("resnet")
 
     def follow_calls(self, methods: Methods) -> Methods:
-        """Return methods whose calls are spans, each part of its caller's trace."""
-        return {path: method if path.startswith(QUIET) else self._follow(method) for path, method in methods.items()}
+        """Return methods that record a span for each call, as part of its caller's trace."""
+        return {
+            path: method if path.startswith(UNTRACED) else self._trace_method(method)
+            for path, method in methods.items()
+        }
 
     def follow(self, model: Model) -> None:
-        """Add to the span of each call what the model does for it."""
+        """Add the model's attributes and phases to the span of each call."""
         model.statistics.observer = _ModelObserver(self._tracer, model)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Export the remaining spans."""
         self.provider.shutdown()
 
-    def _follow(self, method: Unary | Streaming) -> Unary | Streaming:
+    def _trace_method(self, method: Unary | Streaming) -> Unary | Streaming:
         if isinstance(method, Unary):
             unary = method.answer
 
-            def answer(call: Call) -> None:
-                self._begin(call)
+            def traced_unary(call: Call) -> None:
+                self._start_span(call)
                 unary(call)
 
-            return method._replace(answer=answer)
+            return method._replace(answer=traced_unary)
         streaming = method.answer
 
-        def converse(call: Call, messages: Iterator[bytes]) -> Iterator[bytes]:
-            self._begin(call)
+        def traced_streaming(call: Call, messages: Iterator[bytes]) -> Iterator[bytes]:
+            self._start_span(call)
             error: ServingError | None = None
             try:
                 yield from streaming(call, messages)
@@ -75,12 +78,12 @@ class Tracing:
                 error = raised if isinstance(raised, ServingError) else InternalError("the server failed")
                 raise
             finally:
-                _end(call.span, error)
+                _end_span(call.span, error)
 
-        return method._replace(answer=converse)
+        return method._replace(answer=traced_streaming)
 
-    def _begin(self, call: Call) -> None:
-        """Give a call its span."""
+    def _start_span(self, call: Call) -> None:
+        """Start the span of a call."""
         carrier = {key: value for key, value in call.metadata if isinstance(value, str)}
         span = self._tracer.start_span(
             call.method,
@@ -89,40 +92,42 @@ class Tracing:
             attributes={"rpc.system": "grpc", "rpc.method": call.name, "client.address": call.peer},
         )
         call.span, call.trace_id = span, trace.format_trace_id(span.get_span_context().trace_id)
-        call.ended = partial(_end, span)
+        call.ended = partial(_end_span, span)
 
 
 class _ModelObserver:
-    """Describes requests for one model, in the span of the call that they came with."""
+    """Records the requests for one model in the spans of their calls."""
 
     def __init__(self, tracer: trace.Tracer, model: Model) -> None:
         self._tracer = tracer
-        self._known: dict[str, AttributeValue] = {
+        self._model_attributes: dict[str, AttributeValue] = {
             "resnet.model": model.name,
             "resnet.version": model.version,
             "resnet.precision": model.precision,
         }
 
     def end(self, request: TrackedRequest) -> None:
-        """Set the attributes of the span, of the latest request if there are many, and add a child for each phase."""
+        """Add a child span for each phase; the attributes on the call's own span are those of its latest request."""
         span = request.span
         if span is None or not span.is_recording():
             return
-        attributes = self._known.copy()
+        attributes = self._model_attributes.copy()
         phases = [("decode", request.decode_ns)] if request.decode_ns else []
         if answer := request.answer:
             attributes |= {"resnet.images": len(answer.probabilities), "resnet.batch_size": answer.batch_size}
             phases += [("queue", answer.queue_ns), ("compute", answer.compute_ns)]
         span.set_attributes(attributes)
-        at = time.time_ns() - request.elapsed_ns()
+        start = time.time_ns() - request.elapsed_ns()
         for name, ns in phases:
-            child = self._tracer.start_span(name, trace.set_span_in_context(span), attributes=attributes, start_time=at)
-            at += ns
-            child.end(at)
+            child = self._tracer.start_span(
+                name, trace.set_span_in_context(span), attributes=attributes, start_time=start
+            )
+            start += ns
+            child.end(start)
 
 
-def _end(span: trace.Span, error: ServingError | None) -> None:
-    """End the span of a call, with its status."""
+def _end_span(span: trace.Span, error: ServingError | None) -> None:
+    """Set the status of a call's span, and end it."""
     span.set_attribute("rpc.grpc.status_code", error.status.code if error else 0)
     if error:
         span.set_status(trace.Status(trace.StatusCode.ERROR, f"{error.status.name}: {error}"))

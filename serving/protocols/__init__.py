@@ -1,1 +1,16 @@
-"""Messages to images, and probabilities to messages: what callers speak. Computes nothing and knows no socket."""
+"""The protocols of callers: serialized messages to images, and probabilities to serialized messages.
+
+They compute nothing and know no socket. A protocol is a row of `PROTOCOLS` and a module with what
+`serving.protocols.base.WireProtocol` says.
+"""
+
+from __future__ import annotations
+
+PROTOCOLS = {
+    "classifier": "serving.protocols.classifier",
+    "kserve": "serving.protocols.kserve",
+    "tfserving": "serving.protocols.tfserving",
+    "health": "serving.protocols.health",
+    "reflection": "serving.protocols.reflection",
+}
+"""The modules of the protocols, by name."""

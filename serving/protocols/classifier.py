@@ -1,4 +1,4 @@
-"""`resnet.v1.Classifier`: requests to images, and probabilities to responses."""
+"""`resnet.v1.Classifier`, the server's own protocol."""
 
 from __future__ import annotations
 
@@ -10,98 +10,108 @@ from protos import classifier_pb2 as pb
 from serving.errors import InvalidRequest, ServingError, to_failure
 from serving.models.model import Model
 from serving.models.registry import ModelRegistry
-from serving.protocols.calls import InferenceHandler, Query, parse_message
+from serving.protocols.base import ServerContext, services_of
+from serving.protocols.handler import InferenceHandler, ParsedRequest, parse_message
 from serving.protocols.inputs import InputDecoder, to_priority
+from serving.protocols.outputs import find_top
 from serving.protocols.stream import StreamItem
 from serving.runtimes.base import Images
 from serving.scheduling.queue import BatchResult
+from serving.transports.call import Methods, Streaming, Unary
 
+SERVICES = services_of(pb.DESCRIPTOR)
+CLASSIFY, CLASSIFY_STREAM = (f"/{SERVICES[0]}/{method}" for method in ("Classify", "ClassifyStream"))
 DEFAULT_TOP_K = 5
 
 
 class Classifier:
-    """Reads requests of `resnet.v1.Classifier`."""
+    """Reads requests of Classify."""
 
-    def __init__(self, models: ModelRegistry, intake: InputDecoder) -> None:
-        """Ask `models`, with images that `intake` takes."""
-        self._models, self._intake = models, intake
+    def __init__(self, models: ModelRegistry, decoder: InputDecoder) -> None:
+        """Find models in `models`, and decode images with `decoder`."""
+        self._models, self._decoder = models, decoder
 
     def parse(self, payload: bytes) -> pb.ClassifyRequest:
-        """Return the request that these bytes are."""
+        """Return the request."""
         return pb.ClassifyRequest.FromString(payload)
 
-    def unpacks(self, request: pb.ClassifyRequest) -> bool:
-        """Say whether it holds encoded images."""
+    def is_encoded(self, request: pb.ClassifyRequest) -> bool:
+        """Return whether its images are encoded."""
         return request.WhichOneof("input") == "encoded"
 
     def find(self, request: pb.ClassifyRequest) -> Model:
-        """Return the model that it names."""
+        """Return the model that the request names."""
         return self._models.find(request.model, request.version, request.version_label)
 
-    def read(self, request: pb.ClassifyRequest, model: Model) -> Query:
-        """Return what it asks the model."""
-        top_k, priority = _top_k(request, model), to_priority(request.priority)
-        return Query(self._images(request, model), partial(_respond, model, top_k), priority=priority)
+    def read(self, request: pb.ClassifyRequest, model: Model) -> ParsedRequest:
+        """Return what the request asks of the model."""
+        top_k, priority = _find_top_k(request, model), to_priority(request.priority)
+        return ParsedRequest(self._read_images(request, model), partial(_respond, model, top_k), priority=priority)
 
-    def _images(self, request: pb.ClassifyRequest, model: Model) -> Images:
-        """Return the pixels that a request carries, uint8 [n, height, width, 3]."""
+    def _read_images(self, request: pb.ClassifyRequest, model: Model) -> Images:
         match request.WhichOneof("input"):
             case "encoded":
-                return self._intake.decode(request.encoded.images, model)
+                return self._decoder.decode(request.encoded.images, model)
             case "tensor":
                 tensor = request.tensor
                 if tensor.data_type != pb.DATA_TYPE_UINT8:
                     raise InvalidRequest(
                         f"the tensor's data_type is {tensor.data_type}, it must be DATA_TYPE_UINT8 (1)"
                     )
-                return self._intake.read(tensor.data, self._intake.expect(tensor.shape, "uint8", model))
+                return self._decoder.read(tensor.data, self._decoder.expect(tensor.shape, "uint8", model))
             case _:
                 raise InvalidRequest("the request holds no images: set `encoded` or `tensor`")
 
 
 class ClassifyStream:
-    """What the messages of ClassifyStream are like."""
+    """The messages of ClassifyStream: requests with ids, answered as they are ready."""
 
     ordered = False
 
-    def __init__(self, inference: InferenceHandler[pb.ClassifyRequest]) -> None:
-        """Have requests answered by `inference`."""
-        self._inference = inference
-        self._items: dict[int, StreamItem] = {}  # without an answer
+    def __init__(self, handler: InferenceHandler[pb.ClassifyRequest]) -> None:
+        """Have requests answered by `handler`."""
+        self._handler = handler
+        self._items: dict[int, StreamItem] = {}  # those without an answer, by id
 
     def begin(self, item: StreamItem) -> None:
-        """Have a message answered, as a call."""
+        """Have a request answered, like a call."""
         message = parse_message(pb.ClassifyStreamRequest.FromString, item.payload)
         item.id = message.id
         if self._items.setdefault(item.id, item) is not item:
             raise InvalidRequest(f"id {item.id} is that of a request without an answer; choose another")
-        self._inference.begin(item, message.request)
+        self._handler.begin(item, message.request)
 
     def respond(self, item: StreamItem, response: bytes) -> bytes:
-        """Return the message that answers another."""
+        """Return the message that carries a response."""
         del self._items[item.id]
         message = pb.ClassifyStreamResponse(id=item.id)
         message.response.MergeFromString(response)
         return message.SerializeToString()
 
     def refuse(self, item: StreamItem, error: ServingError) -> bytes:
-        """Return the message that says why there is no answer."""
+        """Return the message that carries an error."""
         if self._items.get(item.id) is item:
             del self._items[item.id]
         return pb.ClassifyStreamResponse(id=item.id, failure=to_failure(error)).SerializeToString()
 
 
-def _top_k(request: pb.ClassifyRequest, model: Model) -> int:
+def find_methods(context: ServerContext) -> Methods:
+    """Return the methods of the service, by path."""
+    handler = InferenceHandler(Classifier(context.models, context.decoder), context.models, context.workers)
+    stream = partial(context.streams.answer, lambda _: ClassifyStream(handler))
+    return {CLASSIFY: Unary(handler.answer), CLASSIFY_STREAM: Streaming(stream)}
+
+
+def _find_top_k(request: pb.ClassifyRequest, model: Model) -> int:
     classes = len(model.manifest.labels)
     if not 0 <= request.top_k <= classes:
         raise InvalidRequest(f"top_k is {request.top_k}, model {model.name!r} has 1 to {classes} classes to return")
     return request.top_k or min(DEFAULT_TOP_K, classes)
 
 
-def _respond(model: Model, top_k: int, answer: BatchResult, decode_ns: int) -> bytes:
-    # A stable sort of the negated values: equal probabilities come in the order of the classes.
-    best = np.argsort(-answer.probabilities, axis=1, kind="stable")[:, :top_k]
-    values = np.take_along_axis(answer.probabilities, best, axis=1)
+def _respond(model: Model, top_k: int, result: BatchResult, decode_ns: int) -> bytes:
+    best = find_top(result.probabilities, top_k)
+    values = np.take_along_axis(result.probabilities, best, axis=1)
     labels = model.manifest.labels
     response = pb.ClassifyResponse(
         model=model.name,
@@ -117,9 +127,9 @@ def _respond(model: Model, top_k: int, answer: BatchResult, decode_ns: int) -> b
         ],
         timing=pb.Timing(
             decode_ns=decode_ns,
-            queue_ns=answer.queue_ns,
-            compute_ns=answer.compute_ns,
-            batch_size=answer.batch_size,
+            queue_ns=result.queue_ns,
+            compute_ns=result.compute_ns,
+            batch_size=result.batch_size,
         ),
     )
     return response.SerializeToString()

@@ -1,4 +1,4 @@
-"""How a call is answered, whatever protocol it speaks and whatever it came by, and how a failure is told."""
+"""From a request to its response, for every method that computes: parse, find the model, decode, enqueue, respond."""
 
 from __future__ import annotations
 
@@ -8,36 +8,31 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 
-from serving.errors import Cancelled, InternalError, Malformed, Overloaded, ServingError, Trailers
-from serving.logs import Tally, log_fields
+from serving.errors import Malformed, ServingError, Trailers
 from serving.models.model import Model
 from serving.models.registry import ModelRegistry
 from serving.runtimes.base import Images
 from serving.scheduling.queue import DEFAULT_PRIORITY, BatchResult, Outcome
-from serving.transports.call import Call, Unary
+from serving.transports.call import OVERLOADS, Call, log, log_answered, refuse
 
 RequestT = TypeVar("RequestT")
 
 TIMING = "server-timing"  # https://www.w3.org/TR/server-timing/
-QUICK_BYTES = 2**20  # to check and round so many bytes of float32 takes about a millisecond
-
-log = logging.getLogger(__name__)
-
-OVERLOADS = Tally(log, "overloaded: refused %d more requests, the last because %s", seconds=10)
+QUICK_BYTES = 2**20  # checking and rounding so many bytes of float32 takes about a millisecond
 
 
 @dataclass(slots=True)
-class Query:
-    """What a request asks a model to compute.
+class ParsedRequest:
+    """What a request asks of a model.
 
     Attributes:
         images: uint8 [n, height, width, 3].
-        respond: Makes the response, serialized, of the answer and the time that unpacking took, in nanoseconds.
-        timeout: How long its caller waits at most, in seconds, whatever the deadline of the call; 0 is for ever.
+        respond: Returns the serialized response, given the result and the time to decode the images in nanoseconds.
+        timeout: Seconds that the caller waits, apart from the deadline of the call; 0 is no limit.
         priority: One of `serving.scheduling.queue.PRIORITIES`.
     """
 
@@ -48,41 +43,41 @@ class Query:
 
 
 class RequestReader(Protocol[RequestT]):
-    """Reads the requests of a method that computes: bytes, images and answers, as its protocol has them."""
+    """Reads the requests of a method that computes."""
 
     def parse(self, payload: bytes, /) -> RequestT:
-        """Return the request that these bytes are; raises `DecodeError` if they are none."""
+        """Return the request; raises `DecodeError` if the bytes are not one."""
         ...
 
-    def unpacks(self, request: RequestT, /) -> bool:
-        """Say whether it holds encoded images, which take long to unpack."""
+    def is_encoded(self, request: RequestT, /) -> bool:
+        """Return whether its images are encoded: decoding them takes milliseconds."""
         ...
 
     def find(self, request: RequestT, /) -> Model:
-        """Return the model that it names."""
+        """Return the model that the request names."""
         ...
 
-    def read(self, request: RequestT, model: Model, /) -> Query:
-        """Return what it asks the model."""
+    def read(self, request: RequestT, model: Model, /) -> ParsedRequest:
+        """Return what the request asks of the model."""
         ...
 
 
 class InferenceHandler(Generic[RequestT]):
-    """Answers the calls of a method that computes: by the batcher of the model that each names."""
+    """Answers the calls of a method that computes, with the batcher of the model that each call names."""
 
     def __init__(self, reader: RequestReader[RequestT], models: ModelRegistry, workers: ThreadPoolExecutor) -> None:
-        """Read requests for `models` by `reader`; what takes long to read is left to `workers`."""
+        """Answer from `models`; `reader` reads requests, and slow ones are read by `workers`."""
         self._reader, self._models, self._workers = reader, models, workers
 
     def answer(self, call: Call) -> None:
-        """Begin a call on a thread that has to be quick."""
+        """Take a call from the receiving thread."""
         try:
-            # What an overloaded server refuses, it should not have read.
+            # A request that an overloaded server refuses is not worth parsing.
             if (model := self._models.only) and (refusal := model.batcher.refusal(call.deadline)):
-                _turn_away(call, model, refusal)
+                _refuse_unread(call, model, refusal)
             elif len(call.payload) > QUICK_BYTES:
                 self._workers.submit(self.begin, call)
-            elif self._reader.unpacks(request := parse_message(self._reader.parse, call.payload)):
+            elif self._reader.is_encoded(request := parse_message(self._reader.parse, call.payload)):
                 self._workers.submit(self.begin, call, request)
             else:
                 self.begin(call, request)
@@ -90,11 +85,11 @@ class InferenceHandler(Generic[RequestT]):
             refuse(call, error)
 
     def begin(self, call: Call, request: RequestT | None = None) -> None:
-        """Leave what a call asks for with the batcher; whatever goes wrong is its answer.
+        """Enqueue the images of a call; any error becomes its answer.
 
         Args:
-            call: To be answered.
-            request: What its payload is, if that is known already.
+            call: The call to answer.
+            request: Its parsed payload; None parses it here.
         """
         try:
             if request is None:
@@ -103,73 +98,54 @@ class InferenceHandler(Generic[RequestT]):
         except Exception as error:
             refuse(call, error)
             return
-        record = model.statistics.begin(call.span)
+        tracked = model.statistics.begin(call.span)
         try:
-            query = self._reader.read(request, model)
-            record.decoded()
-            deadline = min(call.deadline, time.monotonic() + query.timeout) if query.timeout else call.deadline
+            parsed = self._reader.read(request, model)
+            tracked.decoded()
+            deadline = min(call.deadline, time.monotonic() + parsed.timeout) if parsed.timeout else call.deadline
 
-            def done(outcome: Outcome) -> None:
+            def finish(outcome: Outcome) -> None:
                 try:
                     if not isinstance(outcome, BatchResult):
                         raise outcome
-                    response = query.respond(outcome, record.decode_ns)
-                    record.end(outcome)
+                    response = parsed.respond(outcome, tracked.decode_ns)
+                    tracked.end(outcome)
                 except Exception as error:
-                    record.fail(error)
+                    tracked.fail(error)
                     refuse(call, error)
                 else:
                     log_answered(call)
                     call.respond(response, to_timing(outcome))
 
-            model.batcher.enqueue(query.images, done, deadline, call.is_wanted, query.priority)
+            model.batcher.enqueue(parsed.images, finish, deadline, call.is_active, parsed.priority)
         except Exception as error:
-            record.fail(error)
+            tracked.fail(error)
             refuse(call, error)
 
 
-def to_timing(answer: BatchResult) -> Trailers:
-    """Return where the time of an answer went, in milliseconds, as the header of HTTP that tells it.
+def to_timing(result: BatchResult) -> Trailers:
+    """Return the times of a request in milliseconds, as the HTTP header Server-Timing.
 
-    One item, because each that differs from call to call costs a few microseconds.
+    All in one item: each item that differs from call to call costs a few microseconds.
     """
-    queue, compute = answer.queue_ns / 1e6, answer.compute_ns / 1e6
-    return ((TIMING, f"queue;dur={queue:.3f}, compute;dur={compute:.3f}, batch;desc={answer.batch_size}"),)
+    queue, compute = result.queue_ns / 1e6, result.compute_ns / 1e6
+    return ((TIMING, f"queue;dur={queue:.3f}, compute;dur={compute:.3f}, batch;desc={result.batch_size}"),)
 
 
-def reply(
-    function: Callable[[Any], Message],
-    request_type: type[Message],
-    workers: ThreadPoolExecutor | None = None,
-    limited: bool = True,
-) -> Unary:
-    """Return a method that maps one message to another.
+def parse_message(parse: Callable[[bytes], RequestT], payload: bytes) -> RequestT:
+    """Return the message in a payload.
 
-    Args:
-        function: Does it; raises a `ServingError`.
-        request_type: What it takes.
-        workers: Where it does so; None is on the thread that all calls come through, for what takes microseconds.
-        limited: As in `Unary`.
+    Raises:
+        Malformed: The payload is not a message of this type.
     """
-
-    def answer(call: Call) -> None:
-        try:
-            response = function(parse_message(request_type.FromString, call.payload)).SerializeToString()
-        except Exception as error:
-            refuse(call, error)
-        else:
-            log_answered(call)
-            call.respond(response)
-
-    def hand_over(call: Call) -> None:
-        assert workers is not None
-        workers.submit(answer, call)
-
-    return Unary(hand_over if workers else answer, limited)
+    try:
+        return parse(payload)
+    except DecodeError:
+        raise Malformed("the request cannot be parsed: it is no message of this method's type") from None
 
 
-def _turn_away(call: Call, model: Model, refusal: ServingError) -> None:
-    """Refuse a call that nothing was done for, at the least expense: it has no id, as the log has no line for it."""
+def _refuse_unread(call: Call, model: Model, refusal: ServingError) -> None:
+    """Refuse a call at the least expense: without a line in the log, and so without a request id."""
     if log.isEnabledFor(logging.DEBUG) or model.statistics.observer:
         own = copy.copy(refusal)
         model.statistics.begin(call.span).fail(own)
@@ -178,52 +154,3 @@ def _turn_away(call: Call, model: Model, refusal: ServingError) -> None:
         model.statistics.count_refused(refusal)
         OVERLOADS.add(str(refusal))
         call.fail(refusal)
-
-
-def refuse(call: Call, error: Exception) -> None:
-    """Answer a call with an error, and log it; what is no `ServingError` is a bug, whose traceback is for the log."""
-    call.fail(report(call, error))
-
-
-def report(call: Call, error: Exception) -> ServingError:
-    """Log why a request failed, and return what its caller may be told, with an id to quote."""
-    if isinstance(error, ServingError):
-        refusal, bug = error, None
-    else:
-        refusal, bug = InternalError("the server failed on this request; its log has the details"), error
-    refusal.request_id = call.find_id()
-    level = logging.ERROR if isinstance(refusal, InternalError) else logging.INFO
-    if isinstance(refusal, Overloaded | Malformed | Cancelled):
-        level = logging.DEBUG  # a line for each would be one more load
-    if isinstance(refusal, Overloaded):
-        OVERLOADS.add(str(refusal))
-    if log.isEnabledFor(level):
-        known = {"error": bug, "model": refusal.model, "version": refusal.version or None}
-        _log(level, str(refusal), call, refusal.status.name, refusal.request_id, **known)
-    return refusal
-
-
-def log_answered(call: Call) -> None:
-    """Log that a request was answered, where that is of interest."""
-    if log.isEnabledFor(logging.DEBUG):  # before anything is looked up
-        _log(logging.DEBUG, "answered", call, "OK", call.find_id())
-
-
-def parse_message(parse: Callable[[bytes], RequestT], payload: bytes) -> RequestT:
-    """Return the message that a payload is.
-
-    Raises:
-        Malformed: It is none.
-    """
-    try:
-        return parse(payload)
-    except DecodeError:
-        raise Malformed("the request cannot be parsed: it is no message of this method's type") from None
-
-
-def _log(level: int, message: str, call: Call, code: str, request_id: str, **known: Any) -> None:
-    milliseconds = round((time.perf_counter_ns() - call.started) / 1e6, 3)
-    fields = {"request_id": request_id, "method": call.name, "code": code, "milliseconds": milliseconds, **known}
-    if call.trace_id:
-        fields["trace_id"] = call.trace_id
-    log_fields(log, level, message, **fields)

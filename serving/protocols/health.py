@@ -8,55 +8,56 @@ from collections.abc import Iterator
 from grpc_health.v1 import health_pb2 as pb
 
 from serving.errors import NotFound, Unavailable
-from serving.protocols.calls import parse_message
-from serving.transports.call import Call
+from serving.protocols.base import ServerContext, reply_methods, services_of
+from serving.protocols.handler import parse_message
+from serving.transports.call import Call, Methods, Streaming
 
-POLL_SECONDS = 1.0  # after which a watch looks whether its client is still there
+SERVICES = services_of(pb.DESCRIPTOR)
+POLL_SECONDS = 1.0  # between a watch's looks whether its client is still there
 
 
 class Health:
     """What is served, by name; threads may share it."""
 
     def __init__(self) -> None:
-        """Know nothing yet."""
         self._serving: dict[str, bool] = {}
         self._changed = threading.Condition()
         self._closed = False
 
     def set(self, name: str, serving: bool) -> None:
-        """Note whether something is served: the server as a whole, "", or a service or a model."""
+        """Set whether a service, a model or, by the empty name, the server takes requests."""
         with self._changed:
             self._serving[name] = serving and not self._closed
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Note that nothing is served any longer, whatever is said later."""
+        """Set everything to not serving, for good."""
         with self._changed:
             self._closed = True
             self._serving = dict.fromkeys(self._serving, False)
             self._changed.notify_all()
 
     def Check(self, request: pb.HealthCheckRequest) -> pb.HealthCheckResponse:
-        """Say whether something is served; it takes no lock, so that no watch keeps it waiting."""
+        """Return the status of a name. It takes no lock, so no watch delays it."""
         status = self._find(request.service)
         if status == pb.HealthCheckResponse.SERVICE_UNKNOWN:
             raise NotFound(f"there is no service or model {request.service!r}")
         return pb.HealthCheckResponse(status=status)
 
-    def watch(self, call: Call, messages: Iterator[bytes]) -> Iterator[bytes]:
-        """Say whether something is served, now and whenever that changes, until the server ends."""
-        name = parse_message(pb.HealthCheckRequest.FromString, next(messages, b"")).service
-        told = None
-        while call.is_wanted():
+    def watch(self, call: Call, requests: Iterator[bytes]) -> Iterator[bytes]:
+        """Yield the status of a name, now and at each change, until the server ends."""
+        name = parse_message(pb.HealthCheckRequest.FromString, next(requests, b"")).service
+        sent = None
+        while call.is_active():
             with self._changed:
                 status = self._find(name)
-                if status == told:
+                if status == sent:
                     if self._closed:
                         raise Unavailable("the server is shutting down")
                     self._changed.wait(POLL_SECONDS)
                     continue
             yield pb.HealthCheckResponse(status=status).SerializeToString()
-            told = status
+            sent = status
 
     def _find(self, name: str) -> int:
         status = pb.HealthCheckResponse
@@ -64,3 +65,9 @@ class Health:
         if serving is None:
             return status.SERVICE_UNKNOWN
         return status.SERVING if serving else status.NOT_SERVING
+
+
+def find_methods(context: ServerContext) -> Methods:
+    """Return the methods of the service, by path."""
+    methods = reply_methods(pb.DESCRIPTOR, context.health, context.workers, skip=("Watch",), probes=("Check",))
+    return methods | {f"/{SERVICES[0]}/Watch": Streaming(context.health.watch, separate=True)}

@@ -1,4 +1,4 @@
-"""Images as requests carry them, checked and unpacked: the same for every protocol."""
+"""Images, priorities and versions as requests carry them, validated: the same for every protocol."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from serving.runtimes.base import Images
 from serving.scheduling.queue import DEFAULT_PRIORITY, PRIORITIES
 from training.images import InvalidImage, decode
 
-SMALL_PIXELS = 2**18  # of 512x512: a few MB while it is unpacked, which every call may have at the same time
+SMALL_PIXELS = 2**18  # of 512x512: a few MB while decoded, which every call may have at the same time
+MAX_DIGITS = 19  # of a version: Python refuses to parse 4301
 
 Admit = Callable[[int], AbstractContextManager[object]]
 
@@ -28,7 +29,7 @@ class TensorLayout(NamedTuple):
     Attributes:
         shape: [n, height, width, 3], as the model takes it.
         dtype: Of the values, little-endian.
-        size: Of the whole, in bytes.
+        size: In bytes.
     """
 
     shape: tuple[int, ...]
@@ -37,15 +38,22 @@ class TensorLayout(NamedTuple):
 
 
 class InputDecoder:
-    """Takes the images of requests in."""
+    """Decodes and validates the images of requests."""
 
     def __init__(self, limits: Limits) -> None:
-        """Take in what the limits allow."""
+        """Decode within `limits`."""
         self.max_images = limits.max_images
-        self._limits, self._room = limits, PixelBudget(limits.max_unpacked_pixels)
+        self._limits, self._budget = limits, PixelBudget(limits.max_unpacked_pixels)
 
     def decode(self, files: Sequence[bytes], model: Model) -> Images:
-        """Return the pixels of encoded images, resized to what the model takes: uint8 [n, height, width, 3].
+        """Decode images, and resize them to what the model takes.
+
+        Args:
+            files: The encoded images.
+            model: The model.
+
+        Returns:
+            Pixels, uint8 [n, height, width, 3].
 
         Raises:
             InvalidRequest: There are none or too many, one is no image, or they have too many pixels.
@@ -60,28 +68,30 @@ class InputDecoder:
 
         Args:
             shape: [n, height, width, 3], as the model takes it.
-            dtype: Of its values, NumPy's name: `uint8`, or `float32` for pixels of 0 to 255, which are rounded.
+            dtype: NumPy's name of its type: `uint8`, or `float32` for pixels of 0 to 255, which are rounded.
             model: The model.
 
         Raises:
             InvalidRequest: The shape is not the model's, or there are too many images.
         """
         if len(shape) != 4 or tuple(shape[1:]) != model.image_shape:
-            wanted = ", ".join(map(str, model.image_shape))
-            raise InvalidRequest(f"the tensor's shape is {list(shape)}, model {model.name!r} takes [images, {wanted}]")
+            expected = ", ".join(map(str, model.image_shape))
+            raise InvalidRequest(
+                f"the tensor's shape is {list(shape)}, model {model.name!r} takes [images, {expected}]"
+            )
         self._check_count(shape[0])
         values = np.dtype(dtype).newbyteorder("<")
         return TensorLayout(tuple(shape), values, math.prod(shape) * values.itemsize)
 
     def read(self, data: bytes | memoryview, layout: TensorLayout) -> Images:
-        """Return the pixels of a tensor: uint8 [n, height, width, 3].
+        """Return the pixels of a tensor, uint8 [n, height, width, 3].
 
         Args:
             data: Its values, row-major, little-endian.
             layout: What `expect` returned.
 
         Raises:
-            InvalidRequest: Data is missing or left over, or a value is no pixel.
+            InvalidRequest: There are too few or too many bytes, or a value is no pixel.
         """
         shape, dtype, size = layout
         if len(data) != size:
@@ -89,7 +99,7 @@ class InputDecoder:
         values = np.frombuffer(data, dtype).reshape(shape)
         if dtype == np.uint8:
             return values
-        if not (values.min() >= 0 and values.max() <= 255):  # which NaN is not
+        if not (values.min() >= 0 and values.max() <= 255):  # false for NaN
             raise InvalidRequest("the tensor's values are not pixels: they must be from 0 to 255")
         pixels: Images = np.rint(values).astype(np.uint8)
         return pixels
@@ -101,7 +111,7 @@ class InputDecoder:
             raise InvalidRequest(f"the request holds {count} images, more than the {self.max_images} allowed; split it")
 
     def _count_pixels(self) -> Admit:
-        """Return what admits the images of one request, each before it is unpacked."""
+        """Return a function that admits the images of one request, each before it is decoded."""
         allowed = left = self._limits.max_request_pixels
 
         def admit(pixels: int) -> AbstractContextManager[object]:
@@ -109,7 +119,7 @@ class InputDecoder:
             left -= pixels
             if left < 0:
                 raise InvalidRequest(f"the request's images have more than the {allowed:,} pixels allowed; split it")
-            return self._room.take(pixels) if pixels > SMALL_PIXELS else nullcontext()
+            return self._budget.take(pixels) if pixels > SMALL_PIXELS else nullcontext()
 
         return admit
 
@@ -121,30 +131,29 @@ class InputDecoder:
 
 
 class PixelBudget:
-    """Memory for so many pixels, which threads share; who finds too little left waits."""
+    """The pixels that all threads together may have decoded at a time; a thread waits for its share."""
 
     def __init__(self, pixels: int) -> None:
-        """Begin with all of it free."""
         self._pixels = self._free = pixels
         self._changed = threading.Condition()
 
     @contextmanager
     def take(self, pixels: int) -> Iterator[None]:
-        """Hold room for an image; one that is larger than the room takes all of it."""
-        taken = min(pixels, self._pixels)
+        """Hold a share of the budget; an image larger than the whole budget takes all of it."""
+        share = min(pixels, self._pixels)
         with self._changed:
-            self._changed.wait_for(lambda: self._free >= taken)
-            self._free -= taken
+            self._changed.wait_for(lambda: self._free >= share)
+            self._free -= share
         try:
             yield
         finally:
             with self._changed:
-                self._free += taken
+                self._free += share
                 self._changed.notify_all()
 
 
 def to_priority(number: int) -> int:
-    """Return the priority that a request asks for; 0 asks for none.
+    """Return the priority of a request; 0 is the default.
 
     Raises:
         InvalidRequest: There is no such priority.
@@ -152,6 +161,11 @@ def to_priority(number: int) -> int:
     if number and number not in PRIORITIES:
         raise InvalidRequest(f"the priority is {number}; it must be {PRIORITIES[0]} to {PRIORITIES[-1]}, or 0 for none")
     return number or DEFAULT_PRIORITY
+
+
+def to_version(text: str) -> int | None:
+    """Return a version that is written as a number, None for a label."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= MAX_DIGITS else None
 
 
 def to_bytes(values: Iterable[int]) -> bytes:

@@ -1,7 +1,7 @@
-"""A request of KServe in its two parts: its raw contents, which are the pixels, and its head, which is all the rest.
+"""A ModelInferRequest in two parts: the raw contents, which are the pixels, and the head, which is the rest.
 
-A caller sends the same head again and again, so what was found in one is kept. A request whose head is known costs a
-look into a table, where to parse it, to check its fields and to copy its pixels twice would be most of a call.
+A client sends the same head again and again, so heads are cached with what was derived from them. A cached head saves
+parsing, validating and copying the pixels twice, which would be most of the work of a call.
 """
 
 from __future__ import annotations
@@ -14,96 +14,94 @@ from export.manifest import Manifest
 from protos import inference_pb2 as pb
 from serving.models.model import Model
 
-ENCODED = "BYTES"  # the datatype of images in files
+ENCODED = "BYTES"  # the datatype of encoded images
 LENGTH_DELIMITED = 2  # the wire type of texts, bytes and messages
-RAW = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | LENGTH_DELIMITED  # what raw contents begin with
-FIELDS = 32  # of a request, in which its raw contents are looked for: no client sends so many
-KEPT = 1024  # heads, and bytes of each
+RAW = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | LENGTH_DELIMITED  # the tag of raw contents
+MAX_FIELDS = 32  # before the raw contents; no client sends so many
+CACHE_SIZE = 1024  # heads, and bytes of each
 
-FoundT = TypeVar("FoundT")
+ResolvedT = TypeVar("ResolvedT")
 
 
 class RequestHead:
-    """All of a request but its raw contents.
+    """A request without its raw contents.
 
     Attributes:
-        message: What it says.
-        name: Of the model that it asks.
-        version: Its number or label; empty for the latest.
-        encoded: Whether the images are in files, which take long to unpack.
+        message: The request; its raw contents may be missing.
+        name: Name of the model.
+        version: Number or label of the version; empty for the latest.
+        encoded: Whether the images are encoded.
     """
 
-    __slots__ = ("_found", "encoded", "message", "name", "version")
+    __slots__ = ("_resolved", "encoded", "message", "name", "version")
 
     def __init__(self, message: pb.ModelInferRequest) -> None:
-        """Take in a message, whose raw contents may be elsewhere."""
         self.message, self.name, self.version = message, message.model_name, message.model_version
         self.encoded = len(message.inputs) == 1 and message.inputs[0].datatype == ENCODED
-        self._found: tuple[Manifest | None, Any] = None, None
+        self._resolved: tuple[Manifest | None, Any] = None, None
 
-    def resolve(self, model: Model, find: Callable[[pb.ModelInferRequest, Model], FoundT]) -> FoundT:
-        """Return what `find`, always the same, makes of the message for a model: for the one asked last, as before."""
-        found = self._found
-        if found[0] is not model.manifest:  # not the model, which would keep its engine, and the memory of that
-            found = self._found = model.manifest, find(self.message, model)
-        result: FoundT = found[1]
+    def resolve(self, model: Model, derive: Callable[[pb.ModelInferRequest, Model], ResolvedT]) -> ResolvedT:
+        """Return `derive(message, model)`, cached for the last model; `derive` must always be the same function."""
+        cached = self._resolved
+        if cached[0] is not model.manifest:  # the manifest, because a reference to the model would keep its memory
+            cached = self._resolved = model.manifest, derive(self.message, model)
+        result: ResolvedT = cached[1]
         return result
 
 
 class InferRequest(NamedTuple):
-    """A request in its two parts; raw contents may be views of the bytes that came."""
+    """A request in two parts; raw contents may be views of the payload."""
 
     head: RequestHead
     raw: Sequence[bytes | memoryview]
 
 
 class RequestParser:
-    """Takes requests apart; threads may share one."""
+    """Splits requests into head and raw contents; threads may share one."""
 
     def __init__(self) -> None:
-        """Know no head."""
-        self._heads: dict[bytes, tuple[int, RequestHead]] = {}  # each with the bytes of the whole request
-        self._sizes: dict[int, int] = {}  # bytes of the head, by those of the whole request
+        self._heads: dict[bytes, tuple[int, RequestHead]] = {}  # with the size of the whole request
+        self._sizes: dict[int, int] = {}  # size of the head, by that of the whole request
 
     def parse(self, payload: bytes) -> InferRequest:
-        """Take a request apart.
+        """Split a request.
 
         Raises:
-            google.protobuf.message.DecodeError: The bytes are no such message.
+            google.protobuf.message.DecodeError: The bytes are no ModelInferRequest.
         """
-        whole = len(payload)
-        if size := self._sizes.get(whole):
-            # Raw contents end with the request: where the bytes before them are alike, and the sizes, all is but them.
-            known, head = self._heads.get(payload[:size], (0, None))
-            if head and known == whole:
+        total = len(payload)
+        if size := self._sizes.get(total):
+            # Raw contents end the request: with the same bytes before them and the same size, only they differ.
+            cached, head = self._heads.get(payload[:size], (0, None))
+            if head and cached == total:
                 return InferRequest(head, (memoryview(payload)[size:],))
         return self._split(payload)
 
     def _split(self, payload: bytes) -> InferRequest:
-        """Look for raw contents at the end of a request, and keep the head that comes before them."""
+        """Find raw contents at the end of a request, and cache the head before them."""
         at = 0
         with suppress(IndexError):
-            for _ in range(FIELDS):
+            for _ in range(MAX_FIELDS):
                 if payload[at] == RAW:
-                    size, begins = _read_varint(payload, at + 1)
-                    if begins + size != len(payload):
+                    size, start = _read_varint(payload, at + 1)
+                    if start + size != len(payload):
                         break
                     head = RequestHead(pb.ModelInferRequest.FromString(payload[:at]))
-                    if begins <= KEPT:
-                        self._keep(payload[:begins], len(payload), head)
-                    return InferRequest(head, (memoryview(payload)[begins:],))
+                    if start <= CACHE_SIZE:
+                        self._cache(payload[:start], len(payload), head)
+                    return InferRequest(head, (memoryview(payload)[start:],))
                 tag, at = _read_varint(payload, at)
                 size, at = _read_varint(payload, at)
-                if tag & 7 != LENGTH_DELIMITED or tag == RAW:  # which may be written with more bytes than it needs
+                if tag & 7 != LENGTH_DELIMITED or tag == RAW:  # RAW written with more bytes than it needs
                     break
                 at += size
-        return split(pb.ModelInferRequest.FromString(payload))  # protobuf knows what to make of it
+        return split(pb.ModelInferRequest.FromString(payload))  # anything unusual is left to protobuf
 
-    def _keep(self, head_bytes: bytes, whole: int, head: RequestHead) -> None:
-        if len(self._heads) >= KEPT:  # of callers that number their requests, say
+    def _cache(self, prefix: bytes, total: int, head: RequestHead) -> None:
+        if len(self._heads) >= CACHE_SIZE:  # for example of clients that number their requests
             self._heads.clear()
             self._sizes.clear()
-        self._heads[head_bytes], self._sizes[whole] = (whole, head), len(head_bytes)
+        self._heads[prefix], self._sizes[total] = (total, head), len(prefix)
 
 
 def split(message: pb.ModelInferRequest) -> InferRequest:
@@ -112,10 +110,10 @@ def split(message: pb.ModelInferRequest) -> InferRequest:
 
 
 def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """Return a number of protobuf's encoding, and where the next byte is: seven bits a byte, the lowest first.
+    """Return a varint of protobuf and the index after it: seven bits a byte, the lowest first.
 
     Raises:
-        IndexError: It is cut off, or longer than that of any size.
+        IndexError: It is cut off, or larger than any size.
     """
     value = 0
     for shift in range(0, 35, 7):

@@ -1,7 +1,7 @@
-"""Streams of requests: each message is a call of its own, and many of them are under way at a time.
+"""Streams: each request is a call of its own, and many of them are active at a time.
 
-A thread reads, so that several requests of a stream can be in one batch; the thread of the call answers. Neither
-computes: a client that sends or reads slowly keeps nobody waiting but itself.
+One thread reads, so that several requests of a stream can share a batch; the thread of the call writes. Neither
+computes: a client that sends or reads slowly delays only itself.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ from queue import SimpleQueue
 from typing import Protocol
 
 from serving.errors import Malformed, ServingError, Trailers, Unavailable
-from serving.protocols.calls import report
-from serving.transports.call import Call
+from serving.transports.call import Call, report
 
-READ_AHEAD = 64  # requests that are read and not answered; the .proto tells clients
+READ_AHEAD = 64  # requests that are read and not answered; the .proto documents it
 
 
 class StreamItem(Call):
-    """A message of a stream, as a call.
+    """A request of a stream, as a call.
 
     Attributes:
-        id: What the caller calls it, where the protocol has that.
-        answer: The message for the caller, once there is one, or the error that ends the stream.
+        id: The caller's id of it, where the protocol has one.
+        answer: The serialized response, or the error that ends the stream; None until there is one.
     """
 
     def __init__(self, stream: Stream, call: Call, payload: bytes) -> None:
@@ -34,9 +33,9 @@ class StreamItem(Call):
         self.id = 0
         self.answer: bytes | ServingError | None = None
 
-    def is_wanted(self) -> bool:
-        """Say whether the caller still waits."""
-        return self._call.is_wanted()
+    def is_active(self) -> bool:
+        """Return whether the caller still waits."""
+        return self._call.is_active()
 
     @property
     def peer(self) -> str:
@@ -44,74 +43,71 @@ class StreamItem(Call):
         return self._call.peer
 
     def _send(self, response: bytes, _: Trailers) -> None:
-        self._stream.put(self, self._stream.dialect.respond(self, response))
+        self._stream.complete(self, self._stream.protocol.respond(self, response))
 
-    def _refuse(self, error: ServingError) -> None:
-        ends = isinstance(error, Malformed)  # what comes after it cannot be trusted either
-        self._stream.put(self, error if ends else self._stream.dialect.refuse(self, error))
+    def _send_error(self, error: ServingError) -> None:
+        ends = isinstance(error, Malformed)  # the requests after it cannot be trusted either
+        self._stream.complete(self, error if ends else self._stream.protocol.refuse(self, error))
 
 
 class StreamProtocol(Protocol):
-    """What the messages of one stream are like."""
+    """The messages of one stream, as its protocol has them."""
 
     ordered: bool
-    """Whether answers come in the order of the requests."""
+    """Whether responses come in the order of the requests."""
 
     def begin(self, item: StreamItem) -> None:
-        """Have a message answered, as a call; raises what is wrong with it."""
+        """Have a request answered, like a call; raises what is wrong with it."""
         ...
 
     def respond(self, item: StreamItem, response: bytes) -> bytes:
-        """Return the message that answers another."""
+        """Return the message that carries a response."""
         ...
 
     def refuse(self, item: StreamItem, error: ServingError) -> bytes | ServingError:
-        """Return the message that says why there is no answer, or the error that ends the stream."""
+        """Return the message that carries an error, or the error that ends the stream."""
         ...
 
 
 class Streams:
-    """The streams of a server that are open."""
+    """The open streams of a server."""
 
     def __init__(self) -> None:
-        """Begin with none."""
         self._open: set[Stream] = set()
         self._closed = False
 
-    def answer(
-        self, dialect: Callable[[Call], StreamProtocol], call: Call, messages: Iterator[bytes]
-    ) -> Iterator[bytes]:
-        """Yield the answers to the messages of a call, of which `dialect` says what they are like."""
-        stream = Stream(call, dialect(call))
+    def answer(self, make: Callable[[Call], StreamProtocol], call: Call, requests: Iterator[bytes]) -> Iterator[bytes]:
+        """Yield the responses to the requests of a call, whose stream has the protocol that `make` returns."""
+        stream = Stream(call, make(call))
         self._open.add(stream)
         try:
             if self._closed:
                 stream.close()
-            yield from stream.answer(messages)
+            yield from stream.answer(requests)
         finally:
             self._open.discard(stream)
 
     def close(self) -> None:
-        """End them, once what they have read is answered."""
+        """End all streams, once the requests that they have read are answered."""
         self._closed = True
         for stream in self._open.copy():
             stream.close()
 
 
 class Stream:
-    """A stream while it is open; `dialect` says what its messages are like."""
+    """An open stream."""
 
-    def __init__(self, call: Call, dialect: StreamProtocol) -> None:
-        self._call, self.dialect = call, dialect
+    def __init__(self, call: Call, protocol: StreamProtocol) -> None:
+        self._call, self.protocol = call, protocol
         self._room = threading.Semaphore(READ_AHEAD)
-        self._items: deque[StreamItem] = deque()  # in the order in which they came, if they are answered in it
-        self._ready: SimpleQueue[StreamItem | None] = SimpleQueue()  # None: no further one is read, or awaited
+        self._items: deque[StreamItem] = deque()  # in order of arrival, if they are answered in that order
+        self._ready: SimpleQueue[StreamItem | None] = SimpleQueue()  # None: no further request is read
         self._read = 0  # counted by the reader only
         self._closing = self._left = False
 
-    def answer(self, messages: Iterator[bytes]) -> Iterator[bytes]:
-        """Yield the answers, until the client has half-closed and has them all, or the server shuts down."""
-        threading.Thread(target=self._follow, args=(messages,), name="stream", daemon=True).start()
+    def answer(self, requests: Iterator[bytes]) -> Iterator[bytes]:
+        """Yield the responses, until the client has half-closed and has them all, or the server shuts down."""
+        threading.Thread(target=self._read_all, args=(requests,), name="stream", daemon=True).start()
         answered, ending = 0, False
         fatal: ServingError | None = None
         try:
@@ -120,11 +116,11 @@ class Stream:
                 if item is None:
                     ending = True
                     continue
-                for ready in self._in_order() if self.dialect.ordered else (item,):
+                for ready in self._in_order() if self.protocol.ordered else (item,):
                     if isinstance(ready.answer, ServingError):
-                        fatal = ready.answer  # those that came before it are answered first
+                        fatal = ready.answer  # requests before it are answered first
                     else:
-                        assert ready.answer is not None, "what is ready has its answer"
+                        assert ready.answer is not None, "a ready item has its answer"
                         yield ready.answer
                     answered += 1
                     self._room.release()
@@ -136,13 +132,13 @@ class Stream:
         if self._closing:
             raise Unavailable("the server is shutting down")
 
-    def put(self, item: StreamItem, answer: bytes | ServingError) -> None:
-        """Have an item answered."""
+    def complete(self, item: StreamItem, answer: bytes | ServingError) -> None:
+        """Have the answer of an item sent."""
         item.answer = answer
         self._ready.put(item)
 
     def close(self) -> None:
-        """Answer what was read, then end the call as UNAVAILABLE."""
+        """Answer the requests that were read, then end the call as UNAVAILABLE."""
         self._closing = True
         self._ready.put(None)
 
@@ -150,19 +146,19 @@ class Stream:
         while self._items and self._items[0].answer is not None:
             yield self._items.popleft()
 
-    def _follow(self, messages: Iterator[bytes]) -> None:
-        """Read the requests, as far ahead as is allowed."""
+    def _read_all(self, requests: Iterator[bytes]) -> None:
+        """Read the requests, up to `READ_AHEAD` without an answer."""
         try:
-            while self._room.acquire() and not self._left and (message := next(messages, None)) is not None:
+            while self._room.acquire() and not self._left and (request := next(requests, None)) is not None:
                 self._read += 1
-                item = StreamItem(self, self._call, message)
-                if self.dialect.ordered:
+                item = StreamItem(self, self._call, request)
+                if self.protocol.ordered:
                     self._items.append(item)
                 try:
-                    self.dialect.begin(item)
+                    self.protocol.begin(item)
                 except Exception as error:
                     item.fail(report(item, error))
                 if isinstance(item.answer, ServingError):
-                    return  # the end of the stream
+                    return  # the stream ends
         finally:
             self._ready.put(None)

@@ -1,7 +1,7 @@
-"""`tensorflow.serving.PredictionService` and `ModelService`, for the clients of TensorFlow Serving; without TensorFlow.
+"""`tensorflow.serving.PredictionService` and `ModelService`, without TensorFlow.
 
-A model has the signature `serving_default`, with its one input as DT_UINT8 or DT_FLOAT pixels of 0 to 255,
-[n, height, width, 3], or as DT_STRING, [n] encoded images.
+A model has the signature `serving_default`, with one input: DT_UINT8 or DT_FLOAT pixels of 0 to 255,
+[n, height, width, 3], or DT_STRING, [n] encoded images.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ from protos import tensorflow_serving_pb2 as pb
 from serving.errors import STATUSES, FailedPrecondition, InvalidRequest, Unsupported
 from serving.models.model import Model
 from serving.models.registry import ModelRegistry
-from serving.protocols.calls import Query
-from serving.protocols.inputs import InputDecoder, to_bytes
+from serving.protocols.base import ServerContext, reply_methods, services_of
+from serving.protocols.handler import InferenceHandler, ParsedRequest
+from serving.protocols.inputs import InputDecoder, to_bytes, to_version
 from serving.runtimes.base import Images
 from serving.scheduling.queue import BatchResult
+from serving.transports.call import Methods, Unary
 
+SERVICES = services_of(pb.DESCRIPTOR)
+PREDICT = "/tensorflow.serving.PredictionService/Predict"
 SIGNATURE, SIGNATURE_DEF, METHOD = "serving_default", "signature_def", "tensorflow/serving/predict"
 TYPES = {"uint8": tf.DT_UINT8, "float32": tf.DT_FLOAT}
 
@@ -30,37 +34,37 @@ TYPES = {"uint8": tf.DT_UINT8, "float32": tf.DT_FLOAT}
 class TfServing:
     """Reads requests of Predict, and answers the other methods."""
 
-    def __init__(self, models: ModelRegistry, intake: InputDecoder) -> None:
-        """Ask `models`, with images that `intake` takes."""
-        self._models, self._intake = models, intake
+    def __init__(self, models: ModelRegistry, decoder: InputDecoder) -> None:
+        """Find models in `models`, and decode images with `decoder`."""
+        self._models, self._decoder = models, decoder
 
     def parse(self, payload: bytes) -> pb.PredictRequest:
-        """Return the request that these bytes are."""
+        """Return the request."""
         return pb.PredictRequest.FromString(payload)
 
-    def unpacks(self, request: pb.PredictRequest) -> bool:
-        """Say whether it holds encoded images."""
+    def is_encoded(self, request: pb.PredictRequest) -> bool:
+        """Return whether its images are encoded."""
         return any(tensor.dtype == tf.DT_STRING for tensor in request.inputs.values())
 
     def find(self, request: pb.PredictRequest) -> Model:
-        """Return the model that it names."""
+        """Return the model that the request names."""
         return _find(self._models, request.model_spec)
 
-    def read(self, request: pb.PredictRequest, model: Model) -> Query:
-        """Return what it asks the model."""
+    def read(self, request: pb.PredictRequest, model: Model) -> ParsedRequest:
+        """Return what the request asks of the model."""
         output = model.manifest.output.name
         if list(request.output_filter) not in ([], [output]):
             raise InvalidRequest(f"model {model.name!r} has one output, {output!r}; output_filter names others")
-        return Query(self._images(request, model), partial(_respond, model))
+        return ParsedRequest(self._read_images(request, model), partial(_respond, model))
 
     def GetModelMetadata(self, request: pb.GetModelMetadataRequest) -> pb.GetModelMetadataResponse:
         """Describe the signature of a model."""
         if list(request.metadata_field) != [SIGNATURE_DEF]:
             raise InvalidRequest(f"metadata_field must be [{SIGNATURE_DEF!r}], not {list(request.metadata_field)}")
         model = _find(self._models, request.model_spec)
-        taken, given = model.manifest.input, model.manifest.output
+        source, target = model.manifest.input, model.manifest.output
         signature = tf.SignatureDef(
-            inputs={taken.name: _describe(taken)}, outputs={given.name: _describe(given)}, method_name=METHOD
+            inputs={source.name: _describe(source)}, outputs={target.name: _describe(target)}, method_name=METHOD
         )
         response = pb.GetModelMetadataResponse(model_spec=_specify(model))
         response.metadata[SIGNATURE_DEF].Pack(pb.SignatureDefMap(signature_def={SIGNATURE: signature}))
@@ -79,7 +83,7 @@ class TfServing:
         raise Unsupported("MultiInference takes tf.Example records, which hold no images; call Predict")
 
     def GetModelStatus(self, request: pb.GetModelStatusRequest) -> pb.GetModelStatusResponse:
-        """Say which versions of a model are served and which were refused, or what became of the one that is named."""
+        """Return the status of all versions of a model, or of the one that the request names."""
         spec = request.model_spec
         served = self._models.get(spec.name)
         chosen = served.versions.keys() | served.refusals.keys()
@@ -89,51 +93,59 @@ class TfServing:
             case "version_label":
                 chosen &= {_find(self._models, spec).version}
         if not chosen:
-            chosen = {_find(self._models, spec).version}  # says what is wrong
+            chosen = {_find(self._models, spec).version}  # raises the error
         return pb.GetModelStatusResponse(
-            model_version_status=[_tell(number, served.refusals.get(number)) for number in sorted(chosen)]
+            model_version_status=[_to_status(number, served.refusals.get(number)) for number in sorted(chosen)]
         )
 
-    def _images(self, request: pb.PredictRequest, model: Model) -> Images:
+    def _read_images(self, request: pb.PredictRequest, model: Model) -> Images:
         """Return the pixels of the one input, in whichever form they came."""
-        wanted = model.manifest.input.name
-        if list(request.inputs) != [wanted]:
+        name = model.manifest.input.name
+        if list(request.inputs) != [name]:
             raise InvalidRequest(
-                f"model {model.name!r} takes one input, {wanted!r}; the request has {sorted(request.inputs)}"
+                f"model {model.name!r} takes one input, {name!r}; the request has {sorted(request.inputs)}"
             )
-        tensor = request.inputs[wanted]
+        tensor = request.inputs[name]
         shape = [axis.size for axis in tensor.tensor_shape.dim]
-        # One value stands for all, but only where the shape is one that the intake takes.
-        fits = tuple(shape[1:]) == model.image_shape and 0 < shape[0] <= self._intake.max_images
+        # One value may stand for all, but only in a shape that the decoder takes.
+        fits = tuple(shape[1:]) == model.image_shape and 0 < shape[0] <= self._decoder.max_images
         size = math.prod(shape) if fits else 0
         match tensor.dtype:
             case tf.DT_STRING:
                 files = list(tensor.string_val)
                 if shape != [len(files)]:
-                    raise InvalidRequest(f"input {wanted!r} has the shape {shape}, but {len(files)} encoded images")
-                return self._intake.decode(files, model)
+                    raise InvalidRequest(f"input {name!r} has the shape {shape}, but {len(files)} encoded images")
+                return self._decoder.decode(files, model)
             case tf.DT_UINT8:
                 data = tensor.tensor_content or _repeat(to_bytes(tensor.int_val), 1, size)
-                return self._intake.read(data, self._intake.expect(shape, "uint8", model))
+                return self._decoder.read(data, self._decoder.expect(shape, "uint8", model))
             case tf.DT_FLOAT:
                 values = np.array(tensor.float_val, "<f4").tobytes()
-                layout = self._intake.expect(shape, "float32", model)
-                return self._intake.read(tensor.tensor_content or _repeat(values, 4, size), layout)
+                layout = self._decoder.expect(shape, "float32", model)
+                return self._decoder.read(tensor.tensor_content or _repeat(values, 4, size), layout)
             case other:
-                raise InvalidRequest(f"input {wanted!r} is DT_UINT8, DT_FLOAT or DT_STRING, not of dtype {other}")
+                raise InvalidRequest(f"input {name!r} is DT_UINT8, DT_FLOAT or DT_STRING, not of dtype {other}")
 
 
-def _respond(model: Model, answer: BatchResult, _: int) -> bytes:
-    probabilities = answer.probabilities
-    found = tf.TensorProto(
+def find_methods(context: ServerContext) -> Methods:
+    """Return the methods of both services, by path."""
+    protocol = TfServing(context.models, context.decoder)
+    handler = InferenceHandler(protocol, context.models, context.workers)
+    methods = reply_methods(pb.DESCRIPTOR, protocol, context.workers, skip=("Predict",))
+    return methods | {PREDICT: Unary(handler.answer)}
+
+
+def _respond(model: Model, result: BatchResult, _: int) -> bytes:
+    probabilities = result.probabilities
+    tensor = tf.TensorProto(
         dtype=tf.DT_FLOAT, tensor_shape=_shape(probabilities.shape), float_val=probabilities.ravel().tolist()
     )
     return pb.PredictResponse(
-        outputs={model.manifest.output.name: found}, model_spec=_specify(model)
+        outputs={model.manifest.output.name: tensor}, model_spec=_specify(model)
     ).SerializeToString()
 
 
-def _tell(version: int, refusal: str | None) -> pb.ModelVersionStatus:
+def _to_status(version: int, refusal: str | None) -> pb.ModelVersionStatus:
     state = pb.ModelVersionStatus
     if refusal is None:
         return state(version=version, state=state.AVAILABLE, status=pb.StatusProto())
@@ -152,9 +164,8 @@ def _find(models: ModelRegistry, spec: pb.ModelSpec) -> Model:
             return models.find(spec.name, number)
         case "version_label":
             label = spec.version_label
-            # So does perf_analyzer name a version; Python refuses 4301 digits.
-            if label.isascii() and label.isdecimal() and len(label) < 20 and int(label):
-                return models.find(spec.name, int(label))
+            if numbered := to_version(label):  # perf_analyzer gives the version as a label
+                return models.find(spec.name, numbered)
             return models.find(spec.name, label=label)
         case _:
             return models.find(spec.name)
@@ -175,5 +186,5 @@ def _shape(sizes: Sequence[int]) -> tf.TensorShapeProto:
 
 
 def _repeat(data: bytes, item: int, size: int) -> bytes:
-    """Return copies for `size` values if `data` holds just one, of `item` bytes; else `data` as it is."""
+    """Return `size` copies of `data` if it holds one value of `item` bytes, else `data`."""
     return data * size if len(data) == item and size else data

@@ -1,12 +1,17 @@
-"""What computes a batch: the runtimes of the CPU, GPUs, and the choice among them.
+"""Runtimes: what computes a batch, on the CPU or on GPUs, and how the fastest is found.
 
-A runtime is a row of `RUNTIMES` and a module with what `serving.runtimes.plan.Runtime` says.
+To add a runtime for the CPU, add a row to `RUNTIMES` and a module that implements `serving.runtimes.plan.Runtime`.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 RUNTIMES = {"onnxruntime": "serving.runtimes.onnx", "openvino": "serving.runtimes.openvino"}
-"""The runtimes of the CPU, by name. A module is imported when its runtime is used."""
+"""The runtimes for the CPU: name and module. A module is imported when its runtime is used."""
 
 DEFAULT = "onnxruntime"
 """The runtime with which the export certified the model."""
+
+Device = Literal["auto", "cuda", "tensorrt", "cpu"]
+"""Where models are computed; `auto` is a GPU where one works."""

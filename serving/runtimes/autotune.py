@@ -1,18 +1,17 @@
-"""Autotuning: find out how this machine's CPU computes a model fastest: measured once, kept in the user's cache folder.
+"""Autotuning: measure which execution plans compute a model fastest on this machine.
 
-Every execution plan computes batches of 1, 2, 4, ... images in turn, for a few seconds. For each size the
-fastest is chosen, if it is clearly faster than the simpler ones; what it took is the first cost curve of the model.
-OpenVINO is not what the export proved: it is held against the certificate of the version before it is chosen.
+Every plan computes batches of 1, 2, 4, ... images in turn, for a few seconds. For each batch size the fastest plan is
+chosen if it is clearly faster than the simpler ones. The measured times are also the first cost curve of the model.
+The export certified the model with onnxruntime only. Another runtime is chosen only if its answers pass the certificate
+of the version, too.
 
-A version that appears while others are served is measured beside their load. `resnet tune` does it beforehand, or again
-where the machine was busy.
+A version that appears while others are served is measured under their load. `resnet tune` measures beforehand, or again
+if the machine was busy.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -23,100 +22,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export import parity
-from export.manifest import Budget, Certificate, Manifest, Variant
+from export.manifest import Certificate, Manifest, Variant
 from export.speed import name_cpu
 from resnet import BadInput
 from serving.runtimes import DEFAULT, RUNTIMES
 from serving.runtimes.base import Engine, Images, Probabilities
-from serving.runtimes.composite import ConcurrentEngine, SizedEngine
 from serving.runtimes.cores import count_cores
-from serving.runtimes.cost import CostCurve
-from serving.runtimes.plan import ExecutionPlan, describe, find_runtime
+from serving.runtimes.plan import ExecutionPlan, find_overflow_plan, find_runtime
+from serving.runtimes.tuning import Tuning, TuningKey, read_cached, write_cached
 
 FORMAT = 4
-WARM_UP_SECONDS = 1.0  # after which no larger batches are tried: they cost in proportion
+WARM_UP_SECONDS = 1.0  # after this time no larger batches are measured: their cost is proportional
 ROUNDS, SECONDS = 15, 3.0  # of measuring, whichever ends first
-# By which share another plan must be faster: with other threads, and of another runtime. Quiet measurements flatter threads:
-# in a busy server more threads wait for cores that take requests in.
+# By which share a plan with other threads, or of another runtime, must be faster. An idle machine flatters plans with
+# more threads: in a busy server these wait for cores that receive requests.
 MARGIN, RUNTIME_MARGIN = 0.25, 0.10
-# The same for threads that spin. They are for a single image, when nothing else waits: with larger batches they took
-# the cores from requests on their way, and 8 callers got 8 % fewer answers.
+# The same for spinning threads. They compute only single images, when nothing else waits: with larger batches they took
+# cores from requests that were arriving, and 8 callers got 8 % fewer answers.
 SPINS_MARGIN = 0.30
 PROOF_IMAGES = 256  # at each batch size
 
 log = logging.getLogger(__name__)
 
 
-class TuningKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What figures hold for: with anything else they are measured again.
-
-    Attributes:
-        format: Version of this format.
-        model: SHA-256 of the file.
-        budget: What its answers may differ by.
-        cpu: Name of the processor.
-        candidates: The plans to choose from; they depend on the number of cores.
-        max_batch: The largest batch.
-        versions: Of the runtimes, by name.
-    """
-
-    format: int
-    model: str
-    budget: Budget
-    cpu: str
-    candidates: list[ExecutionPlan]
-    max_batch: int
-    versions: dict[str, str | None]
-
-    @property
-    def path(self) -> Path:
-        """Where the cache keeps what was measured for this key."""
-        key = hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
-        return _cache() / "resnet" / "tuning" / f"{key}.json"
-
-
-class Tuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What was measured, and what follows from it.
-
-    Attributes:
-        key: What it holds for.
-        candidates: The plans that could be loaded, the simplest first.
-        ns: Nanoseconds of a batch by each candidate, by its number of images.
-        plans: The plan for each batch, by the largest that it is for; the last one is for larger ones too.
-        refusals: Why a runtime is not used, by its name.
-    """
-
-    key: TuningKey
-    candidates: list[ExecutionPlan]
-    ns: dict[int, list[int]]
-    plans: dict[int, ExecutionPlan]
-    refusals: dict[str, str]
-
-    def __str__(self) -> str:
-        return describe(self.plans)
-
-    @property
-    def overflow(self) -> int:
-        """How many batches may be computed beside another, each by one core."""
-        *_, largest = self.plans.values()
-        return count_cores() - 1 if find_runtime(largest.runtime).CONCURRENT else 0
-
-    def curve(self) -> CostCurve:
-        """Return what batches cost by this plan."""
-        return CostCurve({images: self.ns[images][self.candidates.index(plan)] for images, plan in self.plans.items()})
-
-    def build(self, path: Path, manifest: Manifest) -> Engine:
-        """Return the engine that follows the plan; what it has no use for is not loaded."""
-        engines = {plan: plan.build(path, manifest, self.key.max_batch) for plan in dict.fromkeys(self.plans.values())}
-        engine: Engine = SizedEngine({images: engines[plan] for images, plan in self.plans.items()})
-        if not self.overflow:
-            return engine
-        single = ExecutionPlan(list(self.plans.values())[-1].runtime, 1)
-        return ConcurrentEngine(engine, engines.get(single) or single.build(path, manifest))
-
-
 class TuningLookup(NamedTuple):
-    """A tuning, and whether it was in the cache."""
+    """A tuning, and whether it came from the cache."""
 
     tuning: Tuning
     cached: bool
@@ -130,93 +60,96 @@ def tune(
     candidates: list[ExecutionPlan],
     again: bool = False,
 ) -> TuningLookup:
-    """Measure how to compute a variant fastest, or look it up.
+    """Return the tuning of a variant, from the cache or by measuring.
 
     Args:
-        folder: That of the version.
-        manifest: The version's.
+        folder: The folder of the version.
+        manifest: The manifest of the version.
         variant: One of its ONNX files.
-        max_batch: The largest batch.
+        max_batch: Images in the largest batch.
         candidates: The plans to choose from, the simplest first.
-        again: Measure, whatever the cache has.
+        again: Measure even if the cache has a tuning.
 
     Raises:
-        BadInput: The only runtime that may be used cannot load the file, or answers outside of the certified budget.
+        BadInput: No runtime can be used: each cannot load the file, or its answers are outside of the certified budget.
     """
     versions = {name: find_runtime(name).find_version() for name in RUNTIMES}
     model = manifest.files[variant.path]
     key = TuningKey(FORMAT, model, variant.budget, name_cpu(), candidates, max_batch, versions)
-    known = None if again else _read(key)
-    if known is not None:
-        return TuningLookup(known, cached=True)
-    log.info("%s/%d: measuring for some seconds how this machine computes it fastest", manifest.model, manifest.version)
-    found = _find(folder, manifest, variant, key)
-    _write(found)
-    return TuningLookup(found, cached=False)
+    cached = None if again else read_cached(key)
+    if cached is not None:
+        return TuningLookup(cached, cached=True)
+    log.info("%s/%d: measuring for a few seconds how to compute it fastest", manifest.model, manifest.version)
+    tuning = _make_tuning(folder, manifest, variant, key)
+    write_cached(tuning)
+    return TuningLookup(tuning, cached=False)
 
 
 def measure(
     engines: Sequence[Engine], batches: Sequence[Images], clock: Callable[[], int] = time.perf_counter_ns
 ) -> dict[int, list[int]]:
-    """Return the least nanoseconds that each engine took for a batch, by its number of images.
+    """Return the minimum nanoseconds of each engine for a batch, by the number of images.
 
-    A round runs all sizes and engines in turn, so that what else the machine does meets all of them, and sizes change
-    as they do while serving. The least counts: others only ever add to it. Of a slow model large batches are left out.
+    A round runs all sizes and engines in turn: so other load on the machine affects all of them, and sizes change from
+    call to call as they do in service. The minimum counts, because other load only ever adds to a time. Large batches
+    of a slow model are left out.
 
     Args:
-        engines: Any number.
+        engines: Any number of engines.
         batches: uint8 [n, height, width, 3] each, ascending.
-        clock: Tells nanoseconds.
+        clock: Returns nanoseconds.
     """
 
     def run(batch: Images) -> list[int]:
         times = []
         for engine in engines:
-            started = clock()
+            start = clock()
             engine.run(batch)
-            times.append(clock() - started)
+            times.append(clock() - start)
         return times
 
-    kept: list[Images] = []
+    warm: list[Images] = []
     end = clock() + int(WARM_UP_SECONDS * 1e9)
     for batch in batches:  # the first run of a size allocates its memory
         run(batch)
-        kept.append(batch)
+        warm.append(batch)
         if clock() > end:
             break
     end = clock() + int(SECONDS * 1e9)
-    least = {len(batch): run(batch) for batch in kept}
+    minimum = {len(batch): run(batch) for batch in warm}
     for _ in range(1, ROUNDS):
         if clock() > end:
             break
-        for batch in kept:
-            least[len(batch)] = list(map(min, least[len(batch)], run(batch)))
-    return least
+        for batch in warm:
+            minimum[len(batch)] = list(map(min, minimum[len(batch)], run(batch)))
+    return minimum
 
 
 def choose(candidates: Sequence[ExecutionPlan], ns: Mapping[int, Sequence[int]]) -> dict[int, ExecutionPlan]:
-    """Return the plan for each batch size: another one than for the size below only if it is clearly faster.
+    """Return the plan for each batch size: it differs from that of the next smaller size only if it is clearly faster.
 
-    Plans with spinning threads are for a single image only.
+    Plans with spinning threads compute single images only.
 
     Args:
-        candidates: The plans to choose from, the simplest first: the one to beat at the smallest size.
-        ns: Nanoseconds of a batch by each candidate, by its number of images, ascending.
+        candidates: The plans to choose from, the simplest first: at the smallest size the others must beat it.
+        ns: Nanoseconds of a batch with each candidate, by the number of images, ascending.
     """
     plans = {}
-    at = 0
+    best = 0
     for images, row in ns.items():
-        for other, took in enumerate(row):
-            if not candidates[other].spins and took < (1 - _margin(candidates[at], candidates[other])) * row[at]:
-                at = other
-        plans[images] = candidates[at]
+        for other, other_ns in enumerate(row):
+            margin = _find_margin(candidates[best], candidates[other])
+            if not candidates[other].spins and other_ns < (1 - margin) * row[best]:
+                best = other
+        plans[images] = candidates[best]
         if images == 1:
-            fast = [plan for plan, took in zip(candidates, row, strict=True) if took < (1 - SPINS_MARGIN) * row[at]]
-            plans[images] = next((plan for plan in fast if plan.spins), candidates[at])
+            limit = (1 - SPINS_MARGIN) * row[best]
+            faster = (plan for plan, plan_ns in zip(candidates, row, strict=True) if plan.spins and plan_ns < limit)
+            plans[images] = next(faster, candidates[best])
     return plans
 
 
-def _margin(plan: ExecutionPlan, other: ExecutionPlan) -> float:
+def _find_margin(plan: ExecutionPlan, other: ExecutionPlan) -> float:
     """Return by which share another plan must be faster to be chosen."""
     return MARGIN if other.runtime == plan.runtime else RUNTIME_MARGIN
 
@@ -232,50 +165,73 @@ def find_violations(
     """Return a clause for each figure of an engine that is outside of the variant's certified budget.
 
     Args:
-        engine: The one to prove.
-        reference: The runtime with which the certificate was made.
-        heldout: Images that neither was trained on, and their classes.
-        certificate: The version's.
-        variant: Which both run.
-        sizes: Of batches.
+        engine: The engine to check.
+        reference: An engine of the runtime with which the certificate was made.
+        heldout: Images that the model was not trained on, and their classes.
+        certificate: The certificate of the version.
+        variant: The variant that both engines run.
+        sizes: Batch sizes to check.
     """
     images, labels = heldout
-    expected = _run(reference, images, max(sizes))
-    rows = [parity.compare(expected, _run(engine, images, size), labels, size, variant.budget.tie) for size in sizes]
-    # What the reference has lost already is part of the budget.
+    expected = _run_in_batches(reference, images, max(sizes))
+    rows = [
+        parity.compare(expected, _run_in_batches(engine, images, size), labels, size, variant.budget.tie)
+        for size in sizes
+    ]
+    # The accuracy that the reference has already lost is a part of the budget.
     lost = certificate.accuracy - min(row.accuracy for row in variant.rows)
     accuracy = float(np.mean(expected.argmax(axis=1) == labels)) + lost
     return list(msgspec.structs.replace(variant, rows=rows).violations(len(images), accuracy))
 
 
-def _run(engine: Engine, images: Images, size: int) -> Probabilities:
+def _run_in_batches(engine: Engine, images: Images, size: int) -> Probabilities:
     return np.concatenate([engine.run(images[start : start + size]) for start in range(0, len(images), size)])
 
 
-def _find(folder: Path, manifest: Manifest, variant: Variant, key: TuningKey) -> Tuning:
-    """Measure all candidates, choose, and prove what was chosen; every engine is gone afterwards."""
+def _make_tuning(folder: Path, manifest: Manifest, variant: Variant, key: TuningKey) -> Tuning:
+    """Measure all candidates, and choose among them until every chosen plan passes the certificate."""
     path = folder / variant.path
-    engines, refusals = _load(path, manifest, key.candidates)
+    engines, refusals = _load_engines(path, manifest, key.candidates)
     candidates = list(engines)
-    ns = measure(list(engines.values()), _batches(manifest, key.max_batch))
-    plans = _choose_allowed(path, candidates, ns, refusals)
-    doubtful = [plan for plan in dict.fromkeys(plans.values()) if not find_runtime(plan.runtime).CERTIFIED]
-    if doubtful:
-        reference = ExecutionPlan(DEFAULT, count_cores()).build(path, manifest)
-        heldout = _load_heldout(folder)
-        for plan in doubtful:
-            sizes = [images for images, chosen in plans.items() if chosen == plan]
-            violations = find_violations(engines[plan], reference, heldout, manifest.certificate, variant, sizes)
-            if violations:
-                refusals[plan.runtime] = "; ".join(violations)
+    ns = measure(list(engines.values()), _make_batches(manifest, key.max_batch))
+    while True:
         plans = _choose_allowed(path, candidates, ns, refusals)
-    return Tuning(key, candidates, ns, plans, refusals)
+        failures = _check_plans(folder, manifest, variant, plans, engines)
+        if not failures:
+            return Tuning(key, candidates, ns, plans, refusals)
+        refusals |= failures
 
 
-def _load(
+def _check_plans(
+    folder: Path,
+    manifest: Manifest,
+    variant: Variant,
+    plans: Mapping[int, ExecutionPlan],
+    engines: Mapping[ExecutionPlan, Engine],
+) -> dict[str, str]:
+    """Return the runtimes whose answers are outside of the certified budget, each with the violations."""
+    path = folder / variant.path
+    sizes = {plan: [images for images, chosen in plans.items() if chosen == plan] for plan in plans.values()}
+    if overflow := find_overflow_plan(plans):
+        sizes[overflow] = list(plans)
+    uncertified = [plan for plan in sizes if not find_runtime(plan.runtime).CERTIFIED]
+    if not uncertified:
+        return {}
+    reference = ExecutionPlan(DEFAULT, count_cores()).build(path, manifest)
+    heldout = _load_heldout(folder)
+    failures = {}
+    for plan in uncertified:
+        engine = engines.get(plan) or plan.build(path, manifest)
+        violations = find_violations(engine, reference, heldout, manifest.certificate, variant, sizes[plan])
+        if violations:
+            failures[plan.runtime] = "; ".join(violations)
+    return failures
+
+
+def _load_engines(
     path: Path, manifest: Manifest, candidates: Sequence[ExecutionPlan]
 ) -> tuple[dict[ExecutionPlan, Engine], dict[str, str]]:
-    """Return the engines of the candidates that can be loaded, and why a runtime cannot."""
+    """Return the engines of the candidates that can be loaded, and why a runtime cannot load the file, by its name."""
     engines: dict[ExecutionPlan, Engine] = {}
     refusals: dict[str, str] = {}
     for plan in candidates:
@@ -287,14 +243,14 @@ def _load(
 
 
 def _load_heldout(folder: Path) -> tuple[Images, NDArray[np.int32]]:
-    """Return `PROOF_IMAGES` of the held-out images of a version, from all over them, and their classes."""
+    """Return `PROOF_IMAGES` held-out images of a version, spread evenly over all of them, and their classes."""
     with np.load(folder / "heldout.npz") as arrays:
         images, labels = arrays["images"], arrays["labels"]
     chosen = np.linspace(0, len(images) - 1, min(len(images), PROOF_IMAGES)).astype(int)
     return images[chosen], labels[chosen]
 
 
-def _batches(manifest: Manifest, max_batch: int) -> list[Images]:
+def _make_batches(manifest: Manifest, max_batch: int) -> list[Images]:
     """Return batches of 1, 2, 4, ... and `max_batch` images of noise."""
     pixels = np.random.default_rng(0).integers(0, 256, (max_batch, *manifest.input.shape[1:]), np.uint8)
     return [pixels[:size] for size in sorted({1 << power for power in range(max_batch.bit_length())} | {max_batch})]
@@ -303,45 +259,11 @@ def _batches(manifest: Manifest, max_batch: int) -> list[Images]:
 def _choose_allowed(
     path: Path, candidates: Sequence[ExecutionPlan], ns: Mapping[int, Sequence[int]], refusals: Mapping[str, str]
 ) -> dict[int, ExecutionPlan]:
-    """Return the plan for each batch size, of those whose runtime was not refused."""
+    """Return the plan for each batch size, among the plans whose runtime was not refused."""
     allowed = [at for at, plan in enumerate(candidates) if plan.runtime not in refusals]
     if not allowed:
-        raise BadInput(f"{path} cannot be served so, choose another --runtime: {'; '.join(refusals.values())}")
+        reasons = "; ".join(refusals.values())
+        raise BadInput(f"{path} cannot be served by {', '.join(refusals)}, choose another --runtime: {reasons}")
     return choose(
         [candidates[at] for at in allowed], {images: [row[at] for at in allowed] for images, row in ns.items()}
     )
-
-
-def _cache() -> Path:
-    """Return the user's cache folder; one that cannot be written, for a user without a home."""
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"])
-    try:
-        return Path.home() / ".cache"
-    except RuntimeError:
-        return Path("/.cache")
-
-
-def _read(key: TuningKey) -> Tuning | None:
-    """Return what the cache has, None if it has nothing that can be used."""
-    path = key.path
-    try:
-        known = msgspec.json.decode(path.read_bytes(), type=Tuning)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, msgspec.DecodeError) as error:
-        log.warning("%s cannot be used (%s); the model is measured again", path, error)
-        return None
-    return known if known.key == key else None
-
-
-def _write(tuning: Tuning) -> None:
-    """Keep what was measured, whole or not at all."""
-    path = tuning.key.path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_bytes(msgspec.json.format(msgspec.json.encode(tuning), indent=2))
-        part.replace(path)
-    except OSError as error:
-        log.warning("%s cannot be written (%s); the model will be measured at each start", path, error.strerror)

@@ -1,8 +1,9 @@
-"""What every engine is: anything with `run` can stand behind a batcher."""
+"""The interface of engines: anything with `run` can stand behind a batcher, and an engine may bring its own threads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -10,12 +11,12 @@ from numpy.typing import NDArray
 
 from export.parity import Probabilities
 
-__all__ = ["Engine", "EngineThreads", "Gather", "Images", "Probabilities"]
+__all__ = ["Concatenator", "Engine", "EngineThreads", "Images", "Probabilities", "ThreadPool"]
 
 Images = NDArray[np.uint8]
 """Pixels of 0 to 255, [n, height, width, 3]."""
 
-Gather = Callable[[Sequence[Images]], Images]
+Concatenator = Callable[[Sequence[Images]], Images]
 """Concatenates the images of several requests."""
 
 
@@ -31,15 +32,25 @@ class Engine(Protocol):
 
 
 class EngineThreads(Protocol):
-    """The threads from which an engine computes."""
+    """The threads on which an engine computes."""
 
-    ahead: bool
-    """Whether the next full batch is concatenated while one is computed; for one instance only."""
+    prefetch: bool
+    """Whether the next full batch is concatenated while one is computed; only possible with one instance."""
 
     def submit(self, work: Callable[[], object], /) -> object:
-        """Run `work` on one of them, as soon as one is free."""
+        """Run `work` on one of the threads, as soon as one is free."""
         ...
 
-    def gatherer(self) -> Gather:
-        """Return what concatenates batches for the calling thread; each call overwrites the result of the last but one."""
+    def concatenator(self) -> Concatenator:
+        """Return what concatenates batches for the calling thread; the call after the next one reuses the memory."""
         ...
+
+
+class ThreadPool(ThreadPoolExecutor):
+    """Threads for an engine that any thread may call."""
+
+    prefetch = False
+
+    def concatenator(self) -> Concatenator:
+        """Return a function that allocates new memory for each batch."""
+        return np.concatenate

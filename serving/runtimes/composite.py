@@ -1,4 +1,4 @@
-"""Engines made of others: one for each batch size, or one for a batch alone and one for concurrent batches."""
+"""Engines made of other engines: one for each batch size, or one for a lone batch and one for concurrent batches."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from serving.runtimes.base import Engine, Images, Probabilities
 
 
 class ConcurrentEngine:
-    """Computes a batch with all cores while it is the only one, and concurrent batches with one core each."""
+    """Computes a batch on all cores while it is the only one, and concurrent batches on one core each."""
 
-    def __init__(self, alone: Engine, beside: Engine) -> None:
-        """Use `alone` for one batch at a time; several threads may run `beside`."""
-        self._alone, self._beside, self._running = alone, beside, 0
+    def __init__(self, alone: Engine, concurrent: Engine) -> None:
+        """Compute with two engines.
+
+        Args:
+            alone: Computes while no other batch runs; called by one thread at a time.
+            concurrent: Computes beside other batches; called by several threads.
+        """
+        self._alone, self._concurrent, self._running = alone, concurrent, 0
         self._lock = threading.Lock()
         self.provider = alone.provider
 
     def run(self, images: Images) -> Probabilities:
         """Map uint8 [n, height, width, 3] to float32 [n, classes]."""
         with self._lock:
-            engine = self._beside if self._running else self._alone
+            engine = self._concurrent if self._running else self._alone
             self._running += 1
         try:
             return engine.run(images)
@@ -34,7 +39,7 @@ class SizedEngine:
     """Computes each batch with the engine for its size."""
 
     def __init__(self, engines: Mapping[int, Engine]) -> None:
-        """Use `engines`, by the largest batch that each is for, ascending; the last is for larger ones too."""
+        """Compute with `engines`, by the largest batch of each, ascending; the last also computes larger ones."""
         self._sizes, self._engines = list(engines), list(engines.values())
         self.provider = " and ".join(dict.fromkeys(engine.provider for engine in self._engines))
 

@@ -1,4 +1,4 @@
-"""How many cores there are to compute with; it imports nothing, for processes that start quickly."""
+"""The number of cores to compute with. Imports nothing heavy, for processes that must start quickly."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 
 
 def count_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Return how many cores this process may use: those that it is bound to, or what its container's quota comes to.
+    """Return how many cores this process may use: those of its CPU affinity, limited by the CPU quota of its container.
 
-    With a thread for each core of a large machine, a container that may use two would be halted most of the time.
+    With a thread for each core of a large machine, a container with a quota of two cores would be throttled most of the
+    time.
     """
-    bound = len(os.sched_getaffinity(0))
+    affinity = len(os.sched_getaffinity(0))
     try:
         limit, period = quota.read_text().split()
-        return min(bound, math.ceil(int(limit) / int(period)))
-    except (OSError, ValueError):  # no such file, or `max` in it
-        return bound
+        return min(affinity, math.ceil(int(limit) / int(period)))
+    except (OSError, ValueError):  # no such file, or no limit: it contains `max`
+        return affinity

@@ -16,7 +16,9 @@ from serving.runtimes.plan import ExecutionPlan
 TITLE = ""
 CERTIFIED = CONCURRENT = True
 CPU = "CPUExecutionProvider"
-SPIN_US = 10  # longer wins nothing: ResNet-18 on two cores took 1.2 ms an image with 10 to 100, and 1.5 ms with none
+SPIN_US = (
+    10  # more gains nothing: ResNet-18 on two cores took 1.2 ms an image with 10 to 100, and 1.5 ms without spinning
+)
 
 
 def find_version() -> str | None:
@@ -25,10 +27,10 @@ def find_version() -> str | None:
 
 
 def list_plans(cores: int) -> Sequence[ExecutionPlan]:
-    """Return the plans worth measuring, the simplest first.
+    """Return the plans to measure, the simplest first.
 
-    Threads that wake each other for every layer of a small batch win little, and keep a core from taking requests in;
-    those that spin win more, and keep it for longer.
+    For small batches, several threads gain little, because they wake each other for every layer, and they take a core
+    from the threads that receive requests. Spinning threads gain more, and take it for longer.
     """
     if cores == 1:
         return (ExecutionPlan("onnxruntime", 1),)
@@ -37,12 +39,12 @@ def list_plans(cores: int) -> Sequence[ExecutionPlan]:
 
 
 def build(path: Path, manifest: Manifest, plan: ExecutionPlan, max_batch: int) -> OnnxEngine:  # noqa: ARG001
-    """Return the engine of a plan; it needs no warming up for each batch size."""
+    """Return the engine of a plan; new batch sizes need no warm-up."""
     return OnnxEngine(path, manifest, plan.threads, plan.spins)
 
 
 class OnnxEngine:
-    """An ONNX model in onnxruntime, on the CPU; several threads may run it at a time."""
+    """An ONNX model in onnxruntime on the CPU; several threads may run it at a time."""
 
     def __init__(
         self, path: Path, manifest: Manifest, threads_per_batch: int | None = None, spins: bool = False
@@ -52,16 +54,16 @@ class OnnxEngine:
         Args:
             path: The ONNX file.
             manifest: Names its input and output.
-            threads_per_batch: That compute a batch, the caller's among them; None is one for each core.
-            spins: Whether these threads wait for each other without sleeping, for a few microseconds.
+            threads_per_batch: Threads that compute a batch, including the calling one; None is one for each core.
+            spins: Whether these threads spin for a few microseconds while they wait for each other.
 
         Raises:
             BadInput: The file cannot be loaded.
         """
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads_per_batch or count_cores()
-        # Threads that spin for longer, up to the next batch, would take the cores from the threads that receive it:
-        # however they are grouped, there is one of them for each core.
+        # Threads that spin until the next batch would take the cores from the threads that receive it, because there is
+        # one spinning thread for each core.
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spins)))
         if spins:
             options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))

@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU, with the same ONNX file: several times as fast as onnxruntime in int8 on CPUs of Intel."""
+"""OpenVINO on the CPU, with the same ONNX file: in int8 on Intel CPUs several times as fast as onnxruntime."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CERTIFIED = CONCURRENT = False
 
 
 def find_version() -> str | None:
-    """Return the installed version; None without one."""
+    """Return the installed version; None if it is not installed."""
     try:
         return version("openvino")
     except PackageNotFoundError:
@@ -26,14 +26,14 @@ def find_version() -> str | None:
 
 
 def list_plans(cores: int) -> Sequence[ExecutionPlan]:
-    """Return the plans worth measuring."""
+    """Return the plans to measure."""
     return (ExecutionPlan("openvino", cores),)
 
 
 def build(path: Path, manifest: Manifest, plan: ExecutionPlan, max_batch: int) -> OpenvinoEngine:
     """Return the engine of a plan, after it has run every batch size.
 
-    It compiles for each new size, which takes tens of milliseconds that no request should wait for.
+    OpenVINO compiles the model for each new size, which takes tens of milliseconds that no request should wait for.
     """
     engine = OpenvinoEngine(path, manifest, plan.threads)
     for images in range(1, max_batch + 1):
@@ -42,7 +42,7 @@ def build(path: Path, manifest: Manifest, plan: ExecutionPlan, max_batch: int) -
 
 
 class OpenvinoEngine:
-    """An ONNX model in OpenVINO, on the CPU; one thread may run it at a time."""
+    """An ONNX model in OpenVINO on the CPU; one thread may run it at a time."""
 
     provider = "OpenVINO"
 
@@ -52,7 +52,7 @@ class OpenvinoEngine:
         Args:
             path: The ONNX file.
             manifest: Names its input and output.
-            threads: That compute a batch.
+            threads: Threads that compute a batch.
 
         Raises:
             BadInput: The file cannot be run.
@@ -60,11 +60,11 @@ class OpenvinoEngine:
         import openvino
 
         options = {
-            # Left alone it takes bfloat16 where the CPU has it, which is not what the certificate speaks of.
+            # The default is bfloat16 on CPUs that have it, whose results the certificate does not cover.
             "INFERENCE_PRECISION_HINT": "f32",
             "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": threads,
-            # Threads that are bound to cores could not give way to those that receive requests.
+            # Threads pinned to cores could not make way for the threads that receive requests.
             "ENABLE_CPU_PINNING": False,
         }
         self._input, self._output = manifest.input.name, manifest.output.name

@@ -1,10 +1,11 @@
-"""Execution plans: by which runtime, and by how many threads, the CPU computes a batch.
+"""Execution plans: with which runtime and how many threads the CPU computes a batch.
 
-All plans run the same file, so they differ in speed and rounding only. A plan costs the memory of the weights once; while
-plans are compared, all of them are loaded.
+All plans run the same file, so they differ only in speed and rounding. Each plan in use costs the memory of the weights
+once; while plans are compared, all of them are loaded.
 
-Splitting a batch among threads that each compute their own part was never faster in service than the same threads on the
-whole batch: with ResNet-18 and 32 single images in flight it answered 5 % less in fp32 and 9 % less in int8.
+No plan splits a batch among threads that each compute a part of it: that was never faster in service than the same
+threads on the whole batch. With ResNet-18 and 32 single images in flight, throughput was 5 % lower in fp32 and 9 % in
+int8.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from serving.runtimes.cores import count_cores
 
 
 class ExecutionPlan(msgspec.Struct, frozen=True):
-    """Computes a batch with threads of a runtime.
+    """A runtime and its threads.
 
     Attributes:
         runtime: One of `RUNTIMES`.
-        threads: That compute a batch.
-        spins: They wait for each other without sleeping: faster, as long as nobody else wants their cores.
+        threads: Threads that compute a batch together.
+        spins: Whether they spin while they wait for each other: faster, as long as nothing else needs their cores.
     """
 
     runtime: str
@@ -52,37 +53,37 @@ class ExecutionPlan(msgspec.Struct, frozen=True):
 
 
 class Runtime(Protocol):
-    """What the module of a runtime has."""
+    """What the module of a runtime defines."""
 
     TITLE: str
-    """Its name for people; empty for the default."""
+    """Name in the description of a plan; empty for the default runtime."""
 
     CERTIFIED: bool
-    """Whether the export certified the model with it. The answers of others are checked before they are used."""
+    """Whether the export certified the model with it. The answers of others must pass the certificate first."""
 
     CONCURRENT: bool
-    """Whether several threads may run an engine at a time."""
+    """Whether several threads may run one engine at a time."""
 
     def find_version(self) -> str | None:
-        """Return the installed version; None without one."""
+        """Return the installed version; None if it is not installed."""
         ...
 
     def list_plans(self, cores: int) -> Sequence[ExecutionPlan]:
-        """Return the plans worth measuring, the simplest first."""
+        """Return the plans to measure, the simplest first."""
         ...
 
     def build(self, path: Path, manifest: Manifest, plan: ExecutionPlan, max_batch: int) -> Engine:
-        """Return the engine of a plan; see `ExecutionPlan.build`."""
+        """Return the engine of a plan, as in `ExecutionPlan.build`."""
         ...
 
 
 def find_runtime(name: str) -> Runtime:
-    """Return a runtime by its name in `RUNTIMES`."""
+    """Return the module of a runtime, by its name in `RUNTIMES`."""
     return cast(Runtime, importlib.import_module(RUNTIMES[name]))
 
 
 def list_plans(runtime: str = "auto", cores: int | None = None) -> list[ExecutionPlan]:
-    """Return the plans of a runtime, or with `auto` those of all that are installed, the simplest first.
+    """Return the plans of a runtime, the simplest first; with `auto` those of every installed runtime.
 
     Raises:
         BadInput: The runtime is not installed.
@@ -94,8 +95,18 @@ def list_plans(runtime: str = "auto", cores: int | None = None) -> list[Executio
     return [plan for name in chosen for plan in find_runtime(name).list_plans(cores or count_cores())]
 
 
+def find_overflow_plan(plans: Mapping[int, ExecutionPlan]) -> ExecutionPlan | None:
+    """Return the plan, on one core, for batches that are computed beside another; None if the runtime allows only one.
+
+    Args:
+        plans: The plan for each batch, by the largest batch that it computes, ascending.
+    """
+    *_, largest = plans.values()
+    return ExecutionPlan(largest.runtime, 1) if find_runtime(largest.runtime).CONCURRENT else None
+
+
 def describe(plans: Mapping[int, ExecutionPlan]) -> str:
-    """Return in words which plan is for which batches, given the largest batch of each, ascending."""
+    """Return a text that says which plan computes which batches, from the plans by their largest batch, ascending."""
     groups = [
         (str(plan), max(size for size, _ in group)) for plan, group in groupby(plans.items(), lambda item: item[1])
     ]

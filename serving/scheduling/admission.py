@@ -1,7 +1,8 @@
-"""Whether a request is let in: by what waits, what runs, what that costs, and when its caller stops waiting.
+"""Admission control: predict the latency of a request, and refuse it at once if it cannot be answered in time.
 
-The queue is bounded in images and in milliseconds of work, and a request that could not be answered in time is refused
-at once: that costs nothing, where a late answer costs as much as one in time.
+The queue is bounded in images and in milliseconds of work. Refusing early costs nothing; computing a late response
+costs as much as computing one in time. All functions are pure: they depend only on the state of the queue, the costs of
+batches, and the deadline.
 """
 
 from __future__ import annotations
@@ -12,104 +13,117 @@ from typing import NamedTuple
 from serving.errors import DeadlineExceeded, Overloaded, ServingError
 from serving.runtimes.cost import CostCurve
 
-# What is expected to take all the time that is left is late half of the time, and was computed for nothing. Under five
-# times the load that a server bears, 2 % of the answers took longer than this times what was expected.
-HURRY = 1.35
+# Safety factor on the predicted latency. Without it, a request predicted to finish exactly at its deadline is late half
+# of the time, and its computation is wasted. At five times the server's capacity, 2 % of the responses took longer than
+# this factor times the prediction.
+SAFETY_FACTOR = 1.35
 
 
 class QueueState(NamedTuple):
-    """What a batcher has to do when a request comes.
+    """The load of a batcher when a request arrives.
 
     Attributes:
-        queued: Images that wait.
-        before: Of these, those that go before a request that comes now.
-        running: Of each batch that is computed, when that began and what it was expected to take while nothing else
-            shared the cores, in nanoseconds.
-        instances: Batches that are computed at a time, each with cores of its own.
-        contention: How many times as long a batch takes for those that share the cores with it.
-        limit: Images that may share a batch.
-        curve: What batches cost.
-        now: The time, on the clock of `running`.
+        queued: Images in the queue.
+        ahead: Those of them that are computed before a request that arrives now.
+        running: The start of each running batch, and its predicted time while nothing else shares its cores, both in
+            nanoseconds.
+        instances: Batches computed concurrently, each on cores of its own.
+        contention: Factor by which a batch is slower because other batches share its cores.
+        max_batch: Largest number of images in one batch.
+        curve: Cost of a batch by its size.
+        now_ns: Current time, on the clock of `running`.
     """
 
     queued: int
-    before: int
+    ahead: int
     running: Sequence[tuple[int, float]]
     instances: int
     contention: float
-    limit: int
+    max_batch: int
     curve: CostCurve
-    now: int
+    now_ns: int
 
 
 class QueueLimits(NamedTuple):
-    """How much may wait.
+    """Limits of the queue.
 
     Attributes:
-        images: At most so many.
-        queue_ns: At most so much work, in nanoseconds.
-        answer_ns: What would take longer to answer is not let in.
+        images: Most images that may wait.
+        queue_ns: Longest queueing time, in nanoseconds.
+        latency_ns: Longest predicted latency of an admitted request, in nanoseconds.
     """
 
     images: int
     queue_ns: float
-    answer_ns: float = float("inf")
+    latency_ns: float = float("inf")
 
 
-def wait_ns(load: QueueState, images: int) -> float:
-    """Return when so many of the images that wait will have begun, in nanoseconds from now."""
-    full, rest = divmod(images, load.limit)
-    waiting = full * load.curve.ns(load.limit) + (load.curve.ns(rest) if rest else 0)
-    return waiting / load.instances + _free_ns(load)
+RecentRefusal = tuple[int, float, ServingError | None]
+"""A refusal that for a moment also holds for later requests.
+
+It has the time until which it holds, on the clock of `time.perf_counter_ns`; the latest deadline for which it holds;
+and the error, None before the first refusal. It is a plain tuple, because every request reads it.
+"""
 
 
-def answer_ns(load: QueueState, images: int) -> float:
-    """Return how long the answer to so many further images will take, in nanoseconds.
+def predict_queue_ns(state: QueueState, images: int) -> float:
+    """Return the time until the computation of the first `images` queued images has begun, in nanoseconds."""
+    full, remainder = divmod(images, state.max_batch)
+    work = full * state.curve.ns(state.max_batch) + (state.curve.ns(remainder) if remainder else 0)
+    return work / state.instances + _next_free_ns(state)
 
-    Their batch begins after all that waits before it. Those that come later fill it up, and batches share the cores
-    with others: nobody's answer is there before the whole batch is.
+
+def predict_latency_ns(state: QueueState, images: int) -> float:
+    """Return the time until a request of `images` further images is answered, in nanoseconds.
+
+    The request shares its batch with the last images ahead of it, as far as they fit. If more than a batch is ahead,
+    its batch counts as full, because later requests fill it. The batch shares its cores with other batches, and a
+    request is answered when its whole batch is computed.
     """
-    batch = max(images, min(load.before + images, load.limit))
-    return wait_ns(load, load.before + images - batch) + load.contention * load.curve.ns(batch)
+    batch = max(images, min(state.ahead + images, state.max_batch))
+    return predict_queue_ns(state, state.ahead + images - batch) + state.contention * state.curve.ns(batch)
 
 
-def judge(load: QueueState, images: int, left_ns: float, bounds: QueueLimits) -> ServingError | None:
-    """Return why a request is not let in; None if it is.
+def find_refusal(state: QueueState, images: int, remaining_ns: float, limits: QueueLimits) -> ServingError | None:
+    """Return why a request is refused; None if it is admitted.
 
     Args:
-        load: What there is to do.
-        images: Of the request.
-        left_ns: How long its caller still waits, in nanoseconds; infinity is for ever.
-        bounds: How much may wait.
+        state: Load of the batcher.
+        images: Images of the request.
+        remaining_ns: Time until its deadline, in nanoseconds; infinity without a deadline.
+        limits: Limits of the queue.
     """
-    waits = wait_ns(load, load.before)
-    retry_ms = 1 + int(waits / 1e6)
-    if load.queued + images > bounds.images:
+    queue_ns = predict_queue_ns(state, state.ahead)
+    retry_ms = 1 + int(queue_ns / 1e6)
+    if state.queued + images > limits.images:
         return Overloaded(
-            f"{load.queued} images are waiting, {images} more would exceed the {bounds.images} allowed", retry_ms
+            f"{state.queued} images are waiting, {images} more would exceed the {limits.images} allowed", retry_ms
         )
-    if waits > bounds.queue_ns:
-        allowed = f"{bounds.queue_ns / 1e6:g} ms"
-        return Overloaded(f"{waits / 1e6:.0f} ms of work are waiting, more than the {allowed} allowed", retry_ms)
-    if min(left_ns, bounds.answer_ns) == float("inf"):
+    if queue_ns > limits.queue_ns:
+        allowed = f"{limits.queue_ns / 1e6:g} ms"
+        return Overloaded(f"{queue_ns / 1e6:.0f} ms of work are waiting, more than the {allowed} allowed", retry_ms)
+    if min(remaining_ns, limits.latency_ns) == float("inf"):
         return None
-    takes = answer_ns(load, images)
-    if takes > bounds.answer_ns:
+    latency_ns = predict_latency_ns(state, images)
+    if latency_ns > limits.latency_ns:
         return Overloaded(
-            f"the answer would take {takes / 1e6:.0f} ms, too long for the server's latency target", retry_ms
+            f"the answer would take {latency_ns / 1e6:.0f} ms, too long for the server's latency target", retry_ms
         )
-    if (own := load.curve.ns(images)) > left_ns:
-        return DeadlineExceeded(f"to compute takes {own / 1e6:.0f} ms, {max(0.0, left_ns) / 1e6:.0f} ms are left")
-    if HURRY * takes > left_ns:
+    if (compute_ns := state.curve.ns(images)) > remaining_ns:
+        return DeadlineExceeded(
+            f"computing takes {compute_ns / 1e6:.0f} ms, {max(0.0, remaining_ns) / 1e6:.0f} ms are left"
+        )
+    if SAFETY_FACTOR * latency_ns > remaining_ns:
         return Overloaded(
-            f"the answer may take {HURRY * takes / 1e6:.0f} ms, {left_ns / 1e6:.0f} ms are left", retry_ms
+            f"the answer may take {SAFETY_FACTOR * latency_ns / 1e6:.0f} ms, {remaining_ns / 1e6:.0f} ms are left",
+            retry_ms,
         )
     return None
 
 
-def _free_ns(load: QueueState) -> float:
-    """Return when the next of the batches under way will make room for another, in nanoseconds from now."""
-    if len(load.running) < load.instances:
+def _next_free_ns(state: QueueState) -> float:
+    """Return the time until an instance is free, in nanoseconds."""
+    if len(state.running) < state.instances:
         return 0.0
-    contention = len(load.running) / load.instances
-    return max(0.0, min(began + contention * expected for began, expected in load.running) - load.now)
+    contention = len(state.running) / state.instances
+    return max(0.0, min(start + contention * expected for start, expected in state.running) - state.now_ns)

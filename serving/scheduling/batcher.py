@@ -1,8 +1,8 @@
-"""Continuous batching: each time the engine is free, whatever waits becomes the next batch.
+"""Continuous batching: whenever the engine is free, the requests that wait become the next batch.
 
-There is no timer, unless one is asked for. A thread leads as long as there is work: it takes a batch, computes it, and
-takes the next. It answers a batch by itself when nothing waits, so that a lone request changes threads once; else
-another thread answers while the engine goes on, because the engine is what there is least of.
+There is no batching timer unless `linger_ms` sets one. A worker runs as long as there are requests: it takes a batch,
+computes it, and takes the next. If nothing else waits, the worker also responds, so that a lone request changes threads
+only once. Otherwise another thread responds while the worker continues, because the engine is the bottleneck.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from contextlib import suppress
 
 from serving.config import Batching
 from serving.errors import InternalError, ServingError, Unavailable
-from serving.runtimes.base import EngineThreads, Gather, Images, Probabilities
+from serving.runtimes.base import Concatenator, EngineThreads, Images, Probabilities, ThreadPool
 from serving.runtimes.cost import CostCurve
-from serving.scheduling.admission import QueueLimits, QueueState, judge
+from serving.scheduling.admission import QueueLimits, QueueState, RecentRefusal, find_refusal
 from serving.scheduling.latency_target import LatencyTarget
-from serving.scheduling.queue import DEFAULT_PRIORITY, Batch, BatchResult, Job, Outcome, Queued, ThreadPool
+from serving.scheduling.queue import DEFAULT_PRIORITY, Batch, BatchResult, Entry, HeapItem, Outcome
 
-# Of a request: smaller ones take the interpreter longer than the copy does, and there is only one interpreter. Single
-# images of 3 KB, put together ahead, cost a server on a GPU a tenth of its requests.
-LARGE_BYTES = 2**15
+# Batches of smaller requests are not prefetched: the interpreter's work for them takes longer than the copy, and there
+# is only one interpreter. Prefetching single images of 3 KB cost a server on a GPU a tenth of its throughput.
+MIN_PREFETCH_BYTES = 2**15
 
-KEPT_NS = 1_000_000  # how long a refusal holds for others
-DROP_NS = 10_000_000  # from one look through a full queue for those that nobody waits for to the next
+REFUSAL_TTL_NS = 1_000_000  # how long a refusal also holds for later requests
+SWEEP_INTERVAL_NS = 10_000_000  # between two searches of a full queue for requests whose caller is gone
 
 log = logging.getLogger(__name__)
 
 
 class Batcher:
-    """Runs the requests of many callers through one engine, in batches: by priority, and then in order of arrival.
+    """Computes the requests of many callers in batches, by priority, and in order of arrival within a priority.
 
     Attributes:
-        queued: Images that wait, among them those that are taken ahead.
-        curve: What batches cost, as far as it is known.
+        queued: Images in the queue, those of a prefetched batch included.
+        curve: Cost of a batch by its size, updated by every batch.
     """
 
     def __init__(
@@ -52,283 +52,294 @@ class Batcher:
         overflow: int = 0,
         threads: EngineThreads | None = None,
     ) -> None:
-        """Start empty.
+        """Begin with an empty queue.
 
         Args:
             run: Maps uint8 [n, height, width, 3] to float32 [n, classes].
-            batching: How to work. A request with more images than a batch is computed alone.
-            curve: What a batch costs, as far as it is known; every batch adds to it.
-            instances: Calls of `run` that may be under way at a time, each on a thread of its own.
-            overflow: Further calls, which begin only while a full batch waits: calls that share cores with the others, so
-                that two small batches would take longer than one.
-            threads: Threads for the calls of `run`, where not every thread will do: as many as there are instances.
+            batching: Limits of batches and of the queue. A request with more images than a batch is computed alone.
+            curve: Cost of a batch by its size, as measured so far; None if nothing was measured.
+            instances: Concurrent calls of `run`, each on a thread of its own.
+            overflow: Further concurrent calls, which share cores with the others. They begin only while a full batch
+                waits: two small batches that share cores take longer than one.
+            threads: Threads that call `run`, at least as many as instances; None for a `run` that any thread may call.
         """
         self._run, self._instances, self._overflow = run, instances, overflow
-        self._bounds = QueueLimits(batching.max_queue, batching.max_queue_ms * 1e6)
+        self._limits = QueueLimits(batching.max_queue, batching.max_queue_ms * 1e6)
         self._linger_ns = batching.linger_ms * 1e6
         self.curve = curve or CostCurve()
-        self._max_batch = self.curve.best(batching.max_batch)
+        self._max_batch = self.curve.find_best_batch(batching.max_batch)
         self._target = LatencyTarget(batching.target_p99_ms, self.curve) if batching.target_p99_ms else None
         self._lock = threading.Lock()
-        self._idle, self._came = threading.Condition(self._lock), threading.Condition(self._lock)
-        self._queue: list[Queued] = []  # a heap: by priority, then as they came
-        self._numbers = itertools.count()
+        self._idle, self._arrival = threading.Condition(self._lock), threading.Condition(self._lock)
+        self._heap: list[HeapItem] = []
+        self._sequence = itertools.count()
         self.queued = 0
-        self._leads = 0
+        self._workers = 0
         self._running: list[Batch] = []
-        self._answering = 0  # batches
-        self._dropped_at = 0
-        # Until when, and up to which deadline, one request is refused as another was.
-        self._refused: tuple[int, float, ServingError | None] = 0, 0.0, None
-        self._prefers = False  # whether any request had another priority: what holds for one may not for others then
+        self._responding = 0  # batches
+        self._swept_ns = 0
+        self._recent_refusal: RecentRefusal = 0, 0.0, None
+        self._has_priorities = False  # once a request had another priority, a refusal may not hold for others
         self._closed = False
-        # Threads of these end with the batcher.
-        self._threads: EngineThreads = threads or ThreadPool(instances + overflow, thread_name_prefix="lead")
-        self._answerer = ThreadPoolExecutor(1, thread_name_prefix="answer")
-        self._gatherer = ThreadPoolExecutor(1, thread_name_prefix="gather")
+        # The threads of executors end when the batcher is garbage-collected.
+        self._threads: EngineThreads = threads or ThreadPool(instances + overflow, thread_name_prefix="batch")
+        self._response_thread = ThreadPoolExecutor(1, thread_name_prefix="respond")
+        self._prefetch_thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
 
     def enqueue(
         self,
         images: Images,
-        done: Callable[[Outcome], None],
+        callback: Callable[[Outcome], None],
         deadline: float = float("inf"),
-        alive: Callable[[], bool] = lambda: True,
+        is_active: Callable[[], bool] = lambda: True,
         priority: int = DEFAULT_PRIORITY,
     ) -> None:
-        """Have the images of one request computed, and do not wait for it.
+        """Add a request to the queue, and return at once.
 
         Args:
-            images: uint8 [n, height, width, 3], at least one.
-            done: Takes the answer, or what an engine or a caller that left made of it; called once, on another thread,
-                which the next batch may need: it must be quick, and raise nothing.
-            deadline: As in `Job`.
-            alive: As in `Job`.
-            priority: One of `PRIORITIES`: as long as others wait, a lower number goes before a higher one.
+            images: uint8 [n, height, width, 3], at least one image.
+            callback: Called once with the result, or with the error if the engine failed or the request was dropped. It
+                runs on a thread that the next batch may need: it must be quick and must not raise.
+            deadline: As in `Entry`.
+            is_active: As in `Entry`.
+            priority: One of `PRIORITIES`; lower numbers are computed first.
 
         Raises:
-            Overloaded: The queue is full, or too long for the deadline or the latency that is the goal.
-            Unavailable: The batcher was closed.
-            DeadlineExceeded: The deadline is too near for the computation alone.
+            Overloaded: The queue is full, or too long for the deadline or the latency target.
+            Unavailable: The batcher is closed.
+            DeadlineExceeded: The deadline is too near even for the computation alone.
         """
-        job = Job(images, deadline, alive, done)
+        entry = Entry(images, deadline, is_active, callback)
         with self._lock:
-            refusal = self._judge(len(images), deadline, job.arrived, priority)
-            if refusal and self._drop_dead(job.arrived):
-                refusal = self._judge(len(images), deadline, job.arrived, priority)
+            refusal = self._find_refusal(len(images), deadline, entry.arrival_ns, priority)
+            if refusal and self._sweep(entry.arrival_ns):
+                refusal = self._find_refusal(len(images), deadline, entry.arrival_ns, priority)
             if refusal:
                 raise refusal
-            heapq.heappush(self._queue, (priority, next(self._numbers), job))
+            heapq.heappush(self._heap, (priority, next(self._sequence), entry))
             self.queued += len(images)
-            leads = self._leads < self._instances or (
-                self._overflows() and self._leads < self._instances + self._overflow
+            needs_worker = self._workers < self._instances or (
+                self._may_overflow() and self._workers < self._instances + self._overflow
             )
-            self._leads += leads
+            self._workers += needs_worker
             if self._linger_ns:
-                self._came.notify_all()
-        if leads:
-            self._threads.submit(self._lead)
+                self._arrival.notify_all()
+        if needs_worker:
+            self._threads.submit(self._run_worker)
 
     def refusal(self, deadline: float) -> ServingError | None:
-        """Return why a request need not be read: just now another one was refused that had as long to wait."""
-        until, latest, refusal = self._refused
-        return refusal if refusal and deadline <= latest and time.perf_counter_ns() < until else None
+        """Return the error of a recent refusal that also holds for a request with this deadline; None if there is none.
+
+        Such a request need not be parsed.
+        """
+        expires_ns, latest_deadline, error = self._recent_refusal
+        return error if error and deadline <= latest_deadline and time.perf_counter_ns() < expires_ns else None
 
     def close(self) -> None:
-        """Refuse further requests; those that wait are still computed."""
+        """Refuse further requests; queued ones are still computed."""
         with self._lock:
             self._closed = True
-            self._came.notify_all()  # nobody is to be waited for
+            self._arrival.notify_all()  # no further request will fill a batch
 
     def drain(self, seconds: float) -> bool:
-        """Wait until nothing is computed and nothing waits; return whether it came to that within `seconds`."""
+        """Wait until all requests are answered; return whether that was within `seconds`."""
         with self._lock:
-            return self._idle.wait_for(lambda: not self._leads and not self._answering, seconds)
+            return self._idle.wait_for(lambda: not self._workers and not self._responding, seconds)
 
-    def _judge(self, images: int, deadline: float, now: int, priority: int) -> ServingError | None:
-        """Return what keeps a request out, if anything does; the lock is held."""
+    def _find_refusal(self, images: int, deadline: float, now_ns: int, priority: int) -> ServingError | None:
+        """Return why a request is refused; None if it is admitted. The lock is held."""
         if self._closed:
             return Unavailable("the server is shutting down")
-        if not self._leads and self.queued + images <= self._bounds.images:
-            return None  # an idle engine turns nothing down: what a batch really takes, only a batch can tell
-        running = [(batch.began, batch.expected_ns) for batch in self._running]
-        contention = 1 + (self._overflow / self._instances if self._overflows() else 0)
-        before = self.queued
-        if self._prefers or priority != DEFAULT_PRIORITY:
-            self._prefers = True
-            before = sum(len(job.images) for other, _, job in self._queue if other <= priority)
-        load = QueueState(self.queued, before, running, self._instances, contention, self._limit(), self.curve, now)
-        left_ns = deadline if deadline == float("inf") else (deadline - time.monotonic()) * 1e9
-        bounds = self._bounds._replace(answer_ns=self._target.allowed_ns) if self._target else self._bounds
-        refusal = judge(load, images, left_ns, bounds)
-        if refusal and images == 1 and not self._prefers:
-            # A copy: what is raised here will carry the id of its call.
-            self._refused = now + KEPT_NS, deadline + KEPT_NS / 1e9, copy.copy(refusal)
+        if not self._workers and self.queued + images <= self._limits.images:
+            return None  # an idle engine accepts everything: only a batch can correct a cost that is too high
+        running = [(batch.start_ns, batch.expected_ns) for batch in self._running]
+        contention = 1 + (self._overflow / self._instances if self._may_overflow() else 0)
+        ahead = self.queued
+        if self._has_priorities or priority != DEFAULT_PRIORITY:
+            self._has_priorities = True
+            ahead = sum(len(entry.images) for other, _, entry in self._heap if other <= priority)
+        state = QueueState(
+            self.queued, ahead, running, self._instances, contention, self._find_max_batch(), self.curve, now_ns
+        )
+        remaining_ns = deadline if deadline == float("inf") else (deadline - time.monotonic()) * 1e9
+        limits = self._limits._replace(latency_ns=self._target.limit_ns) if self._target else self._limits
+        refusal = find_refusal(state, images, remaining_ns, limits)
+        if refusal and images == 1 and not self._has_priorities:
+            # A copy, because the error that is raised will carry the id of its own call.
+            self._recent_refusal = now_ns + REFUSAL_TTL_NS, deadline + REFUSAL_TTL_NS / 1e9, copy.copy(refusal)
         return refusal
 
-    def _drop_dead(self, now: int) -> bool:
-        """Take out what nobody waits for, once in a while; say whether there was any. The lock is held."""
-        if now - self._dropped_at < DROP_NS:
-            return False
-        self._dropped_at = now
-        batch, alive = Batch(), []
-        for entry in self._queue:
-            if error := entry[-1].refusal():
-                batch.entries.append(entry)
-                batch.refused.append((entry[-1], error))
-            else:
-                alive.append(entry)
-        if batch.entries:
-            heapq.heapify(alive)
-            self._queue = alive
-            self.queued -= batch.taken
-            self._answering += 1
-            self._answerer.submit(self._answer, batch, None, 0)
-        return bool(batch.entries)
+    def _sweep(self, now_ns: int) -> bool:
+        """Drop all queued requests whose caller is gone, unless that was just done; return whether there were any.
 
-    def _lead(self) -> None:
-        """Compute batches as long as there are requests."""
-        gather = self._threads.gatherer()
-        ahead: Batch | None = None
-        while batch := self._begin(ahead):
-            # In this order: what is put together ahead takes the place of the batch before this one.
-            images = self._assemble(batch, gather)
-            ahead = self._look_ahead(gather)
-            probabilities = self._compute(batch, images)
-            took = time.perf_counter_ns() - batch.began
-            with self._lock:
-                if batch.jobs:
-                    if probabilities is not None:
-                        self.curve.learn(batch.size, took / self._crowd())
-                    self._running.remove(batch)
-                others = bool(self._queue or self._answering or ahead)  # also keeps the order of answers
-                self._answering += 1
-            if others:
-                self._answerer.submit(self._answer, batch, probabilities, took)
+        The lock is held.
+        """
+        if now_ns - self._swept_ns < SWEEP_INTERVAL_NS:
+            return False
+        self._swept_ns = now_ns
+        batch, remaining = Batch(), []
+        for item in self._heap:
+            if error := item[-1].drop_reason():
+                batch.items.append(item)
+                batch.dropped.append((item[-1], error))
             else:
-                self._answer(batch, probabilities, took)
-            if batch.jobs and probabilities is None:
-                if ahead:
+                remaining.append(item)
+        if batch.items:
+            heapq.heapify(remaining)
+            self._heap = remaining
+            self.queued -= batch.removed_images
+            self._responding += 1
+            self._response_thread.submit(self._respond, batch, None, 0)
+        return bool(batch.items)
+
+    def _run_worker(self) -> None:
+        """Compute batches as long as there are requests."""
+        concatenate = self._threads.concatenator()
+        prefetched: Batch | None = None
+        while batch := self._start_batch(prefetched):
+            # In this order: the images of the prefetched batch overwrite those of the batch before this one.
+            images = self._concatenate(batch, concatenate)
+            prefetched = self._prefetch(concatenate)
+            probabilities = self._compute(batch, images)
+            compute_ns = time.perf_counter_ns() - batch.start_ns
+            with self._lock:
+                if batch.entries:
+                    if probabilities is not None:
+                        self.curve.update(batch.size, compute_ns / self._contention())
+                    self._running.remove(batch)
+                # While another batch is being answered, this one is answered after it, in order.
+                is_busy = bool(self._heap or self._responding or prefetched)
+                self._responding += 1
+            if is_busy:
+                self._response_thread.submit(self._respond, batch, probabilities, compute_ns)
+            else:
+                self._respond(batch, probabilities, compute_ns)
+            if batch.entries and probabilities is None:
+                if prefetched:
                     with self._lock:
-                        self._put_back(ahead)
-                self._threads.submit(self._lead)  # to another thread, and perhaps to one that fares better
+                        self._requeue(prefetched)
+                self._threads.submit(self._run_worker)  # on the next free thread, which may be that of another GPU
                 return
 
-    def _begin(self, batch: Batch | None) -> Batch | None:
-        """Return what is computed now: a batch that was taken, or what waits; give up the lead if there is nothing."""
+    def _start_batch(self, batch: Batch | None) -> Batch | None:
+        """Return the next batch to compute: the prefetched one, or one from the queue; None ends the worker."""
         with self._lock:
             if batch and self._is_stale(batch):
-                self._put_back(batch)
+                self._requeue(batch)
                 batch = None
             if batch is None:
-                if len(self._running) >= self._instances and not self._overflows():
-                    self._rest()  # another leads, and will take what there is
+                if len(self._running) >= self._instances and not self._may_overflow():
+                    self._end_worker()  # another worker takes the requests that wait
                     return None
-                limit = self._limit()
+                max_batch = self._find_max_batch()
                 if self._linger_ns:
-                    self._linger(limit)
-                batch = self._take(limit)
-                if not batch.entries:
-                    self._rest()
+                    self._linger(max_batch)
+                batch = self._take_batch(max_batch)
+                if not batch.items:
+                    self._end_worker()
                     return None
-            self.queued -= batch.taken
-            if batch.jobs:
-                batch.overflow = len(self._running) >= self._instances
-                batch.expected_ns, batch.began = self.curve.ns(batch.size), time.perf_counter_ns()
+            self.queued -= batch.removed_images
+            if batch.entries:
+                batch.is_overflow = len(self._running) >= self._instances
+                batch.expected_ns, batch.start_ns = self.curve.ns(batch.size), time.perf_counter_ns()
                 self._running.append(batch)
         return batch
 
-    def _look_ahead(self, gather: Gather) -> Batch | None:
-        """Take the next batch already, and begin to put it together, if it will be a full one of large requests."""
-        if not self._threads.ahead:
+    def _prefetch(self, concatenate: Concatenator) -> Batch | None:
+        """Take the next batch and begin to concatenate it, if it is a full one of large requests."""
+        if not self._threads.prefetch:
             return None
         with self._lock:
-            limit = self._limit()
-            if self.queued < limit or self._queue[0][-1].images.nbytes < LARGE_BYTES:
+            max_batch = self._find_max_batch()
+            if self.queued < max_batch or self._heap[0][-1].images.nbytes < MIN_PREFETCH_BYTES:
                 return None
-            batch = self._take(limit)
-        if batch.jobs:
-            with suppress(RuntimeError):  # no further thread is to be had; then it is put together when it begins
-                batch.gathered = self._gatherer.submit(gather, [job.images for job in batch.jobs])
+            batch = self._take_batch(max_batch)
+        if batch.entries:
+            with suppress(RuntimeError):  # no thread can be started: the batch is concatenated when it begins
+                batch.concatenated = self._prefetch_thread.submit(
+                    concatenate, [entry.images for entry in batch.entries]
+                )
         return batch
 
-    def _take(self, limit: int) -> Batch:
-        """Take whole requests from the queue, up to a batch, and those that nobody waits for; the lock is held."""
-        batch, soonest = Batch(), float("inf")
-        while self._queue:
-            job = self._queue[0][-1]
-            error = job.refusal()
+    def _take_batch(self, max_batch: int) -> Batch:
+        """Remove whole requests from the queue, up to a batch, and those whose caller is gone. The lock is held."""
+        batch, earliest = Batch(), float("inf")
+        while self._heap:
+            entry = self._heap[0][-1]
+            error = entry.drop_reason()
             if error is None:
-                size, soonest = batch.size + len(job.images), min(soonest, job.deadline)
-                if batch.jobs and (size > limit or self._misses(size, soonest)):
+                size, earliest = batch.size + len(entry.images), min(earliest, entry.deadline)
+                if batch.entries and (size > max_batch or self._would_miss(size, earliest)):
                     break
-                batch.jobs.append(job)
+                batch.entries.append(entry)
                 batch.size = size
             else:
-                batch.refused.append((job, error))
-            batch.entries.append(heapq.heappop(self._queue))
+                batch.dropped.append((entry, error))
+            batch.items.append(heapq.heappop(self._heap))
         return batch
 
     def _is_stale(self, batch: Batch) -> bool:
-        """Say whether another would be taken now: somebody has left, or somebody came who goes first."""
-        overtaken = self._queue and self._queue[0] < batch.entries[-1]
-        return bool(overtaken) or any(job.refusal() for job in batch.jobs)
+        """Return whether a prefetched batch is out of date: a caller is gone, or another request goes before it."""
+        is_overtaken = self._heap and self._heap[0] < batch.items[-1]
+        return bool(is_overtaken) or any(entry.drop_reason() for entry in batch.entries)
 
-    def _put_back(self, batch: Batch) -> None:
-        """Have those who were taken ahead wait as before; the lock is held."""
-        if batch.gathered:
-            wait([batch.gathered])  # it could overwrite what is put together next
-        for entry in batch.entries:
-            heapq.heappush(self._queue, entry)
+    def _requeue(self, batch: Batch) -> None:
+        """Put the requests of a prefetched batch back into the queue. The lock is held."""
+        if batch.concatenated:
+            wait([batch.concatenated])  # it writes to the memory that the next batch may use
+        for item in batch.items:
+            heapq.heappush(self._heap, item)
 
-    def _overflows(self) -> bool:
-        """Say whether overflow instances may begin: for a full batch, or where cores would idle beside a batch that has but a
-        part of them.
+    def _may_overflow(self) -> bool:
+        """Return whether a batch may begin although all instances are busy.
+
+        It may if it is full, or if cores are idle because an overflow batch runs, which uses only a part of them.
         """
         if not self._overflow:
             return False
-        return self.queued >= self._limit() or any(batch.overflow for batch in self._running)
+        return self.queued >= self._find_max_batch() or any(batch.is_overflow for batch in self._running)
 
-    def _limit(self) -> int:
-        """Return how many images may share a batch."""
-        return min(self._max_batch, self._target.batch) if self._target else self._max_batch
+    def _find_max_batch(self) -> int:
+        """Return the largest number of images in a batch."""
+        return min(self._max_batch, self._target.max_batch) if self._target else self._max_batch
 
-    def _rest(self) -> None:
-        """Give up the lead; the lock is held."""
-        self._leads -= 1
+    def _end_worker(self) -> None:
+        """Count a worker that ends. The lock is held."""
+        self._workers -= 1
         self._idle.notify_all()
 
-    def _crowd(self) -> float:
-        """Return how many batches share the cores that are meant for one."""
+    def _contention(self) -> float:
+        """Return how many running batches share the cores of one instance."""
         return max(1.0, len(self._running) / self._instances)
 
-    def _misses(self, images: int, deadline: float) -> bool:
-        """Say whether a batch that begins now will be done too late for a deadline."""
+    def _would_miss(self, images: int, deadline: float) -> bool:
+        """Return whether a batch that begins now would end after a deadline."""
         if deadline == float("inf"):
             return False
         contention = max(1.0, (len(self._running) + 1) / self._instances)
         return time.monotonic() + contention * self.curve.ns(images) / 1e9 > deadline
 
-    def _linger(self, limit: int) -> None:
-        """Wait for a full batch, as long as the first of those that wait may be kept waiting; the lock is held."""
-        while self._queue and self.queued < limit and not self._closed:
-            left = self._linger_ns - (time.perf_counter_ns() - min(job.arrived for _, _, job in self._queue))
-            if left <= 0:
+    def _linger(self, max_batch: int) -> None:
+        """Wait for a full batch, until the oldest request has waited for `linger_ms`. The lock is held."""
+        while self._heap and self.queued < max_batch and not self._closed:
+            waited_ns = time.perf_counter_ns() - min(entry.arrival_ns for _, _, entry in self._heap)
+            if waited_ns >= self._linger_ns:
                 return
-            self._came.wait(left / 1e9)
+            self._arrival.wait((self._linger_ns - waited_ns) / 1e9)
 
-    def _assemble(self, batch: Batch, gather: Gather) -> Images | None:
-        """Return the images of a batch; None if there are none, or they cannot be put together."""
-        parts = [job.images for job in batch.jobs]
+    def _concatenate(self, batch: Batch, concatenate: Concatenator) -> Images | None:
+        """Return the images of a batch; None if there are none or they cannot be concatenated."""
+        parts = [entry.images for entry in batch.entries]
         try:
-            if batch.gathered:
-                return batch.gathered.result()
-            return gather(parts) if len(parts) > 1 else parts[0] if parts else None
+            if batch.concatenated:
+                return batch.concatenated.result()
+            return concatenate(parts) if len(parts) > 1 else parts[0] if parts else None
         except Exception:
-            log.exception("a batch of %d requests cannot be put together", len(parts))
+            log.exception("a batch of %d requests cannot be concatenated", len(parts))
             return None
 
     def _compute(self, batch: Batch, images: Images | None) -> Probabilities | None:
-        """Return the probabilities of a batch; None if there are none because the engine failed."""
+        """Return the probabilities of a batch; None if it has no images or the engine failed."""
         if images is None:
             return None
         try:
@@ -336,24 +347,25 @@ class Batcher:
             if len(probabilities) != len(images):
                 raise RuntimeError(f"the engine returned {len(probabilities)} rows for {len(images)} images")
         except Exception:
-            log.exception("the engine failed on a batch of %d requests", len(batch.jobs))
+            log.exception("the engine failed on a batch of %d requests", len(batch.entries))
             return None
         return probabilities
 
-    def _answer(self, batch: Batch, probabilities: Probabilities | None, took: int) -> None:
-        """Tell those whose requests were taken what became of them."""
-        for job, error in batch.refused:
-            job.tell(error)
+    def _respond(self, batch: Batch, probabilities: Probabilities | None, compute_ns: int) -> None:
+        """Respond to all requests of a batch; without probabilities, with an error."""
+        for entry, error in batch.dropped:
+            entry.respond(error)
         start = 0
-        for job in batch.jobs:
-            stop = start + len(job.images)
+        for entry in batch.entries:
+            stop = start + len(entry.images)
             if probabilities is None:
-                job.tell(InternalError("the engine failed; the server's log has the details"))
+                entry.respond(InternalError("the engine failed; the server's log has the details"))
             else:
-                job.tell(BatchResult(probabilities[start:stop], batch.began - job.arrived, took, batch.size))
+                queue_ns = batch.start_ns - entry.arrival_ns
+                entry.respond(BatchResult(probabilities[start:stop], queue_ns, compute_ns, batch.size))
                 if self._target:
-                    self._target.learn(batch.began - job.arrived + took)
+                    self._target.record(queue_ns + compute_ns)
             start = stop
         with self._lock:
-            self._answering -= 1
+            self._responding -= 1
             self._idle.notify_all()

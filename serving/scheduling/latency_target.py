@@ -1,4 +1,4 @@
-"""A latency to hold: what is let in, and how large batches are, follows from what requests took."""
+"""A target for the 99th percentile of the latency: measured latencies adjust what is admitted and the batch size."""
 
 from __future__ import annotations
 
@@ -6,46 +6,46 @@ import threading
 
 from serving.runtimes.cost import CostCurve
 
-WINDOW = 200  # requests behind each correction: of these, two may be slower than the goal
-DOWN, UP = 0.9, 1.02  # too slow is mended quickly, and room for more is tried slowly
+WINDOW = 200  # requests between two adjustments: two of them may be slower than the target
+DECREASE, INCREASE = 0.9, 1.02  # of the limit: down quickly if requests are too slow, up slowly if they are not
 
 
 class LatencyTarget:
-    """Holds the 99th percentile of the time from arrival to answer.
+    """Keeps the 99th percentile of the time from arrival to response below a target.
 
     Attributes:
-        allowed_ns: A request that would take longer is not to be let in.
-        batch: Images that may share a call of the engine: half of the goal is for the batch, half for the one before.
+        limit_ns: Longest predicted latency of an admitted request, in nanoseconds.
+        max_batch: Images in the largest batch: half of the limit is for it, half for the batch before it.
     """
 
     def __init__(self, target_ms: float, curve: CostCurve) -> None:
-        """Aim at a latency.
+        """Begin with the target as the limit.
 
         Args:
-            target_ms: What 99 of 100 requests are to take at most, in milliseconds.
-            curve: What batches cost.
+            target_ms: Target of the 99th percentile, in milliseconds.
+            curve: Cost of a batch by its size.
         """
         self._target_ns, self._curve = target_ms * 1e6, curve
-        self.allowed_ns = self._target_ns
-        self.batch = self._fit()
-        self._seen = self._slow = 0
+        self.limit_ns = self._target_ns
+        self.max_batch = self._find_max_batch()
+        self._requests = self._slow = 0
         self._lock = threading.Lock()
 
-    def learn(self, ns: float) -> None:
-        """Take in what a request has taken, and after some correct what is allowed."""
+    def record(self, latency_ns: float) -> None:
+        """Count a request by its latency, in nanoseconds, and adjust the limit at the end of each window."""
         with self._lock:
-            self._seen += 1
-            self._slow += ns > self._target_ns
-            if self._seen < WINDOW:
+            self._requests += 1
+            self._slow += latency_ns > self._target_ns
+            if self._requests < WINDOW:
                 return
-            factor = DOWN if self._slow > WINDOW // 100 else UP
-            self.allowed_ns = min(self._target_ns, self.allowed_ns * factor)
-            self.batch = self._fit()
-            self._seen = self._slow = 0
+            factor = DECREASE if self._slow > WINDOW // 100 else INCREASE
+            self.limit_ns = min(self._target_ns, self.limit_ns * factor)
+            self.max_batch = self._find_max_batch()
+            self._requests = self._slow = 0
 
-    def _fit(self) -> int:
-        """Return the largest batch that takes half of what is allowed."""
+    def _find_max_batch(self) -> int:
+        """Return the largest batch that takes at most half of the limit, a power of two."""
         size = 1
-        while self._curve.ns(2 * size) <= self.allowed_ns / 2 and size < 2**16:
+        while self._curve.ns(2 * size) <= self.limit_ns / 2 and size < 2**16:
             size *= 2
         return size

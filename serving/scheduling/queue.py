@@ -1,26 +1,24 @@
-"""What waits for the engine, what is computed at once, and what becomes of it."""
+"""What the batcher schedules: waiting requests, the batches formed of them, and their results."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
-
 from serving.errors import Cancelled, DeadlineExceeded, ServingError
-from serving.runtimes.base import Gather, Images, Probabilities
+from serving.runtimes.base import Images, Probabilities
 
-PRIORITIES, DEFAULT_PRIORITY = (1, 2, 3), 2  # 1 comes first
+PRIORITIES, DEFAULT_PRIORITY = (1, 2, 3), 2  # 1 is computed first
 
 log = logging.getLogger(__name__)
 
 
 class BatchResult(NamedTuple):
-    """What became of one request's images.
+    """The result for the images of one request.
 
     Attributes:
         probabilities: float32 [images, classes].
@@ -38,80 +36,70 @@ class BatchResult(NamedTuple):
 Outcome = BatchResult | ServingError
 
 
-class Job:
-    """One waiting request.
+class Entry:
+    """One request in the queue.
 
     Attributes:
-        images: uint8 [n, height, width, 3], at least one.
-        deadline: Time on `time.monotonic`'s clock, in seconds, after which the answer is of no use.
-        alive: Says whether the caller still waits; asked just before the computation.
-        done: Takes what becomes of it.
-        arrived: When it came, on the clock of `time.perf_counter_ns`.
+        images: uint8 [n, height, width, 3], at least one image.
+        deadline: When the result becomes useless, in seconds on the clock of `time.monotonic`.
+        is_active: Returns whether the caller still waits; called just before the computation.
+        callback: Called once, with the outcome.
+        arrival_ns: Time of arrival, on the clock of `time.perf_counter_ns`.
     """
 
-    __slots__ = ("alive", "arrived", "deadline", "done", "images")
+    __slots__ = ("arrival_ns", "callback", "deadline", "images", "is_active")
 
     def __init__(
-        self, images: Images, deadline: float, alive: Callable[[], bool], done: Callable[[Outcome], None]
+        self, images: Images, deadline: float, is_active: Callable[[], bool], callback: Callable[[Outcome], None]
     ) -> None:
-        self.images, self.deadline, self.alive, self.done = images, deadline, alive, done
-        self.arrived = time.perf_counter_ns()
+        self.images, self.deadline, self.is_active, self.callback = images, deadline, is_active, callback
+        self.arrival_ns = time.perf_counter_ns()
 
-    def tell(self, outcome: Outcome) -> None:
-        """Hand the outcome over; who fails to take it harms no other request, nor the thread that leads."""
+    def respond(self, outcome: Outcome) -> None:
+        """Call the callback; if that fails, the error is logged, and other requests and the worker are not affected."""
         try:
-            self.done(outcome)
+            self.callback(outcome)
         except Exception:
-            log.exception("an answer was lost")
+            log.exception("a response was lost: its callback failed")
 
-    def refusal(self) -> ServingError | None:
-        """Say why there is no use in computing this job, if so."""
-        if not self.alive():
+    def drop_reason(self) -> ServingError | None:
+        """Return why this request need not be computed; None if its caller still waits."""
+        if not self.is_active():
             return Cancelled("the caller went away")
         if time.monotonic() > self.deadline:
             return DeadlineExceeded("the deadline passed while the request was waiting")
         return None
 
 
-Queued = tuple[int, int, Job]
-"""One of the heap of those that wait: its priority, its number in the order of arrival, and the request."""
+HeapItem = tuple[int, int, Entry]
+"""An item of the queue's heap: priority, sequence number, request."""
 
 
 @dataclass(eq=False)
 class Batch:
-    """What was taken from the queue at once.
+    """Requests that were removed from the queue together.
 
     Attributes:
-        jobs: What is computed.
-        refused: What is not, and why.
+        entries: Requests to compute.
+        dropped: Requests that are not computed, each with the reason.
         size: Images to compute.
-        entries: What was taken from the queue, for the one and the other.
-        gathered: The images put together, if that was begun ahead.
-        expected_ns: What computing them is expected to take while nothing else shares the cores.
-        began: When that began, on the clock of `time.perf_counter_ns`.
-        overflow: Whether others were under way, on every instance: it is computed by a part of the cores.
+        items: The heap items of `entries` and `dropped`.
+        concatenated: The images of all entries, if the batch was prefetched.
+        expected_ns: Predicted time to compute the batch while nothing else shares its cores, in nanoseconds.
+        start_ns: Start of the computation, on the clock of `time.perf_counter_ns`.
+        is_overflow: Whether every instance was busy at the start, so that the batch has only a part of the cores.
     """
 
-    jobs: list[Job] = field(default_factory=list)
-    refused: list[tuple[Job, ServingError]] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
+    dropped: list[tuple[Entry, ServingError]] = field(default_factory=list)
     size: int = 0
-    entries: list[Queued] = field(default_factory=list)
-    gathered: Future[Images] | None = None
+    items: list[HeapItem] = field(default_factory=list)
+    concatenated: Future[Images] | None = None
     expected_ns: float = 0.0
-    began: int = 0
-    overflow: bool = False
+    start_ns: int = 0
+    is_overflow: bool = False
 
     @property
-    def taken(self) -> int:
-        """Images that were taken from the queue."""
-        return sum(len(job.images) for _, _, job in self.entries)
-
-
-class ThreadPool(ThreadPoolExecutor):
-    """Threads of no special kind."""
-
-    ahead = False
-
-    def gatherer(self) -> Gather:
-        """Return what puts images together in memory of their own."""
-        return np.concatenate
+    def removed_images(self) -> int:
+        """Images that were removed from the queue: those of `entries` and `dropped`."""
+        return sum(len(entry.images) for _, _, entry in self.items)

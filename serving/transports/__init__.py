@@ -1,1 +1,1 @@
-"""From a socket to a call, and back: what knows of gRPC and of no model."""
+"""From a socket to a call, and back: gRPC by two libraries. Knows no model and no protocol."""

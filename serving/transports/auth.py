@@ -1,4 +1,4 @@
-"""Who may ask: callers with a token, and those with a token for administrators."""
+"""Tokens: who may call, and who may load and unload models."""
 
 from __future__ import annotations
 
@@ -9,80 +9,79 @@ from pathlib import Path
 
 from resnet import BadInput
 from serving.errors import PermissionDenied, ServingError, Unauthenticated
-from serving.logs import Tally
+from serving.logs import RateLimitedLog
 from serving.transports.call import Call
 from serving.transports.choice import is_local
 from serving.transports.tls import ServerTls, read_file
 
-OPEN = "/grpc.health.v1.Health/"  # probes have no token, and learn no more than whether the server is up
-# What changes the server for all others. Who is allowed to ask is not thereby allowed to do this.
+OPEN = "/grpc.health.v1.Health/"  # health probes have no token
+# Methods that change the server for all callers: the right to classify does not include them.
 ADMIN = tuple(f"/inference.GRPCInferenceService/RepositoryModel{verb}" for verb in ("Load", "Unload"))
 
 log = logging.getLogger(__name__)
 
 
 class Tokens:
-    """What callers have to show as `authorization: Bearer TOKEN`.
+    """The tokens that callers give as `authorization: Bearer TOKEN`.
 
-    The tokens of administrators open every method, the others all but those in `ADMIN`. Where administrators have
-    none, nobody may call these; but a server for this machine only, which asks nobody for a token, leaves them open.
+    An administrator's token opens every method, a caller's every method but those in `ADMIN`. Without administrators'
+    tokens nobody may call these, except on a server that has no tokens at all and is for this machine only.
     """
 
     def __init__(self, host: str, token: str | None, admin_token: str | None) -> None:
         """Demand tokens.
 
         Args:
-            host: That the server listens on.
-            token: Of callers; several in lines of their own, so that one can take the place of another. None lets
-                everybody ask.
-            admin_token: Of administrators, likewise.
+            host: The host that the server listens on.
+            token: The callers' tokens, one a line, so that a new one can replace an old one; None demands none.
+            admin_token: The administrators', likewise.
         """
-        self._callers, self._admins = _expect(token), _expect(admin_token)
-        self._refused = Tally(log, "refused calls without the right token: %d more, the last from %s")
+        self._callers, self._admins = _to_headers(token), _to_headers(admin_token)
+        self._refused = RateLimitedLog(log, "refused calls without the right token: %d more, the last from %s")
         self._closed = not (self._admins or (token is None and is_local(host)))
 
-    def judge(self, call: Call) -> ServingError | None:
-        """Return why a call may not be answered, if so, and count it."""
+    def check(self, call: Call) -> ServingError | None:
+        """Return why a call is not allowed, None if it is."""
         if not (self._callers or self._admins or self._closed):
             return None
-        refusal = self._look(call)
+        refusal = self._find_refusal(call)
         if isinstance(refusal, Unauthenticated):
             self._refused.add(call.peer)
         return refusal
 
-    def _look(self, call: Call) -> ServingError | None:
+    def _find_refusal(self, call: Call) -> ServingError | None:
         if call.method.startswith(OPEN):
             return None
         given = next((value for key, value in call.metadata if key == "authorization"), "")
         given = given.encode() if isinstance(given, str) else given
-        if _holds(given, self._admins):
+        if _contains(self._admins, given):
             return None
         for_admins = call.method in ADMIN
-        if (self._callers or (for_admins and self._admins)) and not _holds(given, self._callers):
-            whose = " for administrators" if for_admins and self._admins else ""
-            return Unauthenticated(f"this server wants a token{whose}, in the metadata `authorization: Bearer TOKEN`")
+        if (self._callers or (for_admins and self._admins)) and not _contains(self._callers, given):
+            kind = "an administrator's token" if for_admins and self._admins else "a token"
+            return Unauthenticated(f"this server wants {kind}, in the metadata `authorization: Bearer TOKEN`")
         if for_admins and self._admins:
-            return PermissionDenied("this method wants the token for administrators")
+            return PermissionDenied("this method wants an administrator's token")
         if for_admins and self._closed:
             return PermissionDenied(
-                "this server loads and unloads no models by request: it was started without a token for administrators"
+                "this server does not load or unload models by request: it was started without an administrator's token"
             )
         return None
 
 
-def _expect(tokens: str | None) -> list[bytes]:
+def _to_headers(tokens: str | None) -> list[bytes]:
     return [f"Bearer {token}".encode() for token in (tokens or "").splitlines()]
 
 
-def _holds(given: bytes, expected: Sequence[bytes]) -> bool:
-    return any(hmac.compare_digest(given, one) for one in expected)
+def _contains(headers: Sequence[bytes], given: bytes) -> bool:
+    return any(hmac.compare_digest(given, header) for header in headers)
 
 
 def read_tokens(path: Path) -> str:
-    """Return the tokens that a file holds, one in each line.
+    """Return the tokens in a file, one a line.
 
     Raises:
-        BadInput: It cannot be read, or holds none.
+        BadInput: The file cannot be read, or holds no token.
     """
     lines = [line.strip() for line in read_file(path).decode("ascii", "replace").splitlines()]
     tokens = [line for line in lines if line]
@@ -92,10 +91,10 @@ def read_tokens(path: Path) -> str:
 
 
 def warn_if_open(host: str, tls: ServerTls | None, token: str | None) -> None:
-    """Say in the log what strangers could do."""
+    """Log what strangers can do on a server that other machines reach."""
     if is_local(host):
         return
     if tls is None:
-        log.warning("anybody on the way to %s can read what is asked and answered; --tls-cert encrypts it", host)
+        log.warning("requests and responses on %s can be read by anybody on the way; encrypt with --tls-cert", host)
     if token is None and (tls is None or tls.client_authority is None):
-        log.warning("anybody who reaches %s can ask; --token-file or --tls-client-ca say who may", host)
+        log.warning("anybody who reaches %s can call; restrict it with --token-file or --tls-client-ca", host)

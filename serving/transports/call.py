@@ -1,60 +1,66 @@
-"""A call, whatever it came by, and what a transport has to know of a method to have its calls answered."""
+"""A call, whatever transport it came by: what a protocol answers, and how failures are logged and reported."""
 
 from __future__ import annotations
 
 import itertools
+import logging
 import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from serving.errors import REQUEST_ID, ServingError, Trailers
+from serving.errors import REQUEST_ID, Cancelled, InternalError, Malformed, Overloaded, ServingError, Trailers
+from serving.logs import RateLimitedLog, log_fields
 
-LONGEST_ID = 128
-APART = 64
-PROCESS, COUNTER = secrets.token_hex(4), itertools.count(1)  # of new ids; random ones cost a call of the system each
+MAX_ID = 128  # characters
+MAX_SEPARATE = 64
+PROCESS, COUNTER = secrets.token_hex(4), itertools.count(1)  # of new ids; a random id costs a system call
 
 Metadata = Sequence[tuple[str, str | bytes]]
 
+log = logging.getLogger(__name__)
+
+OVERLOADS = RateLimitedLog(log, "overloaded: refused %d more requests, the last because %s", seconds=10)
+
 
 class Call(ABC):
-    """A request that wants one answer, from whatever thread.
+    """A request that is answered exactly once, from any thread.
 
     Attributes:
         method: Path, /service/method.
-        payload: The request as it came.
-        metadata: That came with it.
-        deadline: When the caller stops waiting, in seconds of `time.monotonic`; infinity if never.
-        started: When it came, on the clock of `time.perf_counter_ns`.
-        cancelled: Whether the caller has gone away.
-        span: Of the trace that the call is part of, if there is one.
+        payload: The request, serialized.
+        metadata: The request's.
+        deadline: When the caller stops waiting, in seconds of `time.monotonic`; infinity without a deadline.
+        started: When the call came in, on the clock of `time.perf_counter_ns`.
+        cancelled: Whether the caller is gone.
+        span: Of the call's trace; None without one.
         trace_id: Id of the trace, for the log.
-        ended: Is told of the answer, None or the error, once there is one.
-        under_way: Those among which it counts until it is answered.
-        refused: Whether it was answered by an error.
+        ended: Called once with the result: None or the error.
+        active: The set of active calls that this one counts in until it is answered.
+        refused: Whether it was answered with an error.
     """
 
     span: Any = None
     trace_id = ""
     ended: Callable[[ServingError | None], None] | None = None
-    under_way: set[Call] | None = None
+    active: set[Call] | None = None
     refused = False
 
     def __init__(self, method: str, payload: bytes, metadata: Metadata, remaining: float | None) -> None:
-        """Take a call in; `remaining` is how long the caller still waits, in seconds, and None is for ever."""
+        """Start the clock; `remaining` is the time to the deadline in seconds, None without one."""
         self.method, self.payload, self.metadata = method, payload, metadata
         self.deadline = float("inf") if remaining is None else time.monotonic() + remaining
         self.started = time.perf_counter_ns()
         self.cancelled = False
-        self._turn = [True]  # to answer; taken by whoever does so first
+        self._turn = [True]  # taken by the first answer
 
     def respond(self, response: bytes, trailers: Trailers = ()) -> None:
-        """Send the response, unless there was an answer already; it goes nowhere if the caller is gone.
+        """Send the response, unless the call was answered before or the caller is gone.
 
         Args:
             response: Serialized.
-            trailers: What to tell beside it, as trailing metadata.
+            trailers: Trailing metadata.
         """
         if self._take_turn():
             self._send(response, trailers)
@@ -62,35 +68,35 @@ class Call(ABC):
                 self.ended(None)
 
     def fail(self, error: ServingError) -> None:
-        """Send an error in place of a response, unless there was an answer already."""
+        """Send an error, unless the call was answered before."""
         if self._take_turn():
             self.refused = True
-            self._refuse(error)
+            self._send_error(error)
             if self.ended:
                 self.ended(error)
 
-    def is_wanted(self) -> bool:
-        """Say whether the caller still waits."""
+    def is_active(self) -> bool:
+        """Return whether the caller still waits."""
         return not self.cancelled
 
     @property
     def name(self) -> str:
-        """Service/Method, for people: the path without the package."""
+        """Service/Method: the path without the package, for people."""
         return self.method.rpartition(".")[2]
 
     def find_id(self) -> str:
-        """Return the id that the caller gave the request, as far as it is plain and short, or else a new one."""
+        """Return the id that the caller gave the request, cut to printable ASCII, or else a new one."""
         given = next((value for key, value in self.metadata if key == REQUEST_ID), "")
         plain = "".join(sign for sign in str(given) if "!" <= sign <= "~")
-        return plain[:LONGEST_ID] or f"{PROCESS}-{next(COUNTER):x}"
+        return plain[:MAX_ID] or f"{PROCESS}-{next(COUNTER):x}"
 
-    def forget(self) -> None:
-        """Count no longer as under way."""
-        if self.under_way is not None:
-            self.under_way.discard(self)
+    def leave(self) -> None:
+        """Count as active no longer."""
+        if self.active is not None:
+            self.active.discard(self)
 
     def _take_turn(self) -> bool:
-        self.forget()
+        self.leave()
         try:
             return self._turn.pop()
         except IndexError:
@@ -106,7 +112,7 @@ class Call(ABC):
         """Send the response."""
 
     @abstractmethod
-    def _refuse(self, error: ServingError) -> None:
+    def _send_error(self, error: ServingError) -> None:
         """Send the error."""
 
 
@@ -114,9 +120,8 @@ class Unary(NamedTuple):
     """A method with one request and one response.
 
     Attributes:
-        answer: Sees to it that a call is answered, now or later. It is called on the thread that all calls come
-            through, so it must be quick, and raise nothing.
-        limited: Whether its calls count against the limit of those under way; those that say how the server is do not.
+        answer: Answers a call, now or later. It runs on the receiving thread, so it must be quick and raise nothing.
+        limited: Whether its calls count against the limit of active calls; health checks do not.
     """
 
     answer: Callable[[Call], None]
@@ -124,18 +129,55 @@ class Unary(NamedTuple):
 
 
 class Streaming(NamedTuple):
-    """A method with any number of messages both ways.
+    """A method with a stream of requests and a stream of responses.
 
     Attributes:
-        answer: Maps the messages of the caller to those for it, serialized both. It has a thread while it lasts, and
-            ends the call with the error that it raises.
-        apart: Whether its calls have a limit of their own, `APART` at a time, and do not count against that of all:
-            those that may last as long as the server.
+        answer: Maps serialized requests to serialized responses. It has a thread of its own while it lasts, and ends
+            the call with the error that it raises.
+        separate: Whether its calls have a limit of their own, `MAX_SEPARATE` at a time: those that may last as long as
+            the server.
     """
 
     answer: Callable[[Call, Iterator[bytes]], Iterator[bytes]]
-    apart: bool = False
+    separate: bool = False
 
 
 Methods = dict[str, Unary | Streaming]
-"""By path."""
+"""The methods of a server, by path."""
+
+
+def refuse(call: Call, error: Exception) -> None:
+    """Answer a call with an error, and log it. What is no `ServingError` is a bug: its traceback goes to the log."""
+    call.fail(report(call, error))
+
+
+def report(call: Call, error: Exception) -> ServingError:
+    """Log why a request failed, and return the error for its caller, with a request id to quote."""
+    if isinstance(error, ServingError):
+        refusal, bug = error, None
+    else:
+        refusal, bug = InternalError("the server failed on this request; its log has the details"), error
+    refusal.request_id = call.find_id()
+    level = logging.ERROR if isinstance(refusal, InternalError) else logging.INFO
+    if isinstance(refusal, Overloaded | Malformed | Cancelled):
+        level = logging.DEBUG  # a line for each would add to the load
+    if isinstance(refusal, Overloaded):
+        OVERLOADS.add(str(refusal))
+    if log.isEnabledFor(level):
+        fields = {"error": bug, "model": refusal.model, "version": refusal.version or None}
+        _log(level, str(refusal), call, refusal.status.name, refusal.request_id, **fields)
+    return refusal
+
+
+def log_answered(call: Call) -> None:
+    """Log at debug level that a call was answered."""
+    if log.isEnabledFor(logging.DEBUG):  # before the id is looked up
+        _log(logging.DEBUG, "answered", call, "OK", call.find_id())
+
+
+def _log(level: int, message: str, call: Call, code: str, request_id: str, **fields: Any) -> None:
+    milliseconds = round((time.perf_counter_ns() - call.started) / 1e6, 3)
+    fields = {"request_id": request_id, "method": call.name, "code": code, "milliseconds": milliseconds, **fields}
+    if call.trace_id:
+        fields["trace_id"] = call.trace_id
+    log_fields(log, level, message, **fields)

@@ -10,7 +10,7 @@ from serving.config import Transport
 
 
 def is_local(host: str) -> bool:
-    """Say whether a server that listens on `host` is reached from this machine only."""
+    """Return whether a server on `host` can be reached from this machine only."""
     return host in ("localhost", "::1", "[::1]") or host.startswith(("127.", "unix:"))
 
 
@@ -25,21 +25,21 @@ def find_problem() -> str:
 
 
 def choose(wanted: Transport, host: str, tls: bool) -> tuple[Literal["native", "grpcio"], str]:
-    """Return what is to receive calls, and why.
+    """Return the transport that receives calls, and why.
 
     Raises:
-        BadInput: What is wanted cannot be had.
+        BadInput: The wanted transport cannot be used.
     """
     if wanted == "native" and tls:
         raise BadInput("--tls-cert needs --transport grpcio: the native transport has no TLS")
     if wanted == "native" and (problem := find_problem()):
-        raise BadInput(f"--transport native cannot be had, for {problem}: pip install pygrpc-native")
+        raise BadInput(f"--transport native cannot be used, for {problem}; run pip install pygrpc-native")
     if wanted != "auto":
         return wanted, "by --transport"
     if tls:
         return "grpcio", "for TLS"
     if problem := find_problem():
-        return "grpcio", f"for {problem}, which would take in several times as many calls"
+        return "grpcio", f"for {problem}, which answers several times as many calls"
     if is_local(host):
         return "native", "for callers on this machine"
-    return "grpcio", "for callers elsewhere; --transport native takes in several times as many calls of trusted ones"
+    return "grpcio", "for callers elsewhere; --transport native answers several times as many calls of trusted ones"

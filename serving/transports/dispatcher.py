@@ -1,4 +1,4 @@
-"""What every call passes before it is answered, whatever it came by: tokens and limits."""
+"""From a call to its method: tokens and limits are checked here, for every transport."""
 
 from __future__ import annotations
 
@@ -8,32 +8,31 @@ from collections.abc import Iterator
 
 from serving.config import Limits
 from serving.errors import Overloaded, ServingError, TooLarge
-from serving.protocols.calls import refuse
 from serving.transports.auth import Tokens
-from serving.transports.call import APART, Call, Methods, Streaming, Unary
+from serving.transports.call import MAX_SEPARATE, Call, Methods, Streaming, Unary, refuse
 
 log = logging.getLogger(__name__)
 
 
 class Dispatcher:
-    """Lets calls in, or refuses them.
+    """Passes calls on to their methods, or refuses them.
 
     Attributes:
-        methods: Those that are served.
-        limits: What is taken on.
-        under_way: Calls that count against the limits.
+        methods: The methods of the server.
+        limits: The limits that calls must keep.
+        active: The calls that count against the limit of active calls.
     """
 
     def __init__(self, methods: Methods, limits: Limits, tokens: Tokens) -> None:
-        """Serve `methods` to those who have one of `tokens`, within `limits`."""
+        """Dispatch to `methods`, within `limits`, for callers with one of `tokens`."""
         self.methods, self.limits, self._tokens = methods, limits, tokens
-        self.under_way: set[Call] = set()
-        self._apart: set[Call] = set()
+        self.active: set[Call] = set()
+        self._separate: set[Call] = set()
 
-    def answer(self, call: Call, method: Unary) -> None:
-        """Have a call answered or refused, now or later; raises nothing, which could end the thread of all calls."""
+    def dispatch(self, call: Call, method: Unary) -> None:
+        """Have a call answered or refused, now or later. It raises nothing, which could end the receiving thread."""
         try:
-            refusal = self._judge(call) if method.limited else self._check(call)
+            refusal = self._admit(call) if method.limited else self._check(call)
             if refusal is None:
                 method.answer(call)
             else:
@@ -42,40 +41,41 @@ class Dispatcher:
             try:
                 refuse(call, error)
             except Exception:
-                log.exception("a call was lost")
+                log.exception("a call could not be answered")
 
-    def converse(self, call: Call, method: Streaming, messages: Iterator[bytes]) -> Iterator[bytes]:
-        """Yield the answers to the messages of a call; raises the error that ends it."""
-        if refusal := self._judge(call, method.apart):
-            refusal.request_id = call.find_id()  # as if it had been logged, which strangers could cause at will
+    def stream(self, call: Call, method: Streaming, requests: Iterator[bytes]) -> Iterator[bytes]:
+        """Yield the responses of a streaming call; raises the error that ends it."""
+        if refusal := self._admit(call, method.separate):
+            refusal.request_id = call.find_id()  # without a line in the log, which strangers could cause at will
             raise refusal
         try:
-            yield from method.answer(call, messages)
+            yield from method.answer(call, requests)
         finally:
-            call.forget()
+            call.leave()
 
     def drain(self, seconds: float) -> None:
-        """Wait until every call is answered, at most so long."""
+        """Wait until every active call is answered, for `seconds` at most."""
         end = time.monotonic() + seconds
-        while self.under_way and time.monotonic() < end:
+        while self.active and time.monotonic() < end:
             time.sleep(0.01)
 
-    def _judge(self, call: Call, apart: bool = False) -> ServingError | None:
-        """Return why a call is not let in; one that is counts as under way, among all others or `apart`."""
+    def _admit(self, call: Call, separate: bool = False) -> ServingError | None:
+        """Count a call as active, or return why it is refused."""
         if refusal := self._check(call):
             return refusal
-        among, most = (self._apart, APART) if apart else (self.under_way, self.limits.max_calls)
-        if len(among) >= most:
-            return Overloaded(f"the server has {most} calls under way{' that watch or reflect' if apart else ''}")
-        call.under_way = among
-        among.add(call)
+        active, limit = (self._separate, MAX_SEPARATE) if separate else (self.active, self.limits.max_calls)
+        if len(active) >= limit:
+            kind = " that watch or reflect" if separate else ""
+            return Overloaded(f"the server has {limit} calls under way{kind}")
+        call.active = active
+        active.add(call)
         return None
 
     def _check(self, call: Call) -> ServingError | None:
-        """Return what is wrong with a call itself."""
-        if refusal := self._tokens.judge(call):
+        """Return why a call is refused whatever the load."""
+        if refusal := self._tokens.check(call):
             return refusal
-        allowed = self.limits.max_message_bytes
-        if len(call.payload) > allowed:
-            return TooLarge(f"the request has {len(call.payload):,} bytes, more than the {allowed:,} allowed")
+        limit = self.limits.max_message_bytes
+        if len(call.payload) > limit:
+            return TooLarge(f"the request has {len(call.payload):,} bytes, more than the {limit:,} allowed")
         return None

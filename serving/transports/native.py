@@ -1,11 +1,11 @@
-"""gRPC outside the interpreter's lock: `pygrpc-native` speaks HTTP/2, in Rust, and hands calls over in batches.
+"""gRPC outside the interpreter's lock: `pygrpc-native` speaks HTTP/2 in Rust, and hands calls over in batches.
 
-grpcio spends some 0.3 ms of a core on a call, most of it under the lock, so that one process takes in 3,000 to 5,000 a
-second. Here a thread takes what has come and leaves it with the batcher; whoever computed a batch answers. Streams and
-all else pass through to grpcio's server on a Unix socket behind it, in a folder that is nobody else's.
+grpcio spends about 0.3 ms of a core on a call, most of it under the lock, so one process answers 3,000 to 5,000 calls a
+second. Here one thread receives calls in batches and enqueues their images; the thread that computed a batch answers.
+Streams and everything else pass through to a grpcio server behind it, on a Unix socket in a private folder.
 
-What it lacks: TLS, a limit on connections and their age, and one on the size of a message before it is read: it is for
-callers that are trusted.
+It lacks TLS, a limit on connections and their age, and a limit on the size of a message before it is read: it is for
+trusted callers.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from serving.transports.call import Call, Metadata, Unary
 from serving.transports.dispatcher import Dispatcher
 from serving.transports.grpcio import GrpcioTransport, cannot_listen
 from serving.transports.tls import ServerTls
-from serving.transports.unix import LONGEST
+from serving.transports.unix import MAX_PATH
 
-with suppress(ImportError):  # `choice.find_problem` says why
+with suppress(ImportError):  # `choice.find_problem` reports it
     import pygrpc_native
 
-IO_THREADS = 2  # of the library; with 8 on 16 cores calls took longer, for each of them wakes the interpreter
-# Calls that are taken over at a time, and about how many bytes: while they are copied, no other thread can go on.
+IO_THREADS = 2  # of the library; with 8 on 16 cores calls took longer, because each wakes the interpreter
+# Calls, and bytes of calls, that are received at a time: while they are copied, no other thread runs.
 BATCH, BATCH_BYTES = 64, 2**19
-MOST = 4096  # calls that are taken over, in so many batches, before the first of them is looked at
-# Refusing one by one takes the cores from the engine: at ten times what the server bears, with a pause after as many
-# refusals it answered 90 % of that, without 73 %.
-MANY, PAUSE_SECONDS = 16, 0.005
-FLUSH_SECONDS = 0.3  # for what was answered to leave: the library closes connections without waiting for it
-RESERVED = "grpc-"  # trailers of gRPC's own, which the library refuses to send
+MAX_BACKLOG = 4096  # calls that are received before the first of them is dispatched
+# Refusing calls one by one takes the cores from the engine: at ten times its capacity, a server that paused after so
+# many refusals answered 90 % of the capacity, and 73 % without pauses.
+MANY_REFUSALS, PAUSE_SECONDS = 16, 0.005
+FLUSH_SECONDS = 0.3  # for responses to leave: the library closes connections without flushing them
+RESERVED = "grpc-"  # prefix of gRPC's own trailers, which the library refuses to send
 
 log = logging.getLogger(__name__)
 
@@ -45,33 +45,33 @@ log = logging.getLogger(__name__)
 class NativeTransport:
     """A server of `pygrpc-native`, from `start` to `stop`, with one of grpcio behind it."""
 
-    def __init__(self, door: Dispatcher) -> None:
-        """Serve the methods of `door`."""
-        self.door = door
-        self._methods = [(path, method) for path, method in door.methods.items() if isinstance(method, Unary)]
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        """Serve the methods of `dispatcher`."""
+        self.dispatcher = dispatcher
+        self._methods = [(path, method) for path, method in dispatcher.methods.items() if isinstance(method, Unary)]
         self._calls: dict[int, _NativeCall] = {}
-        self._fallback = GrpcioTransport(door, polled=False)  # for streams, which have a thread each
+        self._fallback = GrpcioTransport(dispatcher, polled=False)  # for streams, which have threads anyway
 
     def listen(self, address: str, tls: ServerTls | None = None) -> int:
-        """Listen on HOST:PORT or unix:PATH; return the port.
+        """Listen on HOST:PORT or unix:PATH, and return the port.
 
         Raises:
-            BadInput: It cannot be had.
+            BadInput: The address cannot be had.
         """
         assert tls is None, "the native transport has no TLS"
         try:
             self._folder = tempfile.TemporaryDirectory(prefix="resnet-", ignore_cleanup_errors=True)
             socket = f"{self._folder.name}/grpc"
-            if len(os.fsencode(socket)) > LONGEST:
+            if len(os.fsencode(socket)) > MAX_PATH:
                 self._folder.cleanup()
-                raise OSError(f"its path would have more than the {LONGEST} bytes that a socket's may have")
+                raise OSError(f"its path would be longer than the {MAX_PATH} bytes that a socket's may have")
             self._fallback.listen(f"unix:{socket}")
         except (OSError, BadInput) as error:
             raise BadInput(
-                f"--transport native needs a Unix socket in a temporary folder, which cannot be had ({error}); "
+                f"--transport native needs a Unix socket in a temporary folder, which cannot be made ({error}); "
                 "set TMPDIR to a short path that can be written"
             ) from None
-        limits = self.door.limits
+        limits = self.dispatcher.limits
         try:
             self._front = pygrpc_native.NativeGrpcFront(
                 address,
@@ -90,13 +90,13 @@ class NativeTransport:
         return int(self._front.bound_port)
 
     def start(self) -> None:
-        """Take calls in."""
+        """Receive calls."""
         self._fallback.start()
         self._front.start()
         threading.Thread(target=self._receive, name="receive", daemon=True).start()
 
     def stop(self, grace_seconds: float) -> None:
-        """Close; calls to the server behind have so long, all others fail that are not answered."""
+        """Close; streams have `grace_seconds` to finish, unary calls without an answer fail."""
         end = time.monotonic() + min(grace_seconds, FLUSH_SECONDS)
         self._fallback.stop(grace_seconds)
         time.sleep(max(0.0, end - time.monotonic()))
@@ -104,9 +104,9 @@ class NativeTransport:
         self._folder.cleanup()
 
     def _receive(self) -> None:
-        """Take calls in until the end; after many refusals, those that follow wait a little, and come together."""
-        most, behind = BATCH, False
-        while (events := self._front.recv_batch_details(most)) is not None:
+        """Receive calls until the server closes; after many refusals, pause and take the backlog at once."""
+        size, behind = BATCH, False
+        while (events := self._front.recv_batch_details(size)) is not None:
             if behind:
                 events = self._catch_up(events)
             refused = 0
@@ -115,42 +115,42 @@ class NativeTransport:
                     path, method = self._methods[which]
                     payload = message or b""
                     call = self._calls[number] = _NativeCall(self, number, path, payload, details)
-                    self.door.answer(call, method)
+                    self.dispatcher.dispatch(call, method)
                     refused += call.refused
-                    most = max(1, min(BATCH, BATCH_BYTES // (1 + len(payload))))
+                    size = max(1, min(BATCH, BATCH_BYTES // (1 + len(payload))))
                 elif gone := self._calls.pop(number, None):
                     gone.cancelled = True
-                    gone.forget()
-            behind = refused > max(MANY, len(events) // 2)
+                    gone.leave()
+            behind = refused > max(MANY_REFUSALS, len(events) // 2)
             if behind:
-                time.sleep(PAUSE_SECONDS)  # and leave the cores to those that were let in
+                time.sleep(PAUSE_SECONDS)  # the cores are for the requests that were admitted
 
     def _catch_up(self, events: list[Any]) -> list[Any]:
-        """Return all that waits, the latest first, and without those who have left meanwhile.
+        """Return the whole backlog, the latest call first, without the calls that were cancelled.
 
-        More than a batch waits where more comes than can be looked at. In the order in which they came all would be
-        looked at late, and those with a deadline be too late, one after the other, while the engine has nothing to do.
+        There is a backlog when calls arrive faster than they can be dispatched. In order of arrival every call would be
+        dispatched late, and miss its deadline, while the engine is idle.
         """
-        while len(events) < MOST and (more := self._front.recv_batch_details(BATCH, 0)):
+        while len(events) < MAX_BACKLOG and (more := self._front.recv_batch_details(BATCH, 0)):
             events += more
         gone = {number for kind, number, *_ in events if kind != pygrpc_native.EVENT_CALL}
         events.reverse()
         return [event for event in events if event[0] != pygrpc_native.EVENT_CALL or event[1] not in gone]
 
     def respond(self, number: int, response: bytes, trailers: Trailers) -> None:
-        """Send the response to a call; it goes nowhere if the caller is gone."""
+        """Send the response to a call, unless the caller is gone."""
         self._calls.pop(number, None)
         self._front.respond(number, response, None, trailers)
 
     def fail(self, number: int, error: ServingError) -> None:
-        """Send an error in place of a response."""
+        """Send an error to a call."""
         self._calls.pop(number, None)
         trailers = [(key, value) for key, value in to_trailers(error) if not key.startswith(RESERVED)]
         self._front.fail(number, error.status.code, str(error), trailers)
 
 
 class _NativeCall(Call):
-    """A call under way."""
+    """A call of the library."""
 
     def __init__(self, transport: NativeTransport, number: int, path: str, payload: bytes, details: Any) -> None:
         metadata: Metadata
@@ -166,5 +166,5 @@ class _NativeCall(Call):
     def _send(self, response: bytes, trailers: Trailers) -> None:
         self._transport.respond(self._number, response, trailers)
 
-    def _refuse(self, error: ServingError) -> None:
+    def _send_error(self, error: ServingError) -> None:
         self._transport.fail(self._number, error)

@@ -1,4 +1,4 @@
-"""Encryption, by files that may be replaced under way, and certificates of clients."""
+"""TLS: certificates that may be renewed while the server runs, and certificates of clients."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ServerTls:
-    """PEM files.
+    """PEM files of a server.
 
     Attributes:
-        certificate: The server's, with those that link it to its authority.
+        certificate: The server's certificate chain.
         key: The server's private key.
-        client_authority: Clients must have a certificate of it; None asks for none.
+        client_authority: Authority of the clients' certificates; None demands none.
     """
 
     certificate: Path
@@ -28,7 +28,7 @@ class ServerTls:
     client_authority: Path | None = None
 
     def to_credentials(self) -> grpc.ServerCredentials:
-        """Return credentials that follow the files: whoever connects after they were replaced meets the new ones.
+        """Return credentials that follow the files: connections made after a renewal use the new ones.
 
         Raises:
             BadInput: A file cannot be read.
@@ -44,7 +44,7 @@ class ServerTls:
                     return None
                 renewed = self._read_all()
             except BadInput as error:
-                log.error("the certificate stays: %s", error)
+                log.error("the certificate could not be renewed, the old one stays: %s", error)
                 return None
             log.info("the certificate was renewed")
             state = stamp
@@ -52,7 +52,7 @@ class ServerTls:
 
         return grpc.dynamic_ssl_server_credentials(
             configuration,
-            fetch,  # type: ignore[arg-type]  # None, says gRPC, leaves all as it is
+            fetch,  # type: ignore[arg-type]  # gRPC documents None as no change
             require_client_authentication=self.client_authority is not None,
         )
 

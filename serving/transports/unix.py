@@ -1,4 +1,4 @@
-"""Listening on a Unix socket: `unix:PATH` in place of a host and a port."""
+"""Unix sockets: `unix:PATH` in place of a host and a port."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from pathlib import Path
 from resnet import BadInput
 
 PREFIX = "unix:"
-LONGEST = 107  # bytes of a path, by Linux
+MAX_PATH = 107  # bytes, on Linux
 
 
 def claim(host: str) -> Path:
-    """Return the path of unix:PATH, at which nothing is; a socket that nobody listens on is removed.
+    """Return the path of unix:PATH, free for a new socket; a socket that nobody listens on is removed.
 
     Raises:
-        BadInput: No socket can be there.
+        BadInput: No socket can be made there.
     """
     path = Path(host.removeprefix(PREFIX))
     if not path.name:
         raise BadInput(f"--host {host} names no socket; write unix:PATH")
-    if len(os.fsencode(path)) > LONGEST:
-        raise BadInput(f"the path in --host {host} has more than the {LONGEST} bytes that a socket's may have")
+    if len(os.fsencode(path)) > MAX_PATH:
+        raise BadInput(f"the path in --host {host} is longer than the {MAX_PATH} bytes that a socket's may have")
     if not path.parent.is_dir():
         raise BadInput(f"{path.parent} of --host {host} is no folder; make it, or choose another path")
     if not os.access(path.parent, os.W_OK | os.X_OK):
@@ -36,7 +36,7 @@ def claim(host: str) -> Path:
             try:
                 client.connect(str(path))
             except ConnectionRefusedError:
-                path.unlink()  # of a server that is gone
+                path.unlink()  # its server is gone
             except OSError as error:
                 raise BadInput(f"{path} of --host {host} cannot be used ({error.strerror})") from None
             else:

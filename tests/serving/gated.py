@@ -20,7 +20,7 @@ from serving.server import Server
 from tests.serving.scheduling.test_batcher import GatedEngine
 
 
-class Wide:
+class WideEngine:
     """A gated engine with ten outputs, each the first value of the image."""
 
     provider = "test"
@@ -64,8 +64,8 @@ def start(
     """Serve until the end of the block."""
     engine = GatedEngine()
     engine.gate.release(2)
-    about = manifest.read(repository / "digits" / "1")
-    model = loader.start(about, Wide(engine), Batching(max_batch=max_batch, max_queue=max_queue))
+    digits = manifest.read(repository / "digits" / "1")
+    model = loader.start(digits, WideEngine(engine), Batching(max_batch=max_batch, max_queue=max_queue))
     for _ in range(2):
         engine.entered.acquire()
     engine.batches.clear()

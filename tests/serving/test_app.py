@@ -49,8 +49,8 @@ print([name for name in ("tensorflow", "keras", "onnx", "matplotlib", "sklearn")
         (["nowhere"], "nowhere holds no models"),
         (["{models}", "--port", "70000"], "--port must be from 0 to 65535"),
         (["{models}", "--max-batch", "0"], "--max-batch must be at least 1"),
-        (["{models}", "--port", "{used}"], "is the port in use"),
-        (["{models}", "--host", "256.0.0.1", "--port", "0"], "256.0.0.1:0 cannot be listened on"),
+        (["{models}", "--port", "{used}"], "the port is in use"),
+        (["{models}", "--host", "256.0.0.1", "--port", "0"], "the server cannot listen on 256.0.0.1:0"),
         (["{models}", "--device", "cuda"], "--device cuda"),
         (["{models}", "--device", "cuda", "--runtime", "openvino"], "--runtime openvino computes on the CPU"),
     ],
@@ -118,7 +118,7 @@ def test_classify_answers_what_it_can(address: str, files: list[Path], capsys: p
         (["no.png"], "no.png cannot be read: No such file"),
         (["{good}", "--model", "cats"], "the server refused: there is no model 'cats'"),
         (["{good}", "--top-k", "99"], "the server refused: top_k is 99"),
-        (["{good}", "--server", "localhost:1"], "--server: 'localhost:1' is no IP:PORT; of several servers"),
+        (["{good}", "--server", "localhost:1"], "--server: 'localhost:1' is not IP:PORT; give several servers"),
     ],
 )
 def test_classify_refuses_in_one_sentence(

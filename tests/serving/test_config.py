@@ -72,10 +72,10 @@ def test_an_empty_variable_is_none() -> None:
         ("m", "RESNET_LOG_LEVEL=loud", "", "RESNET_LOG_LEVEL must be one of debug, info, warning, error, not 'loud'"),
         ("m --tls-cert c", "", "", "--tls-cert and --tls-key belong together, and --tls-client-ca needs both"),
         ("m", "RESNET_TLS_KEY=k", "", "--tls-cert and RESNET_TLS_KEY belong together"),
-        ("m", "", "max_batch = 1", "max_batch in {file} is no option; is max-batch meant?"),
-        ("m", "", "zzz = 1", "zzz in {file} is no option; `resnet serve --help` lists them"),
-        ("m", "RESNET_PROT=1", "", "RESNET_PROT in the environment is no option; is RESNET_PORT meant?"),
-        ("m", "RESNET_CONFG=1", "", "is RESNET_CONFIG meant?"),
+        ("m", "", "max_batch = 1", "max_batch in {file} is not an option; did you mean max-batch?"),
+        ("m", "", "zzz = 1", "zzz in {file} is not an option; `resnet serve --help` lists all options"),
+        ("m", "RESNET_PROT=1", "", "RESNET_PROT in the environment is not an option; did you mean RESNET_PORT?"),
+        ("m", "RESNET_CONFG=1", "", "did you mean RESNET_CONFIG?"),
         ("m", "", "port 1", "{file} is not a TOML file"),
         ("m", "RESNET_CONFIG=nowhere", None, "nowhere cannot be read (No such file"),
         (
@@ -135,3 +135,15 @@ def test_a_config_cannot_be_changed() -> None:
     """What was checked stays so."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config(repository=Path("m")).port = 1  # type: ignore[misc]
+
+
+def test_the_help_sorts_options_under_headings() -> None:
+    """A heading holds for the options after it, through the classes that they come from."""
+    parser = argparse.ArgumentParser()
+    config.configure(parser)
+    sections = dict(part.split(":\n", 1) for part in parser.format_help().split("\n\n")[1:])
+    for heading, name in (("models", "REPOSITORY"), ("network", "--grace"), ("security", "--tls-key")):
+        assert f"  {name} " in sections[heading]
+    for heading, name in (("batching", "--linger-ms"), ("request limits", "--max-images")):
+        assert f"  {name} " in sections[heading]
+    assert not any(f"--{field.name.replace('_', '-')} " in sections["options"] for field in options(Config))

@@ -27,15 +27,16 @@ from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.client import Client
 from serving.config import Limits
 from serving.errors import MAX_MESSAGE, REQUEST_ID, InternalError, NotFound, Overloaded
-from serving.logs import HumanFormatter, JsonFormatter, Tally
+from serving.logs import HumanFormatter, JsonFormatter, RateLimitedLog
 from serving.models import loader, registry
-from serving.protocols import calls
+from serving.protocols import handler
 from serving.runtimes.base import Images, Probabilities
 from serving.server import Server
+from serving.transports import call
 from tests.serving import gated
 from tests.serving.test_app import SERVE
 
-CALLS = "serving.protocols.calls"
+CALLS = "serving.transports.call"
 IMAGE: Images = np.zeros((1, 32, 32, 3), np.uint8)
 
 
@@ -210,16 +211,16 @@ def test_refused_strangers_are_summed_up(repository: Path, caplog: pytest.LogCap
     assert found[0].startswith("refused calls without the right token: 1 more, the last from ipv4:127.0.0.1:")
 
 
-def test_a_tally_tells_the_sum_when_the_time_is_over(
+def test_a_rate_limited_log_sums_up_what_comes_within_the_interval(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of what was not told yet."""
+    """The first event is a line at once; the next line has the count since."""
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    tally = Tally(logging.getLogger("test"), "%d from %s", seconds=60)
-    tally.add("a")
-    for now, who in ((1.0, "b"), (59.0, "c"), (60.0, "d"), (61.0, "e")):  # noqa: B007  # the clock reads it
-        tally.add(who)
+    limited = RateLimitedLog(logging.getLogger("test"), "%d from %s", seconds=60)
+    limited.add("a")
+    for now, detail in ((1.0, "b"), (59.0, "c"), (60.0, "d"), (61.0, "e")):  # noqa: B007  # the clock reads it
+        limited.add(detail)
     assert [record.getMessage() for record in caplog.records] == ["1 from a", "3 from d"]
 
 
@@ -227,7 +228,9 @@ def test_what_an_overloaded_server_refuses_is_summed_up(
     repository: Path, lines: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A line for each would be one more load; debug has them all."""
-    monkeypatch.setattr(calls, "OVERLOADS", Tally(calls.log, "%d refused: %s"))
+    overloads = RateLimitedLog(call.log, "%d refused: %s")
+    for module in (call, handler):
+        monkeypatch.setattr(module, "OVERLOADS", overloads)
     with gated.start(repository) as server, Client(server.address, retries=0) as client, ThreadPoolExecutor() as pool:
         running = pool.submit(client.classify, IMAGE)
         server.engine.entered.acquire()
@@ -239,7 +242,7 @@ def test_what_an_overloaded_server_refuses_is_summed_up(
         (line,) = lines.take()
         assert line["level"] == "warning"
         assert line["message"] == "1 refused: 2 images are waiting, 1 more would exceed the 2 allowed"
-        calls.log.setLevel(logging.DEBUG)
+        call.log.setLevel(logging.DEBUG)
         with pytest.raises(Overloaded) as caught:
             client.classify(IMAGE)
         (line,) = lines.take()
@@ -278,15 +281,16 @@ def test_the_server_logs_json_and_keeps_its_words(
 
 # The third call of the engine, after the two that warm it up, says so and never ends.
 STUCK = """
-import itertools, sys, threading, resnet
-from serving import engine
-run, calls = engine.OnnxEngine.run, itertools.count()
+import itertools, sys, threading
+from resnet import cli
+from serving.runtimes import onnx
+run, calls = onnx.OnnxEngine.run, itertools.count()
 def stuck(self, images):
     if next(calls) > 1:
         print("computing", flush=True)
         threading.Event().wait()
     return run(self, images)
-engine.OnnxEngine.run = stuck
+onnx.OnnxEngine.run = stuck
 sys.exit(cli.main(["serve", sys.argv[1], "--port=0", "--grace=600", "--no-tune"]))
 """
 

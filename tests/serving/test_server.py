@@ -28,9 +28,8 @@ from serving.models.model import Model
 from serving.runtimes.base import Images, Probabilities
 from serving.server import SERVICE, Server
 from tests.conftest import edit_manifest
+from tests.heldout import Heldout
 from tests.serving.scheduling.test_batcher import GatedEngine
-
-Heldout = tuple[NDArray[np.uint8], NDArray[np.int32]]
 
 
 @pytest.fixture(scope="module")
@@ -218,8 +217,8 @@ def test_a_request_that_was_given_up_is_never_computed(gated: tuple[GatedEngine,
             pass
         cancelled.cancel()
         assert late.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        while any(job.refusal() is None for _, _, job in model.batcher._queue):
-            pass  # the server is not told yet
+        while any(entry.drop_reason() is None for _, _, entry in model.batcher._heap):
+            pass  # the server has not noticed yet
         engine.gate.release(1)
         running.result()
         again = pool.submit(stub.Classify, GOOD)
@@ -278,7 +277,7 @@ def test_two_models_are_told_apart_by_name(repository: Path, tmp_path: Path) -> 
 
 def test_a_port_in_use_is_refused(address: str) -> None:
     """Two servers never share a port unseen."""
-    with pytest.raises(BadInput, match="is the port in use, or"):
+    with pytest.raises(BadInput, match="the port is in use, or"):
         Server(registry.ModelRegistry([]), "127.0.0.1", int(address.rpartition(":")[2]), Limits())
 
 

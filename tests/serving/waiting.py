@@ -1,4 +1,4 @@
-"""Asking a batcher, and waiting for what becomes of it."""
+"""Submit images to a batcher, and wait for the outcome."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from serving.scheduling.batcher import Batcher
 from serving.scheduling.queue import BatchResult, Outcome
 
 
-def submit(batcher: Batcher, images: Images, *rest: Any, **options: Any) -> BatchResult:
-    """Have images computed as `enqueue` does; return the answer, or raise the error that took its place."""
+def submit(batcher: Batcher, images: Images, *args: Any, **options: Any) -> BatchResult:
+    """Enqueue images, with the other arguments of `enqueue`; return the result, or raise the error."""
     future: Future[Outcome] = Future()
-    batcher.enqueue(images, future.set_result, *rest, **options)
+    batcher.enqueue(images, future.set_result, *args, **options)
     outcome = future.result(60)
     if isinstance(outcome, BatchResult):
         return outcome

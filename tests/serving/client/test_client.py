@@ -22,7 +22,7 @@ from benchmarks.harness.process import serve
 from protos import classifier_pb2 as pb
 from protos.classifier_pb2_grpc import ClassifierServicer, add_ClassifierServicer_to_server
 from serving.client import Answer, AsyncClient, Client, Result, Tls
-from serving.client.stream import PORTION_IMAGES, PORTIONS
+from serving.client.stream import CHUNK_IMAGES, MAX_CHUNKS
 from serving.config import Batching, Limits
 from serving.errors import (
     DeadlineExceeded,
@@ -40,10 +40,10 @@ from serving.models.model import Model
 from serving.runtimes.cost import CostCurve
 from serving.server import Server
 from serving.transports.grpcio import CODES
+from tests.heldout import Heldout
 from tests.serving import gated
 from tests.serving.gated import pixels
 
-Heldout = tuple[NDArray[np.uint8], NDArray[np.int32]]
 Encode = Callable[[NDArray[np.uint8]], bytes]
 
 
@@ -137,7 +137,7 @@ def test_a_source_without_end_is_read_as_answers_come(address: str) -> None:
         results = client.classify_each(count())
         for number in range(1, 500):
             assert expect(next(results)).images
-            assert taken <= number + PORTION_IMAGES * (PORTIONS + 1)
+            assert taken <= number + CHUNK_IMAGES * (MAX_CHUNKS + 1)
         results.close()  # type: ignore[attr-defined]
         assert client.classify(pixels(1)).images
 
@@ -189,7 +189,7 @@ def test_a_stream_is_as_fast_as_a_queue_that_holds_less(
     start: Callable[..., tuple[Server, Model]], heldout: Heldout, probabilities: NDArray[np.float32]
 ) -> None:
     """What the queue has no room for waits for the answers that are under way: no retries are needed for it."""
-    server, _ = start(max_queue=PORTION_IMAGES)
+    server, _ = start(max_queue=CHUNK_IMAGES)
     with Client(server.address, retries=0) as client:
         check(client.classify(np.concatenate([heldout[0]] * 3), top_k=10), np.concatenate([probabilities] * 3))
 
@@ -364,8 +364,8 @@ def test_what_fails_so_often_is_raised(error: ServingError, attempts: int) -> No
 
 
 def test_a_stream_that_breaks_is_continued_over_another() -> None:
-    """Each portion is answered once, and its images are in their places."""
-    images = pixels(*(number % 256 for number in range(10 * PORTION_IMAGES)))
+    """Each chunk is answered once, and its images are in their places."""
+    images = pixels(*(number % 256 for number in range(10 * CHUNK_IMAGES)))
     script: list[Reply] = [
         1,
         Unavailable("gone"),
@@ -379,7 +379,7 @@ def test_a_stream_that_breaks_is_continued_over_another() -> None:
         results = list(client.classify_each(images))
     assert len(results) == len(images)
     (odd,) = [place for place, result in enumerate(results) if isinstance(result, InvalidRequest)]
-    assert odd % PORTION_IMAGES == 2
+    assert odd % CHUNK_IMAGES == 2
     for place, result in enumerate(results):
         if place != odd:
             assert expect(result).images[0][0].index == place % 256
@@ -387,7 +387,7 @@ def test_a_stream_that_breaks_is_continued_over_another() -> None:
 
 def test_an_answer_is_of_one_version() -> None:
     """If another version takes over meanwhile, all images are asked for again; classify_each says which is which."""
-    images = pixels(*(number % 256 for number in range(10 * PORTION_IMAGES)))
+    images = pixels(*(number % 256 for number in range(10 * CHUNK_IMAGES)))
     script = [*[1] * 4, *[2] * 30]
     with play(*script) as (address, _), Client(address) as client:
         answer = client.classify(images)
@@ -395,7 +395,7 @@ def test_an_answer_is_of_one_version() -> None:
         assert [classes[0].index for classes in answer.images] == [number % 256 for number in range(len(images))]
     with play(*script) as (address, _), Client(address) as client:
         versions = [expect(result).version for result in client.classify_each(images)]
-        assert versions == [1] * 4 * PORTION_IMAGES + [2] * 6 * PORTION_IMAGES
+        assert versions == [1] * 4 * CHUNK_IMAGES + [2] * 6 * CHUNK_IMAGES
 
 
 def test_a_silent_server_is_given_up() -> None:
@@ -405,15 +405,15 @@ def test_a_silent_server_is_given_up() -> None:
     async def ask(address: str) -> None:
         async with AsyncClient(address) as client:
             results = client.classify_each(images, timeout=0.2)
-            for _ in range(2 * PORTION_IMAGES):
+            for _ in range(2 * CHUNK_IMAGES):
                 await anext(results)
             with pytest.raises(DeadlineExceeded, match="no answer for 0.2 seconds"):
                 await anext(results)
 
-    images = pixels(*(number % 256 for number in range(10 * PORTION_IMAGES)))
+    images = pixels(*(number % 256 for number in range(10 * CHUNK_IMAGES)))
     with play(*silent) as (address, _), Client(address) as client:
         results = client.classify_each(images, timeout=0.2)
-        assert len(list(itertools.islice(results, 2 * PORTION_IMAGES))) == 2 * PORTION_IMAGES
+        assert len(list(itertools.islice(results, 2 * CHUNK_IMAGES))) == 2 * CHUNK_IMAGES
         with pytest.raises(DeadlineExceeded, match="no answer for 0.2 seconds"):
             next(results)
     with play(*silent) as (address, _):
@@ -498,9 +498,9 @@ def test_a_server_that_is_killed_is_replaced_by_another(
     ("servers", "tls", "message"),
     [
         ([], None, "at least one"),
-        (["localhost:1", "127.0.0.1:2"], None, "'localhost:1' is no IP:PORT"),
-        (["127.0.0.1:1", "127.0.0.2"], None, "'127.0.0.2' is no IP:PORT"),
-        (["127.0.0.1:1", "[::1]:2"], None, "of one kind, IPv4 or IPv6"),
+        (["localhost:1", "127.0.0.1:2"], None, "'localhost:1' is not IP:PORT"),
+        (["127.0.0.1:1", "127.0.0.2"], None, "'127.0.0.2' is not IP:PORT"),
+        (["127.0.0.1:1", "[::1]:2"], None, "either IPv4 or IPv6 addresses only"),
         (["127.0.0.1:1", "127.0.0.1:2"], Tls(), "say which their certificates have"),
     ],
 )

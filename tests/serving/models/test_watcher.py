@@ -30,9 +30,8 @@ from serving.models.version_policy import ALL, VersionPolicy
 from serving.models.watcher import Watcher
 from serving.server import Server
 from tests.conftest import edit_manifest
+from tests.heldout import Heldout
 from tests.serving.test_app import SERVE
-
-Heldout = tuple[NDArray[np.uint8], NDArray[np.int32]]
 
 
 def add(repository: Path, number: int, name: str = "digits") -> Path:

@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.request import urlopen
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 
 from resnet import BadInput, cli
@@ -18,8 +16,7 @@ from serving.errors import InvalidRequest
 from serving.models import loader, registry
 from serving.observability.metrics import MetricsServer
 from serving.server import Server
-
-Heldout = tuple[NDArray[np.uint8], NDArray[np.int32]]
+from tests.heldout import Heldout
 
 
 @pytest.fixture

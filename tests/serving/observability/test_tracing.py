@@ -125,7 +125,7 @@ def test_a_refused_call_is_a_span_whose_trace_is_in_the_log(
     traced: tuple[Tracing, str], collector: Collector, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its status is the call's; there is nothing of phases that it did not reach."""
-    caplog.set_level(logging.INFO, "serving.protocols.calls")
+    caplog.set_level(logging.INFO, "serving.transports.call")
     tracing, address = traced
     with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError):
         ClassifierStub(channel).Classify(pb.ClassifyRequest(model="digits"), metadata=CALLER)
@@ -134,7 +134,7 @@ def test_a_refused_call_is_a_span_whose_trace_is_in_the_log(
     assert attributes(span)["rpc.grpc.status_code"] == grpc.StatusCode.INVALID_ARGUMENT.value[0]
     assert attributes(span)["resnet.model"] == "digits"
     assert span.status.code != Status.STATUS_CODE_OK
-    (record,) = [record for record in caplog.records if record.name == "serving.protocols.calls"]
+    (record,) = [record for record in caplog.records if record.name == "serving.transports.call"]
     assert json.loads(JsonFormatter().format(record))["trace_id"] == TRACE
 
 

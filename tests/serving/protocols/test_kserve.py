@@ -25,8 +25,7 @@ from serving.models import loader, registry
 from serving.protocols import kserve_request
 from serving.protocols.kserve_request import InferRequest, RequestParser
 from serving.server import Server
-
-Heldout = tuple[NDArray[np.uint8], NDArray[np.int32]]
+from tests.heldout import Heldout
 
 
 @pytest.fixture(scope="module")
@@ -340,7 +339,7 @@ def parse_as_protobuf(parse: Callable[[bytes], InferRequest], payload: bytes) ->
 
 def test_a_head_that_is_known_is_that_of_the_same_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever came before: other pixels, other ids, more pixels behind the same head, fields behind the pixels."""
-    monkeypatch.setattr(kserve_request, "KEPT", 50)
+    monkeypatch.setattr(kserve_request, "CACHE_SIZE", 50)
     parse = RequestParser().parse
     rng = np.random.default_rng(0)
     tensor = pb.ModelInferRequest.InferInputTensor(name="image", datatype="UINT8", shape=[1, 4, 4, 3])

@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 from protos import classifier_pb2 as pb
 from protos.classifier_pb2_grpc import ClassifierStub
 from serving.protocols.stream import READ_AHEAD
+from tests.heldout import Heldout
 from tests.serving import gated
 from tests.serving.gated import Gated, ask
-
-Heldout = tuple[NDArray[np.uint8], NDArray[np.int32]]
 
 
 class Talk:

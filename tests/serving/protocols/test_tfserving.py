@@ -19,7 +19,7 @@ from tensorflow_serving.apis import (
     prediction_service_pb2_grpc,
 )
 
-Heldout = tuple[NDArray[np.uint8], NDArray[np.int32]]
+from tests.heldout import Heldout
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""GPUs that are not there: what `serving.runtimes.cuda` uses of onnxruntime and of the CUDA runtime, computed with NumPy.
+"""GPUs that are not there: what the engine on GPUs uses of onnxruntime and of the CUDA runtime, computed with NumPy.
 
 The fake is as strict as CUDA: a copy happens when its stream is waited for, a graph reads and writes the addresses that
 it was recorded with, and belongs to the thread that recorded it.
@@ -196,13 +196,13 @@ class CpuBinding(onnxruntime.IOBinding):
 
 
 class SessionOptions:
-    """What a session is told."""
+    """Options of a session."""
 
     intra_op_num_threads = 0
 
 
 class RunOptions:
-    """What a run is told."""
+    """Options of a run."""
 
     def __init__(self) -> None:
         self.entries: dict[str, str] = {}

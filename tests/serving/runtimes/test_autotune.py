@@ -1,11 +1,13 @@
-"""How the fastest way is found: with engines that take as long as the test says, and with those of a real model."""
+"""How the fastest plan is found: with engines that take as long as the test says, and with those of a real model."""
 
 from __future__ import annotations
 
 import json
 import logging
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import msgspec
 import numpy as np
@@ -15,12 +17,13 @@ from export.manifest import Budget, Manifest
 from resnet import BadInput, cli
 from serving.config import Batching
 from serving.models import loader
-from serving.runtimes import autotune, openvino
+from serving.runtimes import RUNTIMES, autotune, openvino
 from serving.runtimes.autotune import TuningLookup, choose, find_violations, measure, tune
 from serving.runtimes.base import Images, Probabilities
 from serving.runtimes.onnx import OnnxEngine
 from serving.runtimes.openvino import OpenvinoEngine
 from serving.runtimes.plan import ExecutionPlan, describe, list_plans
+from serving.runtimes.tuning import TuningKey
 
 ONE, TWO = ExecutionPlan("onnxruntime", 1), ExecutionPlan("onnxruntime", 2)
 OTHER = ExecutionPlan("openvino", 2)
@@ -37,7 +40,7 @@ class Clock:
         return self.ns
 
 
-class Scripted:
+class ScriptedEngine:
     """Takes the nanoseconds of a script for its batches, the last of it again and again."""
 
     provider = "test"
@@ -61,7 +64,7 @@ def batches(*sizes: int) -> list[Images]:
 def test_the_least_of_all_rounds_but_the_first_counts() -> None:
     """Sizes and engines take turns."""
     clock = Clock()
-    engines = [Scripted(clock, 1, 1, 50, 60, 40, 70, 90), Scripted(clock, 1, 1, 30)]
+    engines = [ScriptedEngine(clock, 1, 1, 50, 60, 40, 70, 90), ScriptedEngine(clock, 1, 1, 30)]
     assert measure(engines, batches(1, 2), clock) == {1: [40, 30], 2: [60, 30]}
     assert engines[0].batches == engines[1].batches == [1, 2] * (1 + autotune.ROUNDS)
 
@@ -69,17 +72,17 @@ def test_the_least_of_all_rounds_but_the_first_counts() -> None:
 def test_measuring_ends_when_its_time_is_up() -> None:
     """After the round that is under way; there is always one."""
     clock = Clock()
-    engine = Scripted(clock, 0, int(autotune.SECONDS * 0.4e9))
+    engine = ScriptedEngine(clock, 0, int(autotune.SECONDS * 0.4e9))
     measure([engine], batches(1), clock)
     assert len(engine.batches) == 1 + 3
-    slow = Scripted(clock, 0, int(autotune.SECONDS * 2e9))
+    slow = ScriptedEngine(clock, 0, int(autotune.SECONDS * 2e9))
     assert measure([slow], batches(1), clock) == {1: [int(autotune.SECONDS * 2e9)]}
 
 
 def test_a_slow_model_is_measured_with_small_batches() -> None:
     """Larger ones cost in proportion."""
     clock = Clock()
-    engine = Scripted(clock, int(autotune.WARM_UP_SECONDS * 0.6e9))
+    engine = ScriptedEngine(clock, int(autotune.WARM_UP_SECONDS * 0.6e9))
     assert list(measure([engine], batches(1, 2, 4, 8), clock)) == [1, 2]
     assert 4 not in engine.batches
 
@@ -102,24 +105,24 @@ def read_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
         ({1: [100, 60, 55]}, "2 threads"),
     ],
 )
-def test_another_way_has_to_be_clearly_faster(ns: dict[int, list[int]], plan: str) -> None:
+def test_another_plan_has_to_be_clearly_faster(ns: dict[int, list[int]], plan: str) -> None:
     """Than the one for smaller batches, and at first than the simplest."""
     assert describe(choose([ONE, TWO, OTHER][: len(ns[1])], ns)) == plan
 
 
 @pytest.mark.parametrize("cores", [1, 2, 64])
-def test_ways_use_one_core_or_all(cores: int) -> None:
+def test_plans_use_one_core_or_all(cores: int) -> None:
     """The simplest comes first."""
     more = [f"{cores} threads", f"{cores} threads, spinning"] if cores > 1 else []
-    assert [str(way) for way in list_plans("onnxruntime", cores)] == ["1 thread", *more]
+    assert [str(plan) for plan in list_plans("onnxruntime", cores)] == ["1 thread", *more]
 
 
 def test_threads_spin_for_a_single_image_only() -> None:
     """Where that is faster by a third; what larger batches are computed by is chosen without them."""
-    ways = [ONE, TWO, ExecutionPlan("onnxruntime", 2, spins=True)]
-    plan = choose(ways, {1: [100, 80, 69], 2: [100, 80, 20], 4: [100, 60, 20]})
+    candidates = [ONE, TWO, ExecutionPlan("onnxruntime", 2, spins=True)]
+    plan = choose(candidates, {1: [100, 80, 69], 2: [100, 80, 20], 4: [100, 60, 20]})
     assert describe(plan) == "2 threads, spinning to 1 image, 1 thread to 2 images, 2 threads above"
-    assert describe(choose(ways, {1: [100, 80, 71]})) == "1 thread"
+    assert describe(choose(candidates, {1: [100, 80, 71]})) == "1 thread"
 
 
 @pytest.fixture(autouse=True)
@@ -142,16 +145,16 @@ def manifest(version: Path) -> Manifest:
 
 
 def find(
-    version: Path, max_batch: int = 4, ways: list[ExecutionPlan] | None = None, again: bool = False
+    version: Path, max_batch: int = 4, candidates: list[ExecutionPlan] | None = None, again: bool = False
 ) -> TuningLookup:
     """Tune the fp32 variant of a version."""
     manifest = loader.read_checked(version)
     variant = loader.find_variant(version, manifest, "fp32")
-    return tune(version, manifest, variant, max_batch, ways or [ONE, TWO], again)
+    return tune(version, manifest, variant, max_batch, candidates or [ONE, TWO], again)
 
 
 def test_what_was_measured_is_not_measured_again(version: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is kept whole, and holds for the same file, machine, versions, ways and batches only."""
+    """It is kept whole, and holds for the same file, machine, versions, plans and batches only."""
     first = find(version)
     assert not first.cached
     assert list(first.tuning.ns) == [1, 2, 4]
@@ -167,7 +170,7 @@ def test_what_was_measured_is_not_measured_again(version: Path, cache: Path, mon
     assert not find(version, again=True).cached
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"{}", b'{"setting": 1}', b"\xff"])
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b'{"key": 1}', b"\xff"])
 def test_a_cache_that_is_broken_is_measured_again(
     content: bytes, version: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -179,11 +182,11 @@ def test_a_cache_that_is_broken_is_measured_again(
     assert find(version, candidates=[ONE]).cached
 
 
-def test_a_cache_of_another_setting_is_measured_again(version: Path) -> None:
+def test_a_cache_of_another_key_is_measured_again(version: Path) -> None:
     """Whatever the name of the file says."""
     path = find(version, candidates=[ONE]).tuning.key.path
     content = json.loads(path.read_text())
-    content["setting"]["cpu"] = "another"
+    content["key"]["cpu"] = "another"
     path.write_text(json.dumps(content))
     assert not find(version, candidates=[ONE]).cached
 
@@ -202,15 +205,15 @@ def test_a_cache_that_cannot_be_written_is_no_error(
 def test_users_without_a_home_have_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in containers whose user nobody knows."""
     monkeypatch.delenv("XDG_CACHE_HOME")
-    setting = autotune.TuningKey(1, "", Budget(), "", [], 1, {})
+    key = TuningKey(1, "", Budget(), "", [], 1, {})
     monkeypatch.setattr(Path, "home", lambda: Path("/home/me"))
-    assert setting.path.parent == Path("/home/me/.cache/resnet/tuning")
+    assert key.path.parent == Path("/home/me/.cache/resnet/tuning")
 
     def fail() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", fail)
-    assert setting.path.parent == Path("/.cache/resnet/tuning")
+    assert key.path.parent == Path("/.cache/resnet/tuning")
 
 
 def test_a_tuned_model_computes_what_a_plain_one_does(version: Path) -> None:
@@ -255,8 +258,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeOpenvino]:
 
 
 def test_openvino_is_chosen_where_it_is_faster_and_the_same(fake: type[FakeOpenvino], version: Path) -> None:
-    """Beside the ways of onnxruntime, or as the only runtime; without measuring it may be asked for, too."""
-    assert describe(find(version, candidates=[ONE, TWO, OTHER]).tuning.plan) == "2 threads of OpenVINO"
+    """Beside the plans of onnxruntime, or as the only runtime; without measuring it may be asked for, too."""
+    assert describe(find(version, candidates=[ONE, TWO, OTHER]).tuning.plans) == "2 threads of OpenVINO"
     for tuned in (True, False):
         model = loader.load(version, "auto", Batching(max_batch=4), runtime="openvino", tune=tuned)
         assert model.engine.provider == fake.provider
@@ -273,7 +276,7 @@ def test_openvino_is_not_chosen_where_it_answers_otherwise(
     """The log says why; if it alone may be used, that is an error."""
     fake.error = 1e-3
     found = find(version, candidates=[ONE, TWO, OTHER]).tuning
-    assert describe(found.plan) == "1 thread"
+    assert describe(found.plans) == "1 thread"
     assert found.refusals["openvino"].startswith(
         "the largest difference of onnx at batch size 1 is 0.001, above 1e-05;"
     )
@@ -296,6 +299,56 @@ def test_a_runtime_that_cannot_load_a_model_is_left_out(
     assert [*found.candidates, *found.refusals] == [ONE, TWO, "openvino"]
     with pytest.raises(BadInput, match=r"choose another --runtime: model\.onnx cannot be run by OpenVINO"):
         find(version, candidates=[OTHER])
+
+
+class ToyEngine(FakeOpenvino):
+    """onnxruntime in the place of a runtime that is not in this repository."""
+
+    provider = "toy"
+
+
+@pytest.fixture
+def toy(fake: type[FakeOpenvino], monkeypatch: pytest.MonkeyPatch) -> type[ToyEngine]:
+    """A runtime: a row of the table, and a module. OpenVINO is four times as fast, and the toy twice as fast."""
+    module, engine = ModuleType("toy"), type("Toy", (ToyEngine,), {})
+    vars(module).update(
+        TITLE="Toy",
+        CERTIFIED=False,
+        CONCURRENT=True,
+        find_version=lambda: "1",
+        list_plans=lambda cores: [ExecutionPlan("toy", cores)],
+        build=lambda path, manifest, plan, _: engine(path, manifest, plan.threads),
+    )
+    monkeypatch.setitem(sys.modules, "toy", module)
+    monkeypatch.setitem(RUNTIMES, "toy", "toy")
+
+    def run(engines: list[object], given: list[Images]) -> dict[int, list[int]]:
+        ns = [25 if isinstance(one, fake) else 50 if isinstance(one, engine) else 100 for one in engines]
+        return {len(batch): ns for batch in given}
+
+    monkeypatch.setattr(autotune, "measure", run)
+    return engine
+
+
+def test_a_runtime_is_a_row_and_a_module(toy: type[ToyEngine], version: Path, cache: Path) -> None:
+    """Then it is measured, checked and served like the others."""
+    model = loader.load(version, "cpu", Batching(max_batch=4), runtime="toy", tune=True)
+    assert model.engine.provider == toy.provider
+    assert "of Toy" in model.plan
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_every_runtime_is_held_against_the_certificate_before_it_is_chosen(
+    toy: type[ToyEngine], fake: type[FakeOpenvino], version: Path
+) -> None:
+    """Also the one that comes second, once the fastest is refused."""
+    candidates = [ONE, OTHER, ExecutionPlan("toy", 2)]
+    fake.error = 1e-3
+    found = find(version, candidates=candidates, again=True).tuning
+    assert (describe(found.plans), [*found.refusals]) == ("2 threads of Toy", ["openvino"])
+    toy.error = 1e-3
+    found = find(version, candidates=candidates, again=True).tuning
+    assert (describe(found.plans), [*found.refusals]) == ("1 thread", ["openvino", "toy"])
 
 
 class Table:
@@ -339,7 +392,7 @@ def command(*arguments: object) -> int:
 
 
 def test_the_command_shows_what_was_measured(repository: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A row for each size, a star at the way that is chosen, and where it is kept."""
+    """A row for each size, a star at the plan that is chosen, and where it is kept."""
     assert command(repository / "digits", "--max-batch=4", "--runtime=onnxruntime") == 0
     title, header, *rows, plan, kept = capsys.readouterr().out.splitlines()
     assert title.startswith("digits/1 in fp32 on ")

@@ -27,8 +27,9 @@ from serving.config import Batching
 from serving.errors import InternalError
 from serving.models import loader, registry
 from serving.models.model import Model
-from serving.runtimes import cuda, cuda_buffers
-from serving.runtimes.cuda import CudaEngine, EnginePool
+from serving.runtimes import cuda, cuda_buffers, multi_gpu
+from serving.runtimes.cuda import CudaEngine
+from serving.runtimes.multi_gpu import MultiGpuEngine
 from serving.scheduling import batcher
 from tests.serving.runtimes.fake_gpu import CLASSES, CpuSession, Machine, compute
 from tests.serving.waiting import submit
@@ -53,7 +54,7 @@ def path(tmp_path: Path) -> Path:
     return folder / "model.onnx"
 
 
-def about() -> Manifest:
+def make_manifest() -> Manifest:
     """Return a manifest of what the fake computes, in fp32 and fp16."""
     variants = [
         Variant(name, file, precision, "", Budget(max_difference=1e-5), [], {})
@@ -101,7 +102,7 @@ def test_buckets_are_the_powers_of_two_and_the_largest_batch() -> None:
 @pytest.mark.parametrize("graphs", [True, False])
 def test_every_batch_size_is_answered(machine: Machine, path: Path, graphs: bool) -> None:
     """Up to and beyond the largest bucket, whatever the tactics; no padding comes back, and no answer of before."""
-    engine = cuda.load(path, about(), "cuda", 12, graphs)
+    engine = cuda.load(path, make_manifest(), "cuda", 12, graphs)
     for images in (*range(1, 26), *range(25, 0, -1)):
         assert_answers(engine.run, pixels(images, seed=images))
     assert engine.provider == "CUDAExecutionProvider"
@@ -110,7 +111,7 @@ def test_every_batch_size_is_answered(machine: Machine, path: Path, graphs: bool
 
 def test_each_bucket_is_warm_before_the_first_request(machine: Machine, path: Path) -> None:
     """Later runs are of sizes, graphs and threads that were there before: nothing is searched or recorded then."""
-    engine = cuda.load(path, about(), "cuda", 12)
+    engine = cuda.load(path, make_manifest(), "cuda", 12)
     warm = {*machine.runs}
     assert {run.images for run in warm} == {1, 2, 4, 8, 12}
     with ThreadPoolExecutor(4) as callers:
@@ -124,19 +125,19 @@ def test_each_bucket_is_warm_before_the_first_request(machine: Machine, path: Pa
 
 def test_each_bucket_has_a_graph_of_its_own(machine: Machine, path: Path) -> None:
     """A graph knows one shape and one pair of addresses; none has the number 0, which onnxruntime keeps for itself."""
-    cuda.load(path, about(), "cuda", 4)
+    cuda.load(path, make_manifest(), "cuda", 4)
     assert sorted({(run.graph, run.images) for run in machine.runs}) == [(1, 1), (2, 2), (3, 4)]
 
 
 def test_no_graph_is_asked_for_where_there_is_none(machine: Machine, path: Path) -> None:
     """Without graphs a run has no number."""
-    cuda.load(path, about(), "cuda", 4, graphs=False)
+    cuda.load(path, make_manifest(), "cuda", 4, graphs=False)
     assert {run.graph for run in machine.runs} == {0}
 
 
 def test_a_batch_beyond_the_largest_bucket_is_cut_by_it(machine: Machine, path: Path) -> None:
     """The rest has a bucket of its own."""
-    engine = cuda.load(path, about(), "cuda", 8)
+    engine = cuda.load(path, make_manifest(), "cuda", 8)
     machine.runs.clear()
     assert_answers(engine.run, pixels(19))
     assert [run.images for run in machine.runs] == [8, 8, 4]
@@ -145,7 +146,7 @@ def test_a_batch_beyond_the_largest_bucket_is_cut_by_it(machine: Machine, path: 
 @pytest.mark.usefixtures("machine")
 def test_the_curve_has_a_step_for_each_bucket(path: Path) -> None:
     """All sizes of a bucket cost the same, and each bucket was measured."""
-    engine = CudaEngine(path, about(), 12)
+    engine = CudaEngine(path, make_manifest(), 12)
     curve = engine.curve
     assert list(curve.points()) == [1, 2, 3, 4, 5, 8, 9, 12]
     assert all(ns > 0 for ns in curve.points().values())
@@ -155,7 +156,7 @@ def test_the_curve_has_a_step_for_each_bucket(path: Path) -> None:
 
 def test_a_failed_run_fails_its_batch_only(machine: Machine, path: Path) -> None:
     """The next one is answered; nothing of the failed one is left under way."""
-    engine = cuda.load(path, about(), "cuda", 8)
+    engine = cuda.load(path, make_manifest(), "cuda", 8)
     machine.failure = RuntimeError("an illegal memory access")
     with pytest.raises(RuntimeError, match="illegal memory access"):
         engine.run(pixels(8))
@@ -164,7 +165,7 @@ def test_a_failed_run_fails_its_batch_only(machine: Machine, path: Path) -> None
 
 def test_memory_is_given_back_with_the_engine(machine: Machine, path: Path) -> None:
     """A version that was replaced leaves nothing on the GPU."""
-    engine = cuda.load(path, about(), "cuda", 8)
+    engine = cuda.load(path, make_manifest(), "cuda", 8)
     assert machine.allocated
     del engine
     gc.collect()
@@ -172,20 +173,20 @@ def test_memory_is_given_back_with_the_engine(machine: Machine, path: Path) -> N
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_requests_are_put_together_where_the_gpu_fetches_them(machine: Machine, path: Path, devices: int) -> None:
+def test_requests_are_concatenated_where_the_gpu_fetches_them(machine: Machine, path: Path, devices: int) -> None:
     """As far as a batch goes, and as long as it is the last but one."""
     machine.devices = devices
-    engine = cuda.load(path, about(), "cuda", 8)
+    engine = cuda.load(path, make_manifest(), "cuda", 8)
     small, large = [pixels(2, 1), pixels(3, 2)], [pixels(6, 3), pixels(6, 4)]
 
     def is_pinned(images: NDArray[np.uint8]) -> bool:
         return any(np.may_share_memory(images, memory) for memory in machine.allocated.values())
 
     def try_it() -> list[bool]:
-        gather = engine.gatherer()
-        found, before = [], gather(small)
+        concatenate = engine.concatenator()
+        found, before = [], concatenate(small)
         for parts in (small, large, small, small[:1]):
-            images = gather(parts)
+            images = concatenate(parts)
             np.testing.assert_array_equal(images, np.concatenate(parts))
             found.append(is_pinned(images))
             assert_answers(engine.run, before)
@@ -200,15 +201,15 @@ def test_requests_are_put_together_where_the_gpu_fetches_them(machine: Machine, 
 
 
 @pytest.mark.parametrize("devices", [1, 3])
-def test_batches_that_are_put_together_ahead_get_their_own_answers(
+def test_prefetched_batches_get_their_own_answers(
     machine: Machine, path: Path, devices: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Requests of all sizes, more than the GPUs can take, and a GPU that fails now and then."""
-    monkeypatch.setattr(batcher, "LARGE_BYTES", 0)
+    monkeypatch.setattr(batcher, "MIN_PREFETCH_BYTES", 0)
     machine.devices = devices
-    engine = cuda.load(path, about(), "cuda", 8)
+    engine = cuda.load(path, make_manifest(), "cuda", 8)
     model = loader.start(
-        about(),
+        make_manifest(),
         engine,
         Batching(max_batch=8, max_queue=10**6, max_queue_ms=1e9),
         instances=engine.instances,
@@ -217,7 +218,7 @@ def test_batches_that_are_put_together_ahead_get_their_own_answers(
     calls, send = itertools.count(), cuda_buffers.Buffers.send
 
     def send_last(self: cuda_buffers.Buffers, images: NDArray[np.uint8]) -> None:
-        model.batcher._gatherer.submit(lambda: None).result(10)  # what is put together ahead is there
+        model.batcher._prefetch_thread.submit(lambda: None).result(10)  # the prefetched batch is there
         send(self, images)
 
     monkeypatch.setattr(cuda_buffers.Buffers, "send", send_last)
@@ -247,8 +248,8 @@ def test_a_replaced_version_gives_its_memory_back_with_its_last_answer(machine: 
     """Not only when the next change comes: the one after it may need the room."""
 
     def start(version: int) -> Model:
-        engine = cuda.load(path, about(), "cuda", 4)
-        which = msgspec.structs.replace(about(), version=version)
+        engine = cuda.load(path, make_manifest(), "cuda", 4)
+        which = msgspec.structs.replace(make_manifest(), version=version)
         return loader.start(which, engine, Batching(max_batch=4), instances=engine.instances, threads=engine)
 
     begun, gate = threading.Event(), threading.Event()
@@ -276,7 +277,7 @@ def test_a_model_that_cannot_be_recorded_runs_without_graphs(
 ) -> None:
     """Whether onnxruntime knows it at once or the recording fails: one line of the log says why."""
     setattr(machine, flaw, flaw == "partial")
-    engine = CudaEngine(path, about(), 8)
+    engine = CudaEngine(path, make_manifest(), 8)
     assert not engine.graphs
     assert_answers(engine.run, pixels(11))
     (record,) = caplog.records
@@ -292,7 +293,7 @@ def test_a_model_that_cannot_be_recorded_runs_without_graphs(
 def test_plain_memory_will_do(machine: Machine, path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Where none can be pinned, answers are the same, and the log says what it costs."""
     machine.pinned = False
-    assert_answers(cuda.load(path, about(), "cuda", 8).run, pixels(11))
+    assert_answers(cuda.load(path, make_manifest(), "cuda", 8).run, pixels(11))
     assert "no pinned memory" in caplog.text
 
 
@@ -300,14 +301,14 @@ def test_a_model_that_does_not_fit_is_refused(machine: Machine, path: Path) -> N
     """In one sentence that says what to do."""
     machine.memory = 7 * 36  # bytes of the images of less than a batch
     with pytest.raises(BadInput, match=r"batches of 8: out of memory; lower --max-batch"):
-        cuda.load(path, about(), "cuda", 8)
+        cuda.load(path, make_manifest(), "cuda", 8)
 
 
 def test_there_must_be_a_gpu(machine: Machine, path: Path) -> None:
     """A build of onnxruntime for CUDA is none."""
     machine.devices = 0
     with pytest.raises(BadInput, match="there is no GPU"):
-        cuda.load(path, about(), "cuda", 8)
+        cuda.load(path, make_manifest(), "cuda", 8)
 
 
 @pytest.mark.usefixtures("machine")
@@ -315,7 +316,7 @@ def test_the_package_that_asks_cuda_must_be_there(path: Path, monkeypatch: pytes
     """It comes with the extra."""
     monkeypatch.setattr(cuda_buffers, "cudart", None)
     with pytest.raises(BadInput, match="'serving-gpu'"):
-        cuda.load(path, about(), "cuda", 8)
+        cuda.load(path, make_manifest(), "cuda", 8)
 
 
 @pytest.mark.parametrize("device", ["cuda", "tensorrt"])
@@ -324,15 +325,15 @@ def test_a_provider_that_is_asked_for_and_not_got_is_an_error(machine: Machine, 
     machine.starts.remove("CUDAExecutionProvider")
     machine.starts.insert(0, "CUDAExecutionProvider" if device == "tensorrt" else "TensorrtExecutionProvider")
     with pytest.raises(BadInput, match=f"could not start {cuda.PROVIDERS[device]} and would use"):
-        cuda.load(path, about(), device, 8)
+        cuda.load(path, make_manifest(), device, 8)
     machine.providers.remove(cuda.PROVIDERS[device])
     with pytest.raises(BadInput, match=f"this onnxruntime has no {cuda.NAMES[device]}"):
-        cuda.load(path, about(), device, 8)
+        cuda.load(path, make_manifest(), device, 8)
 
 
 def test_fp32_is_fp32(machine: Machine, path: Path) -> None:
     """TF32 would be outside the certificate's budget, and a search for kernels would stall the start."""
-    cuda.load(path, about(), "cuda", 2)
+    cuda.load(path, make_manifest(), "cuda", 2)
     options = machine.sessions[0]["CUDAExecutionProvider"]
     assert options["use_tf32"] == "0"
     assert options["cudnn_conv_algo_search"] == "HEURISTIC"
@@ -341,11 +342,11 @@ def test_fp32_is_fp32(machine: Machine, path: Path) -> None:
 
 def test_fp16_has_the_tensor_cores(machine: Machine, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Denied to fp32, they would be denied to half precision too, which has no other plans; channels come last."""
-    cuda.load(path.with_name("model.fp16.onnx"), about(), "cuda", 2)
+    cuda.load(path.with_name("model.fp16.onnx"), make_manifest(), "cuda", 2)
     assert not machine.unplanned
     assert machine.sessions[0]["CUDAExecutionProvider"]["prefer_nhwc"] == "1"
-    monkeypatch.setattr(cuda, "HALF", cuda.FULL)
-    cuda.load(path.with_name("model.fp16.onnx"), about(), "cuda", 2)
+    monkeypatch.setattr(cuda, "FP16_OPTIONS", cuda.FP32_OPTIONS)
+    cuda.load(path.with_name("model.fp16.onnx"), make_manifest(), "cuda", 2)
     assert machine.unplanned == ["model.fp16.onnx"]
 
 
@@ -356,7 +357,7 @@ def test_tensorrt_keeps_its_engines_in_the_repository(
     """By the version's digest, where no model is looked for; half precision is for what was proved in it."""
     monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
     machine.starts.insert(0, "TensorrtExecutionProvider")
-    engine = cuda.load(path.with_name(file), about(), "tensorrt", 8)
+    engine = cuda.load(path.with_name(file), make_manifest(), "tensorrt", 8)
     assert_answers(engine.run, pixels(11))
     assert engine.provider == "TensorrtExecutionProvider"
     options = machine.sessions[0]["TensorrtExecutionProvider"]
@@ -377,7 +378,7 @@ def test_a_repository_that_cannot_be_written_has_no_cache(
     """TensorRT works without it, at a price that the log names."""
     machine.starts.insert(0, "TensorrtExecutionProvider")
     (path.parents[2] / ".cache").touch()
-    assert_answers(cuda.load(path, about(), "tensorrt", 8).run, pixels(3))
+    assert_answers(cuda.load(path, make_manifest(), "tensorrt", 8).run, pixels(3))
     assert "trt_engine_cache_path" not in machine.sessions[0]["TensorrtExecutionProvider"]
     assert "at every start" in caplog.text
 
@@ -385,8 +386,8 @@ def test_a_repository_that_cannot_be_written_has_no_cache(
 def test_all_gpus_work(machine: Machine, path: Path) -> None:
     """At the same time, each for as many callers as it can serve: one."""
     machine.devices = 2
-    engine = cuda.load(path, about(), "cuda", 8, graphs=False)
-    assert isinstance(engine, EnginePool)
+    engine = cuda.load(path, make_manifest(), "cuda", 8, graphs=False)
+    assert isinstance(engine, MultiGpuEngine)
     assert engine.instances == 2
     machine.runs.clear()
     together = threading.Barrier(2)
@@ -402,9 +403,9 @@ def test_a_failed_batch_leaves_its_gpu_in_the_pool(
     machine: Machine, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise the second failure would be the last answer."""
-    monkeypatch.setattr(cuda, "REST_SECONDS", 0)
+    monkeypatch.setattr(multi_gpu, "COOLDOWN_SECONDS", 0)
     machine.devices = 2
-    engine = cuda.load(path, about(), "cuda", 8, graphs=False)
+    engine = cuda.load(path, make_manifest(), "cuda", 8, graphs=False)
     for _ in range(5):
         machine.failure = RuntimeError("an illegal memory access")
         with pytest.raises(RuntimeError):
@@ -422,16 +423,16 @@ def test_a_gpu_that_fails_does_not_take_what_others_could_do(
     machine: Machine, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is quick at it; of two hundred requests it gets one batch, and rests while the other computes the rest."""
-    monkeypatch.setattr(cuda, "REST_SECONDS", 60)
+    monkeypatch.setattr(multi_gpu, "COOLDOWN_SECONDS", 60)
 
     def run(device: int) -> None:
         if device:
             raise RuntimeError("the launch failed")
 
     machine.devices = 2
-    engine = cuda.load(path, about(), "cuda", 4)
+    engine = cuda.load(path, make_manifest(), "cuda", 4)
     model = loader.start(
-        about(), engine, Batching(max_batch=4, max_queue=1000), instances=engine.instances, threads=engine
+        make_manifest(), engine, Batching(max_batch=4, max_queue=1000), instances=engine.instances, threads=engine
     )
     machine.on_run = run
     with ThreadPoolExecutor(8) as callers:
@@ -445,30 +446,30 @@ def test_a_gpu_that_fails_does_not_take_what_others_could_do(
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_a_batcher_leads_on_the_threads_that_compute(machine: Machine, path: Path, devices: int) -> None:
+def test_a_batcher_works_on_the_threads_that_compute(machine: Machine, path: Path, devices: int) -> None:
     """Each of which computes on one GPU, whoever sent the requests: no batch changes threads."""
     machine.devices = devices
-    engine = cuda.load(path, about(), "cuda", 4)
+    engine = cuda.load(path, make_manifest(), "cuda", 4)
     threads = {run.device: run.thread for run in machine.runs}
     machine.runs.clear()
-    led: set[int] = set()
+    callers_of_run: set[int] = set()
     run = engine.run
 
     def watch(images: NDArray[np.uint8]) -> Any:
-        led.add(threading.get_ident())
+        callers_of_run.add(threading.get_ident())
         return run(images)
 
     engine.run = watch  # type: ignore[method-assign]
     model = loader.start(
-        about(), engine, Batching(max_batch=4, max_queue=100), instances=engine.instances, threads=engine
+        make_manifest(), engine, Batching(max_batch=4, max_queue=100), instances=engine.instances, threads=engine
     )
-    led.clear()  # of those that warmed it up
+    callers_of_run.clear()  # of those that warmed it up
     batcher = model.batcher
     with ThreadPoolExecutor(8) as callers:
         requests = [pixels(1 + seed % 6, seed) for seed in range(40)]
         for request, answer in zip(requests, callers.map(partial(submit, batcher), requests), strict=True):
             np.testing.assert_array_equal(answer.probabilities, compute(request))
-    assert led <= set(threads.values())
+    assert callers_of_run <= set(threads.values())
     assert {(run.device, run.thread) for run in machine.runs} <= set(threads.items())
     assert batcher.drain(10)
 
@@ -492,16 +493,16 @@ def test_onnxruntime_itself_takes_what_it_is_given(
 
 def test_auto_takes_the_gpu_where_it_works(machine: Machine, path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Otherwise the CPU, and the log says why; who names the GPU gets it or an error."""
-    assert cuda.choose(path, about(), "cpu", 8) is None
-    engine = cuda.choose(path, about(), "auto", 8)
+    assert cuda.choose(path, make_manifest(), "cpu", 8) is None
+    engine = cuda.choose(path, make_manifest(), "auto", 8)
     assert engine is not None
     assert engine.provider == "CUDAExecutionProvider"
     machine.starts.remove("CUDAExecutionProvider")
-    assert cuda.choose(path, about(), "auto", 8) is None
+    assert cuda.choose(path, make_manifest(), "auto", 8) is None
     assert "is computed on the CPU: onnxruntime could not start" in caplog.text
     with pytest.raises(BadInput, match="--device cuda: onnxruntime could not start"):
-        cuda.choose(path, about(), "cuda", 8)
+        cuda.choose(path, make_manifest(), "cuda", 8)
     caplog.clear()
     machine.providers.remove("CUDAExecutionProvider")
-    assert cuda.choose(path, about(), "auto", 8) is None
+    assert cuda.choose(path, make_manifest(), "auto", 8) is None
     assert not caplog.records  # a build for the CPU is no surprise

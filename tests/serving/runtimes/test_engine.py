@@ -35,7 +35,7 @@ class Echo:
         return images[:, 0, 0, :1].astype(np.float32)
 
 
-class Broken:
+class BrokenEngine:
     """Cannot compute."""
 
     provider = "test"
@@ -80,8 +80,8 @@ def test_beside_others_a_batch_has_an_engine_of_its_own() -> None:
             assert end.wait(10)
             return super().run(images)
 
-    alone, beside = Held(), Echo()
-    engine = ConcurrentEngine(alone, beside)
+    alone, concurrent = Held(), Echo()
+    engine = ConcurrentEngine(alone, concurrent)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(engine.run, number(2))
         assert begun.wait(10)
@@ -89,8 +89,8 @@ def test_beside_others_a_batch_has_an_engine_of_its_own() -> None:
         end.set()
         assert first.result(10)[:, 0].tolist() == [0, 1]
     engine.run(number(4))
-    assert (alone.batches, beside.batches) == ([2, 4], [3])
-    failing = ConcurrentEngine(Broken(), beside)
+    assert (alone.batches, concurrent.batches) == ([2, 4], [3])
+    failing = ConcurrentEngine(BrokenEngine(), concurrent)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="no memory"):
             failing.run(number(1))
@@ -106,12 +106,12 @@ def test_the_size_decides_which_engine_computes() -> None:
     assert sized.provider == "test"
 
 
-@pytest.mark.parametrize("way", list_plans("onnxruntime", cores=4))
-def test_every_way_computes_the_same(way: ExecutionPlan, repository: Path) -> None:
+@pytest.mark.parametrize("plan", list_plans("onnxruntime", cores=4))
+def test_every_plan_computes_the_same(plan: ExecutionPlan, repository: Path) -> None:
     """As one session on one thread does, for all sizes of batches, but for rounding."""
     manifest = loader.read_checked(repository / VERSION)
     path = repository / VERSION / "model.onnx"
-    plain, engine = OnnxEngine(path, manifest, 1), way.build(path, manifest)
+    plain, engine = OnnxEngine(path, manifest, 1), plan.build(path, manifest)
     for count in range(1, 34):
         images = pixels(count)
         np.testing.assert_allclose(engine.run(images), plain.run(images), rtol=0, atol=1e-6)

@@ -15,7 +15,7 @@ import pytest
 
 from serving.config import Batching
 from serving.errors import Cancelled, DeadlineExceeded, InternalError, Overloaded, Unavailable
-from serving.runtimes.base import Gather, Images, Probabilities
+from serving.runtimes.base import Concatenator, Images, Probabilities
 from serving.runtimes.cost import CostCurve
 from serving.scheduling import batcher
 from serving.scheduling.batcher import Batcher
@@ -48,24 +48,24 @@ def images(*values: int) -> Images:
     return np.array(values, np.uint8).reshape(-1, 1, 1, 1) * np.ones((1, 2, 2, 3), np.uint8)
 
 
-class Ahead(ThreadPoolExecutor):
-    """A thread that leads, for which batches are put together ahead."""
+class PrefetchThread(ThreadPoolExecutor):
+    """An engine thread for which batches are prefetched."""
 
-    ahead = True
+    prefetch = True
 
     def __init__(self) -> None:
         super().__init__(1)
-        self.gathered: queue.Queue[int] = queue.Queue()
+        self.concatenated: queue.Queue[int] = queue.Queue()
 
-    def gatherer(self) -> Gather:
+    def concatenator(self) -> Concatenator:
         """Return what notes the size of each batch."""
 
-        def gather(parts: Sequence[Images]) -> Images:
-            together = np.concatenate(parts)
-            self.gathered.put(len(together))
-            return together
+        def concatenate(parts: Sequence[Images]) -> Images:
+            batch = np.concatenate(parts)
+            self.concatenated.put(len(batch))
+            return batch
 
-        return gather
+        return concatenate
 
 
 class Bench:
@@ -76,7 +76,7 @@ class Bench:
         pool: ThreadPoolExecutor,
         curve: CostCurve | None = None,
         overflow: int = 0,
-        threads: Ahead | None = None,
+        threads: PrefetchThread | None = None,
         **batching: float,
     ) -> None:
         self.engine = GatedEngine()
@@ -84,7 +84,7 @@ class Bench:
         self.batcher = Batcher(self.engine.run, Batching(**options), curve, overflow=overflow, threads=threads)
         self._pool = pool
 
-    def lead(self, *values: int) -> Future[BatchResult]:
+    def start(self, *values: int) -> Future[BatchResult]:
         """Submit a request that finds the engine free, and return once it is being computed."""
         future = self._pool.submit(submit, self.batcher, images(*values))
         assert self.engine.entered.acquire(timeout=10)
@@ -94,20 +94,20 @@ class Bench:
         self,
         *values: int,
         deadline: float = float("inf"),
-        alive: Callable[[], bool] = lambda: True,
+        is_active: Callable[[], bool] = lambda: True,
         priority: int = DEFAULT_PRIORITY,
     ) -> Future[BatchResult]:
         """Submit a request while the engine is busy, and return once it is in the queue."""
         before = self.batcher.queued
-        future = self._pool.submit(submit, self.batcher, images(*values), deadline, alive, priority)
+        future = self._pool.submit(submit, self.batcher, images(*values), deadline, is_active, priority)
         while self.batcher.queued == before:
             time.sleep(0)  # gives way to the submitting thread
         return future
 
-    def enqueue(self, *values: int, alive: Callable[[], bool] = lambda: True) -> Future[Outcome]:
+    def enqueue(self, *values: int, is_active: Callable[[], bool] = lambda: True) -> Future[Outcome]:
         """Post a request."""
         future: Future[Outcome] = Future()
-        self.batcher.enqueue(images(*values), future.set_result, alive=alive)
+        self.batcher.enqueue(images(*values), future.set_result, is_active=is_active)
         return future
 
     def compute(self, batches: int = 1) -> None:
@@ -149,7 +149,7 @@ def test_a_lone_request_is_answered_by_the_thread_that_computed_it() -> None:
 def test_what_waits_becomes_the_next_batch_in_order_of_arrival(pool: ThreadPoolExecutor) -> None:
     """Whole requests up to max_batch; each gets its own rows back."""
     bench = Bench(pool)
-    futures = [bench.lead(1), bench.wait(2), bench.wait(3, 4), bench.wait(5, 6), bench.wait(7)]
+    futures = [bench.start(1), bench.wait(2), bench.wait(3, 4), bench.wait(5, 6), bench.wait(7)]
     bench.compute(3)
     answers = [future.result(10) for future in futures]
     assert bench.engine.batches == [[1], [2, 3, 4], [5, 6, 7]]
@@ -158,17 +158,17 @@ def test_what_waits_becomes_the_next_batch_in_order_of_arrival(pool: ThreadPoolE
     assert answers[1].queue_ns > 0
 
 
-def test_a_full_batch_is_put_together_while_another_is_computed(
+def test_a_full_batch_is_concatenated_while_another_is_computed(
     pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those in it wait as the others do, and are computed though the engine fails on the batch before."""
-    monkeypatch.setattr(batcher, "LARGE_BYTES", 24)  # two images of this test
-    leaders = Ahead()
-    bench = Bench(pool, threads=leaders, max_queue=20)
-    futures = [bench.lead(1), *(bench.wait(value, 100 + value) for value in range(2, 8))]
+    monkeypatch.setattr(batcher, "MIN_PREFETCH_BYTES", 24)  # two images of this test
+    thread = PrefetchThread()
+    bench = Bench(pool, threads=thread, max_queue=20)
+    futures = [bench.start(1), *(bench.wait(value, 100 + value) for value in range(2, 8))]
     bench.compute()
     assert bench.engine.entered.acquire(timeout=10)
-    assert [leaders.gathered.get(timeout=10) for _ in range(2)] == [4, 4]
+    assert [thread.concatenated.get(timeout=10) for _ in range(2)] == [4, 4]
     assert bench.batcher.queued == 8
     futures.append(bench.wait(9))
     bench.engine.failure = RuntimeError("out of memory")
@@ -186,18 +186,18 @@ def test_a_full_batch_is_put_together_while_another_is_computed(
     assert bench.batcher.queued == 0
 
 
-def test_what_is_put_together_ahead_is_given_up_for_who_goes_first(
+def test_a_prefetched_batch_is_given_up_for_who_goes_first(
     pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And for those who left: their images are not computed, and neither waits longer than it would have."""
-    monkeypatch.setattr(batcher, "LARGE_BYTES", 24)
-    leaders, here = Ahead(), True
-    bench = Bench(pool, threads=leaders, max_queue=20)
-    futures = [bench.lead(1), bench.wait(2, 102), bench.wait(3, 103)]
-    left = bench.wait(4, 104, alive=lambda: here)
+    monkeypatch.setattr(batcher, "MIN_PREFETCH_BYTES", 24)
+    thread, here = PrefetchThread(), True
+    bench = Bench(pool, threads=thread, max_queue=20)
+    futures = [bench.start(1), bench.wait(2, 102), bench.wait(3, 103)]
+    left = bench.wait(4, 104, is_active=lambda: here)
     futures.append(bench.wait(5, 105))
     bench.compute()
-    assert [leaders.gathered.get(timeout=10) for _ in range(2)] == [4, 4]
+    assert [thread.concatenated.get(timeout=10) for _ in range(2)] == [4, 4]
     futures.append(bench.wait(6, 106, priority=1))
     here = False
     bench.compute(2)
@@ -208,11 +208,11 @@ def test_what_is_put_together_ahead_is_given_up_for_who_goes_first(
 
 
 def test_a_thread_that_cannot_be_had_ends_nothing(pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then batches are put together when they begin."""
-    monkeypatch.setattr(batcher, "LARGE_BYTES", 24)
-    bench = Bench(pool, threads=Ahead(), max_queue=20)
-    bench.batcher._gatherer.shutdown()
-    futures = [bench.lead(1), *(bench.wait(value, 100 + value) for value in range(2, 8))]
+    """Then batches are concatenated when they begin."""
+    monkeypatch.setattr(batcher, "MIN_PREFETCH_BYTES", 24)
+    bench = Bench(pool, threads=PrefetchThread(), max_queue=20)
+    bench.batcher._prefetch_thread.shutdown()
+    futures = [bench.start(1), *(bench.wait(value, 100 + value) for value in range(2, 8))]
     bench.compute(4)
     assert [future.result(10).batch_size for future in futures] == [1, 4, 4, 4, 4, 4, 4]
 
@@ -220,7 +220,7 @@ def test_a_thread_that_cannot_be_had_ends_nothing(pool: ThreadPoolExecutor, monk
 def test_a_request_that_arrives_during_a_batch_is_in_the_next(pool: ThreadPoolExecutor) -> None:
     """The batch is fixed when the engine is free, not before."""
     bench = Bench(pool)
-    first, second = bench.lead(1), bench.wait(2)
+    first, second = bench.start(1), bench.wait(2)
     bench.compute()
     assert bench.engine.entered.acquire(timeout=10)  # the batch of 2 has begun
     third = bench.wait(3)
@@ -231,7 +231,7 @@ def test_a_request_that_arrives_during_a_batch_is_in_the_next(pool: ThreadPoolEx
 def test_a_large_request_is_computed_alone(pool: ThreadPoolExecutor) -> None:
     """It shares its batch neither with the request before it nor with the one after."""
     bench = Bench(pool, max_queue=16)
-    futures = [bench.lead(1), bench.wait(2), bench.wait(*range(10, 20)), bench.wait(3)]
+    futures = [bench.start(1), bench.wait(2), bench.wait(*range(10, 20)), bench.wait(3)]
     bench.compute(4)
     assert futures[2].result(10).probabilities[:, 0].tolist() == list(range(10, 20))
     assert futures[3].result(10).batch_size == 1
@@ -241,8 +241,8 @@ def test_a_large_request_is_computed_alone(pool: ThreadPoolExecutor) -> None:
 def test_work_that_nobody_waits_for_is_dropped(pool: ThreadPoolExecutor) -> None:
     """Cancelled and expired requests cost no computation, whatever their place in the queue."""
     bench = Bench(pool)
-    first = bench.lead(1)
-    cancelled = bench.wait(2, alive=lambda: False)
+    first = bench.start(1)
+    cancelled = bench.wait(2, is_active=lambda: False)
     deadline = time.monotonic() + 0.5
     expired = bench.wait(3, deadline=deadline)
     last = bench.wait(4)
@@ -260,11 +260,11 @@ def test_work_that_nobody_waits_for_is_dropped(pool: ThreadPoolExecutor) -> None
 def test_a_queue_of_dropped_requests_leaves_the_batcher_free(pool: ThreadPoolExecutor) -> None:
     """A batch that turns out empty is none."""
     bench = Bench(pool)
-    first, cancelled = bench.lead(1), bench.wait(2, alive=lambda: False)
+    first, cancelled = bench.start(1), bench.wait(2, is_active=lambda: False)
     bench.compute()
     first.result(10)
     assert isinstance(cancelled.exception(10), Cancelled)
-    again = bench.lead(3)
+    again = bench.start(3)
     bench.compute()
     assert again.result(10).probabilities[0, 0] == 3
 
@@ -272,7 +272,7 @@ def test_a_queue_of_dropped_requests_leaves_the_batcher_free(pool: ThreadPoolExe
 def test_a_full_queue_refuses_at_once(pool: ThreadPoolExecutor) -> None:
     """The bound is in images; who is refused learns when to try again, and who waits is answered."""
     bench = Bench(pool, max_queue=3)
-    futures = [bench.lead(1), bench.wait(2, 3)]
+    futures = [bench.start(1), bench.wait(2, 3)]
     with pytest.raises(Overloaded, match="2 images are waiting, 2 more would exceed the 3 allowed") as refusal:
         submit(bench.batcher, images(4, 5))
     assert refusal.value.retry_ms >= 1
@@ -285,7 +285,7 @@ def test_a_full_queue_refuses_at_once(pool: ThreadPoolExecutor) -> None:
 def test_a_failed_batch_fails_its_own_requests_only(pool: ThreadPoolExecutor, fault: str) -> None:
     """Each caller has an error of its own, without details of the engine; the next batch is computed."""
     bench = Bench(pool)
-    first, second, third = bench.lead(1), bench.wait(2), bench.wait(3)
+    first, second, third = bench.start(1), bench.wait(2), bench.wait(3)
     bench.compute()
     first.result(10)
     assert bench.engine.entered.acquire(timeout=10)
@@ -307,7 +307,7 @@ def test_a_failed_batch_fails_its_own_requests_only(pool: ThreadPoolExecutor, fa
 def test_closing_refuses_new_requests_and_answers_old_ones(pool: ThreadPoolExecutor) -> None:
     """Nothing that was accepted is lost."""
     bench = Bench(pool)
-    futures = [bench.lead(1), bench.wait(2)]
+    futures = [bench.start(1), bench.wait(2)]
     bench.batcher.close()
     with pytest.raises(Unavailable, match="shutting down"):
         submit(bench.batcher, images(3))
@@ -332,7 +332,7 @@ def test_a_posted_request_holds_nobody_up(pool: ThreadPoolExecutor) -> None:
 
 
 def test_posted_and_submitted_requests_share_batches(pool: ThreadPoolExecutor) -> None:
-    """The oldest leads, of whichever kind it is."""
+    """In order of arrival, of whichever kind they are."""
     bench = Bench(pool, max_batch=2)
     posted = [bench.enqueue(1)]
     assert bench.engine.entered.acquire(timeout=10)
@@ -351,7 +351,7 @@ def test_a_posted_request_is_refused_or_fails_like_others(pool: ThreadPoolExecut
     bench = Bench(pool, max_queue=3)
     first = bench.enqueue(1)
     assert bench.engine.entered.acquire(timeout=10)
-    cancelled, last = bench.enqueue(2, alive=lambda: False), bench.enqueue(3)
+    cancelled, last = bench.enqueue(2, is_active=lambda: False), bench.enqueue(3)
     with pytest.raises(Overloaded):
         bench.enqueue(4, 5, 6)
     bench.compute()
@@ -372,7 +372,7 @@ def test_whoever_is_gone_makes_room_in_a_full_queue(pool: ThreadPoolExecutor) ->
     bench, here = Bench(pool, max_queue=3), True
     first = bench.enqueue(1)
     assert bench.engine.entered.acquire(timeout=10)
-    gone = [bench.enqueue(value, alive=lambda: here) for value in (2, 3, 4)]
+    gone = [bench.enqueue(value, is_active=lambda: here) for value in (2, 3, 4)]
     here = False
     others = [bench.enqueue(value) for value in (5, 6, 7)]
     assert all(isinstance(call.result(10), Cancelled) for call in gone)
@@ -399,17 +399,17 @@ def test_a_refusal_holds_for_a_moment_for_those_who_can_wait_no_longer(
     found = bench.batcher.refusal(float("inf"))
     assert isinstance(found, Overloaded)
     assert (str(found), found.retry_ms, found.request_id) == (str(caught.value), caught.value.retry_ms, "")
-    now += batcher.KEPT_NS
+    now += batcher.REFUSAL_TTL_NS
     assert bench.batcher.refusal(float("inf")) is None
     bench.compute(2)
 
 
 def test_the_threads_of_a_batcher_end_with_it() -> None:
     """A version that is served no longer leaves nothing behind."""
-    leaders: list[threading.Thread] = []
+    workers: list[threading.Thread] = []
 
     def run(batch: Images) -> Probabilities:
-        leaders.append(threading.current_thread())
+        workers.append(threading.current_thread())
         return np.zeros((len(batch), 2), np.float32)
 
     batcher = Batcher(run)
@@ -417,12 +417,12 @@ def test_the_threads_of_a_batcher_end_with_it() -> None:
         future: Future[Outcome] = Future()
         batcher.enqueue(images(1), future.set_result)
         future.result(10)
-    assert leaders[0] is leaders[1] is not threading.current_thread()
+    assert workers[0] is workers[1] is not threading.current_thread()
     assert batcher.drain(10)
     del batcher
     gc.collect()
-    leaders[0].join(10)
-    assert not leaders[0].is_alive()
+    workers[0].join(10)
+    assert not workers[0].is_alive()
 
 
 def test_many_threads_get_their_own_answers(pool: ThreadPoolExecutor) -> None:
@@ -450,7 +450,7 @@ def test_many_threads_get_their_own_answers(pool: ThreadPoolExecutor) -> None:
 def test_priorities_go_first_and_equals_in_order(pool: ThreadPoolExecutor) -> None:
     """Those that come late go before the ones that wait, if they are of a higher priority."""
     bench = Bench(pool, max_batch=2)
-    first = bench.lead(0)
+    first = bench.start(0)
     waiting = [bench.wait(value, priority=priority) for value, priority in ((1, 3), (2, 2), (3, 2), (4, 1))]
     bench.compute()
     first.result(timeout=10)
@@ -468,7 +468,7 @@ HOUR_EACH = {1: 3.6e12, 2: 7.2e12, 4: 14.4e12}  # so long that the time the test
 def test_the_queue_is_bounded_in_milliseconds_of_work(pool: ThreadPoolExecutor) -> None:
     """What is under way counts too; the caller learns when to come again."""
     bench = Bench(pool, CostCurve(HOUR_EACH), max_queue_ms=1.5 * HOUR_MS)
-    futures = [bench.lead(1), bench.wait(2)]
+    futures = [bench.start(1), bench.wait(2)]
     with pytest.raises(Overloaded, match="ms of work are waiting, more than the 5.4e[+]06 ms allowed") as refusal:
         submit(bench.batcher, images(3))
     assert 1.9 * HOUR_MS < refusal.value.retry_ms <= 2 * HOUR_MS
@@ -482,8 +482,8 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once(pool: ThreadPoolExecut
     which another server may not have.
     """
     bench = Bench(pool, CostCurve({1: HOUR_NS, 2: 1.8 * HOUR_NS, 4: 3 * HOUR_NS}))
-    futures = [bench.lead(1), bench.wait(2, 3)]
-    with pytest.raises(DeadlineExceeded, match="to compute takes 10800000 ms, [89]...... ms are left"):
+    futures = [bench.start(1), bench.wait(2, 3)]
+    with pytest.raises(DeadlineExceeded, match="computing takes 10800000 ms, [89]...... ms are left"):
         submit(bench.batcher, images(4, 5, 6, 7), deadline=time.monotonic() + 2.5 * HOUR)
     # An hour until the engine is free, and 2.4 for the batch that all of them are in.
     with pytest.raises(Overloaded, match="the answer may take .* ms, 14...... ms are left"):
@@ -496,7 +496,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once(pool: ThreadPoolExecut
 def test_a_batch_is_done_by_the_deadline_of_each_in_it(pool: ThreadPoolExecutor) -> None:
     """Whoever would make it too late for another waits for the next one."""
     bench = Bench(pool, CostCurve({1: HOUR_NS, 2: 1.8 * HOUR_NS, 4: 3.4 * HOUR_NS}))
-    futures = [bench.lead(1), bench.wait(2, deadline=time.monotonic() + 2.8 * HOUR), *map(bench.wait, (3, 4, 5))]
+    futures = [bench.start(1), bench.wait(2, deadline=time.monotonic() + 2.8 * HOUR), *map(bench.wait, (3, 4, 5))]
     bench.compute(3)
     assert [future.result(10).batch_size for future in futures] == [1, 3, 3, 3, 1]
 
@@ -504,10 +504,10 @@ def test_a_batch_is_done_by_the_deadline_of_each_in_it(pool: ThreadPoolExecutor)
 def test_an_idle_engine_turns_nothing_down(pool: ThreadPoolExecutor) -> None:
     """Whatever its last batch took: else one that stalled would keep all later requests out."""
     bench = Bench(pool, CostCurve({1: 3600e9}), max_queue_ms=1)
-    first = bench.lead(1)
+    first = bench.start(1)
     bench.compute()
     assert first.result(10).batch_size == 1
-    again = bench.lead(2)
+    again = bench.start(2)
     bench.compute()
     assert again.result(10).batch_size == 1
 
@@ -516,7 +516,7 @@ def test_an_idle_engine_turns_nothing_down(pool: ThreadPoolExecutor) -> None:
 def test_a_batch_is_no_larger_than_pays(pool: ThreadPoolExecutor, costs: dict[int, float]) -> None:
     """Where an image costs more in larger batches, or nearly as much, requests do not wait for each other."""
     bench = Bench(pool, CostCurve({size: cost * HOUR_NS for size, cost in costs.items()}))
-    futures = [bench.lead(1), bench.wait(2), bench.wait(3)]
+    futures = [bench.start(1), bench.wait(2), bench.wait(3)]
     bench.compute(3)
     assert [future.result(10).batch_size for future in futures] == [1, 1, 1]
 
@@ -536,7 +536,7 @@ def test_who_lingers_waits_for_a_full_batch(pool: ThreadPoolExecutor) -> None:
     assert isinstance(last.result(10), BatchResult)
 
 
-def test_several_lanes_run_at_a_time() -> None:
+def test_several_instances_run_at_a_time() -> None:
     """Two batches that wait for each other are both computed."""
     meeting = threading.Barrier(2)
 
@@ -552,10 +552,10 @@ def test_several_lanes_run_at_a_time() -> None:
     assert batcher.drain(10)
 
 
-def test_a_spare_lane_begins_with_a_full_batch(pool: ThreadPoolExecutor) -> None:
+def test_an_overflow_batch_begins_when_it_is_full(pool: ThreadPoolExecutor) -> None:
     """And leaves less than that to the batch that is next anyway."""
     bench = Bench(pool, overflow=1)
-    futures = [bench.lead(1), bench.wait(2), bench.wait(3, 4)]
+    futures = [bench.start(1), bench.wait(2), bench.wait(3, 4)]
     futures.append(pool.submit(submit, bench.batcher, images(5)))  # makes the batch full
     assert bench.engine.entered.acquire(timeout=10)
     futures += [bench.wait(6), bench.wait(7)]
@@ -563,15 +563,15 @@ def test_a_spare_lane_begins_with_a_full_batch(pool: ThreadPoolExecutor) -> None
     bench.compute(3)
     assert [future.result(10).batch_size for future in futures] == [1, 4, 4, 4, 2, 2]
     assert bench.batcher.drain(10)
-    again = bench.lead(8)
+    again = bench.start(8)
     bench.compute()
     assert again.result(10).batch_size == 1
 
 
-def test_spare_lanes_go_on_beside_a_batch_that_has_a_part_of_the_cores(pool: ThreadPoolExecutor) -> None:
-    """Whatever waits: the cores that the first batch had are free."""
+def test_batches_of_any_size_run_beside_an_overflow_batch(pool: ThreadPoolExecutor) -> None:
+    """However few images wait: the cores of the first batch are idle."""
     bench = Bench(pool, overflow=1)
-    first, *full = bench.lead(1), *(bench.enqueue(value) for value in (2, 3, 4, 5))
+    first, *full = bench.start(1), *(bench.enqueue(value) for value in (2, 3, 4, 5))
     assert bench.engine.entered.acquire(timeout=10)
     bench.compute()  # for whichever of the two comes first
     next(as_completed((first, full[0]), 10))
@@ -582,24 +582,24 @@ def test_spare_lanes_go_on_beside_a_batch_that_has_a_part_of_the_cores(pool: Thr
     assert outcome.batch_size == 1
 
 
-def test_a_spare_lane_survives_work_that_nobody_waits_for(pool: ThreadPoolExecutor) -> None:
-    """Batches that turn out empty leave the instances as they were."""
+def test_overflow_survives_work_that_nobody_waits_for(pool: ThreadPoolExecutor) -> None:
+    """Batches that turn out empty do not count as running."""
     bench = Bench(pool, overflow=1)
-    first = bench.lead(1)
-    gone = [bench.enqueue(value, alive=lambda: False) for value in range(2, 6)]
+    first = bench.start(1)
+    gone = [bench.enqueue(value, is_active=lambda: False) for value in range(2, 6)]
     assert all(isinstance(future.result(10), Cancelled) for future in gone)
     bench.compute()
     assert first.result(10).batch_size == 1
-    futures = [bench.lead(6), bench.wait(7)]
+    futures = [bench.start(6), bench.wait(7)]
     bench.compute(2)
     assert [future.result(10).batch_size for future in futures] == [1, 1]
 
 
-def test_a_latency_goal_refuses_what_would_miss_it(pool: ThreadPoolExecutor) -> None:
+def test_a_latency_target_refuses_what_would_miss_it(pool: ThreadPoolExecutor) -> None:
     """And keeps batches to half of it, so that one that is under way does not spoil it."""
     curve = CostCurve({1: 3.6e12, 2: 4.3e12, 4: 7.2e12})
     bench = Bench(pool, curve, target_p99_ms=3.3 * HOUR_MS)
-    futures = [bench.lead(1), bench.wait(2), bench.wait(3)]  # an hour for the first, 1.2 for the others
+    futures = [bench.start(1), bench.wait(2), bench.wait(3)]  # an hour for the first, 1.2 for the others
     with pytest.raises(Overloaded, match="the answer would take .* ms, too long for the server's latency target"):
         submit(bench.batcher, images(4, 5))
     bench.compute(2)

@@ -12,7 +12,7 @@ import pytest
 from protos import classifier_pb2 as pb
 from protos.classifier_pb2_grpc import ClassifierStub
 from serving.config import Limits
-from serving.protocols import calls
+from serving.protocols import handler
 from serving.protocols.inputs import InputDecoder
 from serving.transports import grpcio
 from serving.transports.auth import Tokens
@@ -61,11 +61,11 @@ def test_what_is_large_is_taken_in_on_another_thread(
 
     whole = InputDecoder.read
     monkeypatch.setattr(InputDecoder, "read", read)
-    monkeypatch.setattr(calls, "QUICK_BYTES", quick_bytes)
+    monkeypatch.setattr(handler, "QUICK_BYTES", quick_bytes)
     with gated.start(repository) as server, grpc.insecure_channel(server.address) as channel:
         server.engine.gate.release(1)
         assert ClassifierStub(channel).Classify(ask(3)).classifications[0].classes[0].probability == 3
-    assert names[0].startswith("intake") == (quick_bytes == 100)
+    assert names[0].startswith("decode") == (quick_bytes == 100)
 
 
 @pytest.mark.parametrize("polled", [True, False])
@@ -95,8 +95,8 @@ def test_this_grpcio_has_what_is_needed() -> None:
 
 def serve(answer: Any) -> tuple[GrpcioTransport, str]:
     """Serve one method without a thread for each call."""
-    door = Dispatcher({"/a.B/C": Unary(answer)}, Limits(), Tokens("localhost", None, None))
-    server = GrpcioTransport(door, polled=True)
+    dispatcher = Dispatcher({"/a.B/C": Unary(answer)}, Limits(), Tokens("localhost", None, None))
+    server = GrpcioTransport(dispatcher, polled=True)
     port = server.listen("127.0.0.1:0")
     server.start()
     return server, f"127.0.0.1:{port}"
@@ -112,7 +112,7 @@ def test_a_fault_in_the_place_of_threads_harms_one_call_at_most(monkeypatch: pyt
             raise RuntimeError("unlike before")
         return whole(*arguments)
 
-    name = "__init__" if at == "begin" else "take"
+    name = "__init__" if at == "begin" else "dispatch"
     whole: Any = getattr(grpcio._PolledCall, name)
     monkeypatch.setattr(grpcio._PolledCall, name, fail)
     server, address = serve(lambda call: call.respond(call.payload))
@@ -139,5 +139,5 @@ def test_a_call_is_answered_once() -> None:
     with grpc.insecure_channel(address) as channel:
         method: Any = channel.unary_unary("/a.B/C")
         assert [method(b"", timeout=10) for _ in range(2)] == [b"first"] * 2
-    assert not server.door.under_way
+    assert not server.dispatcher.active
     server.stop(0)

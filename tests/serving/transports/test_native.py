@@ -21,7 +21,7 @@ from serving import config, errors
 from serving.client import Client
 from serving.config import Limits
 from serving.models import loader, registry
-from serving.protocols import calls
+from serving.protocols import handler
 from serving.protocols.classifier import Classifier
 from serving.protocols.inputs import InputDecoder
 from serving.server import SERVICE, Server
@@ -120,11 +120,11 @@ def test_a_fault_of_the_server_is_told_and_ends_nothing(
         seen.append(threading.current_thread().name)
         if len(seen) == 1:
             raise ValueError("secret")
-        return read(intake, *arguments)  # type: ignore[arg-type]
+        return read(decoder, *arguments)  # type: ignore[arg-type]
 
-    read, intake = InputDecoder.read, InputDecoder(Limits())
+    read, decoder = InputDecoder.read, InputDecoder(Limits())
     monkeypatch.setattr(InputDecoder, "read", fail_first)
-    monkeypatch.setattr(calls, "QUICK_BYTES", quick_bytes)
+    monkeypatch.setattr(handler, "QUICK_BYTES", quick_bytes)
     with serve(loaded) as server, grpc.insecure_channel(server.address) as channel:
         stub = ClassifierStub(channel)
         with pytest.raises(grpc.RpcError) as failure:
@@ -132,14 +132,14 @@ def test_a_fault_of_the_server_is_told_and_ends_nothing(
         assert failure.value.code() is grpc.StatusCode.INTERNAL
         assert "secret" not in failure.value.details()
         assert stub.Classify(ask(2), timeout=10).classifications
-    assert str(seen[0]).startswith("intake" if quick_bytes == 100 else "receive")
+    assert str(seen[0]).startswith("decode" if quick_bytes == 100 else "receive")
 
 
 def test_a_fault_before_the_request_is_read_is_told_too(
     loaded: registry.ModelRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody is left without an answer."""
-    monkeypatch.setattr(Classifier, "unpacks", lambda *_: 1 / 0)
+    monkeypatch.setattr(Classifier, "is_encoded", lambda *_: 1 / 0)
     with serve(loaded) as server, grpc.insecure_channel(server.address) as channel:
         with pytest.raises(grpc.RpcError) as failure:
             ClassifierStub(channel).Classify(ask(1), timeout=10)
@@ -166,7 +166,9 @@ def test_a_library_that_cannot_be_loaded_is_named(
     monkeypatch.setitem(sys.modules, "pygrpc_native", None)
     choice.find_problem.cache_clear()
     try:
-        with pytest.raises(BadInput, match="native cannot be had, for pygrpc-native cannot be loaded .*: pip install"):
+        with pytest.raises(
+            BadInput, match="native cannot be used, for pygrpc-native cannot be loaded .*; run pip install"
+        ):
             serve(loaded)
         with caplog.at_level(logging.INFO), Server(loaded, "127.0.0.1", 0, Limits()) as server:
             assert server.transport == "grpcio"
@@ -178,7 +180,7 @@ def test_a_library_that_cannot_be_loaded_is_named(
 @pytest.mark.parametrize("host", ["256.0.0.1", "no.such.host.invalid"])
 def test_a_host_that_cannot_be_listened_on_is_named(loaded: registry.ModelRegistry, host: str) -> None:
     """As with grpcio."""
-    with pytest.raises(BadInput, match=f"{host}:0 cannot be listened on"):
+    with pytest.raises(BadInput, match=f"the server cannot listen on {host}:0"):
         Server(loaded, host, 0, Limits(), transport="native")
 
 

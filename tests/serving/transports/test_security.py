@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from numpy.typing import NDArray
 
 from resnet import cli
 from serving import client
@@ -20,6 +19,7 @@ from serving.client import Client
 from serving.config import Limits
 from serving.errors import Unauthenticated, Unavailable
 from serving.models import loader, registry
+from serving.runtimes.base import Images
 from serving.server import Server
 from serving.transports.auth import ADMIN, Tokens
 from serving.transports.call import Methods, Unary
@@ -29,7 +29,6 @@ from serving.transports.native import NativeTransport
 from serving.transports.tls import ServerTls
 from tests.acceptance.certificates import Pair, issue
 
-Images = NDArray[np.uint8]
 IMAGE: Images = np.zeros((1, 32, 32, 3), np.uint8)
 
 
@@ -158,8 +157,8 @@ def repositories(transport: str) -> Iterator[Callable[..., str]]:
 
     def start(token: str | None, admin_token: str | None, host: str) -> str:
         methods: Methods = {path: Unary(lambda call: call.respond(b"")) for path in (LOAD, UNLOAD, INDEX)}
-        door = Dispatcher(methods, Limits(), Tokens(host, token, admin_token))
-        server = NativeTransport(door) if transport == "native" else GrpcioTransport(door)
+        dispatcher = Dispatcher(methods, Limits(), Tokens(host, token, admin_token))
+        server = NativeTransport(dispatcher) if transport == "native" else GrpcioTransport(dispatcher)
         port = server.listen("127.0.0.1:0")
         server.start()
         servers.append(server)

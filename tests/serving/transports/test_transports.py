@@ -20,7 +20,7 @@ from serving.client import Client
 from serving.config import Limits, Transport
 from serving.models import loader, registry
 from serving.server import Server
-from serving.transports.call import APART
+from serving.transports.call import MAX_SEPARATE
 from serving.transports.choice import choose
 from tests.serving import gated
 
@@ -39,7 +39,7 @@ def loaded(repository: Path) -> registry.ModelRegistry:
         ("auto", "127.0.0.1", False, "native", "for callers on this machine"),
         ("auto", "unix:/run/resnet", False, "native", "for callers on this machine"),
         ("auto", "127.0.0.1", True, "grpcio", "for TLS"),
-        ("auto", "0.0.0.0", False, "grpcio", "for callers elsewhere; --transport native takes in several times"),
+        ("auto", "0.0.0.0", False, "grpcio", "for callers elsewhere; --transport native answers several times"),
         ("native", "0.0.0.0", False, "native", "by --transport"),
         ("grpcio", "127.0.0.1", False, "grpcio", "by --transport"),
     ],
@@ -122,7 +122,7 @@ def test_so_many_may_watch(loaded: registry.ModelRegistry, transport: Transport)
         grpc.insecure_channel(server.address) as channel,
     ):
         watch: Any = health_pb2_grpc.HealthStub(channel).Watch
-        watches = [watch(health_pb2.HealthCheckRequest()) for _ in range(APART)]
+        watches = [watch(health_pb2.HealthCheckRequest()) for _ in range(MAX_SEPARATE)]
         assert all(next(call).status == 1 for call in watches)
         with pytest.raises(grpc.RpcError, match="the server has 64 calls under way that watch"):
             next(watch(health_pb2.HealthCheckRequest()))
@@ -153,7 +153,7 @@ def test_a_server_listens_on_a_unix_socket(repository: Path, tmp_path: Path, tra
     [
         ("used", "a server listens on .* already"),
         ("file", "is no socket and stays as it is"),
-        ("x" * 120, "more than the 107 bytes"),
+        ("x" * 120, "longer than the 107 bytes"),
         ("nowhere/s", "is no folder"),
         ("", "names no socket|is no socket"),
     ],

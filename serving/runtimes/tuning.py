@@ -1,0 +1,121 @@
+"""The result of autotuning a model on this machine, and its cache in the user's cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+import msgspec
+
+from export.manifest import Budget, Manifest
+from serving.runtimes.base import Engine
+from serving.runtimes.composite import ConcurrentEngine, SizedEngine
+from serving.runtimes.cores import count_cores
+from serving.runtimes.cost import CostCurve
+from serving.runtimes.plan import ExecutionPlan, describe, find_overflow_plan
+
+log = logging.getLogger(__name__)
+
+
+class TuningKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that a tuning depends on; if any of it changes, the model is measured again.
+
+    Attributes:
+        format: Version of the file format.
+        model: SHA-256 of the ONNX file.
+        budget: Certified limits of the differences between its answers and the original's.
+        cpu: Name of the CPU.
+        candidates: The plans to choose from; they depend on the number of cores.
+        max_batch: Images in the largest batch.
+        versions: Versions of the runtimes, by name.
+    """
+
+    format: int
+    model: str
+    budget: Budget
+    cpu: str
+    candidates: list[ExecutionPlan]
+    max_batch: int
+    versions: dict[str, str | None]
+
+    @property
+    def path(self) -> Path:
+        """The file in the cache for this key."""
+        digest = hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
+        return _find_cache() / "resnet" / "tuning" / f"{digest}.json"
+
+
+class Tuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Measured times, and the plans chosen by them.
+
+    Attributes:
+        key: What they depend on.
+        candidates: The plans that could be loaded, the simplest first.
+        ns: Nanoseconds of a batch with each candidate, by the number of images.
+        plans: The plan for each batch, by the largest batch that it computes; the last also computes larger ones.
+        refusals: Why a runtime is not used, by its name.
+    """
+
+    key: TuningKey
+    candidates: list[ExecutionPlan]
+    ns: dict[int, list[int]]
+    plans: dict[int, ExecutionPlan]
+    refusals: dict[str, str]
+
+    def __str__(self) -> str:
+        return describe(self.plans)
+
+    @property
+    def overflow(self) -> int:
+        """How many further batches may be computed beside another, each on one core."""
+        return count_cores() - 1 if find_overflow_plan(self.plans) else 0
+
+    def curve(self) -> CostCurve:
+        """Return the cost of a batch by its size, with the chosen plans."""
+        return CostCurve({images: self.ns[images][self.candidates.index(plan)] for images, plan in self.plans.items()})
+
+    def build(self, path: Path, manifest: Manifest) -> Engine:
+        """Return an engine that follows the chosen plans; other plans are not loaded."""
+        engines = {plan: plan.build(path, manifest, self.key.max_batch) for plan in dict.fromkeys(self.plans.values())}
+        engine: Engine = SizedEngine({images: engines[plan] for images, plan in self.plans.items()})
+        plan = find_overflow_plan(self.plans)
+        if plan is None or not self.overflow:
+            return engine
+        return ConcurrentEngine(engine, engines.get(plan) or plan.build(path, manifest, self.key.max_batch))
+
+
+def read_cached(key: TuningKey) -> Tuning | None:
+    """Return the cached tuning for a key; None if there is none that can be used."""
+    path = key.path
+    try:
+        tuning = msgspec.json.decode(path.read_bytes(), type=Tuning)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        log.warning("%s cannot be used (%s); the model is measured again", path, error)
+        return None
+    return tuning if tuning.key == key else None
+
+
+def write_cached(tuning: Tuning) -> None:
+    """Write a tuning to the cache, in one step; if that fails, a warning is logged."""
+    path = tuning.key.path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_bytes(msgspec.json.format(msgspec.json.encode(tuning), indent=2))
+        part.replace(path)
+    except OSError as error:
+        log.warning("%s cannot be written (%s); the model will be measured at each start", path, error.strerror)
+
+
+def _find_cache() -> Path:
+    """Return the user's cache folder; for a user without a home, a folder that cannot be written."""
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"])
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:
+        return Path("/.cache")
