@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint types format protos bench pins clean
+.PHONY: install demo quick test acceptance lint types format protos bench pins clean
 
 install: .venv/installed
 
@@ -18,8 +18,16 @@ install: .venv/installed
 demo: install
 	$(BIN)/resnet demo
 
+# All that needs no TensorFlow, in well under a minute.
+quick: install
+	$(BIN)/pytest --quick
+
 test: install
 	$(BIN)/pytest
+
+# Real servers in processes of their own: unmodified clients, limits, reloads, kills.
+acceptance: install
+	$(BIN)/python -m tests.acceptance
 
 lint: install
 	$(BIN)/ruff check .

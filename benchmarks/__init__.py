@@ -1,1 +1,1 @@
-"""The served model against the Keras original: latency and throughput, side by side in one run."""
+"""Benchmarks: the load generator, comparisons with Keras and with other servers, and studies."""

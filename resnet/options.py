@@ -110,9 +110,20 @@ def check(instance: Any, name_of: Callable[[str], str] | None = None) -> None:
 
 
 def add_options(
-    parser: argparse.ArgumentParser | argparse._ArgumentGroup, declared: type, show_defaults: bool = True
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup,
+    declared: type,
+    show_defaults: bool = True,
+    layered: bool = False,
 ) -> None:
-    """Add the flags of a dataclass' options; all values stay text, and absent ones None, until `read`."""
+    """Add the flags of a dataclass' options; all values stay text, and absent ones None, until `read`.
+
+    Args:
+        parser: Where to add them.
+        declared: The dataclass.
+        show_defaults: Append defaults to the help.
+        layered: The flags override values from elsewhere, like a file: no positional argument must be given, and each
+            bool has a flag to turn it off.
+    """
     found, group = kinds(declared), parser
     for field in options(declared):
         if field.metadata["group"]:
@@ -120,10 +131,11 @@ def add_options(
         kind, meaning = found[field.name], field.metadata["help"]
         shape: dict[str, Any] = {"metavar": _find_metavar(field, kind)}
         if kind.type is bool:
-            shape = {"action": argparse.BooleanOptionalAction, "default": None}
+            negatable = layered or field.default
+            shape = {"action": argparse.BooleanOptionalAction if negatable else "store_true", "default": None}
         positional = field.metadata["positional"]
         if positional:
-            shape |= {"nargs": "?"}
+            shape |= {"nargs": "?"} if layered else {}
         elif field.default is MISSING:
             shape |= {"required": True}
         elif show_defaults and kind.type is not bool:

@@ -225,7 +225,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--print-config", action="store_true", help="print all options as a TOML file, each with its origin, and exit"
     )
-    add_options(parser, Config)
+    add_options(parser, Config, layered=True)
 
 
 def load(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> Config:

@@ -9,8 +9,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+import resnet
+from benchmarks.harness.process import ServerProcess
 from resnet import cli
+from serving.client import Client
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,7 +33,10 @@ def test_help_of_a_command_loads_no_stage() -> None:
     """Seconds of TensorFlow are for work only."""
     code = """
 import sys
+import resnet
+from benchmarks.harness.process import ServerProcess
 from resnet import cli
+from serving.client import Client
 for name in cli.COMMANDS:
     try:
         cli.main([name, "--help"])
@@ -66,12 +73,19 @@ def test_the_generated_code_fits_its_generator() -> None:
     )
 
 
-@pytest.mark.slow
-def test_the_wheel_holds_all_stages(tmp_path: Path) -> None:
-    """Commands, packages, types, the .proto file and the dashboard."""
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this tree."""
+    folder = tmp_path_factory.mktemp("dist")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_all_stages(wheel: Path) -> None:
+    """Commands, packages, types, the .proto file and the dashboard; no tests, and nothing that only a clone can use."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     extras = {
@@ -82,3 +96,39 @@ def test_the_wheel_holds_all_stages(tmp_path: Path) -> None:
     }
     assert {"resnet/cli.py", *extras} < names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == set(cli.PACKAGES)
+    assert not [name for name in names if name.startswith(("benchmarks/peers", "benchmarks/studies"))]
+
+
+@pytest.mark.slow
+def test_the_wheel_runs_in_an_empty_environment(wheel: Path, repository: Path, address: str, tmp_path: Path) -> None:
+    """With no extra it is the client, with `serving` it serves and classifies; what else it could do it says."""
+    uv, python, image = Path(sys.executable).with_name("uv"), tmp_path / "bin" / "python", tmp_path / "image.png"
+    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, tmp_path], check=True)
+    Image.new("RGB", (40, 30)).save(image)
+
+    def install(extra: str) -> None:
+        pins = ["--constraint", str(ROOT / "constraints.txt")]
+        subprocess.run([uv, "pip", "install", "--quiet", "--python", python, *pins, f"{wheel}{extra}"], check=True)
+
+    def resnet(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [python, "-m", "resnet", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    install("")
+    code = "from resnet import AsyncClient, Client, Overloaded; import sys; print('onnxruntime' in sys.modules)"
+    shown = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert shown == "False\n"
+    assert resnet("classify", str(image), "--server", address).returncode == 0
+    refused = resnet("demo")
+    assert (refused.returncode, "with its extra 'all'" in refused.stderr) == (2, True)
+    install("[serving]")
+    with ServerProcess([str(python), "-m", "resnet", "serve", str(repository), "--port=0", "--no-tune"]) as server:
+        assert resnet("classify", str(image), "--server", server.address).returncode == 0
+
+
+def test_the_public_face_names_what_there_is() -> None:
+    """`from resnet import Client` and all else in `__all__`, the same as where it is made."""
+    assert all(getattr(resnet, name).__name__ == name for name in resnet.__all__)
+    assert resnet.Client is Client
+    with pytest.raises(AttributeError, match="no attribute 'Servant'"):
+        _ = resnet.Servant

@@ -1,1 +1,1 @@
-"""`resnet bench`: every way to run one model version, side by side."""
+"""`resnet bench`: the Keras original and the exported variants of one model version, compared."""

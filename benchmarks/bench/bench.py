@@ -1,13 +1,11 @@
-"""Measure every way to run one model version, interleaved in one run, with equal answers asserted before."""
+"""The measurements of `resnet bench`: all variants of a model version, interleaved, once their answers are checked."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +20,12 @@ from rich.progress import track
 from benchmarks.bench.keras_server import UNBATCHED
 from benchmarks.harness import environment
 from benchmarks.harness.process import ServerProcess, serve
-from benchmarks.load.samples import RemoteTarget, Sample, Target
-from export import convert, manifest
+from benchmarks.load.processes import LoadProcesses
+from benchmarks.load.samples import Sample
+from benchmarks.load.targets import FunctionTarget, ServerTarget, Target, Workload
+from export import manifest, original
+from export.formats import onnx as onnx_format
+from export.formats import saved_model
 from export.manifest import Manifest
 from export.parity import Predict, Probabilities
 from export.source import load_heldout
@@ -34,46 +36,44 @@ PARITY_IMAGES = 64
 START_SECONDS = 120
 
 
-@dataclass(frozen=True)
-class BenchColumn:
-    """One load: how many requests in flight, with how many images each."""
-
-    title: str
-    in_flight: int
-    images: int
-
-
-COLUMNS = (
-    BenchColumn("1 in flight", 1, 1),
-    BenchColumn("8 in flight", 8, 1),
-    BenchColumn("32 in flight", 32, 1),
-    BenchColumn("32-image requests, 8 in flight", 8, 32),
-)
+LATENCY_WORKLOAD = Workload(images=1, in_flight=1)
+THROUGHPUT_WORKLOADS = (Workload(1, 8), Workload(1, 32), Workload(32, 8))
+WORKLOADS = (LATENCY_WORKLOAD, *THROUGHPUT_WORKLOADS)
 
 
 @dataclass
 class BenchRow:
-    """One way to run the model, and what was measured of it: for each column its rounds."""
+    """One variant of the model, and its measurements.
+
+    Attributes:
+        name: Name of the variant in the table.
+        target: The variant as a target of load.
+        predict: The variant as a function of a batch of images.
+        samples: By workload, one sample per round.
+    """
 
     name: str
     target: Target
     predict: Predict
-    samples: dict[BenchColumn, list[Sample]] = field(default_factory=lambda: {column: [] for column in COLUMNS})
+    samples: dict[Workload, list[Sample]] = field(default_factory=lambda: {workload: [] for workload in WORKLOADS})
 
     def percentile_ms(self, percent: float) -> float:
-        """Return the median over the rounds of a percentile of the latency of one request in flight."""
-        rounds = self.samples[COLUMNS[0]]
+        """Return a latency percentile with one request in flight, in milliseconds: the median of the rounds."""
+        rounds = self.samples[LATENCY_WORKLOAD]
         return statistics.median(float(np.percentile(sample.latencies_ms, percent)) for sample in rounds)
 
-    def images_per_second(self, column: BenchColumn) -> float:
-        """Return the median over the rounds of the throughput."""
-        return statistics.median(sample.images_per_second for sample in self.samples[column])
+    def images_per_second(self, workload: Workload) -> float:
+        """Return the throughput: the median of the rounds."""
+        return statistics.median(sample.images_per_second for sample in self.samples[workload])
 
     def as_dict(self) -> dict[str, Any]:
         """Return medians and rounds, for JSON."""
         latency = {f"p{percent}_ms": self.percentile_ms(percent) for percent in (50, 95, 99)}
-        throughput = {column.title: self.images_per_second(column) for column in COLUMNS[1:]}
-        rounds = {column.title: [sample.images_per_second for sample in self.samples[column]] for column in COLUMNS}
+        throughput = {workload.title: self.images_per_second(workload) for workload in THROUGHPUT_WORKLOADS}
+        rounds = {
+            workload.title: [sample.images_per_second for sample in samples]
+            for workload, samples in self.samples.items()
+        }
         return {"row": self.name, **latency, "images_per_second": throughput, "rounds_images_per_second": rounds}
 
 
@@ -82,59 +82,59 @@ def bench(folder: Path, seconds: float, rounds: int) -> tuple[list[BenchRow], di
 
     Args:
         folder: REPOSITORY/NAME/VERSION.
-        seconds: Length of one measurement.
-        rounds: Measurements of every row under every load; the figures are their medians.
+        seconds: Duration of one measurement.
+        rounds: Measurements of every row under every workload; the figures are their medians.
 
     Returns:
         The rows with their samples, and a description of machine and software.
 
     Raises:
-        CheckFailed: A row answers differently from the Keras original.
+        CheckFailed: The answers of a variant differ from those of the Keras original.
     """
-    about = manifest.read(folder)
+    version = manifest.read(folder)
     pixels, _ = load_heldout(folder)
     with ExitStack() as stack:
-        # Not forked: gRPC and TensorFlow have threads, which a fork would lose.
-        pool = stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
-        rows = list(_rows(folder, about, pixels, stack, pool))
-        _assert_parity(rows, pixels[:PARITY_IMAGES], about)
+        processes = stack.enter_context(LoadProcesses())
+        rows = list(_make_rows(folder, version, pixels, stack, processes))
+        _check_parity(rows, pixels[:PARITY_IMAGES], version)
         for row in rows:  # first calls compile, allocate and start threads
-            for column in COLUMNS:
-                row.target.measure(column.in_flight, column.images, min(seconds, 0.5))
-        schedule = [(row, column) for _ in range(rounds) for column in COLUMNS for row in rows]
-        for row, column in track(schedule, "measuring"):
-            row.samples[column].append(row.target.measure(column.in_flight, column.images, seconds))
-    return rows, _environment(about, seconds, rounds)
+            for workload in WORKLOADS:
+                row.target.measure(workload, min(seconds, 0.5))
+        schedule = [(row, workload) for _ in range(rounds) for workload in WORKLOADS for row in rows]
+        for row, workload in track(schedule, "measuring"):
+            row.samples[workload].append(row.target.measure(workload, seconds))
+    return rows, _describe(version, seconds, rounds)
 
 
-def _rows(
-    folder: Path, about: Manifest, pixels: NDArray[np.uint8], stack: ExitStack, pool: ProcessPoolExecutor
+def _make_rows(
+    folder: Path, version: Manifest, pixels: NDArray[np.uint8], stack: ExitStack, processes: LoadProcesses
 ) -> Iterator[BenchRow]:
-    # The servers load while this process does.
+    # The servers start while this process loads its own models.
     keras_server = stack.enter_context(
         ServerProcess([sys.executable, "-m", "benchmarks.bench.keras_server", str(folder)])
     )
     onnx_server = stack.enter_context(serve(folder.parent.parent))
     local: dict[str, Predict] = {
-        "Keras predict_on_batch": convert.load_keras(folder / "model.keras"),
+        "Keras predict_on_batch": original.load(folder / "model.keras"),
         "Keras in a tf.function": _load_traced(folder / "model.keras"),
-        "SavedModel": convert.load_saved_model(folder),
-        "ONNX": convert.load_onnx(folder / "model.onnx"),
+        "SavedModel": saved_model.load(folder),
+        "ONNX": onnx_format.load(folder / "model.onnx"),
     }
     for name, predict in local.items():
-        yield BenchRow(name, Target(predict, pixels), predict)
+        yield BenchRow(name, FunctionTarget(predict, pixels), predict)
     remote = {
         "Keras behind gRPC, a call each": (keras_server, UNBATCHED),
-        "Keras behind gRPC, batched": (keras_server, about.model),
-        "ONNX behind gRPC": (onnx_server, about.model),
+        "Keras behind gRPC, batched": (keras_server, version.model),
+        "ONNX behind gRPC": (onnx_server, version.model),
     }
     for name, (server, model) in remote.items():
         client = stack.enter_context(Client(server.address))
-        yield BenchRow(name, RemoteTarget(server.address, model, pixels, pool), _ask(client, model, len(about.labels)))
+        target = ServerTarget(server.address, model, pixels, processes)
+        yield BenchRow(name, target, _make_predict(client, model, len(version.labels)))
 
 
 def _load_traced(path: Path) -> Predict:
-    """Return the original as Keras' guides advise it for speed: called within a tf.function."""
+    """Return the original called within a tf.function, as Keras' guides advise for speed."""
     model = keras.models.load_model(path, compile=False)
     function = tf.function(
         lambda images: model(images, training=False), input_signature=[tf.TensorSpec(model.input_shape, tf.uint8)]
@@ -147,39 +147,39 @@ def _load_traced(path: Path) -> Predict:
     return predict
 
 
-def _ask(client: Client, model: str, classes: int) -> Predict:
-    """Return a served model as a function of a batch."""
+def _make_predict(client: Client, model: str, classes: int) -> Predict:
+    """Return a served model as a function of a batch of images."""
 
     def predict(images: NDArray[np.uint8]) -> Probabilities:
         answer = client.classify(images, top_k=classes, model=model, timeout=START_SECONDS)
         rows = np.zeros((len(images), classes), np.float32)
-        for row, found in zip(rows, answer.images, strict=True):
-            for item in found:
+        for row, ranked in zip(rows, answer.images, strict=True):
+            for item in ranked:
                 row[item.index] = item.probability
         return rows
 
     return predict
 
 
-def _assert_parity(rows: Sequence[BenchRow], pixels: NDArray[np.uint8], about: Manifest) -> None:
+def _check_parity(rows: Sequence[BenchRow], pixels: NDArray[np.uint8], version: Manifest) -> None:
     reference = rows[0].predict(pixels)
-    onnx = about.certificate.find("onnx")
+    onnx = version.certificate.find("onnx")
     allowed = onnx.budget.max_difference if onnx and onnx.budget.max_difference else 0.0
     for row in rows:
         difference = float(np.abs(row.predict(pixels) - reference).max())
         if not difference <= allowed:
             raise CheckFailed(
-                f"{row.name} differs from Keras by {difference:.1e}; speed of wrong answers is not measured"
+                f"{row.name} differs from Keras by {difference:.1e}, more than the allowed {allowed:.1e}; export again"
             )
 
 
-def _environment(about: Manifest, seconds: float, rounds: int) -> dict[str, Any]:
+def _describe(version: Manifest, seconds: float, rounds: int) -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0))
     return {
-        "model": f"{about.model}/{about.version}",
-        "input": about.input.shape,
+        "model": f"{version.model}/{version.version}",
+        "input": version.input.shape,
         **environment.describe(("tensorflow-cpu", "keras", "onnxruntime", "grpcio", "numpy")),
-        # 0 is TensorFlow's word for as many as there are cores.
+        # TensorFlow reports 0 for one thread per core.
         "threads": {
             "tensorflow": tf.config.threading.get_intra_op_parallelism_threads() or cores,
             "onnxruntime": cores,

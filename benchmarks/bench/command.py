@@ -1,40 +1,52 @@
-"""Measure an exported model against its Keras original: in process and behind gRPC, by latency and throughput.
+"""Compare an exported model with its Keras original: latency and throughput, in process and behind gRPC.
 
-Every way answers the same held-out images first; one that answers differently ends the run. The last line of the output
+All variants classify the same held-out images first; one whose answers differ ends the run. The last line of the output
 is one JSON object.
+
+Examples:
+  resnet bench models/digits
+  resnet bench models/digits --seconds 5 --rounds 5 --out bench
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import MISSING, dataclass
 from pathlib import Path
+
+from resnet.options import add_options, check, option, read
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """The options of `resnet bench`."""
+
+    model: Path = option(MISSING, "model to measure, its latest version", metavar="REPOSITORY/NAME")
+    seconds: float = option(2.0, "duration of a measurement", low=1e-3, high=86_400.0, metavar="S")
+    rounds: int = option(3, "measurements behind each figure", low=1)
+    out: Path = option(Path("bench"), "folder for bench.json and bench.svg", metavar="FOLDER")
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `resnet bench`."""
-    parser.add_argument("model", type=Path, metavar="REPOSITORY/NAME", help="the model to measure, its latest version")
-    parser.add_argument("--seconds", type=float, default=2, metavar="S", help="length of one measurement (default: 2)")
-    parser.add_argument(
-        "--rounds", type=int, default=3, metavar="N", help="measurements behind each figure (default: 3)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("bench"), help="folder for bench.json and bench.png (default: bench)"
-    )
+    add_options(parser, BenchOptions)
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure, and print the table."""
-    from export import repository
-    from resnet import BadInput
+    options = read(args, BenchOptions)
 
-    if args.seconds <= 0 or args.rounds < 1:
-        raise BadInput(f"--seconds must be above 0 and --rounds at least 1, not {args.seconds:g} and {args.rounds}")
-    folder = repository.latest(args.model)
+    from export import repository
+
+    folder = repository.latest(options.model)
 
     from benchmarks.bench import report
     from benchmarks.bench.bench import bench
 
-    rows, environment = bench(folder, args.seconds, args.rounds)
-    report.save(rows, environment, args.out)
-    print(f"\n{report.table(rows, environment)}\n\nplot and all rounds are in {args.out}\n")
-    print(report.summary(rows, environment))
+    rows, environment = bench(folder, options.seconds, options.rounds)
+    report.save(rows, environment, options.out)
+    print(f"\n{report.render_rows(rows, environment)}\n\nplot and all rounds are in {options.out}\n")
+    print(report.summarize(rows, environment))

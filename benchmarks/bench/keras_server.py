@@ -1,7 +1,10 @@
-"""Serve the Keras original of a model version behind our own server: what ONNX is compared with.
+"""Serve the Keras original of a model version behind our own server, as the baseline for ONNX.
 
-`python -m benchmarks.bench.keras_server models/digits/1` prints its address. There the model has two names: its own, behind
-the batcher, and `unbatched`, where each request is a call of its own, as in a service without batching.
+The model is served under two names: its own, with dynamic batching, and `unbatched`, where each request is a separate
+call of the model, as in a service without batching.
+
+Examples:
+  python -m benchmarks.bench.keras_server models/digits/1
 """
 
 from __future__ import annotations
@@ -38,16 +41,18 @@ class KerasEngine:
 
 def main() -> None:
     """Serve until SIGTERM."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("version", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("version", type=Path, help="folder of the model version")
     args = parser.parse_args()
     signals = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # before any thread starts, so that all leave them to sigwait
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, signals
+    )  # before any thread starts, so that no thread takes them from sigwait
     engine = KerasEngine(args.version / "model.keras")
-    about = loader.read_checked(args.version)
+    manifest = loader.read_checked(args.version)
     served = [
-        loader.start(about, engine, Batching()),
-        loader.start(msgspec.structs.replace(about, model=UNBATCHED), engine, Batching(max_batch=1)),
+        loader.start(manifest, engine, Batching()),
+        loader.start(msgspec.structs.replace(manifest, model=UNBATCHED), engine, Batching(max_batch=1)),
     ]
     with Server(registry.ModelRegistry(served), "127.0.0.1", 0, Limits()) as server:
         print(f"serving on {server.address}", flush=True)

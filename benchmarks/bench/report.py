@@ -1,4 +1,4 @@
-"""What a benchmark shows: a table, a picture, and JSON."""
+"""The results of `resnet bench`: a table, a plot, and JSON."""
 
 from __future__ import annotations
 
@@ -7,38 +7,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from benchmarks.bench.bench import COLUMNS, BenchRow
+from benchmarks.bench.bench import THROUGHPUT_WORKLOADS, BenchRow
+from resnet.table import render
 
 
-def table(rows: Sequence[BenchRow], environment: dict[str, Any]) -> str:
-    """Return a table for people, in Markdown."""
+def render_rows(rows: Sequence[BenchRow], environment: dict[str, Any]) -> str:
+    """Return the table, in Markdown, with notes on how it was measured."""
     header = ["", "p50 ms", "p95 ms", "p99 ms", "8 in flight", "32 in flight", "32-image requests"]
     cells = [
         [
             row.name,
             *(f"{row.percentile_ms(percent):.2f}" for percent in (50, 95, 99)),
-            *(f"{row.images_per_second(column):,.0f}" for column in COLUMNS[1:]),
+            *(f"{row.images_per_second(workload):,.0f}" for workload in THROUGHPUT_WORKLOADS),
         ]
         for row in rows
-    ]
-    widths = [max(len(line[index]) for line in [header, *cells]) for index in range(len(header))]
-    ruler = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = [
-        "| "
-        + " | ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        + " |"
-        for line in [header, ruler, *cells]
     ]
     versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
     return "\n".join(
         [
-            *lines,
+            render(header, cells),
             "",
-            "Latency of one single-image request at a time; images per second with 8 and 32 single-image requests,",
-            f"and with 8 requests of 32 images, in flight. Medians of {environment['rounds']} interleaved rounds of "
-            f"{environment['seconds']:g} s; the load comes from the same cores.",
+            "Latency with 1 single-image request in flight; images per second with 8 and 32 single-image requests in",
+            f"flight, and with 8 requests of 32 images. Medians of {environment['rounds']} interleaved rounds of "
+            f"{environment['seconds']:g} s; the load generator runs on the same cores.",
             f"{environment['model']}, {environment['cores']} cores ({environment['cpu']}), {versions}"
             + (f", commit {environment['commit']}" if environment["commit"] else ""),
         ]
@@ -46,14 +40,14 @@ def table(rows: Sequence[BenchRow], environment: dict[str, Any]) -> str:
 
 
 def save(rows: Sequence[BenchRow], environment: dict[str, Any], folder: Path) -> None:
-    """Write bench.json and bench.png."""
+    """Write bench.json and bench.svg."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"environment": environment, "rows": [row.as_dict() for row in rows]}
     (folder / "bench.json").write_text(json.dumps(content, indent=2) + "\n")
-    _plot(rows, environment, folder / "bench.png")
+    _plot(rows, environment, folder / "bench.svg")
 
 
-def summary(rows: Sequence[BenchRow], environment: dict[str, Any]) -> str:
+def summarize(rows: Sequence[BenchRow], environment: dict[str, Any]) -> str:
     """Return the figures as JSON on one line, for programs."""
     figures = [{key: value for key, value in row.as_dict().items() if not key.startswith("rounds")} for row in rows]
     return json.dumps({"environment": environment, "rows": figures})
@@ -69,15 +63,19 @@ def _plot(rows: Sequence[BenchRow], environment: dict[str, Any], path: Path) -> 
     left.set(title="One request at a time: median latency (less is better)", xlabel="ms")
     left.set_yticks(places, [row.name for row in rows])
     left.invert_yaxis()
-    height = 0.8 / len(COLUMNS[1:])
-    for number, column in enumerate(COLUMNS[1:]):
+    height = 0.8 / len(THROUGHPUT_WORKLOADS)
+    for number, workload in enumerate(THROUGHPUT_WORKLOADS):
         shifted = [place + (number - 1) * height for place in places]
-        bars = right.barh(shifted, [row.images_per_second(column) for row in rows], height, label=column.title)
+        bars = right.barh(shifted, [row.images_per_second(workload) for row in rows], height, label=workload.title)
         right.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
     right.set(title="Under load: throughput (more is better)", xlabel="images per second")
-    right.legend(fontsize=8, ncols=len(COLUMNS[1:]), loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
+    right.legend(
+        fontsize=8, ncols=len(THROUGHPUT_WORKLOADS), loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False
+    )
     for axes in (left, right):
         axes.margins(x=0.15)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{environment['model']} on {environment['cores']} cores, {environment['cpu']}")
-    figure.savefig(path, dpi=110)
+    # Texts stay texts, and the same figures make the same file.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "bench", "font.family": "sans-serif"}):
+        figure.savefig(path, metadata={"Date": None})

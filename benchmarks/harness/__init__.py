@@ -1,1 +1,1 @@
-"""Servers as processes, and the machine that they run on."""
+"""What all benchmarks share: servers as processes, and the description of the machine."""

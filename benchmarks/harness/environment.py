@@ -1,4 +1,4 @@
-"""What a figure was measured with: without it, no figure can be compared."""
+"""The machine and the software of a measurement, without which its figures cannot be compared."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from export.speed import name_cpu
 
 
 def describe(libraries: Iterable[str]) -> dict[str, Any]:
-    """Return processor, cores, commit and the versions of those libraries that are there."""
+    """Return CPU, number of cores, Python, commit, and the versions of the libraries that are installed."""
     return {
         "cpu": name_cpu(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "versions": {library: found for library in libraries if (found := _find_version(library))},
-        "commit": _commit(),
+        "versions": {library: number for library in libraries if (number := _find_version(library))},
+        "commit": _find_commit(),
     }
 
 
@@ -31,8 +31,8 @@ def _find_version(library: str) -> str | None:
         return None
 
 
-def _commit() -> str:
-    """Return the commit of this source tree; empty in an installed package."""
+def _find_commit() -> str:
+    """Return the commit of this source tree; empty for an installed package."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""A server in a process of its own, for the length of a block."""
+"""A server in a process of its own, for the length of a `with` block."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ class ServerProcess:
     """Starts a command that prints `serving on HOST:PORT`, and ends it with SIGTERM."""
 
     def __init__(self, command: Sequence[str]) -> None:
-        """Start the command; `address` waits until it serves."""
+        """Start the command, without waiting; `address` waits until it serves."""
         self._command = command
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self._errors: list[str] = []
-        # Read as it comes: a server that nobody reads from stops when the pipe is full.
+        # Read all the time: a server whose pipe is full stops.
         self._reader = threading.Thread(target=self._errors.extend, args=(self._process.stderr,), daemon=True)
         self._reader.start()
 
     @cached_property
     def address(self) -> str:
-        """HOST:PORT, once the server answers there.
+        """HOST:PORT, once the server listens there.
 
         Raises:
-            BadInput: It ended instead; the message is what it said.
+            BadInput: The process ended instead; the message has its error output.
         """
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if found := re.fullmatch(r"serving on (\S+)\n", line):
-                return found[1]
+            if match := re.fullmatch(r"serving on (\S+)\n", line):
+                return match[1]
         self._process.wait()
         self._reader.join()
         raise BadInput(f"the server did not start: {''.join(self._errors).strip() or ' '.join(self._command)}")
 
     @property
     def pid(self) -> int:
-        """The number of the process."""
+        """The process id."""
         return self._process.pid
 
     def __enter__(self) -> Self:

@@ -1,1 +1,1 @@
-"""`resnet load`: load for any server, and what the server bore."""
+"""The load generator of all benchmarks, and `resnet load`, which puts any server under load with it."""

@@ -1,4 +1,4 @@
-"""When requests are sent, decided ahead: a load that waits for answers would spare a slow server."""
+"""Arrival times of an open loop, drawn in advance: a load that waits for responses would spare a slow server."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Times = NDArray[np.float64]
 
 
 def poisson(rate: float, seconds: float, seed: int) -> Times:
-    """Return the arrivals of many callers who know nothing of each other: `rate` a second on average."""
+    """Return the arrivals of many independent clients, `rate` a second on average."""
     random = np.random.default_rng(seed)
-    # Given how many there are, they are spread evenly.
+    # Given their number, the arrivals of a Poisson process are distributed uniformly.
     return np.sort(random.uniform(0, seconds, random.poisson(rate * seconds)))
 
 
-def constant(rate: float, seconds: float, seed: int) -> Times:  # noqa: ARG001  # as `poisson`
-    """Return arrivals at even distances."""
+def constant(rate: float, seconds: float, seed: int) -> Times:  # noqa: ARG001  # the signature of `poisson`
+    """Return evenly spaced arrivals."""
     return np.arange(round(rate * seconds)) / rate
 
 

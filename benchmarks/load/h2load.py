@@ -1,12 +1,13 @@
-"""The closed loop of a load generator in C, which leaves the cores to the server: h2load, of Debian's nghttp2-client.
+"""h2load, a load generator in C, which leaves the cores to the server; it is in Debian's package nghttp2-client.
 
-It repeats one request, over HTTP/2 as gRPC has it, or over HTTP/1.1. Of gRPC's own status it knows nothing, so an
-answer is looked at before, and the bytes of all answers are held against it afterwards.
+It repeats one request, over HTTP/2 as gRPC does, or over HTTP/1.1. It does not know gRPC's own status, so one response
+is checked before the load, and the bytes of all responses are compared with it afterwards.
 """
 
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
@@ -20,12 +21,11 @@ from numpy.typing import NDArray
 from benchmarks.load.samples import Sample
 from resnet import BadInput, CheckFailed
 from serving.client.channel import UNLIMITED
-from tests.acceptance.wire import pack_message
 
 WARM_UP_SECONDS = 0.3
 PATIENCE_SECONDS = 60
-OK = 200
-LIKENESS = 0.9  # of the bytes of answers, whose numbers vary in length; a refusal of gRPC has none
+HTTP_OK = 200
+ANSWERED_SHARE = 0.9  # of the expected bytes: responses vary in length with their numbers, and refusals have no bytes
 
 
 def measure(
@@ -39,35 +39,34 @@ def measure(
     threads: int = 1,
     rate: float | None = None,
 ) -> Sample:
-    """Put a method of gRPC under load.
+    """Put a gRPC method under load.
 
     Args:
         address: HOST:PORT, without encryption.
-        path: Of the method, as /inference.GRPCInferenceService/ModelInfer.
-        message: The request, serialized.
-        in_flight: Requests at a time, over all connections; a multiple of their number.
-        images: Images of the request.
-        seconds: Length of the stretch, which follows a moment of warm-up.
-        connections: Over which the requests go.
-        threads: Of h2load, at most one for each connection.
-        rate: Requests a second, sent whether others are answered or not, as long as fewer than `in_flight` are under
-            way; None sends the next when one is answered.
+        path: Path of the method, as /inference.GRPCInferenceService/ModelInfer.
+        message: The serialized request.
+        in_flight: Requests in flight over all connections; a multiple of their number.
+        images: Images per request.
+        seconds: Duration of the measurement, which follows a short warm-up.
+        connections: Number of connections.
+        threads: Threads of h2load, at most one per connection.
+        rate: Requests per second of an open loop, with at most `in_flight` requests in flight; None is a closed loop.
 
     Raises:
         BadInput: h2load is not installed or cannot run, or the server does not answer the request.
-        CheckFailed: Under load it refused requests: how many, h2load cannot tell.
+        CheckFailed: The server refused requests under load; h2load cannot tell how many.
     """
     if in_flight % connections:
         raise BadInput(f"{in_flight} requests in flight are no multiple of {connections} connections")
-    size = len(pack_message(_ask(address, path, message)))
+    size = len(_frame(_call(address, path, message)))
     headers = {"content-type": "application/grpc", "te": "trailers"}
-    streams = ["-c", str(connections), "-m", str(in_flight // connections), "-t", str(min(threads, connections))]
+    options = ["-c", str(connections), "-m", str(in_flight // connections), "-t", str(min(threads, connections))]
     if rate is not None:
-        streams.append(f"--rps={rate / connections:.1f}")
-    log, received = _run(f"http://{address}{path}", pack_message(message), headers, streams, seconds)
-    if received < LIKENESS * size * len(log):
+        options.append(f"--rps={rate / connections:.1f}")
+    log, received = _run(f"http://{address}{path}", _frame(message), headers, options, seconds)
+    if received < ANSWERED_SHARE * size * len(log):
         raise CheckFailed(
-            f"{address} refused requests under load: {len(log):,} answers had {received:,} bytes, where one has {size}"
+            f"{address} refused requests under load: {len(log):,} responses had {received:,} bytes; one has {size}"
         )
     return _summarize(log, f"{address}{path}", images, seconds)
 
@@ -81,45 +80,46 @@ def offer(
     connections: int = 4,
     timeout_ms: int | None = None,
 ) -> tuple[float, float]:
-    """Send a method of gRPC so many requests a second, whatever becomes of them.
+    """Send requests to a gRPC method at a rate, whether they are answered or not.
 
     Args:
-        address: HOST:PORT, without encryption; it answers one request before.
-        path: Of the method.
-        message: The request, serialized.
-        rate: Requests a second, over all connections.
-        seconds: How long.
-        connections: Over which the requests go; each has as many in flight as the server allows.
-        timeout_ms: After which the callers want no answer, as the server is told; None is for ever.
+        address: HOST:PORT, without encryption; it must answer one request before the load.
+        path: Path of the method.
+        message: The serialized request.
+        rate: Requests per second over all connections.
+        seconds: Duration.
+        connections: Number of connections; each has as many requests in flight as the server allows.
+        timeout_ms: Deadline that the server is told, in milliseconds; None is none.
 
     Returns:
-        Requests that were sent, and that were answered in time, each a second: an answer has bytes, a refusal has none.
+        Requests sent per second, and requests answered in time per second. An answer has bytes, a refusal has none.
     """
-    size = len(pack_message(_ask(address, path, message)))
+    size = len(_frame(_call(address, path, message)))
     headers = {"content-type": "application/grpc", "te": "trailers"}
     if timeout_ms is not None:
         headers["grpc-timeout"] = f"{timeout_ms}m"
-    streams = ["-c", str(connections), "-m", "1024", f"--rps={rate / connections:.1f}"]
-    log, received = _run(f"http://{address}{path}", pack_message(message), headers, streams, seconds)
-    whole = WARM_UP_SECONDS + seconds
-    return len(log) / whole, received / size / whole
+    options = ["-c", str(connections), "-m", "1024", f"--rps={rate / connections:.1f}"]
+    log, received = _run(f"http://{address}{path}", _frame(message), headers, options, seconds)
+    duration = WARM_UP_SECONDS + seconds
+    return len(log) / duration, received / size / duration
 
 
 def measure_http(
     url: str, body: bytes, in_flight: int, images: int, seconds: float, headers: Mapping[str, str] | None = None
 ) -> Sample:
-    """Put a URL under load with POST requests over HTTP/1.1, each in flight on a connection of its own.
+    """Put a URL under load with POST requests over HTTP/1.1, on one connection per request in flight.
 
     Args:
-        url: With http, without encryption.
-        body: Of the request.
-        in_flight: Requests at a time.
-        images: Images of the request.
-        seconds: Length of the stretch, which follows a moment of warm-up.
-        headers: Of the request, as its content-type.
+        url: The URL, with http, without encryption.
+        body: Body of the request.
+        in_flight: Requests in flight.
+        images: Images per request.
+        seconds: Duration of the measurement, which follows a short warm-up.
+        headers: Headers of the request, such as its content-type.
 
     Returns:
-        Latencies of what was answered with the status 200; any other counts as a failure, under its number.
+        A sample with the latencies of responses with status 200; any other status counts as a failure, under its
+        number.
 
     Raises:
         BadInput: h2load is not installed or cannot run.
@@ -129,8 +129,13 @@ def measure_http(
     return _summarize(log, url, images, seconds)
 
 
-def _ask(address: str, path: str, message: bytes) -> bytes:
-    """Return the answer to a request."""
+def _frame(message: bytes) -> bytes:
+    """Return a message with gRPC's prefix: not compressed, and its length."""
+    return struct.pack(">BI", 0, len(message)) + message
+
+
+def _call(address: str, path: str, message: bytes) -> bytes:
+    """Return the response to one request."""
     with grpc.insecure_channel(address, UNLIMITED) as channel:
         method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(path)
         try:
@@ -142,32 +147,37 @@ def _ask(address: str, path: str, message: bytes) -> bytes:
 def _run(
     url: str, body: bytes, headers: Mapping[str, str], options: Sequence[str], seconds: float
 ) -> tuple[NDArray[np.int64], int]:
-    """Return the log, rows of start, status and length of a request in microseconds, and the bytes of all answers."""
+    """Run h2load.
+
+    Returns:
+        Its log, one row per request: start in microseconds, HTTP status, duration in microseconds; and the bytes of
+        all responses.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        sent, log = Path(folder, "body"), Path(folder, "log")
-        sent.write_bytes(body)
-        # h2load's own warm-up is left out of its log, but not out of the bytes.
+        data, log = Path(folder, "body"), Path(folder, "log")
+        data.write_bytes(body)
+        # h2load's own warm-up is missing from its log, but not from its count of bytes, so it is not used.
         duration = f"--duration={1000 * (WARM_UP_SECONDS + seconds):.0f}ms"
         lines = [f"--header={name}: {value}" for name, value in headers.items()]
-        command = ["h2load", duration, f"--data={sent}", f"--log-file={log}", *lines, *options, url]
+        command = ["h2load", duration, f"--data={data}", f"--log-file={log}", *lines, *options, url]
         try:
             run = subprocess.run(command, capture_output=True, text=True, check=False)
         except FileNotFoundError:
-            raise BadInput("h2load is not installed; it is in Debian's package nghttp2-client") from None
+            raise BadInput("h2load is not installed; install Debian's package nghttp2-client") from None
         received = re.search(r"\((\d+)\) data$", run.stdout, re.MULTILINE)
         if run.returncode or not received:
             raise BadInput(f"h2load failed on {url}: {(run.stderr or run.stdout).strip()}")
         return np.array(log.read_text().split(), np.int64).reshape(-1, 3), int(received[1])
 
 
-def _summarize(log: NDArray[np.int64], name: str, images: int, seconds: float) -> Sample:
-    if OK not in log[:, 1]:
-        raise CheckFailed(f"{name} answered nothing; the statuses that came are {_count(log[:, 1])}")
+def _summarize(log: NDArray[np.int64], target: str, images: int, seconds: float) -> Sample:
+    if HTTP_OK not in log[:, 1]:
+        raise CheckFailed(f"{target} answered nothing; the statuses of its responses are {_count(log[:, 1])}")
     ends = log[:, 0] + log[:, 2]
     start = log[:, 0].min() + 1e6 * WARM_UP_SECONDS
     log = log[(start <= ends) & (ends < start + 1e6 * seconds)]
-    answered = log[log[:, 1] == OK]
-    failures = _count(log[log[:, 1] != OK, 1])
+    answered = log[log[:, 1] == HTTP_OK]
+    failures = _count(log[log[:, 1] != HTTP_OK, 1])
     return Sample(answered[:, 2] / 1e3, len(answered) * images / seconds, failures)
 
 

@@ -1,4 +1,4 @@
-"""The server's side of a load: where its time went, by its own count, and what it cost the machine, by the kernel's."""
+"""The server's side of a load: where its time went, by its own statistics, and what it cost, by the kernel's."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ MIB = 2**20
 
 @dataclass
 class ServerTimes:
-    """Sums over answered requests, and over batches, as KServe's ModelStatistics has them.
+    """Sums over answered requests and over batches, as in KServe's ModelStatistics.
 
     Attributes:
-        requests: Answered.
-        ns: Nanoseconds of all of them, by what the time went into.
-        batches: By number of images: calls of the model, and the nanoseconds of all.
+        requests: Answered requests.
+        ns: Nanoseconds of all requests, by stage: queue, decode, compute, respond.
+        batches: By batch size: the number of batches, and their compute time in nanoseconds.
     """
 
     requests: int = 0
@@ -33,43 +33,48 @@ class ServerTimes:
     batches: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def add(self, other: ServerTimes, sign: int = 1) -> None:
-        """Add what another has counted; with the sign -1, take it off."""
+        """Add the sums of another; with the sign -1, subtract them."""
         self.requests += sign * other.requests
-        for name, ns in other.ns.items():
-            self.ns[name] += sign * ns
+        for stage, ns in other.ns.items():
+            self.ns[stage] += sign * ns
         for size, (count, ns) in other.batches.items():
-            mine = self.batches.get(size, (0, 0))
-            self.batches[size] = mine[0] + sign * count, mine[1] + sign * ns
+            total = self.batches.get(size, (0, 0))
+            self.batches[size] = total[0] + sign * count, total[1] + sign * ns
 
     def mean_ms(self) -> dict[str, float]:
-        """Return the milliseconds of a request, by what they went into."""
-        return {name: ns / 1e6 / self.requests for name, ns in self.ns.items()} if self.requests else {}
+        """Return the mean time of a request in milliseconds, by stage."""
+        return {stage: ns / 1e6 / self.requests for stage, ns in self.ns.items()} if self.requests else {}
 
-    def cost_ms(self) -> dict[int, float]:
-        """Return the milliseconds of a batch, by its number of images."""
+    def batch_ms(self) -> dict[int, float]:
+        """Return the mean compute time of a batch in milliseconds, by batch size."""
         return {size: ns / 1e6 / count for size, (count, ns) in sorted(self.batches.items()) if count}
 
 
 @dataclass
 class Usage:
-    """What processes took: seconds of processors, and at its highest, bytes of memory."""
+    """Resources that processes have used.
+
+    Attributes:
+        cpu_seconds: CPU time in seconds.
+        peak_bytes: Peak resident memory in bytes.
+    """
 
     cpu_seconds: float = 0.0
     peak_bytes: int = 0
 
 
-def count(address: str, model: str) -> ServerTimes | None:
-    """Return what a server has counted of a model so far; None if it does not count."""
+def read_times(address: str, model: str) -> ServerTimes | None:
+    """Return a server's statistics of a model so far; None if it keeps none."""
     with grpc.insecure_channel(address) as channel:
         try:
             request = pb.ModelStatisticsRequest(name=model)
-            found = GRPCInferenceServiceStub(channel).ModelStatistics(request, timeout=PATIENCE_SECONDS)
+            response = GRPCInferenceServiceStub(channel).ModelStatistics(request, timeout=PATIENCE_SECONDS)
         except grpc.RpcError:
             return None
     total = ServerTimes()
-    for version in found.model_stats:
+    for version in response.model_stats:
         stats = version.inference_stats
-        parts = {
+        stages = {
             "queue": stats.queue,
             "decode": stats.compute_input,
             "compute": stats.compute_infer,
@@ -78,30 +83,30 @@ def count(address: str, model: str) -> ServerTimes | None:
         batches = {
             batch.batch_size: (batch.compute_infer.count, batch.compute_infer.ns) for batch in version.batch_stats
         }
-        total.add(ServerTimes(stats.success.count, {name: part.ns for name, part in parts.items()}, batches))
+        total.add(ServerTimes(stats.success.count, {stage: sums.ns for stage, sums in stages.items()}, batches))
     return total
 
 
-def weigh(pid: int) -> Usage:
-    """Return what a process and those that it started have taken so far.
+def read_usage(pid: int) -> Usage:
+    """Return the resources that a process and its children have used so far.
 
-    Memory is the sum of what each had at its highest since `forget_peak`, so what they share counts more than once.
+    Memory is the sum of each process' peak since `reset_peak`, so memory that processes share counts more than once.
 
     Raises:
         BadInput: There is no such process.
     """
-    processes = _find(pid)
+    processes = _find_processes(pid)
     return Usage(sum(map(read_cpu_seconds, processes)), sum(map(read_peak_bytes, processes)))
 
 
-def forget_peak(pid: int) -> None:
-    """Let the highest memory of a process and those that it started be that of now; ours must be the right to."""
-    for process in _find(pid):
+def reset_peak(pid: int) -> None:
+    """Set the peak memory of a process and its children to their current memory, where this user may do so."""
+    for process in _find_processes(pid):
         with suppress(OSError):
             Path(f"/proc/{process}/clear_refs").write_text("5")
 
 
-def _find(pid: int) -> list[int]:
+def _find_processes(pid: int) -> list[int]:
     if not read_stat(pid):
-        raise BadInput(f"there is no process {pid}; give the number of the server's as --server-pid")
+        raise BadInput(f"there is no process {pid}; give the server's process id as --server-pid")
     return ProcessTree(pid).pids()

@@ -1,4 +1,4 @@
-"""What is compared: one row for each server, with what its environment needs."""
+"""The table of the servers that are compared: one row each, with the requirements of its environment."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ SERVERS = Path(__file__).parent / "servers"
 
 @dataclass(frozen=True)
 class ModelFile:
-    """The file that a server is to serve.
+    """The model file that a server serves.
 
     Attributes:
-        path: REPOSITORY/NAME/VERSION/model.onnx, or one of its variants.
-        precision: Which variant it is.
+        path: REPOSITORY/NAME/VERSION/model.onnx, or another variant.
+        precision: Precision of the variant.
     """
 
     path: Path
@@ -33,28 +33,28 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class Peer:
-    """A server: a file of `servers`, started as `servers/classifier.py` says.
+    """A server to compare: a file of `servers`, started as `servers/classifier.py` describes.
 
     Attributes:
-        name: What users call it here.
-        title: What the table calls it.
-        transport: How it is asked.
-        requirements: What to install into an environment of its own; without any it runs in this project's.
-        checked: Whether it answers with probabilities, which can be checked.
-        restless: Whether it takes processor time while nobody asks, which would be at the cost of the others.
-        every: Whether it is measured in each precision, and not in the first alone.
+        name: Name on the command line.
+        title: Name in the table.
+        protocol: Protocol of its requests.
+        requirements: Packages of its own environment; a server without any runs in this project's environment.
+        checked: Whether it answers with probabilities, which are then checked.
+        restless: Whether it uses CPU time while idle; it is suspended while others are measured.
+        every: Whether it is measured in every precision, not only in the first.
     """
 
     name: str
     title: str
-    transport: PeerProtocol
+    protocol: PeerProtocol
     requirements: tuple[str, ...] = ()
     checked: bool = True
     restless: bool = False
     every: bool = False
 
     def command(self, python: Path, model: ModelFile, port: int) -> Sequence[str]:
-        """Return what starts it on a port of 127.0.0.1."""
+        """Return the command that starts the server on a port of 127.0.0.1."""
         return [str(python), str(SERVERS / f"{self.name}_server.py"), str(model.path), str(port), model.name]
 
 
@@ -63,12 +63,12 @@ class Ours(Peer):
     """`resnet serve`."""
 
     def command(self, python: Path, model: ModelFile, port: int) -> Sequence[str]:
-        """Return what starts it on a port of 127.0.0.1."""
+        """Return the command that starts the server on a port of 127.0.0.1."""
         start = [str(python), "-m", "resnet", "serve"]
         return [*start, str(model.path.parents[2]), f"--port={port}", f"--precision={model.precision}"]
 
 
-RUNTIME = f"onnxruntime=={version('onnxruntime')}"  # the same for all
+RUNTIME = f"onnxruntime=={version('onnxruntime')}"  # the same version for all
 NUMPY = "numpy==2.4.6"
 
 PEERS = (
@@ -88,7 +88,7 @@ PEERS = (
         "ray",
         "Ray Serve 2.60.0 (gRPC proxy)",
         KServePeer(),
-        ("ray[serve]==2.60.0", "protobuf==6.33.6", NUMPY, RUNTIME),  # the protobuf that `protos` was made for
+        ("ray[serve]==2.60.0", "protobuf==6.33.6", NUMPY, RUNTIME),  # the protobuf version that generated `protos`
         restless=True,
     ),
     Peer("keras_aio", "Keras predict_on_batch behind grpc.aio", KServePeer()),
@@ -97,13 +97,13 @@ PEERS = (
 
 
 def choose(names: Iterable[str]) -> list[Peer]:
-    """Return the peers of these names, in the order of the table.
+    """Return the peers with these names, in the order of the table.
 
     Raises:
-        BadInput: There is none of that name.
+        BadInput: There is no peer of a name.
     """
-    wanted = set(names)
-    if unknown := wanted - {peer.name for peer in PEERS}:
+    chosen = set(names)
+    if unknown := chosen - {peer.name for peer in PEERS}:
         known = ", ".join(peer.name for peer in PEERS)
-        raise BadInput(f"there is no peer {', '.join(sorted(unknown))}; choose of {known}")
-    return [peer for peer in PEERS if peer.name in wanted]
+        raise BadInput(f"there is no peer {', '.join(sorted(unknown))}; choose from {known}")
+    return [peer for peer in PEERS if peer.name in chosen]

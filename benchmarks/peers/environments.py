@@ -1,4 +1,4 @@
-"""An environment for each peer, since their requirements contradict one another and ours."""
+"""One virtual environment per peer, since their requirements conflict with each other and with ours."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from benchmarks.peers.catalog import Peer
 from resnet import BadInput
 
 UV = [sys.executable, "-m", "uv"]
-RECORD = "requirements.txt"  # written last: an environment without it is half-done
+RECORD = "requirements.txt"  # written last: an environment without it is incomplete
 
 
 def set_up(peer: Peer, folder: Path) -> None:
-    """Install what a peer needs into `folder`/NAME, unless it is there.
+    """Install the requirements of a peer into `folder`/NAME, unless they are installed.
 
     Raises:
-        BadInput: It cannot be installed.
+        BadInput: The installation failed.
     """
     environment = folder / peer.name
-    if not peer.requirements or _record(peer, folder) == list(peer.requirements):
+    if not peer.requirements or _read_record(peer, folder) == list(peer.requirements):
         return
     _run(*UV, "venv", "--clear", "--no-python-downloads", "--python", sys.executable, str(environment))
     _run(*UV, "pip", "install", "--python", str(environment / "bin" / "python"), *peer.requirements)
@@ -28,19 +28,19 @@ def set_up(peer: Peer, folder: Path) -> None:
 
 
 def find_python(peer: Peer, folder: Path) -> Path:
-    """Return the interpreter of a peer.
+    """Return the Python interpreter of a peer.
 
     Raises:
-        BadInput: Its environment is not there, or has other versions.
+        BadInput: Its environment is missing, or has other versions.
     """
     if not peer.requirements:
         return Path(sys.executable)
-    if _record(peer, folder) != list(peer.requirements):
+    if _read_record(peer, folder) != list(peer.requirements):
         raise BadInput(f"not installed; run `python -m benchmarks.peers setup {peer.name}`")
     return folder / peer.name / "bin" / "python"
 
 
-def _record(peer: Peer, folder: Path) -> list[str]:
+def _read_record(peer: Peer, folder: Path) -> list[str]:
     path = folder / peer.name / RECORD
     return path.read_text().splitlines() if path.exists() else []
 
@@ -52,5 +52,5 @@ def _run(*command: str) -> None:
 
 
 def last_line(text: str) -> str:
-    """Return the last line of what a program said, where programs say what ended them."""
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
+    """Return the last line of a program's output, which usually says why it ended."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")

@@ -1,4 +1,4 @@
-"""How the servers are asked: each with the same float32 pixels, packed as it takes them."""
+"""The protocols of the peers: each packs the same float32 pixels in the form that the server takes."""
 
 from __future__ import annotations
 
@@ -15,28 +15,34 @@ from numpy.typing import NDArray
 
 from benchmarks.load import h2load
 from benchmarks.load.samples import Sample
+from benchmarks.load.targets import Workload
 from protos import inference_pb2 as pb
 from serving.client.channel import UNLIMITED
+from serving.runtimes.base import Probabilities
 
 FloatPixels = NDArray[np.float32]
-Probabilities = NDArray[np.float32]
 
-SECONDS = 10  # for one answer
+TIMEOUT_SECONDS = 10  # of one request
 
 
 class PeerProtocol(Protocol):
-    """Carries the images of one request to a server."""
+    """Sends requests of images to a server."""
 
     def pack(self, model: str, pixels: FloatPixels) -> bytes:
-        """Return the request for float32 [n, height, width, 3], 0 to 255."""
+        """Serialize a request for pixels, float32 [n, height, width, 3], 0 to 255."""
         ...
 
-    def ask(self, address: str, request: bytes) -> Probabilities:
-        """Return what a server answers, float32 of any shape; OSError or grpc.RpcError if it does not."""
+    def call(self, address: str, request: bytes) -> Probabilities:
+        """Send one request, and return the probabilities, float32 of any shape.
+
+        Raises:
+            OSError: The server does not answer, over HTTP.
+            grpc.RpcError: The server does not answer, over gRPC.
+        """
         ...
 
-    def load(self, address: str, request: bytes, in_flight: int, images: int, seconds: float) -> Sample:
-        """Put a server under load with so many requests of so many images at a time."""
+    def load(self, address: str, request: bytes, workload: Workload, seconds: float) -> Sample:
+        """Put a server under a workload, by h2load."""
         ...
 
 
@@ -46,32 +52,32 @@ class KServePeer:
     path = "/inference.GRPCInferenceService/ModelInfer"
 
     def pack(self, model: str, pixels: FloatPixels) -> bytes:
-        """Return the request."""
+        """Serialize a request."""
         tensor = pb.ModelInferRequest.InferInputTensor(name="image", datatype="FP32", shape=pixels.shape)
         request = pb.ModelInferRequest(model_name=model, inputs=[tensor], raw_input_contents=[pixels.tobytes()])
         return request.SerializeToString()
 
-    def ask(self, address: str, request: bytes) -> Probabilities:
-        """Return what a server answers."""
+    def call(self, address: str, request: bytes) -> Probabilities:
+        """Send one request, and return the probabilities."""
         with grpc.insecure_channel(address, UNLIMITED) as channel:
-            call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(self.path)
-            answer = pb.ModelInferResponse.FromString(call(request, timeout=SECONDS))
-        return np.frombuffer(b"".join(answer.raw_output_contents), np.float32)
+            method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(self.path)
+            response = pb.ModelInferResponse.FromString(method(request, timeout=TIMEOUT_SECONDS))
+        return np.frombuffer(b"".join(response.raw_output_contents), np.float32)
 
-    def load(self, address: str, request: bytes, in_flight: int, images: int, seconds: float) -> Sample:
-        """Put a server under load."""
-        return h2load.measure(address, self.path, request, in_flight, images, seconds)
+    def load(self, address: str, request: bytes, workload: Workload, seconds: float) -> Sample:
+        """Put a server under a workload."""
+        return h2load.measure(address, self.path, request, workload.in_flight, workload.images, seconds)
 
 
 @dataclass(frozen=True)
 class HttpPeer:
-    """POST requests over HTTP/1.1, with a body of the server's own form.
+    """POST requests over HTTP/1.1, with a body in the server's own format.
 
     Attributes:
-        path: Where to send them.
-        content_type: Of the body.
-        to_body: Makes it of pixels.
-        from_body: Makes probabilities of that of an answer.
+        path: Path of the URL.
+        content_type: Content type of a request.
+        to_body: Serializes pixels as the body of a request.
+        from_body: Parses probabilities from the body of a response.
     """
 
     path: str
@@ -80,19 +86,19 @@ class HttpPeer:
     from_body: Callable[[bytes], Probabilities]
 
     def pack(self, model: str, pixels: FloatPixels) -> bytes:  # noqa: ARG002
-        """Return the request."""
+        """Serialize a request."""
         return self.to_body(pixels)
 
-    def ask(self, address: str, request: bytes) -> Probabilities:
-        """Return what a server answers."""
-        question = Request(f"http://{address}{self.path}", request, {"content-type": self.content_type})
-        with urlopen(question, timeout=SECONDS) as answer:
-            return self.from_body(answer.read())
+    def call(self, address: str, request: bytes) -> Probabilities:
+        """Send one request, and return the probabilities."""
+        post = Request(f"http://{address}{self.path}", request, {"content-type": self.content_type})
+        with urlopen(post, timeout=TIMEOUT_SECONDS) as response:
+            return self.from_body(response.read())
 
-    def load(self, address: str, request: bytes, in_flight: int, images: int, seconds: float) -> Sample:
-        """Put a server under load."""
-        headers = {"content-type": self.content_type}
-        return h2load.measure_http(f"http://{address}{self.path}", request, in_flight, images, seconds, headers)
+    def load(self, address: str, request: bytes, workload: Workload, seconds: float) -> Sample:
+        """Put a server under a workload."""
+        url, headers = f"http://{address}{self.path}", {"content-type": self.content_type}
+        return h2load.measure_http(url, request, workload.in_flight, workload.images, seconds, headers)
 
 
 RAW = HttpPeer(
@@ -104,16 +110,16 @@ RAW = HttpPeer(
 JSON = HttpPeer(
     "/predict",
     "application/json",
-    to_body=lambda pixels: json.dumps({"image": _to_text(pixels)}).encode(),
+    to_body=lambda pixels: json.dumps({"image": _to_base64(pixels)}).encode(),
     from_body=lambda body: np.asarray(json.loads(body)["probabilities"], np.float32),
 )
-JSON_BATCH = HttpPeer(  # a batch of one request, which the server adds to others
+JSON_BATCH = HttpPeer(  # a batch of one request, which the server merges with others
     "/classify",
     "application/json",
-    to_body=lambda pixels: json.dumps({"images": [_to_text(pixels)]}).encode(),
+    to_body=lambda pixels: json.dumps({"images": [_to_base64(pixels)]}).encode(),
     from_body=lambda body: np.asarray(json.loads(body), np.float32),
 )
 
 
-def _to_text(pixels: FloatPixels) -> str:
+def _to_base64(pixels: FloatPixels) -> str:
     return base64.b64encode(pixels.tobytes()).decode()

@@ -1,1 +1,1 @@
-"""Measurements that are made once in a while: exports, GPUs, overload, MLPerf."""
+"""Studies, which are run now and then by hand: exports, GPUs, overload, MLPerf."""

@@ -1,12 +1,13 @@
-"""The scenarios of MLPerf Inference, by its own LoadGen, with a served model as the system under test.
+"""Run a scenario of MLPerf Inference, by its own LoadGen, with a model server as the system under test.
 
+It needs the extra `loadgen`. LoadGen measures from its query to the gRPC response. SingleStream sends the next image
+when one is answered, MultiStream sends eight images per request, Server sends single images at random times, and
+Offline sends everything at once, in requests of --images with --in-flight of them at a time. LoadGen's verdict and
+figures are printed; the last line of the output is one JSON object. Submissions must run longer than the default and
+prove accuracy, which `resnet verify` does.
+
+Examples:
   python -m benchmarks.studies.mlperf 127.0.0.1:8001 --scenario Server --qps 200 --latency-ms 50
-
-It needs the extra `loadgen`. Everything is between LoadGen's clock and the answer that gRPC brings: SingleStream sends
-an image when the last one is answered, MultiStream eight images in one request, Server single images at random times,
-Offline all at once, in requests of --images with --in-flight of them at a time. LoadGen's own verdict and figures are
-printed; the last line of the output is one JSON object. Rules for submissions ask for longer runs than the default,
-and for accuracy: `resnet verify` looks after that.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.load.callers import PATIENCE_SECONDS, Caller
 from benchmarks.load.endpoints import PROTOCOLS, Endpoint, PixelArray, describe, make_pixels
-from benchmarks.load.samples import NAMES
+from benchmarks.load.generator import PATIENCE_SECONDS
+from benchmarks.load.senders import CODE_NAMES, OK, GrpcSender
 from resnet import BadInput, CheckFailed
 
 try:
@@ -34,119 +35,118 @@ except ModuleNotFoundError:
 
 SCENARIOS = ("SingleStream", "MultiStream", "Server", "Offline")
 SAMPLES = 1024
-STREAMS = 8  # images of a query of MultiStream
-OK = 0
+STREAMS = 8  # images per query of MultiStream
 
 
 def main() -> None:
     """Run one scenario."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("server", metavar="HOST:PORT", help="without encryption")
-    add("--scenario", choices=SCENARIOS, default="SingleStream", help="(default: SingleStream)")
-    add("--protocol", choices=PROTOCOLS, default="native", help="what to speak (default: native)")
-    add("--model", default="", help="(default: the only one)")
-    add("--data", type=Path, nargs="+", default=[], metavar="FILE", help="images to send (default: noise)")
-    add("--seconds", type=float, default=10, help="at least (default: 10; submissions need 600)")
-    add("--qps", type=float, default=100, help="of Server: queries a second; of Offline: what to expect (default: 100)")
-    add("--latency-ms", type=float, default=15, help="of Server: what 99 %% must keep (default: 15)")
-    add("--images", type=int, default=32, help="of Offline: in a request (default: 32)")
-    add("--in-flight", type=int, default=8, help="of Offline: requests at a time (default: 8)")
-    add("--connections", type=int, default=4, help="(default: 4)")
+    add("server", metavar="HOST:PORT", help="address of the server, without encryption")
+    add("--scenario", choices=SCENARIOS, default="SingleStream", help="scenario of MLPerf (default: SingleStream)")
+    add("--protocol", choices=PROTOCOLS, default="native", help="protocol of the requests (default: native)")
+    add("--model", default="", help="model to call (default: the only one)")
+    add("--data", type=Path, nargs="+", default=[], metavar="FILE", help="image files to send (default: noise)")
+    add("--seconds", type=float, default=10, help="least duration (default: 10; submissions need 600)")
+    add("--qps", type=float, default=100, help="queries per second of Server, expected ones of Offline (default: 100)")
+    add("--latency-ms", type=float, default=15, help="p99 latency limit of Server (default: 15)")
+    add("--images", type=int, default=32, help="images per request of Offline (default: 32)")
+    add("--in-flight", type=int, default=8, help="requests in flight of Offline (default: 8)")
+    add("--connections", type=int, default=4, help="connections to the server (default: 4)")
     args = parser.parse_args()
     if loadgen is None:
         raise BadInput("mlperf_loadgen is not installed; install resnet with its extra 'loadgen'")
-    wanted = describe(args.server, args.protocol, args.model)
-    pixels = make_pixels(wanted, SAMPLES, args.data)
+    spec = describe(args.server, args.protocol, args.model)
+    pixels = make_pixels(spec, SAMPLES, args.data)
     protocol = PROTOCOLS[args.protocol]
-    endpoint = Endpoint(args.server, protocol.path, (protocol.pack(wanted, pixels[:1]),), 1, wanted, args.protocol)
-    with Caller(endpoint, args.connections) as caller, tempfile.TemporaryDirectory() as folder:
-        system = SystemUnderTest(endpoint, pixels, caller, args)
-        test(system, settings(args), Path(folder))
+    endpoint = Endpoint(args.server, protocol.path, (protocol.pack(spec, pixels[:1]),), 1, spec, args.protocol)
+    with GrpcSender(endpoint, args.connections) as sender, tempfile.TemporaryDirectory() as folder:
+        system = SystemUnderTest(endpoint, pixels, sender, args)
+        run_test(system, make_settings(args), Path(folder))
         summary = (Path(folder) / "mlperf_log_summary.txt").read_text()
     if system.failures:
         raise CheckFailed(
-            f"the server refused requests, and LoadGen's figures count them as answers: {system.failures}"
+            f"the server refused requests, which LoadGen counts as answers: {system.failures}; lower the load"
         )
     print(summary)
-    print(json.dumps(read(summary)))
+    print(json.dumps(parse_summary(summary)))
 
 
 class SystemUnderTest:
-    """The system under test: a server that answers what LoadGen asks."""
+    """The system under test: sends LoadGen's queries to a server."""
 
-    def __init__(self, endpoint: Endpoint, pixels: PixelArray, caller: Caller, args: argparse.Namespace) -> None:
-        """Send nothing yet.
+    def __init__(self, endpoint: Endpoint, pixels: PixelArray, sender: GrpcSender, args: argparse.Namespace) -> None:
+        """Prepare to send.
 
         Args:
-            endpoint: The server.
-            pixels: The samples, by their index.
-            caller: Sends to the server.
-            args: The command's.
+            endpoint: The method of the server.
+            pixels: The samples, by index.
+            sender: Sends the requests.
+            args: The arguments of the command.
         """
-        self._caller = caller
-        self._wanted, self._pack = endpoint.input, PROTOCOLS[endpoint.protocol].pack
+        self._sender = sender
+        self._spec, self._pack = endpoint.input, PROTOCOLS[endpoint.protocol].pack
         self._pixels, self._number = pixels, 0
         self._images = {"MultiStream": STREAMS, "Offline": args.images}.get(args.scenario, 1)
-        # An offline query is all the work there is: the client keeps what the server could not queue.
-        self._turns = threading.Semaphore(args.in_flight if args.scenario == "Offline" else sys.maxsize)
+        # A query of Offline has all samples, more than the server can queue, so the client holds back the rest.
+        self._slots = threading.Semaphore(args.in_flight if args.scenario == "Offline" else sys.maxsize)
         self.failures: Counter[str] = Counter()
 
     def issue(self, samples: list[Any]) -> None:
         """Send the samples of a query."""
         for start in range(0, len(samples), self._images):
-            self._turns.acquire()
+            self._slots.acquire()
             self._send(samples[start : start + self._images])
 
     def _send(self, samples: list[Any]) -> None:
-        message = self._pack(self._wanted, self._pixels[[sample.index for sample in samples]])
+        message = self._pack(self._spec, self._pixels[[sample.index for sample in samples]])
         ids = [sample.id for sample in samples]
         self._number += 1
-        self._caller.start(self._number, PATIENCE_SECONDS, partial(self._complete, ids), message)
+        self._sender.send_message(self._number, message, PATIENCE_SECONDS, partial(self._complete, ids))
 
     def _complete(self, ids: list[int], code: int) -> None:
         if code != OK:
-            self.failures[NAMES[code]] += 1
+            self.failures[CODE_NAMES[code]] += 1
         loadgen.QuerySamplesComplete([loadgen.QuerySampleResponse(number, 0, 0) for number in ids])
-        self._turns.release()
+        self._slots.release()
 
 
-def settings(args: argparse.Namespace) -> Any:
-    """Return the settings of a scenario, as LoadGen takes them."""
-    found = loadgen.TestSettings()
-    found.scenario = getattr(loadgen.TestScenario, args.scenario)
-    found.mode = loadgen.TestMode.PerformanceOnly
-    found.min_duration_ms = int(args.seconds * 1000)
-    found.min_query_count = 1
-    found.server_target_qps, found.server_target_latency_ns = args.qps, int(args.latency_ms * 1e6)
-    found.offline_expected_qps = args.qps
-    found.multi_stream_samples_per_query = STREAMS
-    return found
+def make_settings(args: argparse.Namespace) -> Any:
+    """Return LoadGen's settings of a scenario."""
+    settings = loadgen.TestSettings()
+    settings.scenario = getattr(loadgen.TestScenario, args.scenario)
+    settings.mode = loadgen.TestMode.PerformanceOnly
+    settings.min_duration_ms = int(args.seconds * 1000)
+    settings.min_query_count = 1
+    settings.server_target_qps, settings.server_target_latency_ns = args.qps, int(args.latency_ms * 1e6)
+    settings.offline_expected_qps = args.qps
+    settings.multi_stream_samples_per_query = STREAMS
+    return settings
 
 
-def test(system: SystemUnderTest, wanted: Any, folder: Path) -> None:
-    """Let LoadGen test a system, and write its logs into a folder."""
+def run_test(system: SystemUnderTest, settings: Any, folder: Path) -> None:
+    """Have LoadGen test a system and write its logs to a folder."""
     logs = loadgen.LogSettings()
     logs.log_output.outdir = str(folder)
     logs.enable_trace = False
     under_test = loadgen.ConstructSUT(system.issue, lambda: None)
     library = loadgen.ConstructQSL(SAMPLES, SAMPLES, lambda _: None, lambda _: None)
     try:
-        loadgen.StartTestWithLogSettings(under_test, library, wanted, logs)
+        loadgen.StartTestWithLogSettings(under_test, library, settings, logs)
     finally:
         loadgen.DestroyQSL(library)
         loadgen.DestroySUT(under_test)
 
 
-def read(summary: str) -> dict[str, str | float]:
-    """Return what LoadGen's summary says, by its own names."""
-    found: dict[str, str | float] = {}
+def parse_summary(summary: str) -> dict[str, str | float]:
+    """Return the values of LoadGen's summary, by LoadGen's names; numbers as float."""
+    values: dict[str, str | float] = {}
     for name, value in re.findall(r"^(\S.*?) *: (.+)$", summary, re.MULTILINE):
         try:
-            found[name] = float(value)
+            values[name] = float(value)
         except ValueError:
-            found[name] = value
-    return found
+            values[name] = value
+    return values
 
 
 if __name__ == "__main__":

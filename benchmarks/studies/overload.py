@@ -1,11 +1,12 @@
-"""What becomes of a server that is offered many times what it can answer: answers in time, refusals, health, memory.
+"""Offer a server many times its capacity, and measure answers in time, refusals, health checks and memory.
 
+A closed loop measures the capacity first. Then h2load sends 2, 5 and 10 times as many requests per second, with
+deadlines and without, while a client of its own checks the server's health and sends an image now and then. Shares are
+relative to the capacity; the last line of the output is one JSON object. Options of `resnet serve` are passed on to the
+server.
+
+Examples:
   python -m benchmarks.studies.overload demo/models --model digits --precision fp32
-
-First it is asked by a closed loop for what it can answer; then h2load sends 2, 5 and 10 times as many requests, with
-deadlines and without, while a client of its own asks now and then whether the server is well, and for an image. Shares
-are of the capacity; the last line of the output is one JSON object. Options that are not of this command are the
-server's.
 """
 
 from __future__ import annotations
@@ -30,25 +31,27 @@ from benchmarks.load import h2load
 from benchmarks.load.endpoints import Input, pack_kserve
 from export import manifest, repository
 from resnet import BadInput, CheckFailed
+from resnet.table import render
 
-METHOD = "/inference.GRPCInferenceService/ModelInfer"
+INFER = "/inference.GRPCInferenceService/ModelInfer"
 HEALTH = "/grpc.health.v1.Health/Check"
 DEADLINES_MS = (50, 100, 500, None)
 FACTORS = (2, 5, 10)
-PROBES_A_SECOND = 10
+PROBES_PER_SECOND = 10
 PATIENCE_SECONDS = 10.0
+HEADER = ("load", "deadline", "sent/s", "in time", "refused p99 ms", "health max ms", "memory MB")
 
 
 @dataclass
 class Probe:
-    """A client that asks now and then, from a thread, until the end of its block.
+    """A client that checks the health of a server and sends a request, ten times a second, during a `with` block.
 
     Attributes:
-        address: Of the server.
-        message: A request, serialized.
-        deadline: In seconds; None is none.
-        health_ms: How long the answers of its health took.
-        refused_ms: How long refusals took.
+        address: Address of the server.
+        message: A serialized request.
+        deadline: Deadline of a request in seconds; None is none.
+        health_ms: Latencies of the health checks in milliseconds.
+        refused_ms: Latencies of refused requests in milliseconds.
     """
 
     address: str
@@ -58,23 +61,23 @@ class Probe:
     refused_ms: list[float] = field(default_factory=list)
 
     def __enter__(self) -> Self:
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._ask, name="probe")
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="probe")
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._stopped.set()
         self._thread.join()
 
-    def _ask(self) -> None:
+    def _run(self) -> None:
         with grpc.insecure_channel(self.address) as channel:
             health: Any = channel.unary_unary(HEALTH)
-            infer: Any = channel.unary_unary(METHOD)
-            question = health_pb2.HealthCheckRequest().SerializeToString()
-            while not self._over.wait(1 / PROBES_A_SECOND):
+            infer: Any = channel.unary_unary(INFER)
+            check = health_pb2.HealthCheckRequest().SerializeToString()
+            while not self._stopped.wait(1 / PROBES_PER_SECOND):
                 started = time.perf_counter()
-                health(question, timeout=PATIENCE_SECONDS)
+                health(check, timeout=PATIENCE_SECONDS)
                 self.health_ms.append(1e3 * (time.perf_counter() - started))
                 started = time.perf_counter()
                 try:
@@ -86,16 +89,16 @@ class Probe:
 
 @dataclass(frozen=True)
 class OverloadRow:
-    """What one stretch saw.
+    """The figures of one measurement, or their medians.
 
     Attributes:
-        factor: Requests that were to be sent, over the capacity.
-        deadline_ms: Of each; None is none.
-        sent: Requests a second that were sent; fewer where those under way were as many as may be.
-        answered: Answered in time, over the capacity.
-        refused_ms: 99 of 100 refusals came within; None where there was none.
-        health_ms: The longest that the server took to say that it is well.
-        memory_mb: By which its largest resident set grew.
+        factor: Offered load as a multiple of the capacity.
+        deadline_ms: Deadline of each request; None is none.
+        sent: Requests sent per second; fewer than offered when the server's limit of requests in flight was reached.
+        answered: Requests answered in time, as a share of the capacity.
+        refused_ms: 99th percentile of the latency of refusals; None if nothing was refused.
+        health_ms: Longest latency of a health check.
+        memory_mb: Growth of the server's peak memory.
     """
 
     factor: int
@@ -110,14 +113,16 @@ class OverloadRow:
 def main() -> None:
     """Measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("repository", type=Path, help="folder of models")
-    parser.add_argument("--model", required=True, help="one of them")
-    parser.add_argument("--images", type=int, default=1, help="in each request (default: %(default)s)")
-    parser.add_argument("--in-flight", type=int, default=32, help="of the closed loop (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=4, help="of each stretch (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="of all stretches (default: %(default)s)")
-    args, options = parser.parse_known_args()  # what is left is for the server
-    message = _pack(args.repository / args.model, args.images)
+    parser.add_argument("repository", type=Path, help="model repository")
+    parser.add_argument("--model", required=True, help="name of the model")
+    parser.add_argument("--images", type=int, default=1, help="images per request (default: %(default)s)")
+    parser.add_argument(
+        "--in-flight", type=int, default=32, help="requests in flight of the closed loop (default: %(default)s)"
+    )
+    parser.add_argument("--seconds", type=float, default=4, help="duration of a measurement (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements behind each figure (default: %(default)s)")
+    args, options = parser.parse_known_args()  # the rest is for the server
+    message = _make_request(args.repository / args.model, args.images)
     with serve(args.repository, "--log-level=error", *options) as server:
         rows = measure(server.address, server.pid, message, args.in_flight, args.images, args.seconds, args.rounds)
     print(json.dumps({"images": args.images, "options": options, "rows": [asdict(row) for row in rows]}))
@@ -126,73 +131,81 @@ def main() -> None:
 def measure(
     address: str, pid: int, message: bytes, in_flight: int, images: int, seconds: float, rounds: int
 ) -> list[OverloadRow]:
-    """Return the rows of a table, as medians, and print each round; the arguments are those of the command.
+    """Measure all loads, print each figure as it comes and the table of medians at the end, and return the medians.
+
+    Args:
+        address: HOST:PORT of the server.
+        pid: Process id of the server.
+        message: The serialized request.
+        in_flight: Requests in flight of the closed loop.
+        images: Images per request.
+        seconds: Duration of one measurement.
+        rounds: Measurements behind each figure.
 
     Raises:
         BadInput: h2load is not installed.
-        CheckFailed: The server refused what a closed loop asked.
+        CheckFailed: The server refused requests of the closed loop.
     """
-    found: dict[tuple[int, int | None], list[OverloadRow]] = {}
-    print(
-        f"{'load':>5} {'deadline':>9} {'sent/s':>9} {'in time':>8} {'refused p99':>12} {'health max':>11} {'memory':>9}"
-    )
+    measured: dict[tuple[int, int | None], list[OverloadRow]] = {}
     for _ in range(rounds):
-        capacity = h2load.measure(address, METHOD, message, in_flight, images, seconds).images_per_second / images
+        capacity = h2load.measure(address, INFER, message, in_flight, images, seconds).images_per_second / images
         print(f"capacity: {capacity:,.0f} requests/s", flush=True)
         for deadline in DEADLINES_MS:
             for factor in FACTORS:
-                row = _stretch(address, pid, message, capacity, factor, deadline, seconds)
-                found.setdefault((factor, deadline), []).append(row)
-                _show(row)
-    print("medians")
-    medians = [_median(rows) for rows in found.values()]
-    for row in medians:
-        _show(row)
+                row = _measure(address, pid, message, capacity, factor, deadline, seconds)
+                measured.setdefault((factor, deadline), []).append(row)
+                print(
+                    ", ".join(f"{name} {cell}" for name, cell in zip(HEADER, _list_cells(row), strict=True)), flush=True
+                )
+    medians = [_take_medians(rows) for rows in measured.values()]
+    print("\n" + render(HEADER, [_list_cells(row) for row in medians], left=2))
     return medians
 
 
-def _stretch(
+def _measure(
     address: str, pid: int, message: bytes, capacity: float, factor: int, deadline: int | None, seconds: float
 ) -> OverloadRow:
     before = read_peak_bytes(pid)
     with Probe(address, message, None if deadline is None else deadline / 1e3) as probe:
-        sent, answered = h2load.offer(address, METHOD, message, factor * capacity, seconds, timeout_ms=deadline)
+        sent, answered = h2load.offer(address, INFER, message, factor * capacity, seconds, timeout_ms=deadline)
     refused = float(np.percentile(probe.refused_ms, 99)) if probe.refused_ms else None
-    grown = (read_peak_bytes(pid) - before) / 2**20
-    return OverloadRow(factor, deadline, sent, answered / capacity, refused, max(probe.health_ms), grown)
+    growth = (read_peak_bytes(pid) - before) / 2**20
+    return OverloadRow(factor, deadline, sent, answered / capacity, refused, max(probe.health_ms), growth)
 
 
-def _median(rows: list[OverloadRow]) -> OverloadRow:
-    def middle(values: list[Any]) -> float:
+def _take_medians(rows: list[OverloadRow]) -> OverloadRow:
+    def median(values: list[Any]) -> float:
         return float(np.median(values))
 
     refused = [row.refused_ms for row in rows if row.refused_ms is not None]
     return OverloadRow(
         rows[0].factor,
         rows[0].deadline_ms,
-        middle([row.sent for row in rows]),
-        middle([row.answered for row in rows]),
-        middle(refused) if refused else None,
-        middle([row.health_ms for row in rows]),
-        middle([row.memory_mb for row in rows]),
+        median([row.sent for row in rows]),
+        median([row.answered for row in rows]),
+        median(refused) if refused else None,
+        median([row.health_ms for row in rows]),
+        median([row.memory_mb for row in rows]),
     )
 
 
-def _show(row: OverloadRow) -> None:
-    deadline = "none" if row.deadline_ms is None else f"{row.deadline_ms} ms"
-    refused = "-" if row.refused_ms is None else f"{row.refused_ms:.1f} ms"
-    print(
-        f"{row.factor:4d}x {deadline:>9} {row.sent:9,.0f} {row.answered:8.1%} {refused:>12}"
-        f" {row.health_ms:8.1f} ms {row.memory_mb:+6.1f} MB",
-        flush=True,
-    )
+def _list_cells(row: OverloadRow) -> list[str]:
+    return [
+        f"{row.factor}x",
+        "none" if row.deadline_ms is None else f"{row.deadline_ms} ms",
+        f"{row.sent:,.0f}",
+        f"{row.answered:.1%}",
+        "-" if row.refused_ms is None else f"{row.refused_ms:.1f}",
+        f"{row.health_ms:.1f}",
+        f"{row.memory_mb:+.1f}",
+    ]
 
 
-def _pack(folder: Path, images: int) -> bytes:
-    """Return a request of noise."""
-    about = manifest.read(folder / str(repository.versions(folder)[-1]))
-    pixels: NDArray[np.uint8] = np.random.default_rng(0).integers(0, 256, (images, *about.input.shape[1:]), np.uint8)
-    return pack_kserve(Input(about.model, about.input.name, pixels.shape, "UINT8"), pixels)
+def _make_request(folder: Path, images: int) -> bytes:
+    """Return a serialized request of noise."""
+    version = manifest.read(folder / str(repository.versions(folder)[-1]))
+    pixels: NDArray[np.uint8] = np.random.default_rng(0).integers(0, 256, (images, *version.input.shape[1:]), np.uint8)
+    return pack_kserve(Input(version.model, version.input.name, pixels.shape, "UINT8"), pixels)
 
 
 if __name__ == "__main__":

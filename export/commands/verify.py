@@ -20,7 +20,7 @@ class VerifyOptions:
 
     model: Path = option(MISSING, "model to verify", metavar="REPOSITORY/NAME")
     version: int | None = option(None, "version to verify (default: the latest)", low=1)
-    trust: Path | None = option(None, "also require a signature by this Ed25519 public key", metavar="KEY.pem")
+    trust: Path | None = option(None, "also require a signature by this Ed25519 public key", metavar="FILE")
 
     def __post_init__(self) -> None:
         check(self)

@@ -1,1 +1,1 @@
-"""What passes or fails against servers in processes of their own; `make acceptance` runs it."""
+"""Acceptance checks: each passes or fails against servers in processes of their own; `make acceptance` runs them."""

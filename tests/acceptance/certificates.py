@@ -1,4 +1,4 @@
-"""Certificates for a minute: of an authority, of a stranger, and one that has expired."""
+"""Short-lived certificates for tests, of an authority or self-signed, valid or expired."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Pair(NamedTuple):
     key: ec.EllipticCurvePrivateKey
 
     def pem(self) -> tuple[bytes, bytes]:
-        """Return both as files hold them."""
+        """Return both in PEM."""
         return self.certificate.public_bytes(serialization.Encoding.PEM), self.key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
 
     def write(self, folder: Path, name: str) -> tuple[Path, Path]:
-        """Write both, and return where they are."""
+        """Write NAME.crt and NAME.key, and return their paths."""
         paths = folder / f"{name}.crt", folder / f"{name}.key"
         for path, content in zip(paths, self.pem(), strict=True):
             path.write_bytes(content)
@@ -34,7 +34,7 @@ class Pair(NamedTuple):
 
 
 def issue(name: str, authority: Pair | None = None, days: float = 1) -> Pair:
-    """Return a certificate for this machine, of an authority or of itself, that ends in so many days."""
+    """Return a certificate for 127.0.0.1, signed by an authority or by itself, that expires in `days` days."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.UTC)

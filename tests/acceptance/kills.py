@@ -1,10 +1,11 @@
-"""Kill exports at random moments, and look whether anything half-done is ever visible.
+"""Kill exports at random moments, and check that no incomplete version is ever visible.
 
-  python -m tests.acceptance.kills demo/runs/digits
+Each export runs in a process of its own and is killed (SIGKILL) at a random moment of its usual duration; the first and
+the last one run to their end. After every kill all visible versions must be complete: the manifest is valid, every file
+is there with its hash, the certificate holds. The last line of the output is one JSON object.
 
-Each export runs in a process of its own and is killed (SIGKILL) at a moment drawn from the time that one takes; the
-first and the last one are left alone. After every kill all versions that can be seen must be whole: the manifest is
-valid, every file is there with its hash, the certificate holds. The last line of the output is one JSON object.
+Examples:
+  python -m tests.acceptance.kills demo/runs/digits --kills 50
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ EXPORT = [sys.executable, "-m", "resnet", "export"]
 
 
 def main() -> None:
-    """Kill as often as asked."""
+    """Kill exports, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("--kills", type=int, default=50, help="(default: 50)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parser.add_argument("--kills", type=int, default=50, help="exports to start and kill (default: 50)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments (default: 0)")
     args = parser.parse_args()
     print(json.dumps(kill(args.run, args.kills, args.seed)))
 
 
 def kill(run: Path, kills: int, seed: int) -> dict[str, float]:
-    """Return how many exports were killed, how many of them had published, and how much rubbish `prune` removed.
+    """Return the duration of an export, the exports killed, the folders they left over, those pruned, and the versions.
 
     Raises:
-        CheckFailed: A version that can be seen is not whole.
+        CheckFailed: A visible version is incomplete.
     """
     moments = random.Random(seed)
     with tempfile.TemporaryDirectory() as temporary:
@@ -47,7 +48,7 @@ def kill(run: Path, kills: int, seed: int) -> dict[str, float]:
         started = time.perf_counter()
         _start(run, model).wait()
         seconds = time.perf_counter() - started
-        killed = left = 0
+        killed = leftovers = 0
         for number in range(kills):
             process = _start(run, model)
             try:
@@ -57,22 +58,31 @@ def kill(run: Path, kills: int, seed: int) -> dict[str, float]:
                 process.wait()
                 killed += 1
             check(model)
-            left = len(list(model.glob(f"{repository.STAGING}*")))
-            print(f"{number + 1} of {kills}: {len(repository.versions(model))} versions, {left} left over", flush=True)
+            leftovers = len(list(model.glob(f"{repository.STAGING}*")))
+            print(
+                f"{number + 1} of {kills}: {len(repository.versions(model))} versions, {leftovers} left over",
+                flush=True,
+            )
         removed = len(list(repository.prune(model, keep=kills + 2)))
         _start(run, model).wait()
         check(model)
         versions = len(repository.versions(model))
-    return {"seconds": round(seconds, 1), "killed": killed, "left over": left, "pruned": removed, "versions": versions}
+    return {
+        "seconds": round(seconds, 1),
+        "killed": killed,
+        "left over": leftovers,
+        "pruned": removed,
+        "versions": versions,
+    }
 
 
 def check(model: Path) -> None:
-    """Raise `CheckFailed` if a visible version is not whole."""
+    """Raise `CheckFailed` if a visible version is incomplete."""
     for number in repository.versions(model):
-        found = manifest.read(model / str(number))
-        problems = [*manifest.changed_files(model / str(number), found), *found.certificate.violations()]
+        version = manifest.read(model / str(number))
+        problems = [*manifest.changed_files(model / str(number), version), *version.certificate.violations()]
         if problems:
-            raise CheckFailed(f"{model / str(number)} is half-done: {'; '.join(problems)}")
+            raise CheckFailed(f"{model / str(number)} is incomplete: {'; '.join(problems)}")
 
 
 def _start(run: Path, model: Path) -> subprocess.Popen[bytes]:
@@ -80,4 +90,7 @@ def _start(run: Path, model: Path) -> subprocess.Popen[bytes]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except CheckFailed as error:
+        sys.exit(f"error: {error}")

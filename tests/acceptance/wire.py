@@ -1,4 +1,4 @@
-"""The smallest HTTP/2 client that can break the rules: gRPC's own would keep them."""
+"""A minimal HTTP/2 client that can break the rules of the protocol, which gRPC's own client follows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ END_HEADERS = 4
 
 
 class Frame(NamedTuple):
-    """A frame as it came."""
+    """A frame of HTTP/2."""
 
     kind: int
     flags: int
@@ -22,10 +22,10 @@ class Frame(NamedTuple):
 
 
 class Http2Connection:
-    """A connection on which anything can be sent; nothing is answered that is not asked for here."""
+    """A connection that sends any frames; it answers nothing by itself, not even pings and settings."""
 
     def __init__(self, address: str, timeout: float = 30) -> None:
-        """Connect to HOST:PORT, and say hello; reading gives up after `timeout` seconds."""
+        """Connect to HOST:PORT and send the preface; reading gives up after `timeout` seconds."""
         host, _, port = address.rpartition(":")
         self._socket = socket.create_connection((host, int(port)), timeout)
         self._socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
@@ -40,10 +40,10 @@ class Http2Connection:
         self._socket.sendall(struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload)
 
     def frames(self) -> Iterator[Frame]:
-        """Yield what comes, until the server closes the connection.
+        """Yield the frames that arrive, until the server closes the connection.
 
         Raises:
-            TimeoutError: Nothing came for too long.
+            TimeoutError: No frame arrived within the timeout.
         """
         try:
             while head := self._read(9):
@@ -54,7 +54,7 @@ class Http2Connection:
             return
 
     def await_answers(self, count: int) -> None:
-        """Read until so many streams have had a message: until then a server may not have taken them on."""
+        """Read until `count` streams have received a message: until then a server may not have accepted them."""
         waiting = count
         for frame in self.frames():
             waiting -= frame.kind == DATA
@@ -73,10 +73,10 @@ class Http2Connection:
         self.close()
 
     def _read(self, size: int) -> bytes:
-        found = b""
-        while len(found) < size and (more := self._socket.recv(size - len(found))):
-            found += more
-        return found
+        data = b""
+        while len(data) < size and (part := self._socket.recv(size - len(data))):
+            data += part
+        return data
 
 
 def pack_headers(path: str, more: Iterable[tuple[str, str]] = ()) -> bytes:
@@ -90,7 +90,7 @@ def pack_headers(path: str, more: Iterable[tuple[str, str]] = ()) -> bytes:
         ("content-type", "application/grpc"),
         *more,
     ]
-    return b"".join(b"\0" + _pack(name.encode()) + _pack(value.encode()) for name, value in fields)
+    return b"".join(b"\0" + _pack_literal(name.encode()) + _pack_literal(value.encode()) for name, value in fields)
 
 
 def pack_message(message: bytes) -> bytes:
@@ -98,8 +98,8 @@ def pack_message(message: bytes) -> bytes:
     return struct.pack(">BI", 0, len(message)) + message
 
 
-def _pack(text: bytes) -> bytes:
-    """Return a string literal of HPACK, not Huffman-coded; its length is an integer with a prefix of seven bits."""
+def _pack_literal(text: bytes) -> bytes:
+    """Return a string literal of HPACK without Huffman coding; its length is an integer with a 7-bit prefix."""
     if len(text) < 127:
         return bytes([len(text)]) + text
     length, rest = bytearray([127]), len(text) - 127
@@ -110,5 +110,5 @@ def _pack(text: bytes) -> bytes:
 
 
 def explain_goaway(payload: bytes) -> str:
-    """Return the code and the text with which a server closes a connection."""
+    """Return the error code and the text of a GOAWAY frame."""
     return f"{int.from_bytes(payload[4:8], 'big')} {payload[8:].decode('ascii', 'replace')}".strip()

@@ -46,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `resnet train`."""
     add_options(parser, TrainOptions)
     group = parser.add_argument_group("options of the recipe", "each replaces one value of the chosen recipe")
-    add_options(group, Recipe, show_defaults=False)
+    add_options(group, Recipe, show_defaults=False, layered=True)
 
 
 def run(args: argparse.Namespace) -> None:

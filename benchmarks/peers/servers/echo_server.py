@@ -1,4 +1,4 @@
-"""No model at all: what a call costs in grpcio's synchronous server, with the request's own bytes for an answer."""
+"""No model: grpcio's synchronous server returns the bytes of the request, which shows the cost of a call alone."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""The Keras original behind grpc.aio, as it is often written: each call is answered by `predict_on_batch`."""
+"""The Keras original behind grpc.aio, as it is often written: one `predict_on_batch` per call, without batching."""
 
 import asyncio
 import sys
@@ -14,7 +14,7 @@ from protos.inference_pb2_grpc import GRPCInferenceServiceServicer, add_GRPCInfe
 _, path, port, _ = sys.argv
 
 
-class Servicer(GRPCInferenceServiceServicer):
+class KerasServicer(GRPCInferenceServiceServicer):
     def __init__(self, model):
         self._model = model
 
@@ -27,7 +27,7 @@ class Servicer(GRPCInferenceServiceServicer):
 async def main():
     model = keras.models.load_model(Path(path).with_name("model.keras"), compile=False)
     server = grpc.aio.server()
-    add_GRPCInferenceServiceServicer_to_server(Servicer(model), server)
+    add_GRPCInferenceServiceServicer_to_server(KerasServicer(model), server)
     server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
     await server.wait_for_termination()

@@ -1,17 +1,17 @@
-"""LitServe: its request queue on ZeroMQ, pixels in base64 within JSON, as it takes images."""
+"""LitServe with its request queue on ZeroMQ; requests are JSON with pixels in base64."""
 
 import base64
 import sys
 
 import litserve
-from classifier import Classifier
+from classifier import OnnxClassifier
 
 _, path, port, _ = sys.argv
 
 
-class Classify(litserve.LitAPI):
+class LitServeClassifier(litserve.LitAPI):
     def setup(self, device):
-        self._classifier = Classifier(path)
+        self._classifier = OnnxClassifier(path)
 
     def decode_request(self, request):
         return self._classifier.unpack(base64.b64decode(request["image"]))
@@ -30,6 +30,6 @@ class Classify(litserve.LitAPI):
 
 
 if __name__ == "__main__":
-    api = Classify(max_batch_size=32, batch_timeout=0.002)
+    api = LitServeClassifier(max_batch_size=32, batch_timeout=0.002)
     server = litserve.LitServer(api, accelerator="cpu", fast_queue=True)
     server.run(host="127.0.0.1", port=int(port), log_level="warning", generate_client_file=False)

@@ -3,7 +3,7 @@
 import asyncio
 import sys
 
-from classifier import Classifier
+from classifier import OnnxClassifier
 from mlserver import MLModel, MLServer, ModelSettings, Settings
 from mlserver.codecs import NumpyCodec
 from mlserver.types import InferenceResponse
@@ -11,14 +11,14 @@ from mlserver.types import InferenceResponse
 _, path, port, name = sys.argv
 
 
-class Runtime(MLModel):
+class MlServerRuntime(MLModel):
     async def load(self):
-        self._classifier = Classifier(path)
+        self._classifier = OnnxClassifier(path)
         return True
 
     async def predict(self, payload):
         pixels = NumpyCodec.decode_input(payload.inputs[0])
-        # In a thread, so that requests are read meanwhile.
+        # In a thread, so that the event loop reads requests meanwhile.
         probabilities = await asyncio.to_thread(self._classifier.classify, pixels)
         return InferenceResponse(
             model_name=self.name, outputs=[NumpyCodec.encode_output("probabilities", probabilities)]
@@ -26,7 +26,7 @@ class Runtime(MLModel):
 
 
 async def main():
-    # Without parallel workers: they are for more than one model or core, and add a hop between processes.
+    # No parallel workers: they serve several models or cores, and add a hop between processes.
     server = MLServer(
         Settings(
             host="127.0.0.1",
@@ -37,7 +37,9 @@ async def main():
             debug=False,
         )
     )
-    await server.start([ModelSettings(name=name, implementation=Runtime, max_batch_size=32, max_batch_time=0.002)])
+    await server.start(
+        [ModelSettings(name=name, implementation=MlServerRuntime, max_batch_size=32, max_batch_time=0.002)]
+    )
 
 
 asyncio.run(main())

@@ -1,4 +1,4 @@
-"""Triton with its Python backend, as pytriton runs it."""
+"""Triton with its Python backend, run by pytriton."""
 
 import os
 import signal
@@ -6,14 +6,14 @@ import sys
 import sysconfig
 
 import numpy as np
-from classifier import Classifier
+from classifier import OnnxClassifier
 from pytriton.decorators import batch
 from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
 from pytriton.triton import Triton, TritonConfig
 
 _, path, port, name = sys.argv
-classifier = Classifier(path)
-# The backend takes the first libpython that the loader finds: it has to be that of this interpreter.
+classifier = OnnxClassifier(path)
+# The backend loads the first libpython that the loader finds, which must be this interpreter's.
 os.environ["LD_LIBRARY_PATH"] = sysconfig.get_config_var("LIBDIR")
 
 

@@ -1,27 +1,28 @@
-r"""Everything that is to be seen on a GPU, in one run of a few minutes, of which each part is bounded in time.
+r"""Measure and check everything on a GPU, in one run of a few minutes.
 
-  python -m benchmarks.studies.gpu models/*/1 --out gpu
-  python -m benchmarks.studies.gpu models/*/1 --device cpu --tiny --out gpu     # shows on a CPU that it works
+A GPU is often lent for minutes. So each part runs in a process of its own, which is ended at its time limit, and whose
+failure does not affect the other parts. Figures are appended to OUT/results.jsonl as they come; the tables of the whole
+file are printed last.
 
-A GPU is often lent for minutes, so each part is a process of its own, which is ended when its time is up, and whose
-failure costs no other part. Figures are added to OUT/results.jsonl as they come; the tables of all that is there are
-printed last.
-
-  certificates   each ONNX file against the Keras original's answers, on the device
+  certificates   each ONNX file compared with the answers of the Keras original, on the device
   clients        `resnet serve` with an unmodified tritonclient
-  tactics        what options of onnxruntime's CUDA provider bring, batches that stay on the GPU
-  loops          resident: batches stay on the GPU, nothing is faster; raw: copied there and back; engine:
-                 `serving.runtimes.cuda` as it is served, and that without CUDA graphs
-  served         requests to a server process, by h2load: many images each, and single ones
-  keras          the original in `jax.jit`
+  tactics        the effect of options of onnxruntime's CUDA provider, on batches that stay on the GPU
+  loops          resident: batches stay on the GPU, the upper bound; raw: batches are copied there and back; engine:
+                 `serving.runtimes.cuda` as it is served, with CUDA graphs and without
+  served         a server process under the load of h2load, with many images per request and with single ones
+  keras          the Keras original in `jax.jit`
   training       `resnet train` on JAX
 
 The machine needs one GPU with a driver for CUDA 13, Python 3.11 or later, h2load, and the extra `serving-gpu` with
-`rich`; for some parts keras, jax and tritonclient, without which they are left out. Folders hold ONNX files,
-and for some parts manifest.json, heldout.npz, and probabilities.npy: what Keras answers to the held-out images, from
+`rich`. Some parts need keras, jax or tritonclient, and are left out without them. Folders contain ONNX files, and for
+some parts manifest.json, heldout.npz, and probabilities.npy, the answers of Keras to the held-out images, made by
 
-  python -c "import numpy, sys; from export import convert, source; from pathlib import Path; f = Path(sys.argv[1])
-  numpy.save(f / 'probabilities.npy', convert.load_keras(f / 'model.keras')(source.load_heldout(f)[0]))" models/NAME/1
+  python -c "import numpy, sys; from export import original, source; from pathlib import Path; f = Path(sys.argv[1])
+  numpy.save(f / 'probabilities.npy', original.load(f / 'model.keras')(source.load_heldout(f)[0]))" models/NAME/1
+
+Examples:
+  python -m benchmarks.studies.gpu models/*/1 --out gpu
+  python -m benchmarks.studies.gpu models/*/1 --device cpu --tiny --out gpu     # a test on a CPU
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from resnet import BadInput
 
 
 class Part(NamedTuple):
-    """One part of the run: a module of this package, and how many seconds it may take."""
+    """One part of the run: a module of this package, and its time limit in seconds."""
 
     name: str
     seconds: float
@@ -61,13 +62,13 @@ PARTS = (
 
 
 def main() -> int:
-    """Run all parts that were asked for, and print the tables; 1 if one failed."""
+    """Run the chosen parts, print the tables, and return the exit code: 1 if a part failed."""
     parser = make_parser(__doc__)
     parser.add_argument(
-        "--parts", default=",".join(part.name for part in PARTS), help="those to run, with commas (default: all)"
+        "--parts", default=",".join(part.name for part in PARTS), help="parts to run, with commas (default: all)"
     )
     parser.add_argument(
-        "--seconds", type=float, default=600, metavar="S", help="that the whole run may take (default: 600)"
+        "--seconds", type=float, default=600, metavar="S", help="time limit of the whole run (default: 600)"
     )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -84,10 +85,10 @@ def run_all(args: argparse.Namespace) -> int:
     """Run the parts, and return 1 if one failed.
 
     Raises:
-        BadInput: A part has another name, a folder has no ONNX file, or the one for what is found cannot be written.
+        BadInput: There is no part of a name, a folder has no ONNX file, or --out cannot be written.
     """
-    wanted, names = args.parts.split(","), [part.name for part in PARTS]
-    if unknown := [name for name in wanted if name not in names]:
+    chosen, names = args.parts.split(","), [part.name for part in PARTS]
+    if unknown := [name for name in chosen if name not in names]:
         raise BadInput(f"there is no part {unknown[0]!r}; the parts are {', '.join(names)}")
     for folder in args.folders:
         if not list_files([folder], *PRECISIONS.values()):
@@ -96,25 +97,25 @@ def run_all(args: argparse.Namespace) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"--out {args.out} cannot be written ({error.strerror})") from None
-    _add(args.out, kind="machine", **report.machine())
+    _append(args.out, kind="machine", **report.describe_machine())
     end, failed = time.monotonic() + args.seconds, False
-    for part in (part for part in PARTS if part.name in wanted):
+    for part in (part for part in PARTS if part.name in chosen):
         failed |= not run(part, args, min(part.seconds, end - time.monotonic()))
     report.plot(args.out)
-    print(report.describe(args.out), flush=True)
+    print(report.render_tables(args.out), flush=True)
     return int(failed)
 
 
 def run(part: Part, args: argparse.Namespace, seconds: float) -> bool:
-    """Run a part for at most so long, and return whether it came to its end without a failure."""
+    """Run a part for at most `seconds`, and return whether it succeeded."""
     if seconds <= 0:
-        print(f"=== {part.name}: left out, for the time is used up", flush=True)
-        _add(args.out, kind="part", name=part.name, seconds=0.0, code=None)
+        print(f"=== {part.name}: left out, since the time limit of the run is reached", flush=True)
+        _append(args.out, kind="part", name=part.name, seconds=0.0, code=None)
         return False
     command = [sys.executable, "-m", f"benchmarks.studies.gpu.{part.name}", *args.folders, "--device", args.device]
     command += ["--out", args.out, "--data", args.data, "--epochs", args.epochs, *["--tiny"] * args.tiny]
     started = time.monotonic()
-    # A session of its own: what it has started ends with it, also when this process is ended.
+    # In a session of its own, so that its child processes are ended too.
     process = subprocess.Popen([*map(str, command)], start_new_session=True)
     try:
         code = process.wait(seconds)
@@ -124,14 +125,14 @@ def run(part: Part, args: argparse.Namespace, seconds: float) -> bool:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    took = time.monotonic() - started
-    _add(args.out, kind="part", name=part.name, seconds=took, code=code)
+    duration = time.monotonic() - started
+    _append(args.out, kind="part", name=part.name, seconds=duration, code=code)
     outcome = "done" if code == 0 else "failed" if code else f"ended at its limit of {seconds:.3g} s"
-    print(f"=== {part.name}: {outcome}, {took:.0f} s", flush=True)
+    print(f"=== {part.name}: {outcome}, {duration:.0f} s", flush=True)
     return code == 0
 
 
-def _add(folder: Path, **values: object) -> None:
+def _append(folder: Path, **values: object) -> None:
     with (folder / "results.jsonl").open("a") as file:
         file.write(json.dumps(values) + "\n")
 

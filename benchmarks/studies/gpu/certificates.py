@@ -1,4 +1,4 @@
-"""The certificate of each file, computed anew on the device, against what Keras has answered elsewhere."""
+"""The certificate of each file, recomputed on the device from the answers that Keras gave on another machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from resnet import BadInput
 
 
 def main() -> None:
-    """Certify all files that have their evidence beside them."""
+    """Certify all files that have the answers of Keras beside them."""
     args = parse_args(__doc__)
     results = Results(args)
     for path in list_files(args.folders, *PRECISIONS.values()):
@@ -29,24 +29,29 @@ def _add(path: Path, device: str, results: Results) -> None:
     results.add("certificate", file=title(path), device=device, verdict=verdict, rows=rows)
 
 
-def certify(path: Path, about: Manifest, device: str) -> tuple[str, list[dict[str, float]]]:
-    """Return whether a file is within its budget on the device, in words, and the figures by batch size.
+def certify(path: Path, manifest: Manifest, device: str) -> tuple[str, list[dict[str, float]]]:
+    """Compare the answers of a file on the device with those of Keras.
+
+    Returns:
+        The verdict in words, and the figures by batch size.
 
     Raises:
-        BadInput: The manifest does not name the file, or the evidence is missing.
+        BadInput: The manifest does not name the file, or the images or the answers of Keras are missing.
     """
-    variant = next((one for one in about.certificate.variants if one.path == path.name), None)
+    variant = next((one for one in manifest.certificate.variants if one.path == path.name), None)
     if variant is None:
-        raise BadInput(f"the manifest beside {path} does not name it")
-    evidence, answers = path.parent / "heldout.npz", path.parent / "probabilities.npy"
-    if not (evidence.is_file() and answers.is_file()):
-        raise BadInput(f"{evidence} or {answers} is missing")
-    with np.load(evidence) as arrays:
+        raise BadInput(f"the manifest beside {path} does not name it; export it again")
+    heldout, answers = path.parent / "heldout.npz", path.parent / "probabilities.npy"
+    if not (heldout.is_file() and answers.is_file()):
+        raise BadInput(
+            f"{heldout} or {answers} is missing; `python -m benchmarks.studies.gpu --help` says how to make it"
+        )
+    with np.load(heldout) as arrays:
         images, labels = arrays["images"], arrays["labels"]
     expected, largest = np.load(answers), max(parity.BATCH_SIZES)
     batches = iter(np.split(expected, range(largest, len(expected), largest)))
-    run = open_engine(path, about, device, largest).run
-    variant = msgspec.structs.replace(variant, speedup={})  # that of the exporting machine
+    run = open_engine(path, manifest, device, largest).run
+    variant = msgspec.structs.replace(variant, speedup={})  # it was measured on the exporting machine
     certificate = parity.certify(lambda _: next(batches), [(variant, run)], images, labels)
     violations = list(certificate.variants[0].violations(certificate.images, certificate.accuracy))
     rows = [

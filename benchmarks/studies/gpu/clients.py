@@ -1,4 +1,4 @@
-"""`resnet serve` on the device, asked by an unmodified tritonclient: whole versions, with the evidence beside them."""
+"""`resnet serve` on the device, called by an unmodified tritonclient; its answers are compared with those of Keras."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from resnet import CheckFailed
 from serving.transports import choice
 
 TOLERANCE = {"fp32": 1e-5, "fp16": 2e-2}
-IMAGES, ENDS = 256, (1, 8, 72)  # in requests of 1, 7, 64, and all others
+IMAGES, ENDS = 256, (1, 8, 72)  # requests of 1, 7 and 64 images, and of all others
 
 
 def main() -> None:
-    """Ask about each version that is complete, on each transport and in each precision that it has."""
+    """Check each version that is complete, on each transport and in each of its precisions."""
     args = parse_args(__doc__)
     results = Results(args)
     if not find_spec("tritonclient"):
@@ -31,21 +31,21 @@ def main() -> None:
         if (folder / "probabilities.npy").is_file() and (folder / "saved_model.pb").is_file():
             for transport in ("native", "grpcio") if not choice.find_problem() else ("grpcio",):
                 for precision in TOLERANCE:
-                    what = f"{folder.parent.name} in {precision} by tritonclient, {transport}"
-                    results.attempt(what, partial(_ask, folder, precision, transport, args.device, results))
+                    title = f"{folder.parent.name} in {precision} by tritonclient, {transport}"
+                    results.attempt(title, partial(_check, folder, precision, transport, args.device, results))
     results.end()
 
 
-def _ask(folder: Path, precision: str, transport: str, device: str, results: Results) -> None:
-    """Serve one version, if it has the precision, and hold what a client receives against what Keras has answered.
+def _check(folder: Path, precision: str, transport: str, device: str, results: Results) -> None:
+    """Serve one manifest, if it has the precision, and compare what a client receives with the answers of Keras.
 
     Raises:
-        CheckFailed: An answer is not that of the original.
+        CheckFailed: The answers differ.
     """
     import tritonclient.grpc as triton
 
-    about = describe(folder / "model.onnx")
-    if not about.certificate.find("onnx" if precision == "fp32" else f"onnx-{precision}"):
+    manifest = describe(folder / "model.onnx")
+    if not manifest.certificate.find("onnx" if precision == "fp32" else f"onnx-{precision}"):
         return
     with np.load(folder / "heldout.npz") as arrays:
         images = arrays["images"][:IMAGES]
@@ -56,14 +56,14 @@ def _ask(folder: Path, precision: str, transport: str, device: str, results: Res
         (repository / folder.parent.name).symlink_to(folder.parent.absolute())
         client = triton.InferenceServerClient(stack.enter_context(serve(repository, *options)).address)
         stack.callback(client.close)
-        found = []
+        received = []
         for batch in np.split(images, ENDS):
             if len(batch):
-                tensor = triton.InferInput(about.input.name, list(batch.shape), "UINT8")
+                tensor = triton.InferInput(manifest.input.name, list(batch.shape), "UINT8")
                 tensor.set_data_from_numpy(batch)
-                found.append(client.infer(about.model, [tensor]).as_numpy(about.output.name))
-        counts = client.get_inference_statistics(about.model).model_stats[0]
-    answers = np.concatenate(found)
+                received.append(client.infer(manifest.model, [tensor]).as_numpy(manifest.output.name))
+        statistics = client.get_inference_statistics(manifest.model).model_stats[0]
+    answers = np.concatenate(received)
     difference = float(np.abs(answers - expected).max())
     results.add(
         "client",
@@ -72,10 +72,10 @@ def _ask(folder: Path, precision: str, transport: str, device: str, results: Res
         images=len(answers),
         difference=difference,
         same_class=float((answers.argmax(axis=1) == expected.argmax(axis=1)).mean()),
-        counted=counts.inference_count,
+        counted=statistics.inference_count,
     )
     if not difference <= TOLERANCE[precision]:
-        raise CheckFailed(f"the largest difference is {difference:.2g}, {TOLERANCE[precision]:g} is allowed")
+        raise CheckFailed(f"the largest difference is {difference:.2g}, more than the allowed {TOLERANCE[precision]:g}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The ONNX files of a run, what is known of each, and where what is found of them goes."""
+"""What the parts of a run share: their arguments, the ONNX files with their manifests, and the file of results."""
 
 from __future__ import annotations
 
@@ -21,21 +21,27 @@ from serving.runtimes import cuda
 from serving.runtimes.base import Engine
 from serving.runtimes.onnx import OnnxEngine
 
-# Images a request; a network of large images is measured with fewer.
+# Images per request; networks of large images are measured with fewer.
 BATCHES, LARGE_BATCHES, LARGE_PIXELS = (1, 2, 4, 8, 16, 32, 64, 128, 256), (1, 8, 32, 64, 128), 128 * 128
 TINY_BATCHES = (1, 2, 3)
 PRECISIONS = {"model.onnx": "fp32", "model.fp16.onnx": "fp16", "model.int8.onnx": "int8"}
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return what reads the arguments of the run, which are those of every part."""
+    """Return the parser of the arguments that the run and its parts have in common."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="versions of models, or ONNX files")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what computes (default: cuda)")
-    parser.add_argument("--data", default="digits", help="images to train with (default: digits)")
-    parser.add_argument("--epochs", type=int, default=60, metavar="N", help="epochs of the training (default: 60)")
-    parser.add_argument("--tiny", action="store_true", help="the shortest run that shows that everything works")
-    parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder to add what is found to (default: gpu)")
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="FOLDER", help="folders of model versions, or ONNX files"
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="device of the computation (default: cuda)"
+    )
+    parser.add_argument("--data", default="digits", help="training images (default: digits)")
+    parser.add_argument("--epochs", type=int, default=60, metavar="N", help="training epochs (default: 60)")
+    parser.add_argument("--tiny", action="store_true", help="shortest run that tests every part")
+    parser.add_argument(
+        "--out", type=Path, default=Path("gpu"), help="folder of the results, which are appended (default: gpu)"
+    )
     return parser
 
 
@@ -45,31 +51,31 @@ def parse_args(description: str | None) -> argparse.Namespace:
 
 
 def list_files(folders: list[Path], *precisions: str) -> list[Path]:
-    """Return the ONNX files of folders, those in the given precisions; of a file that is named, itself."""
-    found = []
+    """Return the ONNX files of folders in the given precisions, and the paths that are ONNX files themselves."""
+    files = []
     for name, precision in PRECISIONS.items():
         if precision in precisions:
-            found += [folder / name for folder in folders if (folder / name).is_file()]
-    return [*found, *(path for path in folders if path.suffix == ".onnx")]
+            files += [folder / name for folder in folders if (folder / name).is_file()]
+    return [*files, *(path for path in folders if path.suffix == ".onnx")]
 
 
-def list_batches(about: Manifest, tiny: bool) -> tuple[int, ...]:
-    """Return the numbers of images to measure a network with."""
+def list_batches(manifest: Manifest, tiny: bool) -> tuple[int, ...]:
+    """Return the batch sizes to measure a network with."""
     if tiny:
         return TINY_BATCHES
-    return BATCHES if np.prod(about.input.shape[1:3]) < LARGE_PIXELS else LARGE_BATCHES
+    return BATCHES if np.prod(manifest.input.shape[1:3]) < LARGE_PIXELS else LARGE_BATCHES
 
 
 def title(path: Path) -> str:
-    """Return what the tables call a file."""
+    """Return the name of a file in the tables."""
     return f"{path.parent.parent.name} {PRECISIONS.get(path.name, path.name)}"
 
 
 def describe(path: Path) -> Manifest:
-    """Return the manifest beside a file, or for a file alone what onnxruntime says of it.
+    """Return the manifest beside a file, or one made from the inputs and outputs of the file.
 
     Raises:
-        BadInput: onnxruntime cannot load it, or it is no classifier of uint8 images.
+        BadInput: onnxruntime cannot load the file, or it is no classifier of uint8 images.
     """
     if (path.parent / manifests.NAME).is_file():
         return manifests.read(path.parent)
@@ -100,30 +106,30 @@ def describe(path: Path) -> Manifest:
     )
 
 
-def open_engine(path: Path, about: Manifest, device: str, max_batch: int, graphs: bool = True) -> Engine:
-    """Return what computes a served model."""
+def open_engine(path: Path, manifest: Manifest, device: str, max_batch: int, graphs: bool = True) -> Engine:
+    """Return the engine that serves a file on the device."""
     if device == "cuda":
-        return cuda.load(path, about, "cuda", max_batch, graphs)
-    return OnnxEngine(path, about)
+        return cuda.load(path, manifest, "cuda", max_batch, graphs)
+    return OnnxEngine(path, manifest)
 
 
 class Results:
-    """Takes what is found, a JSON object a line; what is there stays when the part is ended."""
+    """The results of a part, written at once, one JSON object per line: none is lost when the part is ended."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        """Write to the folder of the run."""
+        """Append to results.jsonl in the folder of the run."""
         args.out.mkdir(parents=True, exist_ok=True)
         self._path = args.out / "results.jsonl"
         self.failed = False
 
     def add(self, kind: str, **values: Any) -> None:
-        """Add one line, and print it for whoever watches."""
+        """Append one result, and print it."""
         with self._path.open("a") as file:
             file.write(json.dumps({"kind": kind, **values}) + "\n")
         print(kind, *(f"{key}={_shorten(value)}" for key, value in values.items()), flush=True)
 
-    def attempt(self, what: str, action: Callable[[], object]) -> None:
-        """Do something whose failure must not cost the rest."""
+    def attempt(self, title: str, action: Callable[[], object]) -> None:
+        """Run an action; its failure is recorded and does not end the part."""
         started = time.monotonic()
         try:
             action()
@@ -131,16 +137,16 @@ class Results:
             if not isinstance(error, BadInput):
                 traceback.print_exc()
             self.failed = True
-            self.add("failed", what=what, error=f"{type(error).__name__}: {error}"[:1000])
-        print(f"--- {what}: {time.monotonic() - started:.1f} s", flush=True)
+            self.add("failed", what=title, error=f"{type(error).__name__}: {error}"[:1000])
+        print(f"--- {title}: {time.monotonic() - started:.1f} s", flush=True)
 
     def end(self) -> None:
-        """End the part."""
+        """End the part, with exit code 1 if an action failed."""
         sys.exit(int(self.failed))
 
 
 def read(folder: Path) -> list[Mapping[str, Any]]:
-    """Return all lines of a run."""
+    """Return all results of a run."""
     path = folder / "results.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 

@@ -1,4 +1,4 @@
-"""How fast files run in one process: a raw loop of onnxruntime, and the engine that is served."""
+"""Throughput in one process: onnxruntime in a loop, and the engine that serves, in a loop."""
 
 from __future__ import annotations
 
@@ -23,58 +23,71 @@ ROUNDS, SECONDS = 3, 0.15
 
 
 class RawLoop:
-    """onnxruntime by itself: a binding and a CUDA graph for each batch size, and buffers that stay.
+    """Bare onnxruntime, with a binding, a CUDA graph and fixed buffers for each batch size.
 
     Attributes:
-        graphs: Whether there are CUDA graphs.
+        graphs: Whether CUDA graphs are used.
     """
 
     def __init__(
-        self, path: Path, about: Manifest, batches: Sequence[int], device: str, options: Mapping[str, str] = {}
+        self, path: Path, manifest: Manifest, batches: Sequence[int], device: str, options: Mapping[str, str] = {}
     ) -> None:
-        """Load and warm a model on `device`, which is `cuda` or `cpu`, with further options of its provider."""
+        """Load a model and warm it up.
+
+        Args:
+            path: The ONNX file.
+            manifest: Its manifest.
+            batches: Batch sizes.
+            device: `cuda` or `cpu`.
+            options: Further options of the CUDA provider.
+
+        Raises:
+            BadInput: onnxruntime cannot load the model, or cannot start CUDA.
+        """
         self.graphs = device == "cuda"
         if device == "cuda":
             onnxruntime.preload_dlls()
         try:
-            self._open(path, about, batches, device, options)
+            self._open(path, manifest, batches, device, options)
         except BadInput:
             raise
         except Exception as error:  # onnxruntime's exceptions have no common base below Exception
             if not self.graphs:
                 raise BadInput(f"{path} cannot be loaded by onnxruntime: {error}") from None
-            print(f"the raw loop of {path} has no CUDA graphs: {error}", flush=True)
+            print(f"{path} runs in the raw loop without CUDA graphs: {error}", flush=True)
             self.graphs = False
-            self._open(path, about, batches, device, options)
+            self._open(path, manifest, batches, device, options)
 
     def run(self, images: Images) -> NDArray[np.float32]:
-        """Copy, compute, and copy back."""
+        """Copy images to the device, compute, and copy the probabilities back."""
         source, _, output = self._bound[len(images)]
         source.update_inplace(images)
         self.run_resident(images)
-        found: NDArray[np.float32] = output.numpy()
-        return found
+        probabilities: NDArray[np.float32] = output.numpy()
+        return probabilities
 
     def run_resident(self, images: Images) -> None:
-        """Compute what is on the GPU already, which is as many images."""
+        """Compute the batch that is already on the device, of the same size as `images`."""
         self._bound[len(images)][1]()
 
-    def _open(self, path: Path, about: Manifest, batches: Sequence[int], device: str, more: Mapping[str, str]) -> None:
-        options = {"enable_cuda_graph": str(int(self.graphs)), **cuda.find_options(path, about), **more}
+    def _open(
+        self, path: Path, manifest: Manifest, batches: Sequence[int], device: str, more: Mapping[str, str]
+    ) -> None:
+        options = {"enable_cuda_graph": str(int(self.graphs)), **cuda.find_options(path, manifest), **more}
         providers: list[Any] = [("CUDAExecutionProvider", options)] if device == "cuda" else []
         session = onnxruntime.InferenceSession(
             path, providers=[*providers, "CPUExecutionProvider"], enable_fallback=False
         )
         if device == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
-            raise BadInput("onnxruntime could not start CUDA")
+            raise BadInput("onnxruntime could not start CUDA; check the driver, or use --device cpu")
         self._bound: dict[int, tuple[Any, Callable[[], None], Any]] = {}
         for number, size in enumerate(batches, start=1):
             make = onnxruntime.OrtValue.ortvalue_from_shape_and_type
-            source = make([size, *about.input.shape[1:]], np.uint8, device, 0)
-            output = make([size, *about.output.shape[1:]], np.float32, device, 0)
+            source = make([size, *manifest.input.shape[1:]], np.uint8, device, 0)
+            output = make([size, *manifest.output.shape[1:]], np.float32, device, 0)
             binding, run = session.io_binding(), onnxruntime.RunOptions()
-            binding.bind_ortvalue_input(about.input.name, source)
-            binding.bind_ortvalue_output(about.output.name, output)
+            binding.bind_ortvalue_input(manifest.input.name, source)
+            binding.bind_ortvalue_output(manifest.output.name, output)
             if self.graphs:
                 run.add_run_config_entry("gpu_graph_id", str(number))
             self._bound[size] = source, _bind(session, binding, run), output
@@ -89,25 +102,25 @@ def _bind(session: Any, binding: Any, options: Any) -> Callable[[], None]:
 def measure(
     run: Callable[[Images], object], batch: Images, seconds: float = SECONDS, rounds: int = ROUNDS
 ) -> list[float]:
-    """Return images per second of a loop that calls `run` with the same batch, for each of the rounds."""
-    found = []
+    """Return the images per second of a loop over `run` with the same batch, one figure per round."""
+    rates = []
     run(batch)
     for _ in range(rounds):
         calls, start = 0, time.perf_counter()
         while (now := time.perf_counter()) < start + seconds or not calls:
             run(batch)
             calls += 1
-        found.append(calls * len(batch) / (now - start))
-    return found
+        rates.append(calls * len(batch) / (now - start))
+    return rates
 
 
-def make_batch(about: Manifest, images: int) -> Images:
-    """Return noise of a model's shape."""
-    return np.random.default_rng(images).integers(0, 256, (images, *about.input.shape[1:]), np.uint8)
+def make_batch(manifest: Manifest, images: int) -> Images:
+    """Return a batch of noise in a model's shape."""
+    return np.random.default_rng(images).integers(0, 256, (images, *manifest.input.shape[1:]), np.uint8)
 
 
 class Loops:
-    """The loops of one file."""
+    """The measurements of one file."""
 
     def __init__(self, path: Path, args: argparse.Namespace, results: Results) -> None:
         """Prepare to measure a file."""
@@ -115,30 +128,30 @@ class Loops:
         self._seconds = 0.02 if args.tiny else SECONDS
 
     @cached_property
-    def _about(self) -> Manifest:
+    def _manifest(self) -> Manifest:
         return describe(self._path)
 
     @property
     def _batches(self) -> Sequence[int]:
-        return list_batches(self._about, self._tiny)
+        return list_batches(self._manifest, self._tiny)
 
     def raw(self) -> None:
-        """Measure onnxruntime by itself, with copies and without."""
+        """Measure bare onnxruntime, with copies and without."""
         started = time.monotonic()
-        loop = RawLoop(self._path, self._about, self._batches, self._device)
-        taken = time.monotonic() - started
-        self._measure("raw", loop.run, taken)
-        self._measure("resident", loop.run_resident, taken)
+        loop = RawLoop(self._path, self._manifest, self._batches, self._device)
+        start_seconds = time.monotonic() - started
+        self._measure("raw", loop.run, start_seconds)
+        self._measure("resident", loop.run_resident, start_seconds)
 
     def engine(self, way: str, graphs: bool = True) -> None:
-        """Measure the engine that is served."""
+        """Measure the engine that serves."""
         started = time.monotonic()
-        engine = open_engine(self._path, self._about, self._device, max(self._batches), graphs)
+        engine = open_engine(self._path, self._manifest, self._device, max(self._batches), graphs)
         self._measure(way, engine.run, time.monotonic() - started)
 
     def _measure(self, way: str, run: Callable[[Images], object], start_seconds: float) -> None:
         for images in self._batches:
-            rates = measure(run, make_batch(self._about, images), self._seconds)
+            rates = measure(run, make_batch(self._manifest, images), self._seconds)
             self._results.add(
                 "loop", file=title(self._path), way=way, images=images, rates=rates, start_seconds=start_seconds
             )

@@ -1,4 +1,8 @@
-"""The tables and the plot of a run, from OUT/results.jsonl: `python -m benchmarks.studies.gpu.report OUT`."""
+"""Print the tables and draw the plot of a run again, from OUT/results.jsonl.
+
+Examples:
+  python -m benchmarks.studies.gpu.report gpu
+"""
 
 from __future__ import annotations
 
@@ -11,38 +15,40 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.environment import describe as describe_machine
+from benchmarks.harness import environment
 from benchmarks.studies.gpu.files import read
+from resnet.table import render
 
 LIBRARIES = ("cuda-bindings", "grpcio", "jax", "keras", "numpy", "nvidia-cudnn-cu13", "pygrpc-native")
 WAYS = ("resident", "raw", "engine", "no graphs", "served", "Keras on JAX")
 
 Line = Mapping[str, Any]
+"""A line of results.jsonl."""
 
 
 def main() -> None:
     """Print the tables of a run again, and draw its plot."""
     folder = Path(sys.argv[1])
-    print(describe(folder))
+    print(render_tables(folder))
     plot(folder)
 
 
-def machine() -> dict[str, Any]:
-    """Describe GPU, processor and versions."""
-    asked = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+def describe_machine() -> dict[str, Any]:
+    """Return the GPU, the CPU, and the versions of the libraries."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
-        gpu = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+        gpu = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         gpu = ""
     import onnxruntime
 
     installed = {distribution.name for distribution in distributions()}
-    about = describe_machine(library for library in LIBRARIES if library in installed)
-    about["versions"]["onnxruntime"] = onnxruntime.__version__  # of whichever of its builds is there
-    return {"gpu": gpu, **about}
+    machine = environment.describe(library for library in LIBRARIES if library in installed)
+    machine["versions"]["onnxruntime"] = onnxruntime.__version__  # of either build of onnxruntime
+    return {"gpu": gpu, **machine}
 
 
-def describe(folder: Path) -> str:
+def render_tables(folder: Path) -> str:
     """Return all tables, in Markdown."""
     lines = read(folder)
     texts = [
@@ -58,7 +64,7 @@ def describe(folder: Path) -> str:
                     f"{row['accuracy_of_keras']:.2%}",
                     line["verdict"],
                 )
-                for line in _kind(lines, "certificate")
+                for line in _select(lines, "certificate")
                 for row in line["rows"]
             ),
         ),
@@ -72,11 +78,11 @@ def describe(folder: Path) -> str:
                     f"{line['difference']:.1e}",
                     f"{line['same_class']:.2%}",
                 )
-                for line in _kind(lines, "client")
+                for line in _select(lines, "client")
             ),
         ),
-        _tactics(lines),
-        _loops(lines),
+        _render_tactics(lines),
+        _render_loops(lines),
         _table(
             ("served", "transport", "images x in flight", "offered", "images/s", "p50 ms", "p99 ms"),
             (
@@ -89,27 +95,27 @@ def describe(folder: Path) -> str:
                     f"{line['p50_ms']:.2f}",
                     f"{line['p99_ms']:.2f}",
                 )
-                for line in _kind(lines, "served")
+                for line in _select(lines, "served")
             ),
         ),
         *(
             f"training: {line['model']}, {line['epochs']} epochs in {line['precision']}: {line['accuracy']:.2%} of "
-            f"{line['test_images']:,} test images ({line['data']}), {line['seconds']:.0f} s in all, "
-            f"{line['epoch_seconds']:.1f} s an epoch, the first {line['first_epoch_seconds']:.1f} s"
-            for line in _kind(lines, "training")
+            f"{line['test_images']:,} test images ({line['data']}), {line['seconds']:.0f} s in total, "
+            f"{line['epoch_seconds']:.1f} s per epoch, {line['first_epoch_seconds']:.1f} s for the first"
+            for line in _select(lines, "training")
         ),
-        *(f"failed: {line['what']}: {line['error']}" for line in _kind(lines, "failed")),
-        ", ".join(f"{line['name']} {line['seconds']:.0f} s" for line in _kind(lines, "part")),
+        *(f"failed: {line['what']}: {line['error']}" for line in _select(lines, "failed")),
+        ", ".join(f"{line['name']} {line['seconds']:.0f} s" for line in _select(lines, "part")),
     ]
     return "\n\n".join(text for text in texts if text)
 
 
 def rates(lines: Sequence[Line]) -> dict[tuple[str, int], dict[str, float]]:
-    """Return images per second by way, for each file and number of images a request."""
+    """Return images per second by way of execution, for each file and number of images per request."""
     found: dict[tuple[str, int], dict[str, float]] = {}
-    for line in _kind(lines, "loop"):
+    for line in _select(lines, "loop"):
         found.setdefault((line["file"], line["images"]), {})[line["way"]] = statistics.median(line["rates"])
-    for line in _kind(lines, "served"):
+    for line in _select(lines, "served"):
         if line["transport"] == "native" and not line["rate"] and line["file"] != "no engine":
             row = found.setdefault((line["file"], line["images"]), {})
             row["served"] = max(row.get("served", 0.0), line["images_per_second"])
@@ -117,7 +123,7 @@ def rates(lines: Sequence[Line]) -> dict[tuple[str, int], dict[str, float]]:
 
 
 def plot(folder: Path) -> None:
-    """Draw images per second over images a request, a panel for each file, into gpu.svg."""
+    """Plot images per second over images per request, one panel per file, into gpu.svg."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, LogLocator, ScalarFormatter
@@ -136,7 +142,7 @@ def plot(folder: Path) -> None:
             points = sorted((images, row[way]) for (name, images), row in found.items() if name == file and way in row)
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=way, color=f"C{number}")
-        axes.set(title=file, xlabel="images a request", ylabel="images/s", xscale="log", yscale="log")
+        axes.set(title=file, xlabel="images per request", ylabel="images/s", xscale="log", yscale="log")
         axes.set_xticks([images for name, images in found if name == file])
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -145,18 +151,20 @@ def plot(folder: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gpu"}):  # text stays text: small, and the same
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": "gpu"}
+    ):  # text stays text, and equal figures make equal files
         figure.savefig(folder / "gpu.svg", metadata={"Date": None})
 
 
-def _kind(lines: Iterable[Line], kind: str) -> list[Line]:
+def _select(lines: Iterable[Line], kind: str) -> list[Line]:
     return [line for line in lines if line["kind"] == kind]
 
 
-def _tactics(lines: Sequence[Line]) -> str:
-    tried: dict[tuple[str, str], dict[int, Line]] = {}
-    for line in _kind(lines, "tactic"):
-        tried.setdefault((line["file"], line["option"]), {})[line["images"]] = line
+def _render_tactics(lines: Sequence[Line]) -> str:
+    tactics: dict[tuple[str, str], dict[int, Line]] = {}
+    for line in _select(lines, "tactic"):
+        tactics.setdefault((line["file"], line["option"]), {})[line["images"]] = line
     return _table(
         ("resident, images/s", "option", "batch: images/s", "start s", "graphs", "difference"),
         (
@@ -168,23 +176,23 @@ def _tactics(lines: Sequence[Line]) -> str:
                 line["graphs"],
                 f"{line['difference']:.1e}",
             )
-            for (file, option), found in tried.items()
+            for (file, option), found in tactics.items()
             for line in [next(iter(found.values()))]
         ),
     )
 
 
-def _loops(lines: Sequence[Line]) -> str:
+def _render_loops(lines: Sequence[Line]) -> str:
     found = rates(lines)
     measured = dict.fromkeys(way for row in found.values() for way in row)
-    ways = sorted(measured, key=[*WAYS, *measured].index)  # those of earlier versions last
+    ways = sorted(measured, key=[*WAYS, *measured].index)  # ways of earlier versions last
     rows = []
     for (file, images), row in found.items():
         share = f"{row['served'] / row['raw']:.0%}" if {"served", "raw"} <= row.keys() else ""
         rows.append((file, images, *(f"{row[way]:,.0f}" if way in row else "" for way in ways), share))
     starts = {
         f"{line['file']} {line['way']} {line['start_seconds']:.1f} s"
-        for line in _kind(lines, "loop")
+        for line in _select(lines, "loop")
         if line["way"] != "Keras on JAX"
     }
     return (
@@ -194,11 +202,10 @@ def _loops(lines: Sequence[Line]) -> str:
     )
 
 
-def _table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    body = [" | ".join(map(str, row)) for row in rows]
-    if not body:
-        return ""
-    return "\n".join(f"| {line} |" for line in (" | ".join(map(str, head)), " | ".join(["---"] * len(head)), *body))
+def _table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table in Markdown; empty without rows."""
+    cells = [list(map(str, row)) for row in rows]
+    return render(list(map(str, header)), cells) if cells else ""
 
 
 if __name__ == "__main__":

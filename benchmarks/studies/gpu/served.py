@@ -1,9 +1,10 @@
-"""What a server process answers to h2load: requests of many images, and single ones, closed loop and open.
+"""Throughput of a server process under h2load: requests of many images and of single ones, closed loop and open loop.
 
-  python -m benchmarks.studies.gpu.served FOLDER ... --device cuda
+The server is `serving.server` in one process, on each transport. It is also measured with an engine that computes
+nothing, which shows the limit of the server itself. The clients run on the same machine.
 
-The server is `serving.server` in one process, on each transport; once also before an engine that costs nothing, which
-shows what it can take in. Clients share its machine.
+Examples:
+  python -m benchmarks.studies.gpu.served models/digits/1 --device cuda
 """
 
 from __future__ import annotations
@@ -28,25 +29,27 @@ from serving import memory
 from serving.config import Batching, Limits
 from serving.models import loader, registry
 from serving.runtimes.base import Images
-from serving.runtimes.cuda import CudaEngine, EnginePool
+from serving.runtimes.cuda import CudaEngine
+from serving.runtimes.multi_gpu import MultiGpuEngine
 from serving.server import Server
 from serving.transports import choice
 
 CONNECTIONS, THREADS = 8, 6  # of h2load
 SINGLES_IN_FLIGHT = (32, 128, 512)
-IMAGES_IN_FLIGHT = 1024  # four of the largest batches: the server never waits for its clients
-SECONDS, SHARE = 1.0, 0.8  # of a measurement; of what was answered, for the open loop
+IMAGES_IN_FLIGHT = 1024  # four of the largest batches, so that the server never waits for its clients
+SECONDS = 1.0  # of a measurement
+OPEN_LOOP_SHARE = 0.8  # of the throughput of the closed loop
 MAX_QUEUE, MAX_CALLS = 16384, 2048
 
 
 class FreeEngine:
-    """Answers at once, always the same."""
+    """Answers at once, with the same probability for all classes."""
 
     provider = "none"
 
-    def __init__(self, about: Manifest) -> None:
-        """Answer as many classes as a model has."""
-        self._classes = about.output.shape[1]
+    def __init__(self, manifest: Manifest) -> None:
+        """Answer with as many classes as a model has."""
+        self._classes = manifest.output.shape[1]
 
     def run(self, images: Images) -> NDArray[np.float32]:
         """Map uint8 [n, height, width, 3] to float32 [n, classes]."""
@@ -54,22 +57,22 @@ class FreeEngine:
 
 
 class Service:
-    """One file behind one transport, for as long as it is measured."""
+    """The measurements of one file behind one transport."""
 
     def __init__(
         self, path: Path, transport: str, args: argparse.Namespace, results: Results, free: bool = False
     ) -> None:
-        """Prepare to measure; `free` leaves out the engine, and all but single images and the most."""
+        """Prepare to measure; `free` leaves out the engine, and all batch sizes but the smallest and the largest."""
         self._path, self._transport, self._results, self._free = path, transport, results, free
         self._device, self._tiny, self._seconds = args.device, args.tiny, 0.3 if args.tiny else SECONDS
 
     @cached_property
-    def _about(self) -> Manifest:
+    def _manifest(self) -> Manifest:
         return describe(self._path)
 
     def measure(self) -> None:
-        """Serve, and measure all requests."""
-        batches = list_batches(self._about, self._tiny)
+        """Serve the file, and measure all workloads."""
+        batches = list_batches(self._manifest, self._tiny)
         started = time.monotonic()
         options = ["--device", self._device, "--transport", self._transport, "--max-batch", str(max(batches))]
         options += ["--free"] * self._free
@@ -81,20 +84,20 @@ class Service:
             for in_flight in (8,) if self._tiny else SINGLES_IN_FLIGHT:
                 best = max(best, self._load(address, 1, in_flight))
             if not self._free:
-                self._load(address, 1, 8 if self._tiny else max(SINGLES_IN_FLIGHT), rate=SHARE * best)
+                self._load(address, 1, 8 if self._tiny else max(SINGLES_IN_FLIGHT), rate=OPEN_LOOP_SHARE * best)
             for images in reversed(batches[1:] if self._transport == "native" and not self._free else batches[-1:]):
                 in_flight = CONNECTIONS if self._tiny else max(CONNECTIONS, IMAGES_IN_FLIGHT // images)
                 self._load(address, images, in_flight - in_flight % CONNECTIONS)
 
     def _load(self, address: str, images: int, in_flight: int, rate: float | None = None) -> float:
-        """Return images per second."""
-        about, protocol = self._about, PROTOCOLS["kserve"]
-        message = protocol.pack(Input(about.model, about.input.name, (), "UINT8"), make_batch(about, images))
+        """Put the server under load, and return its throughput in images per second."""
+        manifest, protocol = self._manifest, PROTOCOLS["kserve"]
+        message = protocol.pack(Input(manifest.model, manifest.input.name, (), "UINT8"), make_batch(manifest, images))
         sample = h2load.measure(
             address, protocol.path, message, in_flight, images, self._seconds, CONNECTIONS, THREADS, rate
         )
         if not len(sample.latencies_ms):
-            raise CheckFailed(f"{in_flight} requests of {images} images were not answered in {self._seconds} s")
+            raise CheckFailed(f"none of {in_flight} requests of {images} images was answered within {self._seconds} s")
         p50, p99 = np.percentile(sample.latencies_ms, (50, 99))
         self._results.add(
             "served",
@@ -114,13 +117,13 @@ class Service:
 def serve(args: argparse.Namespace) -> None:
     """Serve one file until the process is ended."""
     memory.prepare()
-    about = describe(args.file)
-    engine = FreeEngine(about) if args.free else open_engine(args.file, about, args.device, args.max_batch)
+    manifest = describe(args.file)
+    engine = FreeEngine(manifest) if args.free else open_engine(args.file, manifest, args.device, args.max_batch)
     batching = Batching(max_batch=args.max_batch, max_queue=MAX_QUEUE, max_queue_ms=1e9)
-    if isinstance(engine, CudaEngine | EnginePool):
-        model = loader.start(about, engine, batching, curve=engine.curve, instances=engine.instances, threads=engine)
+    if isinstance(engine, CudaEngine | MultiGpuEngine):
+        model = loader.start(manifest, engine, batching, curve=engine.curve, instances=engine.instances, threads=engine)
     else:
-        model = loader.start(about, engine, batching)
+        model = loader.start(manifest, engine, batching)
     limits = Limits(max_images=args.max_batch, max_calls=MAX_CALLS, max_streams=MAX_CALLS)
     with Server(registry.ModelRegistry([model]), "127.0.0.1", 0, limits, transport=args.transport) as server:
         print(f"serving on {server.address}", flush=True)
@@ -144,7 +147,7 @@ def main() -> None:
     results = Results(args)
     files = list_files(args.folders, "fp32", "fp16")[::-1]  # half precision first
     if not files:
-        print("left out: there is no file in fp32 or fp16")
+        print("left out: there is no ONNX file in fp32 or fp16")
         return
     if not choice.find_problem():
         for path in files:

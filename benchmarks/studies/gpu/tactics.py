@@ -1,4 +1,4 @@
-"""What options of onnxruntime's CUDA provider bring to batches that stay on the GPU, and how far answers move."""
+"""The effect of options of onnxruntime's CUDA provider on throughput and answers, for batches that stay on the GPU."""
 
 from __future__ import annotations
 
@@ -28,52 +28,52 @@ OPTIONS: Mapping[str, Mapping[str, str]] = {
 
 
 class Trials:
-    """The options on one file: each is compared with the first."""
+    """The measurements of one file: each option is compared with the first one."""
 
     def __init__(self, path: Path, device: str, tiny: bool, results: Results) -> None:
-        """Prepare to try."""
+        """Prepare to measure a file."""
         self._path, self._device, self._tiny, self._results = path, device, tiny, results
         self._seconds = 0.02 if tiny else SECONDS
-        self._tried: list[Mapping[str, str]] = []
+        self._measured: list[Mapping[str, str]] = []
         self._expected: NDArray[np.float32] | None = None
 
     @cached_property
-    def _about(self) -> Manifest:
+    def _manifest(self) -> Manifest:
         return describe(self._path)
 
     @property
     def _batches(self) -> Sequence[int]:
-        return TINY_BATCHES if self._tiny else (1, 32, max(list_batches(self._about, tiny=False)))
+        return TINY_BATCHES if self._tiny else (1, 32, max(list_batches(self._manifest, tiny=False)))
 
     def attempt(self, option: str) -> None:
-        """Measure one option, unless it is another's."""
-        options = {"prefer_nhwc": "0", **cuda.find_options(self._path, self._about), **OPTIONS[option]}
-        if options in self._tried:
+        """Measure one option, unless it amounts to one that was measured."""
+        options = {"prefer_nhwc": "0", **cuda.find_options(self._path, self._manifest), **OPTIONS[option]}
+        if options in self._measured:
             return
-        self._tried.append(options)
+        self._measured.append(options)
         started = time.monotonic()
-        loop = RawLoop(self._path, self._about, self._batches, self._device, options)
-        taken = time.monotonic() - started
-        answers = loop.run(make_batch(self._about, max(self._batches)))
+        loop = RawLoop(self._path, self._manifest, self._batches, self._device, options)
+        start_seconds = time.monotonic() - started
+        answers = loop.run(make_batch(self._manifest, max(self._batches)))
         if self._expected is None:
             self._expected = answers
         difference = float(np.abs(answers - self._expected).max())
         for images in self._batches:
-            rates = measure(loop.run_resident, make_batch(self._about, images), self._seconds)
+            rates = measure(loop.run_resident, make_batch(self._manifest, images), self._seconds)
             self._results.add(
                 "tactic",
                 file=title(self._path),
                 option=option,
                 images=images,
                 rates=rates,
-                start_seconds=taken,
+                start_seconds=start_seconds,
                 graphs=loop.graphs,
                 difference=difference,
             )
 
 
 def main() -> None:
-    """Try all options on all files, those in half precision first."""
+    """Measure all options on all files, those in half precision first."""
     args = parse_args(__doc__)
     results = Results(args)
     for path in reversed(list_files(args.folders, "fp32", "fp16")):

@@ -1,4 +1,4 @@
-"""`resnet train` on JAX: seconds an epoch, and the accuracy on the test images."""
+"""`resnet train` on JAX: seconds per epoch, and accuracy on the test images."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from benchmarks.studies.gpu.files import Results, parse_args
 from resnet import CheckFailed
 
 TINY = ("--images", "256")
-# Four times the images a step that suit two cores, and twice the rate: the GPU waits less for what launches its work.
+# Four times the batch size that suits two cores, and twice the learning rate: the GPU waits less for kernel launches.
 STEPS = ("--batch-size", "512", "--learning-rate", "0.4")
 
 
 def main() -> None:
-    """Train, where Keras and JAX are there."""
+    """Train, if Keras and JAX are installed."""
     args = parse_args(__doc__)
     results = Results(args)
     if all(map(find_spec, ("jax", "keras"))):
@@ -33,26 +33,26 @@ def main() -> None:
 
 
 def _train(data: str, epochs: int, device: str, tiny: bool, out: Path, results: Results) -> None:
-    """Train by the command of the user, whose output is shown as it comes.
+    """Train by `resnet train`, whose output is shown as it comes.
 
     Raises:
-        CheckFailed: It failed.
+        CheckFailed: The training failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run")
         model, precision = ("resnet20", "float32") if tiny else ("resnet18-cifar", "mixed_bfloat16")
-        what = ["--data", data, "--model", model, "--recipe", "modern", "--precision", precision]
-        command = [sys.executable, "-m", "resnet", "train", *what]
+        options = ["--data", data, "--model", model, "--recipe", "modern", "--precision", precision]
+        command = [sys.executable, "-m", "resnet", "train", *options]
         command += ["--epochs", str(1 if tiny else epochs), "--out", str(run), *(TINY if tiny else STEPS)]
         variables = os.environ | {"KERAS_BACKEND": "jax"} | ({"JAX_PLATFORMS": "cpu"} if device == "cpu" else {})
         started = time.monotonic()
         code = subprocess.run(command, env=variables, check=False).returncode
-        taken = time.monotonic() - started
+        duration = time.monotonic() - started
         for name in ("history.csv", "metrics.json", "curves.png"):
             if (run / name).is_file():
                 shutil.copy(run / name, out)
         if code:
-            raise CheckFailed(f"the training ended with {code}")
+            raise CheckFailed(f"`resnet train` ended with exit code {code}; its output is above")
         metrics = json.loads((run / "metrics.json").read_text())
         with (run / "history.csv").open(newline="") as file:
             seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
@@ -65,7 +65,7 @@ def _train(data: str, epochs: int, device: str, tiny: bool, out: Path, results: 
             epochs=metrics["epochs"],
             accuracy=metrics["accuracy"],
             test_images=metrics["images"]["test"],
-            seconds=taken,
+            seconds=duration,
             first_epoch_seconds=seconds[0],
             epoch_seconds=sorted(seconds)[len(seconds) // 2],
             data_share=metrics["data_share"],

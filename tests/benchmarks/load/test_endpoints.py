@@ -113,7 +113,7 @@ def test_files_are_sent_in_the_size_of_the_model(tmp_path: Path) -> None:
         (Stranger("FP32", [-1, 3, 8, 8]), {"data": [Path("cat.png")]}, r"--data needs a model of \[height"),
         (Stranger("FP32", [-1, 8, 8, 3]), {"data": [Path(__file__)]}, "test_endpoints.py is no"),
         (Stranger("FP32", [-1, 8, 8, 3]), {"model": ""}, "has the models cats, dogs; choose one with --model"),
-        (Stranger("FP32", [-1, 8, 8, 3]), {"protocol": "tfs"}, "does not say what its model takes.*UNIMPLEMENTED"),
+        (Stranger("FP32", [-1, 8, 8, 3]), {"protocol": "tfs"}, "does not report the input of its model.*UNIMPLEMENTED"),
         (Stranger("FP32", [-1, 8, 8, 3]), {"protocol": "native"}, "the native protocol takes UINT8 pixels, not FP32"),
         (Stranger("FP32", [-1, 8, 8, 3]), {"protocol": "tfs", "model": ""}, "name one with --model"),
     ],

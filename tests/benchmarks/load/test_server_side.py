@@ -17,32 +17,32 @@ from serving.client import Client
 
 def test_the_server_counts_between_two_moments(address: str) -> None:
     """One request of three images is one batch of three; its parts are those of the protocol."""
-    before = server_side.count(address, "digits")
+    before = server_side.read_times(address, "digits")
     with Client(address) as client:
         client.classify(np.zeros((3, 32, 32, 3), np.uint8))
-    split = server_side.count(address, "digits")
+    times = server_side.read_times(address, "digits")
     assert before is not None
-    assert split is not None
-    split.add(before, -1)
-    assert split.requests == 1
-    assert split.mean_ms().keys() == {"queue", "decode", "compute", "respond"}
-    assert split.cost_ms() == {3: pytest.approx(split.mean_ms()["compute"], rel=0.5)}
+    assert times is not None
+    times.add(before, -1)
+    assert times.requests == 1
+    assert times.mean_ms().keys() == {"queue", "decode", "compute", "respond"}
+    assert times.batch_ms() == {3: pytest.approx(times.mean_ms()["compute"], rel=0.5)}
 
 
 def test_a_server_that_does_not_count_is_none() -> None:
     """Nor one that is not there."""
-    assert server_side.count("127.0.0.1:1", "digits") is None
+    assert server_side.read_times("127.0.0.1:1", "digits") is None
     assert ServerTimes().mean_ms() == {}
 
 
 def test_children_weigh_too() -> None:
     """A child that has touched 64 MiB and worked for a while adds to what its parent took."""
     work = "data = bytearray(b'x' * 2**26); sum(range(10**6)); print('done', flush=True); input()"
-    before = server_side.weigh(os.getpid())
+    before = server_side.read_usage(os.getpid())
     with subprocess.Popen([sys.executable, "-c", work], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         child.stdout.readline()
-        after, alone = server_side.weigh(os.getpid()), server_side.weigh(child.pid)
+        after, alone = server_side.read_usage(os.getpid()), server_side.read_usage(child.pid)
         child.communicate(b"\n")
     assert after.cpu_seconds > before.cpu_seconds
     assert alone.peak_bytes > 2**26
@@ -51,5 +51,5 @@ def test_children_weigh_too() -> None:
 
 def test_a_process_that_is_not_there_is_a_sentence() -> None:
     """No process has this number."""
-    with pytest.raises(BadInput, match="there is no process 4194305; give the number of the server's as --server-pid"):
-        server_side.weigh(2**22 + 1)
+    with pytest.raises(BadInput, match="there is no process 4194305; give the server's process id as --server-pid"):
+        server_side.read_usage(2**22 + 1)

@@ -65,20 +65,20 @@ def test_a_server_that_answers_as_the_file_does_is_taken() -> None:
 
 def test_a_server_with_other_answers_is_refused() -> None:
     """Speed of wrong answers is not measured."""
-    with pytest.raises(CheckFailed, match="it answers 2 images otherwise"):
+    with pytest.raises(CheckFailed, match="its answers to a request of 2 images differ"):
         start(SUMMING, SUMS + np.array([[0], [1]], np.float32))
 
 
 def test_a_server_that_ends_at_its_start_says_why() -> None:
     """The last line of what it printed is the reason."""
-    with pytest.raises(BadInput, match="it did not start: the port is made of cheese"):
+    with pytest.raises(BadInput, match="did not start: the port is made of cheese"):
         start("import sys; print('hello'); sys.exit('the port is made of cheese')")
 
 
 def test_peers_are_chosen_by_name() -> None:
     """In the order of the table; a name that is none of them is refused with those that are."""
     assert [peer.name for peer in choose(["echo", "ours"])] == ["ours", "echo"]
-    with pytest.raises(BadInput, match="there is no peer torchserve; choose of ours, mosec"):
+    with pytest.raises(BadInput, match="there is no peer torchserve; choose from ours, mosec"):
         choose(["torchserve"])
 
 

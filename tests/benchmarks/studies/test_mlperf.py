@@ -12,13 +12,13 @@ from typing import NamedTuple
 import pytest
 
 from benchmarks.load import endpoints
-from benchmarks.load.callers import Caller
 from benchmarks.load.endpoints import Endpoint
+from benchmarks.load.senders import GrpcSender
 from benchmarks.studies import mlperf
 from resnet import BadInput
 
 
-class Sample(NamedTuple):
+class QuerySample(NamedTuple):
     """A sample as LoadGen asks for it."""
 
     id: int
@@ -48,7 +48,7 @@ class LoadGen(SimpleNamespace):
 def make_system(endpoint: Endpoint, scenario: str) -> mlperf.SystemUnderTest:
     """Return a server as a system for a scenario."""
     args = argparse.Namespace(scenario=scenario, images=4, in_flight=2)
-    return mlperf.SystemUnderTest(endpoint, endpoints.make_pixels(endpoint.input, 16), Caller(endpoint), args)
+    return mlperf.SystemUnderTest(endpoint, endpoints.make_pixels(endpoint.input, 16), GrpcSender(endpoint), args)
 
 
 @pytest.mark.parametrize("scenario", mlperf.SCENARIOS)
@@ -56,7 +56,7 @@ def test_every_sample_of_a_query_is_completed(scenario: str, address: str, monke
     """Once, however many go into a request; also the last request, which is not full."""
     monkeypatch.setattr(mlperf, "loadgen", loadgen := LoadGen(11))
     system = make_system(endpoints.connect(address), scenario)
-    system.issue([Sample(100 + number, number) for number in range(11)])
+    system.issue([QuerySample(100 + number, number) for number in range(11)])
     assert loadgen.finished.wait(30)
     assert sorted(loadgen.done) == list(range(100, 111))
     assert not system.failures
@@ -71,7 +71,7 @@ def test_refusals_are_counted(address: str, monkeypatch: pytest.MonkeyPatch) -> 
     )
     monkeypatch.setitem(endpoints.PROTOCOLS, "native", wrong)
     system = make_system(endpoint, "Server")
-    system.issue([Sample(1, 0), Sample(2, 1)])
+    system.issue([QuerySample(1, 0), QuerySample(2, 1)])
     assert loadgen.finished.wait(30)
     assert system.failures == {"NOT_FOUND": 2}
 
@@ -80,7 +80,7 @@ def test_the_summary_is_read_as_it_is() -> None:
     """Numbers are numbers, under LoadGen's own names."""
     summary = "====\nScenario : Offline\nSamples per second: 764.2\nResult is : VALID\ntarget_latency (ns): 0\n\n"
     expected = {"Scenario": "Offline", "Samples per second": 764.2, "Result is": "VALID", "target_latency (ns)": 0}
-    assert mlperf.read(summary) == expected
+    assert mlperf.parse_summary(summary) == expected
 
 
 def test_without_the_package_it_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

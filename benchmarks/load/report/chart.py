@@ -1,4 +1,4 @@
-"""Line charts as SVG: small, sharp at any size, and in the colours of the page that they are part of."""
+"""Line charts as SVG elements, in the colours of the page that contains them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Points = Sequence[tuple[float, float]]
 
 
 class Series(NamedTuple):
-    """A line: its name, and its points as (x, y)."""
+    """A line of a chart: its name, and its points as (x, y)."""
 
     name: str
     points: Points
@@ -26,7 +26,14 @@ class Scale:
     """Maps values to pixels."""
 
     def __init__(self, values: Sequence[float], start: float, end: float, log: bool) -> None:
-        """Map from 0, or on a logarithmic scale from the power of ten below, up to all values."""
+        """Span all values, from 0, or on a logarithmic scale from the power of ten below them.
+
+        Args:
+            values: The values to show.
+            start: Pixel of the lowest tick.
+            end: Pixel of the highest tick.
+            log: Whether the scale is logarithmic.
+        """
         self._log, self._start, self._end = log, start, end
         top = max(values)
         if log:
@@ -37,7 +44,7 @@ class Scale:
             self.ticks = [step * number for number in range(math.ceil(top / step) + 1)]
 
     def at(self, value: float) -> float:
-        """Return where a value is."""
+        """Return the pixel of a value."""
         low, high = self._place(self.ticks[0]), self._place(self.ticks[-1])
         return self._start + (self._end - self._start) * (self._place(value) - low) / (high - low)
 
@@ -49,11 +56,11 @@ def draw(title: str, x_label: str, y_label: str, series: Sequence[Series], log: 
     """Return a chart as an `svg` element; empty if there is nothing to draw.
 
     Args:
-        title: For those who cannot see it.
-        x_label: Below.
-        y_label: At the left.
-        series: The lines; they have the classes `line-0` to `line-5` in turn, for the page to colour.
-        log: Whether the heights, which must be above 0, are logarithmic.
+        title: Label for screen readers.
+        x_label: Label of the horizontal axis.
+        y_label: Label of the vertical axis.
+        series: The lines; their classes are `line-0` to `line-5` in turn, for the page to colour.
+        log: Whether the vertical axis is logarithmic; its values must be above 0 then.
     """
     series = [line for line in series if line.points]
     xs, ys = ([point[axis] for line in series for point in line.points] for axis in (0, 1))
@@ -87,6 +94,6 @@ def draw(title: str, x_label: str, y_label: str, series: Sequence[Series], log: 
 
 
 def _round_up(step: float) -> float:
-    """Return the next of 1, 2, 5, 10 and so on."""
+    """Return the next higher of 1, 2, 5, 10, and so on, times a power of ten."""
     power = 10.0 ** math.floor(math.log10(step))
     return next(digit * power for digit in (1, 2, 5, 10) if digit * power >= step * (1 - 1e-9))

@@ -1,4 +1,4 @@
-"""Callers against real servers of gRPC, which answer when a test lets them."""
+"""The load generator against real gRPC servers, which answer when a test lets them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import grpc
 import numpy as np
 import pytest
 
-from benchmarks.load.callers import Caller, Callers, Closed, Open, call
 from benchmarks.load.endpoints import Endpoint, Input
+from benchmarks.load.generator import ClosedLoop, OpenLoop, generate, keep_in_flight, send_at
+from benchmarks.load.processes import LoadProcesses
+from benchmarks.load.senders import GrpcSender
 from resnet import BadInput, CheckFailed
 
 OK = grpc.StatusCode.OK.value[0]
@@ -51,7 +53,7 @@ def test_a_closed_loop_keeps_as_many_in_flight_as_it_says() -> None:
         return message
 
     with serve(answer) as endpoint:
-        trace = Caller(endpoint).keep(range(8), seconds=0.05)
+        trace = keep_in_flight(GrpcSender(endpoint), range(8), 8, seconds=0.05)
     assert len(trace.done) == seen.total() >= 8
     assert set(trace.codes) == {OK}
     np.testing.assert_array_equal(trace.due, trace.sent)
@@ -69,7 +71,7 @@ def test_an_open_loop_does_not_wait_for_answers() -> None:
 
     due = np.linspace(0, 0.1, 20)
     with serve(answer, connections=2) as endpoint:
-        trace = Caller(endpoint, connections=2).follow(due.tolist())
+        trace = send_at(GrpcSender(endpoint, connections=2), due.tolist())
     assert sorted(trace.due) == due.tolist()
     assert (trace.sent >= trace.due).all()
     assert (trace.done > 0.1).all()
@@ -79,7 +81,7 @@ def test_an_open_loop_does_not_wait_for_answers() -> None:
 def test_what_is_due_in_the_past_is_sent_all_the_same() -> None:
     """It is late, not left out: its latency counts from when it was due."""
     with serve(lambda message, _: message) as endpoint:
-        trace = Caller(endpoint).follow([-5.0, -4.0])
+        trace = send_at(GrpcSender(endpoint), [-5.0, -4.0])
     assert sorted(trace.due) == [-5, -4]
     assert set(trace.codes) == {OK}
     assert (trace.done - trace.due > 4).all()
@@ -96,25 +98,25 @@ def test_refusals_are_noted_with_their_status() -> None:
 
     refused = grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
     with serve(answer) as endpoint:
-        caller = Caller(endpoint)
-        assert set(caller.keep([0], seconds=0.05).codes) == {OK, refused}
-        assert set(caller.follow([0.0] * 10).codes) == {OK, refused}
+        sender = GrpcSender(endpoint)
+        assert set(keep_in_flight(sender, [0], 1, seconds=0.05).codes) == {OK, refused}
+        assert set(send_at(sender, [0.0] * 10).codes) == {OK, refused}
 
 
 def test_a_deadline_counts_from_when_a_request_was_due() -> None:
     """One that is over before it can be sent fails as any other, without the server."""
     with serve(lambda message, _: message) as endpoint:
-        trace = Caller(endpoint).follow([-5.0, 0.0], deadline=4)
+        trace = send_at(GrpcSender(endpoint), [-5.0, 0.0], deadline=4)
     exceeded = grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
     assert dict(zip(trace.due.tolist(), trace.codes.tolist(), strict=True)) == {-5.0: exceeded, 0.0: OK}
 
 
-def test_callers_share_a_load() -> None:
+def test_workers_share_a_load() -> None:
     """Together they send each arrival once, and have each slot once."""
     with serve(lambda message, _: message) as endpoint:
-        caller = Caller(endpoint)
-        parts = [call(caller, Open(200, "constant"), 0.1, None, number, 3) for number in range(3)]
-        slots = [len(call(caller, Closed(2), 0, None, number, 3).done) for number in range(3)]
+        sender = GrpcSender(endpoint)
+        parts = [generate(sender, OpenLoop(200, "constant"), 0.1, None, worker, 3) for worker in range(3)]
+        slots = [len(generate(sender, ClosedLoop(2), 0, None, worker, 3).done) for worker in range(3)]
     assert sorted(np.concatenate([part.due for part in parts])) == pytest.approx((np.arange(20) / 200).tolist())
     assert slots == [1, 1, 0]
 
@@ -122,15 +124,16 @@ def test_callers_share_a_load() -> None:
 @pytest.mark.slow
 def test_processes_load_a_server_together() -> None:
     """One trace comes of it; a server that is gone, or a process, is a sentence."""
-    with serve(lambda message, _: message) as endpoint, Callers(endpoint, count=2) as callers:
-        trace = callers.run(Open(100, "constant"), seconds=0.2)
+    with serve(lambda message, _: message) as endpoint, LoadProcesses(count=2) as processes:
+        processes.connect(endpoint)
+        trace = processes.run(OpenLoop(100, "constant"), seconds=0.2)
         assert len(trace.due) == 20
         assert set(trace.codes) == {OK}
-        assert set(callers.run(Closed(4), seconds=0.05).codes) == {OK}
-        for process in callers.processes:
+        assert set(processes.run(ClosedLoop(4), seconds=0.05).codes) == {OK}
+        for process in processes.processes:
             process.kill()
-        with pytest.raises(CheckFailed, match="ended before it was done"):
-            callers.run(Closed(1), seconds=0.05)
+        with pytest.raises(CheckFailed, match="ended before the load did"):
+            processes.run(ClosedLoop(1), seconds=0.05)
 
 
 @pytest.mark.slow
@@ -138,5 +141,8 @@ def test_a_server_that_refuses_the_first_request_is_a_sentence() -> None:
     """It reaches the one who started the processes."""
     with serve(lambda message, _: message) as endpoint:
         wrong = Endpoint(endpoint.address, "/test.Echo/Other", (b"a",), 1, endpoint.input, "native")
-        with pytest.raises(BadInput, match="refused a request: Method not found! .UNIMPLEMENTED"):
-            Callers(wrong)
+        with (
+            LoadProcesses() as processes,
+            pytest.raises(BadInput, match="refused a request: Method not found! .UNIMPLEMENTED"),
+        ):
+            processes.connect(wrong)

@@ -1,4 +1,4 @@
-"""The report of a load: one HTML file that needs nothing else, for screens, phones and paper."""
+"""The report of `resnet load`: one self-contained HTML file, for screens, phones and paper."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from benchmarks.load import chart
-from benchmarks.load.callers import Closed, Open
-from benchmarks.load.chart import COLORS, Series
+from benchmarks.load.generator import ClosedLoop, OpenLoop
 from benchmarks.load.percentiles import Estimate
+from benchmarks.load.report import chart
+from benchmarks.load.report.chart import COLORS, Series
 from benchmarks.load.server_side import MIB, ServerTimes
 from benchmarks.load.sweep import Point
 
@@ -48,13 +48,12 @@ def render(points: Sequence[Point], about: dict[str, Any]) -> str:
     """Return the page.
 
     Args:
-        points: All that was measured.
-        about: Endpoint, plan and environment, as text or numbers under their names; one that holds more of the like is
-            a line of them.
+        points: All points that were measured.
+        about: Endpoint, method and environment: text and numbers by name; a nested dictionary is shown on one line.
     """
-    closed = [point for point in points if isinstance(point.load, Closed)]
-    opened = [point for point in points if isinstance(point.load, Open)]
-    sections = [_closed(closed), _opened(opened), _server(points), _about(about)]
+    closed = [point for point in points if isinstance(point.load, ClosedLoop)]
+    opened = [point for point in points if isinstance(point.load, OpenLoop)]
+    sections = [_render_closed(closed), _render_open(opened), _render_server(points), _render_about(about)]
     title = f"Load on {about['model']} at {about['address']}"
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -64,43 +63,49 @@ def render(points: Sequence[Point], about: dict[str, Any]) -> str:
     )
 
 
-def _closed(points: Sequence[Point]) -> str:
+def _render_closed(points: Sequence[Point]) -> str:
     if not points:
         return ""
-    columns = ["in flight", "images each", "images/s"]
-    header = [*columns, *(f"p{percent:g} ms" for percent in SHOWN), "not answered", *_costs(points)]
+    columns = ["in flight", "images per request", "images/s"]
+    header = [*columns, *(f"p{percent:g} ms" for percent in SHOWN), "not answered", *_usage_header(points)]
     rows = [
-        [str(in_flight), str(point.images), _rate(point), *_latencies(point), _failures(point), *_cost(point)]
+        [str(in_flight), str(point.images), _rate(point), *_latencies(point), _failures(point), *_usage_cells(point)]
         for in_flight, point in _in_flight(points)
     ]
-    latencies, processors, memory = [], [], []
+    latencies, cpu, memory = [], [], []
     for images in sorted({point.images for point in points}):
         group = [point for point in points if point.images == images]
-        each = "1 image" if images == 1 else f"{images} images"
+        name = "1 image" if images == 1 else f"{images} images"
         for percent in (50, 99):
-            found = [(point.images_per_second, found.value) for point, found in _found(group, percent)]
-            latencies.append(Series(f"p{percent}, {each}", found))
-        weighed = [(in_flight, point, point.usage) for in_flight, point in _in_flight(group) if point.usage]
-        processors.append(Series(each, [(in_flight, point.cpu_ms_per_image or 0) for in_flight, point, _ in weighed]))
-        memory.append(Series(each, [(in_flight, usage.peak_bytes / MIB) for in_flight, _, usage in weighed]))
+            line = [(point.images_per_second, estimate.value) for point, estimate in _estimates(group, percent)]
+            latencies.append(Series(f"p{percent}, {name}", line))
+        used = [(in_flight, point, point.usage) for in_flight, point in _in_flight(group) if point.usage]
+        cpu.append(Series(name, [(in_flight, point.cpu_ms_per_image or 0) for in_flight, point, _ in used]))
+        memory.append(Series(name, [(in_flight, usage.peak_bytes / MIB) for in_flight, _, usage in used]))
     return _section(
-        "So many requests in flight",
-        "The next request goes out when one is answered. Latency in milliseconds, below it the interval that holds the "
-        "true percentile with a confidence of 95 %, with ? where the samples are too few to know a bound; images per "
-        "second as the median of the rounds, below it the lowest and the highest.",
+        "Closed loop: constant requests in flight",
+        "The next request is sent when one is answered. Latency is in milliseconds, with its 95 % confidence interval "
+        "below; ? marks a bound for which there are too few samples. Images per second are the median of the rounds, "
+        "with the lowest and the highest round below.",
         _table(header, rows),
         _figure("Latency over throughput", "images per second", "ms", latencies, log=True),
-        _figure("What an image costs the server", "requests in flight", "CPU ms", processors),
-        _figure("Memory of the server", "requests in flight", "MiB at most", memory),
+        _figure("CPU time per image", "requests in flight", "CPU ms", cpu),
+        _figure("Peak memory of the server", "requests in flight", "MiB", memory),
     )
 
 
-def _opened(points: Sequence[Point]) -> str:
+def _render_open(points: Sequence[Point]) -> str:
     if not points:
         return ""
-    offered = [(point, point.load.rate * point.images) for point in points if isinstance(point.load, Open)]
+    offered = [(point, point.load.rate * point.images) for point in points if isinstance(point.load, OpenLoop)]
     columns = ["offered images/s", "answered/s", "in time/s"]
-    header = [*columns, *(f"p{percent:g} ms" for percent in SHOWN), "not answered", "sent late ms", *_costs(points)]
+    header = [
+        *columns,
+        *(f"p{percent:g} ms" for percent in SHOWN),
+        "not answered",
+        "sent late ms",
+        *_usage_header(points),
+    ]
     rows = [
         [
             f"{rate:,.0f}",
@@ -109,13 +114,13 @@ def _opened(points: Sequence[Point]) -> str:
             *_latencies(point),
             _failures(point),
             f"{point.late_ms:.2f}",
-            *_cost(point),
+            *_usage_cells(point),
         ]
         for point, rate in offered
     ]
     rates = {id(point): rate for point, rate in offered}
     latencies = [
-        Series(f"p{percent:g}", [(rates[id(point)], found.value) for point, found in _found(points, percent)])
+        Series(f"p{percent:g}", [(rates[id(point)], estimate.value) for point, estimate in _estimates(points, percent)])
         for percent in (50, 99, 99.9)
     ]
     answers = [
@@ -123,49 +128,48 @@ def _opened(points: Sequence[Point]) -> str:
         Series("answered", [(rate, point.images_per_second) for point, rate in offered]),
         Series("in time", [(rate, point.good_per_second) for point, rate in offered]),
     ]
-    refused = [
-        Series("not answered", [(rate, 100 * _refused_share(point)) for point, rate in offered]),
-    ]
+    failures = [Series("not answered", [(rate, 100 * _failure_share(point)) for point, rate in offered])]
     return _section(
-        "So many requests a second",
-        "Requests go out at times that were drawn before, whatever becomes of those already sent, and latency counts "
-        "from those times: a server that falls behind cannot slow the load down. Sent late is how far the load itself "
-        "fell behind, at the 99th percentile.",
+        "Open loop: constant rate of requests",
+        "Requests are sent at times drawn in advance, whether earlier ones are answered or not, and latency counts "
+        "from those times: a server that falls behind cannot slow the load down. Sent late is the 99th percentile of "
+        "the delay of the load generator itself.",
         _table(header, rows),
         _figure("Latency over offered rate", "offered images per second", "ms", latencies, log=True),
         _figure("Answers over offered rate", "offered images per second", "images per second", answers),
-        _figure("Requests not answered", "offered images per second", "%", refused),
+        _figure("Requests not answered", "offered images per second", "%", failures),
     )
 
 
-def _server(points: Sequence[Point]) -> str:
+def _render_server(points: Sequence[Point]) -> str:
     total, rows = ServerTimes(), []
     for point in points:
-        if point.split and point.split.requests:
-            total.add(point.split)
-            means, batches = point.split.mean_ms(), point.split.batches.items()
-            calls = sum(count for _, (count, _) in batches)
-            mean = sum(size * count for size, (count, _) in batches) / calls if calls else 0
+        if point.server_times and point.server_times.requests:
+            total.add(point.server_times)
+            means, batches = point.server_times.mean_ms(), point.server_times.batches.items()
+            runs = sum(count for _, (count, _) in batches)
+            mean = sum(size * count for size, (count, _) in batches) / runs if runs else 0
             rows.append([_name(point), *(f"{ms:.2f}" for ms in means.values()), f"{mean:.1f}"])
     if not rows:
         return ""
-    cost = total.cost_ms()
-    names = [f"{name} ms" for name in total.ns]
+    batch_ms = total.batch_ms()
+    names = [f"{stage} ms" for stage in total.ns]
     return _section(
         "Where the server's time went",
-        "By the server's own count: the mean of an answered request, and the images of a batch. Warm-up is included.",
-        _table(["load", *names, "images a batch"], rows),
-        _figure("What a batch costs", "images in the batch", "ms", [Series("compute", list(cost.items()))]),
+        "By the server's own statistics: mean times of an answered request, and the mean batch size. Warm-up is "
+        "included.",
+        _table(["load", *names, "images per batch"], rows),
+        _figure("Compute time of a batch", "images per batch", "ms", [Series("compute", list(batch_ms.items()))]),
         _figure(
-            "What an image of it costs",
-            "images in the batch",
+            "Compute time per image",
+            "images per batch",
             "ms",
-            [Series("compute per image", [(size, ms / size) for size, ms in cost.items()])],
+            [Series("compute per image", [(size, ms / size) for size, ms in batch_ms.items()])],
         ),
     )
 
 
-def _about(about: dict[str, Any]) -> str:
+def _render_about(about: dict[str, Any]) -> str:
     rows = []
     for name, value in about.items():
         text = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
@@ -179,7 +183,7 @@ def _section(title: str, text: str, table: str, *figures: str) -> str:
 
 
 def _table(header: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table; a second line of a cell is small."""
+    """Return a table; the second line of a cell is set in small type."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n'
@@ -202,17 +206,17 @@ def _figure(title: str, x_label: str, y_label: str, lines: Sequence[Series], log
     return f"<figure><figcaption>{title}</figcaption>{key}{drawn}</figure>\n"
 
 
-def _found(points: Sequence[Point], percent: float) -> list[tuple[Point, Estimate]]:
-    return [(point, found) for point in points if (found := point.percentile(percent))]
+def _estimates(points: Sequence[Point], percent: float) -> list[tuple[Point, Estimate]]:
+    return [(point, estimate) for point in points if (estimate := point.percentile(percent))]
 
 
 def _in_flight(points: Sequence[Point]) -> list[tuple[int, Point]]:
-    return [(point.load.in_flight, point) for point in points if isinstance(point.load, Closed)]
+    return [(point.load.in_flight, point) for point in points if isinstance(point.load, ClosedLoop)]
 
 
 def _name(point: Point) -> str:
     load = point.load
-    if isinstance(load, Closed):
+    if isinstance(load, ClosedLoop):
         return f"{load.in_flight} in flight of {point.images}"
     return f"{load.rate * point.images:,.0f} images/s"
 
@@ -226,31 +230,31 @@ def _latencies(point: Point) -> list[str]:
     return [_latency(point.percentile(percent)) for percent in SHOWN]
 
 
-def _latency(found: Estimate | None) -> str:
-    if found is None:
+def _latency(estimate: Estimate | None) -> str:
+    if estimate is None:
         return "-"
-    low, high = ("?" if bound is None else f"{bound:.2f}" for bound in (found.low, found.high))
-    return f"{found.value:.2f}\n{low} to {high}"
+    low, high = ("?" if bound is None else f"{bound:.2f}" for bound in (estimate.low, estimate.high))
+    return f"{estimate.value:.2f}\n{low} to {high}"
 
 
 def _failures(point: Point) -> str:
     if not point.failures:
         return "0"
-    names = ", ".join(f"{count:,} {name}" for name, count in point.failures.most_common())
-    return f"{_refused_share(point):.1%}\n{names}"
+    counts = ", ".join(f"{count:,} {status}" for status, count in point.failures.most_common())
+    return f"{_failure_share(point):.1%}\n{counts}"
 
 
-def _refused_share(point: Point) -> float:
-    refused = point.failures.total()
-    total = refused + sum(len(sample.latencies_ms) for sample in point.samples)
-    return refused / total if total else 0.0
+def _failure_share(point: Point) -> float:
+    failures = point.failures.total()
+    total = failures + sum(len(sample.latencies_ms) for sample in point.samples)
+    return failures / total if total else 0.0
 
 
-def _costs(points: Sequence[Point]) -> list[str]:
+def _usage_header(points: Sequence[Point]) -> list[str]:
     return ["CPU ms/image", "peak MiB"] if any(point.usage for point in points) else []
 
 
-def _cost(point: Point) -> list[str]:
+def _usage_cells(point: Point) -> list[str]:
     if not point.usage:
         return []
     return [f"{point.cpu_ms_per_image or 0:.2f}", f"{point.usage.peak_bytes / MIB:,.0f}"]

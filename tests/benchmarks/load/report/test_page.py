@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.load import page
-from benchmarks.load.callers import Closed, Open
+from benchmarks.load.generator import ClosedLoop, OpenLoop
+from benchmarks.load.report import page
 from benchmarks.load.samples import Sample
 from benchmarks.load.server_side import ServerTimes, Usage
 from benchmarks.load.sweep import Point
@@ -56,14 +56,14 @@ def make_points() -> list[Point]:
         return Sample(latencies, rate, {"RESOURCE_EXHAUSTED": refused} if refused else {}, rate - 1, np.zeros(5))
 
     ns = {"queue": 2 * 10**9, "decode": 10**9, "compute": 3 * 10**9, "respond": 10**9}
-    split = ServerTimes(1000, ns, {1: (100, 10**8), 8: (50, 2 * 10**8)})
+    times = ServerTimes(1000, ns, {1: (100, 10**8), 8: (50, 2 * 10**8)})
     usage = Usage(cpu_seconds=6, peak_bytes=300 * 2**20)
     return [
-        Point(Closed(1), 1, [measure(2, 400), measure(2, 500)], split, usage, 6000),
-        Point(Closed(32), 1, [measure(40, 900), measure(40, 1000)], split, usage, 6000),
-        Point(Closed(8), 32, [measure(80, 1100)], split, usage, 6000),
-        Point(Open(500), 1, [measure(3, 500)], split, usage, 6000),
-        Point(Open(5000), 1, [measure(90, 950, refused=9000)], split, usage, 6000),
+        Point(ClosedLoop(1), 1, [measure(2, 400), measure(2, 500)], times, usage, 6000),
+        Point(ClosedLoop(32), 1, [measure(40, 900), measure(40, 1000)], times, usage, 6000),
+        Point(ClosedLoop(8), 32, [measure(80, 1100)], times, usage, 6000),
+        Point(OpenLoop(500), 1, [measure(3, 500)], times, usage, 6000),
+        Point(OpenLoop(5000), 1, [measure(90, 950, refused=9000)], times, usage, 6000),
     ]
 
 
@@ -89,11 +89,11 @@ def test_the_report_needs_nothing_but_itself() -> None:
 def test_a_report_without_open_loads_has_no_section_for_them() -> None:
     """Nor one without closed ones, nor of a server that does not count."""
     closed = page.render(make_points()[:1], ABOUT)
-    assert "So many requests in flight" in closed
-    assert "So many requests a second" not in closed
-    silent = page.render([Point(Open(10), 1, [Sample(np.zeros(0), 0, {"UNAVAILABLE": 10})])], ABOUT)
+    assert "Closed loop: constant requests in flight" in closed
+    assert "Open loop: constant rate of requests" not in closed
+    silent = page.render([Point(OpenLoop(10), 1, [Sample(np.zeros(0), 0, {"UNAVAILABLE": 10})])], ABOUT)
     assert "100.0%" in silent
-    assert "So many requests in flight" not in silent
+    assert "Closed loop: constant requests in flight" not in silent
     assert "Where the server's time went" not in silent
 
 
@@ -111,18 +111,18 @@ def test_a_reader_sees_tables_and_charts(width: int, tmp_path: Path) -> None:
     assert re.search(r"^5,000\s+950\s", text, re.MULTILINE)
     assert "75.0%" in text
     assert "9,000 RESOURCE_EXHAUSTED" in text
-    assert re.search(r"1 in flight of 1\s+2\.00\s+1\.00\s+3\.00\s+1\.00\s+3\.3", text)  # the split, and images a batch
+    assert re.search(r"1 in flight of 1\s+2\.00\s+1\.00\s+3\.00\s+1\.00\s+3\.3", text)  # the times, and images a batch
     assert re.search(r"1\.00\s+300\s", text)  # milliseconds of processors for an image, and memory
     assert "grpcio 1.2.3, numpy 4.5.6" in text
     assert seen["names"] == [
         "Latency over throughput",
-        "What an image costs the server",
-        "Memory of the server",
+        "CPU time per image",
+        "Peak memory of the server",
         "Latency over offered rate",
         "Answers over offered rate",
         "Requests not answered",
-        "What a batch costs",
-        "What an image of it costs",
+        "Compute time of a batch",
+        "Compute time per image",
     ]
     assert all(box[0] > 250 and box[1] > 120 for box in seen["charts"])
     assert seen["points"] == 2 * 3 + 3 + 3 + 3 * 2 + 3 * 2 + 2 + 2 + 2
