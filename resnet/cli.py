@@ -28,23 +28,19 @@ PACKAGES = ("resnet", "training", "export", "serving", "protos", "benchmarks")
 
 COMMANDS = {
     "train": Command("training.commands.train", "training", "train a ResNet on images, into a run folder"),
-    "family": Command(
-        "training.commands.family", "training", "list the networks, their sizes against the published ones"
-    ),
+    "family": Command("training.commands.family", "training", "list the networks, beside their published sizes"),
     "degradation": Command(
-        "training.commands.degradation", "training", "show why shortcuts matter: deeper plain nets are worse"
+        "training.commands.degradation", "training", "show why shortcuts matter: deeper plain networks are worse"
     ),
-    "export": Command(
-        "export.commands.export", "export", "convert a trained model and prove that the result is the same"
-    ),
-    "verify": Command("export.commands.verify", "export", "recompute the proof of an exported model"),
-    "models": Command("export.commands.models", "export", "list, show, verify and prune the models of a repository"),
-    "serve": Command("serving.commands.serve", "serving", "answer classification requests over gRPC"),
-    "tune": Command("serving.commands.tune", "serving", "measure how this machine's CPU computes a model fastest"),
+    "export": Command("export.commands.export", "export", "convert a trained model, prove the result, and publish it"),
+    "verify": Command("export.commands.verify", "export", "check an exported model: unchanged, and still correct"),
+    "models": Command("export.commands.models", "export", "list, show, label, verify and prune model versions"),
+    "serve": Command("serving.commands.serve", "serving", "serve models over gRPC"),
+    "tune": Command("serving.commands.tune", "serving", "measure how this CPU computes a model fastest"),
     "classify": Command("serving.commands.classify", "serving", "classify image files through a running server"),
-    "load": Command("benchmarks.load.command", "load", "put any server under load, and report what it bears"),
-    "bench": Command("benchmarks.bench.command", "all", "measure a served model against the Keras original"),
-    "demo": Command("benchmarks.demo", "all", "all of the above, small, on handwritten digits"),
+    "load": Command("benchmarks.load.command", "load", "measure the latency and throughput of any server under load"),
+    "bench": Command("benchmarks.bench.command", "all", "compare a served model with its Keras original"),
+    "demo": Command("benchmarks.demo", "all", "train, export, serve and measure on handwritten digits"),
 }
 
 
