@@ -1,4 +1,4 @@
-"""Run the whole pipeline on handwritten digits: train, export with proof, serve, classify, measure.
+"""Run the whole pipeline on handwritten digits: train, export, verify, serve, classify, measure.
 
 Examples:
   resnet demo
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
 
     _step(1, "Train a ResNet-18 on 32x32 images of handwritten digits")
     _call("train", "--data", "digits", "--epochs", str(options.epochs), "--out", str(run_folder))
-    _step(2, "Export it to SavedModel and ONNX, with proof that both answer as Keras does")
+    _step(2, "Export it to SavedModel and ONNX, and check that both agree with Keras")
     _call("export", str(run_folder), "--to", str(models / NAME))
     _step(3, "Serve it, and classify the test images through gRPC")
     correct, total = _classify(models)
@@ -80,7 +80,7 @@ def _call(*arguments: str) -> None:
     print(f"$ resnet {' '.join(arguments)}", flush=True)
     code = cli.main(arguments)
     if code:
-        raise CheckFailed("the demo ends here, see above") if code == 1 else BadInput("the demo ends here, see above")
+        raise CheckFailed("the demo stopped, see above") if code == 1 else BadInput("the demo stopped, see above")
 
 
 def _classify(models: Path) -> tuple[int, int]:
@@ -134,7 +134,7 @@ def _summarize(out: Path, correct: int, total: int, seconds: float) -> None:
 === Summary ({seconds:.0f} s)
 
   accuracy   Keras {certificate.accuracy:.2%} on {total} test images; through gRPC {correct / total:.2%}
-  proof      SavedModel and ONNX differ from Keras by {difference}
+  parity     SavedModel and ONNX differ from Keras by {difference}
   latency    {served["p50_ms"]:.2f} ms for one image through gRPC; {in_process}
   throughput {rate}, {speedup:.1f} times Keras behind gRPC
 

@@ -103,7 +103,7 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             accuracy: Accuracy of the original, 0 to 1.
         """
         if not self.rows:
-            yield f"there is no evidence for {self.name}"
+            yield f"there are no comparisons for {self.name}"
         if self.budget.max_difference is None and self.budget.accuracy_drop is None:
             yield f"{self.name} has no budget"
         for row in self.rows:
@@ -143,10 +143,10 @@ class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return next((variant for variant in self.variants if variant.name == name), None)
 
     def violations(self) -> Iterator[str]:
-        """Yield a clause for every figure outside its budget, and for missing evidence."""
+        """Yield a clause for every figure outside its budget, and for missing comparisons."""
         for name in REQUIRED:
             if not self.find(name):
-                yield f"there is no evidence for {name}"
+                yield f"there are no comparisons for {name}"
         if self.images < 1:
             yield "it was made without images"
         for variant in self.variants:

@@ -21,7 +21,7 @@ WORST = 10  # images that the certificate lists for each variant and batch size
 
 
 class ParityError(CheckFailed):
-    """A converted model does not compute the same as the original."""
+    """A converted model gives other answers than the original."""
 
 
 class ShapeError(ParityError):
@@ -37,7 +37,7 @@ class RunError(ParityError):
 
 
 class EvidenceError(ParityError):
-    """The evidence is not that of the model: the original has another accuracy than its training measured."""
+    """The held-out images are not those of the training: the original's accuracy on them differs from metrics.json."""
 
 
 class BudgetError(ParityError):
@@ -80,7 +80,7 @@ def check(certificate: Certificate) -> None:
     """Raise `BudgetError`, which names every figure of the certificate that is outside its budget."""
     violations = list(certificate.violations())
     if violations:
-        raise BudgetError("the converted model does not compute the same as the original: " + "; ".join(violations))
+        raise BudgetError("the converted model gives other answers than the original: " + "; ".join(violations))
 
 
 def compare(

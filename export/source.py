@@ -68,15 +68,15 @@ def load(
 
     Args:
         path: A run folder of `resnet train`, or a .keras file.
-        data: A data set, as for `resnet train`: its test images are the evidence, its classes the labels. None reads
-            the files beside the model.
+        data: A data set, as for `resnet train`: its test images are the held-out ones, its classes the labels. None
+            reads the files beside the model.
         labels: A text file with one class name per line, in the order of the outputs; None uses those of the data set.
         preprocess: The preprocessing that the model expects, one of `export.preprocessing.PREPROCESSING`; it becomes
             part of the model. None for a model of uint8 input.
         logits: Append a softmax, for a model that ends in logits.
 
     Raises:
-        BadInput: There is no such model, it is no image classifier, or the evidence does not fit.
+        BadInput: There is no such model, it is no image classifier, or the held-out images do not fit it.
     """
     file = path / "model.keras" if path.is_dir() else path
     model = _complete(file, _load_model(path, file), preprocess, logits)
@@ -149,7 +149,7 @@ def _complete(file: Path, model: keras.Model, preprocess: str | None, logits: bo
         )
     if preprocess is None and pixels.dtype != "uint8":
         raise BadInput(
-            f"{file} takes {pixels.dtype} {_axes(pixels.shape)} in place of uint8 pixels; "
+            f"{file} takes {pixels.dtype} {_axes(pixels.shape)} instead of uint8 pixels; "
             f"name its preprocessing with --preprocess ({', '.join(PREPROCESSING)})"
         )
     if preprocess is not None and pixels.dtype == "uint8":
@@ -190,7 +190,9 @@ def _load_evidence(folder: Path) -> Evidence:
             f"{folder} holds no labels.txt and heldout.npz for the comparison; name a data set with --data"
         ) from None
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise BadInput(f"the evidence in {folder} is broken ({error}); name a data set with --data") from None
+        raise BadInput(
+            f"the held-out images in {folder} cannot be read ({error}); name a data set with --data"
+        ) from None
     return Evidence(labels, images, targets, calibration)
 
 
@@ -201,7 +203,7 @@ def _load_metrics(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} is broken ({error}); remove it, or train again") from None
+        raise BadInput(f"{path} is invalid ({error}); remove it, or train again") from None
     return metrics
 
 

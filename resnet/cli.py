@@ -1,6 +1,6 @@
-"""The `resnet` command: one verb per stage of the pipeline, each imported only when it is asked for.
+"""The `resnet` command: one subcommand per stage of the pipeline, each imported only when it is used.
 
-A stage that meets bad input raises `BadInput`, a stage whose check does not hold raises `CheckFailed`; both reach the
+A stage that meets bad input raises `BadInput`, a stage whose check fails raises `CheckFailed`; both reach the
 user as one sentence, with the exit codes 2 and 1. Anything else is a bug and keeps its traceback.
 """
 
@@ -17,7 +17,7 @@ from resnet import BadInput, CheckFailed
 
 
 class Command(NamedTuple):
-    """A verb: the module that defines its `configure(parser)` and `run(args)`, its extra, and a line of help."""
+    """A subcommand: the module that defines its `configure(parser)` and `run(args)`, its extra, and a line of help."""
 
     module: str
     extra: str
@@ -27,18 +27,20 @@ class Command(NamedTuple):
 PACKAGES = ("resnet", "training", "export", "serving", "protos", "benchmarks")
 
 COMMANDS = {
-    "train": Command("training.commands.train", "training", "train a ResNet on images, into a run folder"),
-    "family": Command("training.commands.family", "training", "list the networks, beside their published sizes"),
+    "train": Command("training.commands.train", "training", "train a ResNet image classifier"),
+    "family": Command("training.commands.family", "training", "list the networks and their numbers of parameters"),
     "degradation": Command(
-        "training.commands.degradation", "training", "show why shortcuts matter: deeper plain networks are worse"
+        "training.commands.degradation", "training", "show that without shortcuts deeper networks get worse"
     ),
-    "export": Command("export.commands.export", "export", "convert a trained model, prove the result, and publish it"),
-    "verify": Command("export.commands.verify", "export", "check an exported model: unchanged, and still correct"),
+    "export": Command(
+        "export.commands.export", "export", "convert a model to ONNX and SavedModel, check it, and publish it"
+    ),
+    "verify": Command("export.commands.verify", "export", "check that an exported model is unchanged and correct"),
     "models": Command("export.commands.models", "export", "list, show, label, verify and prune model versions"),
     "serve": Command("serving.commands.serve", "serving", "serve models over gRPC"),
-    "tune": Command("serving.commands.tune", "serving", "measure how this CPU computes a model fastest"),
+    "tune": Command("serving.commands.tune", "serving", "find the fastest threads and runtime for a model on this CPU"),
     "classify": Command("serving.commands.classify", "serving", "classify image files through a running server"),
-    "load": Command("benchmarks.load.command", "load", "measure the latency and throughput of any server under load"),
+    "load": Command("benchmarks.load.command", "load", "measure the latency and throughput of a server under load"),
     "bench": Command("benchmarks.bench.command", "all", "compare a served model with its Keras original"),
     "demo": Command("benchmarks.demo", "all", "train, export, serve and measure on handwritten digits"),
 }
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"resnet: there is no command {name!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its start-up notes are not for our users
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides TensorFlow's start-up messages
     command = COMMANDS[name]
     try:
         module = importlib.import_module(command.module)
@@ -83,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    except OSError as error:  # a full disk, a folder without rights: nothing that a traceback would explain
+    except OSError as error:  # a full disk, a folder without permissions: a traceback would not help
         print(f"resnet {name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

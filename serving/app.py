@@ -1,4 +1,4 @@
-"""A running server from its options: the parts are put together here, and nowhere else."""
+"""Build a running server from its options; only this module assembles the parts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def serve(config: Config) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain.
 
     Raises:
-        BadInput: An option cannot be used; no model can be loaded; the port cannot be had.
+        BadInput: An option cannot be used; no model can be loaded; the port cannot be bound.
     """
     memory.prepare()
     # A request that the queue can never hold is too large: trying again would not help.
@@ -57,7 +57,7 @@ def serve(config: Config) -> None:
 
 
 class Access(NamedTuple):
-    """Certificates and tokens, as `serving.server.Server` takes them."""
+    """TLS certificates and tokens, as `serving.server.Server` takes them."""
 
     tls: ServerTls | None
     token: str | None
@@ -99,7 +99,7 @@ def make_loader(config: Config, tracing: Tracing | None = None) -> Callable[[Pat
             tracing.follow(model)
         which = f"{model.name}/{model.version} in {config.precision} on {model.engine.provider}"
         which += f" ({model.plan})" if model.plan else ""
-        print(f"loaded {which}, its files and certificate hold", flush=True)
+        print(f"loaded {which}, files and certificate verified", flush=True)
         return model
 
     return load

@@ -114,7 +114,7 @@ class Batching:
     )
     linger_ms: float = option(0.0, "milliseconds an idle engine waits for more images to fill a batch", low=0, high=1e6)
     target_p99_ms: float = option(
-        0.0, "p99 latency target in milliseconds, met by refusing requests; 0 for none", low=0
+        0.0, "p99 latency target in milliseconds, met by refusing requests; 0 disables it", low=0
     )
 
 
@@ -132,10 +132,10 @@ class Origin(NamedTuple):
 class ServeOptions:
     """Options of `resnet serve` other than `Batching` and `Limits`."""
 
-    repository: Path = option(MISSING, "model repository that `resnet export` wrote", group="models")
+    repository: Path = option(MISSING, "model repository, written by `resnet export`", group="models")
     versions: str = option(
         "latest",
-        "versions to serve besides labelled ones: latest, latest:N, all or numbers as 1,3; for single models "
+        "versions to serve besides labelled ones: latest, latest:N, all or numbers like 1,3; for one model "
         "NAME=VERSIONS, separated by spaces",
         metavar="VERSIONS",
     )
@@ -150,30 +150,31 @@ class ServeOptions:
     port: int = option(8001, "port to listen on; 0 picks a free one", low=0, high=65535)
     transport: Transport = option(
         "auto",
-        "gRPC server; native takes several times as many calls, but has no TLS and fewer limits; auto picks native on "
-        "a local address without TLS",
+        "gRPC library; native handles several times as many calls, but has no TLS and fewer limits; auto picks native "
+        "on a local address without TLS",
     )
     metrics_port: int | None = option(
         None, "port for Prometheus metrics over HTTP; 0 picks a free one", low=0, high=65535
     )
     grace: float = option(30.0, "seconds to finish active requests after SIGTERM", low=0, high=threading.TIMEOUT_MAX)
-    tls_cert: Path | None = option(None, "server certificate in PEM; turns on TLS", group="security")
+    tls_cert: Path | None = option(None, "server certificate in PEM; enables TLS", group="security")
     tls_key: Path | None = option(None, "private key of the certificate, in PEM")
     tls_client_ca: Path | None = option(None, "CA certificate in PEM; require client certificates signed by it")
     token_file: Path | None = option(None, "file with tokens, one per line; every call except health checks needs one")
     admin_token_file: Path | None = option(
         None,
-        "file with tokens for loading and unloading models; without it, only local servers without tokens allow that",
+        "file with tokens for loading and unloading models; without it, only local servers without --token-file allow "
+        "that",
     )
     device: Device = option(
         "auto",
-        "auto is cuda if that works, else cpu; CUDA_VISIBLE_DEVICES selects the GPUs",
+        "auto picks cuda if that works, else cpu; CUDA_VISIBLE_DEVICES selects the GPUs",
         group="compute",
     )
     runtime: str = option(
-        "auto", "CPU runtime; auto takes OpenVINO if installed, verified and faster", choices=("auto", *RUNTIMES)
+        "auto", "CPU runtime; auto picks OpenVINO if installed, accurate and faster", choices=("auto", *RUNTIMES)
     )
-    tune: bool = option(True, "measure once how this CPU computes a model fastest; --no-tune uses one thread per core")
+    tune: bool = option(True, "measure once which threads and runtime are fastest; --no-tune uses one thread per core")
     log_format: Literal["human", "json"] = option(
         "human", "lines of text, or one JSON object per line", group="logging"
     )
@@ -223,7 +224,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [options] [REPOSITORY]"  # the groups below it list the forty flags
     parser.add_argument("--config", metavar="FILE", help=f"TOML file with options (or set {FILE_VARIABLE})")
     parser.add_argument(
-        "--print-config", action="store_true", help="print all options as a TOML file, each with its origin, and exit"
+        "--print-config", action="store_true", help="print all options as a TOML file, with the source of each value"
     )
     add_options(parser, Config, layered=True)
 

@@ -67,7 +67,7 @@ class Server:
             transport: Receives calls; `auto` chooses as `serving.transports.choice` says.
 
         Raises:
-            BadInput: The port cannot be had, or a file of `tls` cannot be read or used.
+            BadInput: The port cannot be bound, or a file of `tls` cannot be read or used.
         """
         kind, reason = choose(transport, host, tls is not None)
         self._models, self._streams, self._health = models, Streams(), Health()

@@ -1,4 +1,4 @@
-"""The experiment of `resnet degradation`: plain and residual networks in two depths, trained alike."""
+"""The experiment of `resnet degradation`: plain and residual networks at two depths, trained in the same way."""
 
 from __future__ import annotations
 

@@ -18,30 +18,32 @@ class Recipe:
 
     name: str
     epochs: int = option(20, "passes over the training images", low=1)
-    batch_size: int = option(128, "images per step", low=1)
+    batch_size: int = option(128, "images per training step", low=1)
     optimizer: Literal["adam", "sgd", "nesterov"] = option(
-        "nesterov", "Adam, or gradient descent with momentum 0.9: plain (sgd) or Nesterov's"
+        "nesterov", "Adam, SGD with momentum 0.9, or SGD with Nesterov momentum 0.9"
     )
     learning_rate: float = option(0.1, "peak learning rate", low=0)
     schedule: Literal["constant", "steps", "cosine"] = option(
         "constant", "learning rate: constant, divided by 10 at 1/2 and 3/4 of the steps, or cosine decay to 0"
     )
-    warmup: float = option(0.0, "share of the steps for linear warmup; cosine schedule only", low=0, high=0.9)
-    weight_decay: float = option(0.0, "L2 penalty on the kernels, added to the gradient", low=0, high=1)
-    label_smoothing: float = option(0.0, "share of the target spread over all classes", low=0, high=0.9)
-    flip: bool = option(False, "mirror half of the images")
-    crop: float = option(0.0, "shift images at random by up to this share of their side", low=0, high=0.5)
-    cutout: float = option(0.0, "grey out a square with this share of the side", low=0, high=1)
+    warmup: float = option(0.0, "fraction of the steps used for linear warmup; cosine schedule only", low=0, high=0.9)
+    weight_decay: float = option(0.0, "factor of the L2 penalty on the kernels, added to the gradient", low=0, high=1)
+    label_smoothing: float = option(0.0, "fraction of the target probability spread over all classes", low=0, high=0.9)
+    flip: bool = option(False, "mirror each image horizontally with probability 1/2")
+    crop: float = option(0.0, "shift images at random by up to this fraction of their side", low=0, high=0.5)
+    cutout: float = option(0.0, "grey out a square whose side is this fraction of the image's", low=0, high=1)
     weight_average: float = option(
-        0.0, "decay per step of the moving average of the weights; 0 turns it off", low=0, high=0.9999
+        0.0, "decay per step of the moving average of the weights; 0 disables it", low=0, high=0.9999
     )
-    zero_scale: bool = option(False, "start every residual block as its shortcut")
-    precision: Literal["float32", "mixed_bfloat16"] = option("float32", "dtype policy; weights are float32 in both")
-    fuse: bool = option(True, "fuse operations with XLA on a CPU: half a minute slower start, faster steps")
-    class_weights: bool = option(False, "weight images so that all classes count the same")
-    validation: float = option(0.1, "share of the training images used for validation", low=0, high=0.9)
+    zero_scale: bool = option(False, "initialize the last batch-norm scale of every residual block to 0")
+    precision: Literal["float32", "mixed_bfloat16"] = option(
+        "float32", "Keras dtype policy; both keep the weights in float32"
+    )
+    fuse: bool = option(True, "compile with XLA on a CPU: faster steps, half a minute slower start")
+    class_weights: bool = option(False, "weight the loss so that all classes count equally")
+    validation: float = option(0.1, "fraction of the training images used for validation", low=0, high=0.9)
     patience: int = option(
-        0, "epochs without better validation accuracy before stopping, keeping the best; 0 turns it off", low=0
+        0, "stop after N epochs without better validation accuracy, and keep the best weights; 0 disables it", low=0
     )
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
 """Compare an exported model with its Keras original: latency and throughput, in process and behind gRPC.
 
-All variants classify the same held-out images first; one whose answers differ ends the run. The last line of the output
+First, all variants classify the same held-out images; the run stops if one of them differs. The last line of the output
 is one JSON object.
 
 Examples:
@@ -21,9 +21,9 @@ from resnet.options import add_options, check, option, read
 class BenchOptions:
     """The options of `resnet bench`."""
 
-    model: Path = option(MISSING, "model to measure, its latest version", metavar="REPOSITORY/NAME")
+    model: Path = option(MISSING, "model to measure, in its latest version", metavar="REPOSITORY/NAME")
     seconds: float = option(2.0, "duration of a measurement", low=1e-3, high=86_400.0, metavar="S")
-    rounds: int = option(3, "measurements behind each figure", low=1)
+    rounds: int = option(3, "measurements per figure, which is their median", low=1)
     out: Path = option(Path("bench"), "folder for bench.json and bench.svg", metavar="FOLDER")
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Serve the Keras original of a model version behind our own server, as the baseline for ONNX.
+"""Serve the Keras original of a model version behind `resnet serve`'s own server, as the baseline for ONNX.
 
 The model is served under two names: its own, with dynamic batching, and `unbatched`, where each request is a separate
 call of the model, as in a service without batching.
@@ -45,9 +45,8 @@ def main() -> None:
     parser.add_argument("version", type=Path, help="folder of the model version")
     args = parser.parse_args()
     signals = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(
-        signal.SIG_BLOCK, signals
-    )  # before any thread starts, so that no thread takes them from sigwait
+    # Before any thread starts, so that no thread takes the signals from sigwait.
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     engine = KerasEngine(args.version / "model.keras")
     manifest = loader.read_checked(args.version)
     served = [

@@ -1,8 +1,9 @@
 """Put a server under load, and report its latency and throughput.
 
-The server is ours, or any that speaks KServe v2 (Triton) or TensorFlow Serving. It is asked which input its model
-takes. Requests are serialized before the load starts and sent from separate processes; latencies count from the time a
-request was due. The last line of the output is one JSON object; --out writes it to load.json, with a page, report.html.
+The server is `resnet serve`, or any that speaks KServe v2 (Triton) or TensorFlow Serving. The shape and type of the
+input come from its model metadata. Requests are serialized before the load starts and sent from separate processes.
+With --rate, latency counts from the time at which a request was due. The last line of the output is one JSON object;
+--out writes it to load.json, and a page to report.html.
 
 Examples:
   resnet load 127.0.0.1:8001
@@ -37,30 +38,34 @@ HOUR_MS = 3.6e6
 class LoadOptions:
     """The options of `resnet load`."""
 
-    server: str = option(MISSING, "address of the server, without encryption", metavar="HOST:PORT")
+    server: str = option(MISSING, "address of the server, which must not require TLS", metavar="HOST:PORT")
     protocol: Literal["native", "kserve", "tfs"] = option("native", "protocol of the requests")
-    model: str = option("", "model to call (default: the only one)", metavar="NAME")
+    model: str = option("", "model to call (default: the server's only model)", metavar="NAME")
     images: tuple[int, ...] = option((1,), "images per request", low=1)
-    shape: tuple[int, ...] = option((), "shape of an image, if the server leaves it open", low=1, metavar="H,W,3")
+    shape: tuple[int, ...] = option(
+        (), "shape of an image, if the model's metadata leaves it open", low=1, metavar="H,W,3"
+    )
     datatype: str | None = option(
-        None, "pixel type, if the server takes others than it reports", choices=("UINT8", "FP32")
+        None, "pixel type, if the server accepts others than it reports", choices=("UINT8", "FP32")
     )
     in_flight: tuple[int, ...] = option((), "requests in flight (default: 1,8,32, unless --rate)", low=1)
     rate: tuple[str, ...] = option(
         (),
-        "requests per second, up to the first rate that saturates the server; auto takes 0.5, 0.8, 0.95, 2 and 5 "
+        "requests per second, up to the first rate that saturates the server; auto uses 0.5, 0.8, 0.95, 2 and 5 "
         "times the throughput at --in-flight",
         metavar="X,...|auto",
     )
-    arrivals: Literal["poisson", "constant"] = option("poisson", "arrival process of a rate")
+    arrivals: Literal["poisson", "constant"] = option("poisson", "arrival process of the requests at a --rate")
     deadline_ms: float | None = option(None, "deadline of each request", low=LEAST, high=HOUR_MS, metavar="MS")
-    p99_limit_ms: float = option(1000.0, "p99 latency of a saturated server", low=LEAST, high=HOUR_MS, metavar="MS")
+    p99_limit_ms: float = option(
+        1000.0, "p99 latency above which a server counts as saturated", low=LEAST, high=HOUR_MS, metavar="MS"
+    )
     clients: int = option(1, "processes that send requests", low=1)
     connections: int = option(4, "connections per process", low=1)
     seconds: float = option(5.0, "duration of a measurement", low=LEAST, high=DAY, metavar="S")
     warm_up: float = option(1.0, "seconds of load before each measurement", low=LEAST, high=DAY, metavar="S")
-    rounds: int = option(3, "measurements of each load", low=1)
-    server_pid: int | None = option(None, "process of a local server, to measure its CPU and memory", low=1)
+    rounds: int = option(3, "measurements at each load", low=1)
+    server_pid: int | None = option(None, "process ID of a local server, to measure its CPU and memory", low=1)
     out: Path | None = option(None, "folder for load.json and report.html", metavar="FOLDER")
     data: tuple[Path, ...] = ()  # several arguments of one flag, which `configure` adds
 
@@ -81,7 +86,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `resnet load`."""
     add_options(parser, LoadOptions)
     parser.add_argument(
-        "--data", type=Path, nargs="+", default=[], metavar="FILE", help="image files to send (default: noise)"
+        "--data", type=Path, nargs="+", default=[], metavar="FILE", help="image files to send (default: random pixels)"
     )
 
 

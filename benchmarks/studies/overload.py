@@ -1,9 +1,9 @@
 """Offer a server many times its capacity, and measure answers in time, refusals, health checks and memory.
 
 A closed loop measures the capacity first. Then h2load sends 2, 5 and 10 times as many requests per second, with
-deadlines and without, while a client of its own checks the server's health and sends an image now and then. Shares are
-relative to the capacity; the last line of the output is one JSON object. Options of `resnet serve` are passed on to the
-server.
+deadlines and without, while a separate client checks the server's health and sends a request ten times a second.
+Shares are relative to the capacity; the last line of the output is one JSON object. Options of `resnet serve` are
+passed on to the server.
 
 Examples:
   python -m benchmarks.studies.overload demo/models --model digits --precision fp32
@@ -49,7 +49,7 @@ class Probe:
     Attributes:
         address: Address of the server.
         message: A serialized request.
-        deadline: Deadline of a request in seconds; None is none.
+        deadline: Deadline of a request in seconds; None for no deadline.
         health_ms: Latencies of the health checks in milliseconds.
         refused_ms: Latencies of refused requests in milliseconds.
     """
@@ -93,8 +93,8 @@ class OverloadRow:
 
     Attributes:
         factor: Offered load as a multiple of the capacity.
-        deadline_ms: Deadline of each request; None is none.
-        sent: Requests sent per second; fewer than offered when the server's limit of requests in flight was reached.
+        deadline_ms: Deadline of each request; None for no deadline.
+        sent: Requests sent per second; fewer than offered if the server limits the requests in flight.
         answered: Requests answered in time, as a share of the capacity.
         refused_ms: 99th percentile of the latency of refusals; None if nothing was refused.
         health_ms: Longest latency of a health check.
@@ -202,7 +202,7 @@ def _list_cells(row: OverloadRow) -> list[str]:
 
 
 def _make_request(folder: Path, images: int) -> bytes:
-    """Return a serialized request of noise."""
+    """Return a serialized request of random pixels."""
     version = manifest.read(folder / str(repository.versions(folder)[-1]))
     pixels: NDArray[np.uint8] = np.random.default_rng(0).integers(0, 256, (images, *version.input.shape[1:]), np.uint8)
     return pack_kserve(Input(version.model, version.input.name, pixels.shape, "UINT8"), pixels)

@@ -1,4 +1,4 @@
-"""Convert a trained model to SavedModel and ONNX, prove that they compute the same as Keras, and publish a version.
+"""Convert a trained model to SavedModel and ONNX, check that they agree with Keras, and publish a version.
 
 Examples:
   resnet export runs/digits --to models/digits
@@ -23,15 +23,15 @@ class ExportOptions:
     """The options of `resnet export`."""
 
     source: Path = option(MISSING, "run folder, or Keras model file", metavar="RUN|FILE.keras")
-    to: Path = option(MISSING, "where to publish the version", metavar="REPOSITORY/NAME", required=True)
+    to: Path = option(MISSING, "model to publish the version of", metavar="REPOSITORY/NAME", required=True)
     precision: tuple[str, ...] = option(
         ("fp32",), "precisions to export; fp32 is always included", choices=("fp32", "fp16", "int8"), metavar="P,..."
     )
-    fp16_drop: float = option(0.1, "permitted loss of accuracy of fp16, in points", low=0, high=100)
-    int8_drop: float = option(0.5, "permitted loss of accuracy of int8, in points", low=0, high=100)
+    fp16_drop: float = option(0.1, "maximum accuracy loss of fp16, in percentage points", low=0, high=100)
+    int8_drop: float = option(0.5, "maximum accuracy loss of int8, in percentage points", low=0, high=100)
     preprocess: str | None = option(
         None,
-        "preprocessing to add to a model of float input: "
+        "preprocessing to add to a model with float input: "
         + ", ".join(f"{kind} ({meaning})" for kind, meaning in PREPROCESSING.items()),
         choices=tuple(PREPROCESSING),
         metavar="KIND",
@@ -39,11 +39,11 @@ class ExportOptions:
     logits: bool = option(False, "append a softmax to a model that ends in logits")
     labels: Path | None = option(None, "file with one class name per line, in the order of the outputs")
     opset: int = option(
-        OPSET, f"operator set of the ONNX files, {OLDEST_OPSET} to {NEWEST_OPSET}", low=OLDEST_OPSET, high=NEWEST_OPSET
+        OPSET, f"opset version of the ONNX files, {OLDEST_OPSET} to {NEWEST_OPSET}", low=OLDEST_OPSET, high=NEWEST_OPSET
     )
     sign: Path | None = option(None, "sign the manifest with this Ed25519 private key", metavar="KEY.pem")
     data: str | None = option(
-        None, "data set to compare the models on (default: the images beside the model)", metavar="DATA"
+        None, "data set to compare the models on (default: heldout.npz beside the model)", metavar="DATA"
     )
 
     def __post_init__(self) -> None:

@@ -20,11 +20,11 @@ from resnet import BadInput, CheckFailed
 
 VERBS = {
     "list": "print one line per version",
-    "show": "print the manifest and certificate of a version",
-    "label": "set a label, by which clients may request a version, or remove it",
+    "show": "print the manifest and parity certificate of a version",
+    "label": "set or remove a label, which clients can request like a version",
     "schema": "print the JSON Schema of manifest.json",
     "verify": "verify every version, as `resnet verify` does",
-    "prune": "remove old versions without a label, and the remains of killed exports",
+    "prune": "remove old versions without a label, and leftovers of killed exports",
 }
 
 
@@ -37,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
             action.add_argument(
                 "folder", type=Path, metavar="REPOSITORY[/NAME]", help="model, or a repository with a single model"
             )
-            action.add_argument("label", metavar="LABEL", help="label, as stable or canary")
+            action.add_argument("label", metavar="LABEL", help="label, such as stable or canary")
             action.add_argument(
                 "number", type=int, nargs="?", metavar="VERSION", help="version to label (default: remove the label)"
             )
@@ -71,7 +71,7 @@ def _find_model(folder: Path) -> Path:
     """Return the folder if it is a model, or the only model of a repository."""
     models = _list_models(folder)
     if len(models) > 1:
-        raise BadInput(f"{folder} holds {len(models)} models; name one of them, as {models[0]}")
+        raise BadInput(f"{folder} holds {len(models)} models; name one of them, such as {models[0]}")
     return models[0]
 
 

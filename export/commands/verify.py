@@ -1,4 +1,4 @@
-"""Verify an exported model: its files are unchanged, and they still compute the same as the Keras original.
+"""Verify that the files of an exported model are unchanged, and still agree with the Keras original.
 
 Examples:
   resnet verify models/digits
@@ -20,7 +20,7 @@ class VerifyOptions:
 
     model: Path = option(MISSING, "model to verify", metavar="REPOSITORY/NAME")
     version: int | None = option(None, "version to verify (default: the latest)", low=1)
-    trust: Path | None = option(None, "also require a signature by this Ed25519 public key", metavar="FILE")
+    trust: Path | None = option(None, "also require a signature that matches this Ed25519 public key", metavar="FILE")
 
     def __post_init__(self) -> None:
         check(self)

@@ -31,19 +31,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help=f"server address; repeat it for several servers, as IP:PORT (default: {DEFAULT_SERVER})",
     )
-    parser.add_argument("--model", default="", metavar="NAME", help="name of the model (default: the only one)")
+    parser.add_argument("--model", default="", metavar="NAME", help="model to call (default: the server's only model)")
     parser.add_argument("--version", type=_to_version, default=0, help="version number or label (default: the latest)")
     parser.add_argument("--top-k", type=int, default=3, metavar="K", help="classes to print per image (default: 3)")
     parser.add_argument(
-        "--timeout", type=float, default=30, metavar="S", help="seconds to wait for an answer (default: 30)"
+        "--timeout", type=float, default=30, metavar="S", help="seconds to wait for a response (default: 30)"
     )
-    parser.add_argument("--tls-ca", type=Path, metavar="FILE", help="CA certificate in PEM; turns on TLS")
+    parser.add_argument("--tls-ca", type=Path, metavar="FILE", help="CA certificate in PEM; enables TLS")
     parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="client certificate in PEM")
     parser.add_argument("--tls-key", type=Path, metavar="FILE", help="private key of the client certificate, in PEM")
     parser.add_argument(
         "--tls-name", metavar="NAME", help="host name in the servers' certificates; required for several servers"
     )
-    parser.add_argument("--token-file", type=Path, metavar="FILE", help="file with the server's token")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="file with the token to send")
     parser.add_argument("--json", action="store_true", help="print a JSON array with one object per image")
 
 

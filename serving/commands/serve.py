@@ -1,7 +1,7 @@
 """Serve the models of a repository over gRPC: the latest version of each, or those that --versions names.
 
 A new version takes over once it is loaded and checked; SIGHUP scans for one at once. Each option can also be set by an
-environment variable (RESNET_PORT for --port) or a key of a TOML file, as --print-config prints it.
+environment variable (RESNET_PORT for --port) or a key of a TOML file; --print-config writes such a file.
 
 Examples:
   resnet serve models

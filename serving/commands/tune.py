@@ -1,6 +1,6 @@
-"""Measure how this machine's CPU computes a model fastest, as `resnet serve` does by itself, and show the result.
+"""Measure which threads and runtime are fastest for a model on this CPU, as `resnet serve` does when it loads one.
 
-The result is kept for this user's servers. Measure again if the machine was busy.
+The result is cached for this user's servers. Use --again if the machine was busy.
 
 Examples:
   resnet tune models/digits
@@ -27,11 +27,11 @@ class TuneOptions:
     """The options of `resnet tune`."""
 
     model: Path = option(MISSING, "model to measure", metavar="REPOSITORY/NAME")
-    version: int | None = option(None, "version (default: the latest)", low=1)
+    version: int | None = option(None, "version to measure (default: the latest)", low=1)
     precision: Precision = option("fp32", "exported variant to measure")
     runtime: str = option("auto", "runtime to measure; auto measures all", choices=("auto", *RUNTIMES))
     max_batch: int = option(Batching.max_batch, "images in the largest batch", low=1)
-    again: bool = option(False, "measure even if there is a result")
+    again: bool = option(False, "measure again, even if a result is cached")
 
     def __post_init__(self) -> None:
         check(self)
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def describe(tuning: Tuning) -> str:
-    """Return a table of what batches take by each plan, with a star at the chosen one."""
+    """Return a table of the batch times of each plan, with a star at the chosen one."""
     width = max(24, *(len(str(plan)) + 3 for plan in tuning.candidates))
     lines = [f"  {'images':>6}" + "".join(f"{plan!s:>{width}}" for plan in tuning.candidates)]
     for images, row in tuning.ns.items():

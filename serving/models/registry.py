@@ -38,7 +38,7 @@ class ModelRegistry:
         # Replaced as a whole, never changed, so that reading needs no lock.
         self._served: Mapping[str, ServedVersions] = {}
         self.only: Model | None = None
-        """The served version if there is only one: every request is for it."""
+        """The only served version, which every request is for; None if there are several."""
         # Weak references: a batcher, and the memory of its engine, is released with its last request.
         self._retired: weakref.WeakSet[Batcher] = weakref.WeakSet()
         self._listeners: list[Callable[[str, bool], None]] = []
@@ -72,7 +72,7 @@ class ModelRegistry:
         model = served.versions.get(number)
         if model is None:
             numbers = ", ".join(map(str, sorted(served.versions)))
-            raise NotFound(f"version {number} of model {name!r} is not served; served are: {numbers}")
+            raise NotFound(f"version {number} of model {name!r} is not served; served versions: {numbers}")
         return model
 
     def __iter__(self) -> Iterator[Model]:
@@ -119,7 +119,7 @@ class ModelRegistry:
     def retain(
         self, name: str, versions: Collection[int], labels: Mapping[str, int], keep_refusals: Collection[int] = ()
     ) -> None:
-        """Serve only some of a model's versions, under these labels; running requests finish with theirs.
+        """Serve only some of a model's versions, under these labels; running requests keep their version.
 
         Args:
             name: Name of the model.
@@ -145,7 +145,7 @@ class ModelRegistry:
             model.batcher.close()
 
     def drain(self, seconds: float) -> None:
-        """Wait until all requests are answered, at most so many seconds."""
+        """Wait until all requests are answered, for at most `seconds`."""
         end = time.monotonic() + seconds
         with self._lock:
             batchers = [*self._retired, *(model.batcher for model in self)]

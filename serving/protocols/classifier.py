@@ -69,16 +69,16 @@ class ClassifyStream:
     ordered = False
 
     def __init__(self, handler: InferenceHandler[pb.ClassifyRequest]) -> None:
-        """Have requests answered by `handler`."""
+        """Pass requests to `handler`."""
         self._handler = handler
         self._items: dict[int, StreamItem] = {}  # those without an answer, by id
 
     def begin(self, item: StreamItem) -> None:
-        """Have a request answered, like a call."""
+        """Pass a request to the handler, like a call."""
         message = parse_message(pb.ClassifyStreamRequest.FromString, item.payload)
         item.id = message.id
         if self._items.setdefault(item.id, item) is not item:
-            raise InvalidRequest(f"id {item.id} is that of a request without an answer; choose another")
+            raise InvalidRequest(f"id {item.id} belongs to a request that is not answered yet; choose another")
         self._handler.begin(item, message.request)
 
     def respond(self, item: StreamItem, response: bytes) -> bytes:
@@ -105,7 +105,7 @@ def find_methods(context: ServerContext) -> Methods:
 def _find_top_k(request: pb.ClassifyRequest, model: Model) -> int:
     classes = len(model.manifest.labels)
     if not 0 <= request.top_k <= classes:
-        raise InvalidRequest(f"top_k is {request.top_k}, model {model.name!r} has 1 to {classes} classes to return")
+        raise InvalidRequest(f"top_k is {request.top_k}; for model {model.name!r} it must be 1 to {classes}")
     return request.top_k or min(DEFAULT_TOP_K, classes)
 
 

@@ -57,7 +57,7 @@ class StreamProtocol(Protocol):
     """Whether responses come in the order of the requests."""
 
     def begin(self, item: StreamItem) -> None:
-        """Have a request answered, like a call; raises what is wrong with it."""
+        """Pass a request to the handler, like a call; raise an error if it is invalid."""
         ...
 
     def respond(self, item: StreamItem, response: bytes) -> bytes:
@@ -133,7 +133,7 @@ class Stream:
             raise Unavailable("the server is shutting down")
 
     def complete(self, item: StreamItem, answer: bytes | ServingError) -> None:
-        """Have the answer of an item sent."""
+        """Queue an item whose answer can be sent."""
         item.answer = answer
         self._ready.put(item)
 

@@ -71,7 +71,7 @@ def tune(
         again: Measure even if the cache has a tuning.
 
     Raises:
-        BadInput: No runtime can be used: each cannot load the file, or its answers are outside of the certified budget.
+        BadInput: No runtime can be used: each cannot load the file, or its answers exceed the certificate's budget.
     """
     versions = {name: find_runtime(name).find_version() for name in RUNTIMES}
     model = manifest.files[variant.path]
@@ -79,7 +79,9 @@ def tune(
     cached = None if again else read_cached(key)
     if cached is not None:
         return TuningLookup(cached, cached=True)
-    log.info("%s/%d: measuring for a few seconds how to compute it fastest", manifest.model, manifest.version)
+    log.info(
+        "%s/%d: measuring for a few seconds which threads and runtime are fastest", manifest.model, manifest.version
+    )
     tuning = _make_tuning(folder, manifest, variant, key)
     write_cached(tuning)
     return TuningLookup(tuning, cached=False)
@@ -150,7 +152,7 @@ def choose(candidates: Sequence[ExecutionPlan], ns: Mapping[int, Sequence[int]])
 
 
 def _find_margin(plan: ExecutionPlan, other: ExecutionPlan) -> float:
-    """Return by which share another plan must be faster to be chosen."""
+    """Return the fraction by which another plan must be faster to be chosen."""
     return MARGIN if other.runtime == plan.runtime else RUNTIME_MARGIN
 
 
@@ -162,7 +164,7 @@ def find_violations(
     variant: Variant,
     sizes: Collection[int],
 ) -> list[str]:
-    """Return a clause for each figure of an engine that is outside of the variant's certified budget.
+    """Return a clause for each figure of an engine that exceeds the variant's budget in the certificate.
 
     Args:
         engine: The engine to check.
@@ -209,7 +211,7 @@ def _check_plans(
     plans: Mapping[int, ExecutionPlan],
     engines: Mapping[ExecutionPlan, Engine],
 ) -> dict[str, str]:
-    """Return the runtimes whose answers are outside of the certified budget, each with the violations."""
+    """Return the runtimes whose answers exceed the certificate's budget, each with the violations."""
     path = folder / variant.path
     sizes = {plan: [images for images, chosen in plans.items() if chosen == plan] for plan in plans.values()}
     if overflow := find_overflow_plan(plans):

@@ -135,7 +135,7 @@ class CudaEngine:
             tensorrt: Options of the TensorRT provider; None computes with the CUDA provider alone.
 
         Raises:
-            BadInput: onnxruntime cannot load the file, or not on a GPU, or the GPU has not enough memory.
+            BadInput: onnxruntime cannot load the file, or not on a GPU, or the GPU does not have enough memory.
         """
         self.buckets = list_buckets(max_batch)
         self._path, self._manifest, self._device, self._tensorrt = path, manifest, device, tensorrt

@@ -59,7 +59,7 @@ class Buffers:
             classes: Outputs for each image.
 
         Raises:
-            CudaError: The GPU has not enough memory.
+            CudaError: The GPU does not have enough memory.
         """
         _check(cudart.cudaSetDevice(device))
         # Not the default stream: a copy there waits for all other streams, and fails while a graph is recorded.

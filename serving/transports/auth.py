@@ -24,16 +24,16 @@ log = logging.getLogger(__name__)
 class Tokens:
     """The tokens that callers give as `authorization: Bearer TOKEN`.
 
-    An administrator's token opens every method, a caller's every method but those in `ADMIN`. Without administrators'
-    tokens nobody may call these, except on a server that has no tokens at all and is for this machine only.
+    An administrator's token allows every method, a caller's every method except those in `ADMIN`. Without
+    administrators' tokens nobody may call these, except on a server without tokens that listens on this machine only.
     """
 
     def __init__(self, host: str, token: str | None, admin_token: str | None) -> None:
-        """Demand tokens.
+        """Require tokens.
 
         Args:
             host: The host that the server listens on.
-            token: The callers' tokens, one a line, so that a new one can replace an old one; None demands none.
+            token: The callers' tokens, one per line, so that tokens can be rotated; None requires none.
             admin_token: The administrators', likewise.
         """
         self._callers, self._admins = _to_headers(token), _to_headers(admin_token)
@@ -59,7 +59,7 @@ class Tokens:
         for_admins = call.method in ADMIN
         if (self._callers or (for_admins and self._admins)) and not _contains(self._callers, given):
             kind = "an administrator's token" if for_admins and self._admins else "a token"
-            return Unauthenticated(f"this server wants {kind}, in the metadata `authorization: Bearer TOKEN`")
+            return Unauthenticated(f"this server requires {kind}, in the metadata `authorization: Bearer TOKEN`")
         if for_admins and self._admins:
             return PermissionDenied("this method wants an administrator's token")
         if for_admins and self._closed:
@@ -78,7 +78,7 @@ def _contains(headers: Sequence[bytes], given: bytes) -> bool:
 
 
 def read_tokens(path: Path) -> str:
-    """Return the tokens in a file, one a line.
+    """Return the tokens in a file, one per line.
 
     Raises:
         BadInput: The file cannot be read, or holds no token.
@@ -86,15 +86,15 @@ def read_tokens(path: Path) -> str:
     lines = [line.strip() for line in read_file(path).decode("ascii", "replace").splitlines()]
     tokens = [line for line in lines if line]
     if not tokens or not all(token.isascii() and token.isprintable() and " " not in token for token in tokens):
-        raise BadInput(f"{path} holds no token: each is one line of ASCII letters, digits and signs")
+        raise BadInput(f"{path} holds no token: each is one line of printable ASCII without spaces")
     return "\n".join(tokens)
 
 
 def warn_if_open(host: str, tls: ServerTls | None, token: str | None) -> None:
-    """Log what strangers can do on a server that other machines reach."""
+    """Warn of a server that other machines can reach without TLS or tokens."""
     if is_local(host):
         return
     if tls is None:
-        log.warning("requests and responses on %s can be read by anybody on the way; encrypt with --tls-cert", host)
+        log.warning("requests and responses on %s are not encrypted; set --tls-cert and --tls-key", host)
     if token is None and (tls is None or tls.client_authority is None):
-        log.warning("anybody who reaches %s can call; restrict it with --token-file or --tls-client-ca", host)
+        log.warning("anyone who can reach %s may call; restrict it with --token-file or --tls-client-ca", host)

@@ -1,7 +1,7 @@
 """gRPC by grpcio: TLS, streams, and everything that the native transport cannot serve.
 
 grpcio's server gives every call a thread of a pool, which waits for the request and then for the batch. The thread
-switches cost several times what the call does: with an engine that costs nothing, two cores answered 2,600 calls a
+switches cost several times as much as the call: with an engine that does nothing, two cores answered 2,600 calls a
 second that way, and 4,400 without. So here a unary call has no thread of its own: gRPC's polling thread receives the
 request, and the thread that computed the batch answers. grpcio allows the first by `experimental_thread_pool`, but
 has no public way to answer from another thread: `_PollingPool` uses private parts of grpcio. With a release later than
@@ -71,7 +71,7 @@ class GrpcioTransport:
         """Listen on HOST:PORT or unix:PATH, and return the port.
 
         Raises:
-            BadInput: The address cannot be had, or a file of `tls` cannot be read or used.
+            BadInput: The address cannot be bound, or a file of `tls` cannot be read or used.
         """
         try:
             return (
@@ -92,9 +92,9 @@ class GrpcioTransport:
 
 
 def cannot_listen(address: str) -> BadInput:
-    """Return the error for an address that cannot be had."""
+    """Return the error for an address that cannot be bound."""
     return BadInput(
-        f"the server cannot listen on {address}: the port is in use, or the host is not of this machine; "
+        f"the server cannot listen on {address}: the port is in use, or this machine does not have that address; "
         "choose others with --port and --host"
     )
 
@@ -104,7 +104,7 @@ def works() -> bool:
     """Return whether this grpcio can serve calls without a thread each: a tested release that answers one call."""
     version = tuple(map(int, grpc.__version__.split(".")[:2]))
     if version > TESTED or not all(hasattr(_server, name) for name in NEEDED):
-        log.warning("every call has a thread, which is slower: grpcio %s is not tested without", grpc.__version__)
+        log.warning("each call takes a thread, which is slower: polling is not tested with grpcio %s", grpc.__version__)
         return False
     path = "/resnet.Self/Test"
     dispatcher = Dispatcher(
@@ -118,7 +118,7 @@ def works() -> bool:
             method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(path)
             return method(b"works", timeout=TEST_SECONDS) == b"works"
     except (BadInput, grpc.RpcError) as error:
-        log.warning("every call has a thread, which is slower: without, this grpcio fails (%s)", error)
+        log.warning("each call takes a thread, which is slower: polling fails with this grpcio (%s)", error)
         return False
     finally:
         transport.stop(0)
@@ -177,7 +177,7 @@ def _abort(context: grpc.ServicerContext, error: ServingError) -> None:
 
 
 class _Behavior:
-    """What grpcio runs on a thread for each unary call; a polled one has a `_PollingPool` in place of threads."""
+    """The handler that grpcio runs for each unary call, on a thread or, if polled, in a `_PollingPool`."""
 
     def __init__(self, dispatcher: Dispatcher, path: str, method: Unary, polled: bool) -> None:
         self.dispatcher, self.path, self.method = dispatcher, path, method
@@ -219,7 +219,7 @@ class _ThreadCall(_ContextCall):
 
 
 class _PollingPool(ThreadPoolExecutor):
-    """Receives calls on gRPC's polling thread, in place of a pool with a thread for each call."""
+    """Receives calls on gRPC's polling thread, instead of a pool with a thread for each call."""
 
     def __init__(self) -> None:
         super().__init__(PROBE_THREADS, thread_name_prefix="call")
@@ -254,7 +254,7 @@ class _PollingPool(ThreadPoolExecutor):
             event.call.start_server_batch((cygrpc.ReceiveMessageOperation(0),), receive)
             state.due.add(_server._RECEIVE_MESSAGE_TOKEN)
         except Exception:
-            log.exception("a call could not be polled and has a thread of its own")
+            log.exception("a call could not be polled, and takes a thread")
             return super().submit(run, respond, event, state, behavior, *rest)
         return call
 

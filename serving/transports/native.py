@@ -56,7 +56,7 @@ class NativeTransport:
         """Listen on HOST:PORT or unix:PATH, and return the port.
 
         Raises:
-            BadInput: The address cannot be had.
+            BadInput: The address cannot be bound.
         """
         assert tls is None, "the native transport has no TLS"
         try:

@@ -266,7 +266,7 @@ REPOSITORIES: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "a variant left out": (
         forge(lambda content: content["certificate"]["variants"].pop()),
         CheckFailed,
-        "there is no evidence for saved_model",
+        "there are no comparisons for saved_model",
     ),
     "a model of another class count": (
         forge(lambda content: content["labels"].append("ten")),

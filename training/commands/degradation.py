@@ -1,7 +1,7 @@
 """Reproduce the observation that led to residual networks (He et al. 2015, figures 1 and 6).
 
 A deeper plain network has a higher error than a shallow one, even on its training images; a residual network does not.
-Both are trained in two depths with the same recipe, data and seed, into four run folders.
+Both are trained at two depths with the same recipe, data and seed; each of the four runs has its own run folder.
 
 Examples:
   resnet degradation --out runs/degradation
@@ -23,7 +23,7 @@ from training.recipes import RECIPES
 
 @dataclass(frozen=True, kw_only=True)
 class DegradationOptions:
-    """The options of `resnet degradation`, but for the two depths."""
+    """The options of `resnet degradation`, except the two depths."""
 
     data: str = option("digits", "data set, as for `resnet train`", metavar="DATA")
     recipe: str = option("quick", "recipe, as for `resnet train`", choices=tuple(RECIPES))
@@ -42,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `resnet degradation`."""
     add_options(parser, DegradationOptions)
     parser.add_argument(
-        "--depths", type=int, nargs=2, default=(20, 56), metavar="N", help="layers of both sizes (default: 20 56)"
+        "--depths", type=int, nargs=2, default=(20, 56), metavar="N", help="layers of the two depths (default: 20 56)"
     )
 
 

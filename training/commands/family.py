@@ -1,4 +1,4 @@
-"""List the networks for `resnet train --model`, with their sizes beside the published ones.
+"""List the networks for `resnet train --model`: their numbers of parameters, and the published ones.
 
 Examples:
   resnet family

@@ -1,4 +1,4 @@
-"""Train a ResNet classifier on images, into a run folder for `resnet export`.
+"""Train a ResNet image classifier, and write a run folder for `resnet export`.
 
 Examples:
   resnet train --data digits --epochs 5 --out runs/digits
@@ -23,10 +23,10 @@ from training.recipes import RECIPES, Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """The options of `resnet train`, beside those of the recipe."""
+    """The options of `resnet train`, except those of the recipe."""
 
-    data: str = option("digits", f"training and test images: {SOURCES}", metavar="DATA")
-    model: str = option("resnet18", "network; `resnet family` lists all", metavar="NAME")
+    data: str = option("digits", f"data set: {SOURCES}", metavar="DATA")
+    model: str = option("resnet18", "network architecture; `resnet family` lists all", metavar="NAME")
     recipe: str = option("notebook", "hyperparameters to start from", choices=tuple(RECIPES))
     seed: int = option(0, "random seed of initial weights and image order", low=0)
     image_size: int | None = option(None, "resize the images of a folder to N by N pixels", low=8)
@@ -45,7 +45,7 @@ class TrainOptions:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `resnet train`."""
     add_options(parser, TrainOptions)
-    group = parser.add_argument_group("options of the recipe", "each replaces one value of the chosen recipe")
+    group = parser.add_argument_group("recipe options", "each overrides one value of the chosen recipe")
     add_options(group, Recipe, show_defaults=False, layered=True)
 
 

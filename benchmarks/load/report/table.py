@@ -1,4 +1,4 @@
-"""The results of `resnet load` in words: the table, the line of progress, and warnings."""
+"""The results of `resnet load` as text: the table, the progress line, and warnings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from benchmarks.load.generator import ClosedLoop
 from benchmarks.load.sweep import Point
 from resnet.table import render
 
-HEADER = ("load", "images/s", "in time", "p50 ms", "p95 ms", "p99 ms", "95 % of p99", "not answered")
+HEADER = ("load", "images/s", "in time", "p50 ms", "p95 ms", "p99 ms", "95 % CI of p99", "not answered")
 LATE_MS = 10  # a load generator that falls further behind is reported
 
 
@@ -36,7 +36,7 @@ def list_warnings(points: Sequence[Point]) -> list[str]:
     late = [f"{name_point(point)} ({point.late_ms:.0f} ms)" for point in points if point.late_ms > LATE_MS]
     if not late:
         return []
-    return [f"the load generator itself was late at {', '.join(late)}; use more --clients, or more cores"]
+    return [f"the load generator fell behind at {', '.join(late)}; use more --clients, or more cores"]
 
 
 def _list_cells(point: Point) -> list[str]:

@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def _check(folder: Path, precision: str, transport: str, device: str, results: Results) -> None:
-    """Serve one manifest, if it has the precision, and compare what a client receives with the answers of Keras.
+    """Serve one version, if it has the precision, and compare what a client receives with the answers of Keras.
 
     Raises:
         CheckFailed: The answers differ.

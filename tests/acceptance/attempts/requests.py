@@ -55,7 +55,7 @@ def unauthorized_calls() -> Iterator[LimitAttempt]:
             f"no token for {service.rpartition('.')[2]}",
             call(f"/{service}/{POOL.FindServiceByName(service).methods[0].name}", b"", token=None),
             "UNAUTHENTICATED",
-            "this server wants a token",
+            "this server requires a token",
         )
     yield LimitAttempt("another token", call(CLASSIFY, b"", token=TOKEN[:-1]), "UNAUTHENTICATED", "wants a token")
     large = bytes(60 * MEGABYTE)

@@ -155,7 +155,7 @@ def test_several_versions_are_served_as_the_policy_says(watched: Watched, addres
     ):
         assert client.classify(heldout[0][:1], model="pinned").version == 3
         assert client.classify(heldout[0][:1], model="pinned", version=1).version == 1
-        with pytest.raises(Exception, match="version 2 of model 'pinned' is not served; served are: 1, 3"):
+        with pytest.raises(Exception, match="version 2 of model 'pinned' is not served; served versions: 1, 3"):
             client.classify(heldout[0][:1], model="pinned", version=2)
         assert list(other.get_model_metadata("pinned").versions) == ["1", "3"]
         asked = get_model_status_pb2.GetModelStatusRequest()

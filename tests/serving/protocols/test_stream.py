@@ -126,7 +126,7 @@ def test_an_id_that_is_under_way_is_refused(server: Gated, talk: Talk) -> None:
     talk.send(ask(7, 2))
     refused = talk.receive()
     assert (refused.id, refused.failure.code) == (7, 3)
-    assert "id 7 is that of a request without an answer" in refused.failure.message
+    assert "id 7 belongs to a request that is not answered yet" in refused.failure.message
     server.engine.gate.release(2)
     assert read_values(talk.receive()) == [1]
     talk.send(ask(7, 3))

@@ -234,7 +234,7 @@ def test_the_command_line_classifies_with_certificates_and_token(
         assert cli.main([*arguments, "--token-file", str(tmp_path / "token")]) == 0
         assert "zero.png" in capsys.readouterr().out
         assert cli.main(arguments) == 2
-        assert "the server refused: this server wants a token" in capsys.readouterr().err
+        assert "the server refused: this server requires a token" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
