@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -213,7 +214,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cost: Cost
     versions: dict[str, str]
     cpu: str
-    training: dict[str, object] | None
+    training: dict[str, Any] | None
     files: dict[str, str]
     certificate: Certificate
     digest: str = ""

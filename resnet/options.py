@@ -183,9 +183,9 @@ def convert(value: object, kind: Kind, name: str) -> Any:
     """
     if kind.several:
         items = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
-        return tuple(convert(item, Kind(kind.type), name) for item in items)
+        return tuple(convert(item, kind._replace(several=False), name) for item in items)
     if isinstance(value, str):
-        if value:
+        if value or kind.choices:  # `check` names the choices
             try:
                 return TRUTH[value] if kind.type is bool else kind.type(value)
             except (KeyError, ValueError):
@@ -201,7 +201,9 @@ def convert(value: object, kind: Kind, name: str) -> Any:
 
 def flag(field: dataclasses.Field[Any]) -> str:
     """Return an option as the command line writes it."""
-    return field.name.upper() if field.metadata["positional"] else f"--{field.name.replace('_', '-')}"
+    if field.metadata["positional"]:
+        return field.metadata["metavar"] or field.name.upper()
+    return f"--{field.name.replace('_', '-')}"
 
 
 def _check_value(field: dataclasses.Field[Any], choices: Sequence[str], value: Any, name: str) -> None:

@@ -134,7 +134,7 @@ class Loader(NamedTuple):
     def reads(self, path: Path) -> bool:
         """Return whether a file or folder is of this kind."""
         if path.is_dir():
-            return bool(self.holds) and (path / self.holds).exists()
+            return bool(self.holds) and (self.holds == "." or (path / self.holds).is_file())
         return bool(self.suffix) and path.suffix == self.suffix and path.is_file()
 
 
@@ -162,7 +162,7 @@ def load(source: str, image_size: int | None = None) -> Dataset:
     Raises:
         BadInput: The data set is unknown, unreadable, or has fewer than two classes.
     """
-    loader = next((row for row in LOADERS if row.name == source), None)
+    loader = next((row for row in LOADERS if row.name and row.name == source), None)
     loader = loader or next((row for row in LOADERS if row.reads(Path(source))), None)
     if loader is None:
         raise BadInput(f"--data {source!r} is unknown; choose one of: {SOURCES}")

@@ -17,12 +17,12 @@ class Recipe:
     """
 
     name: str
-    epochs: int = option(20, "passes over the training images", low=1)
+    epochs: int = option(20, "passes over the training images", low=1, high=1_000_000)
     batch_size: int = option(128, "images per training step", low=1)
     optimizer: Literal["adam", "sgd", "nesterov"] = option(
         "nesterov", "Adam, SGD with momentum 0.9, or SGD with Nesterov momentum 0.9"
     )
-    learning_rate: float = option(0.1, "peak learning rate", low=0)
+    learning_rate: float = option(0.1, "peak learning rate", low=0, high=1000)
     schedule: Literal["constant", "steps", "cosine"] = option(
         "constant", "learning rate: constant, divided by 10 at 1/2 and 3/4 of the steps, or cosine decay to 0"
     )

@@ -14,6 +14,7 @@ Examples:
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -149,13 +150,15 @@ def _make_crops(size: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        if sys.argv[1] not in {*APPLICATIONS, *FAMILY}:
-            print(
-                f"error: choose a network from {', '.join((*APPLICATIONS, *FAMILY))}, not {sys.argv[1]}",
-                file=sys.stderr,
-            )
-            sys.exit(2)
-        print(json.dumps(measure(sys.argv[1])))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.studies.exports",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    networks = (*APPLICATIONS, *FAMILY)
+    parser.add_argument("network", nargs="?", choices=networks, help="network to measure, as JSON (default: all)")
+    network = parser.parse_args().network
+    if network:
+        print(json.dumps(measure(network)))
     else:
         main()

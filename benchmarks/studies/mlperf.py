@@ -40,7 +40,9 @@ STREAMS = 8  # images per query of MultiStream
 
 def main() -> None:
     """Run one scenario."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.studies.mlperf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("server", metavar="HOST:PORT", help="address of the server, without encryption")
     add("--scenario", choices=SCENARIOS, default="SingleStream", help="scenario of MLPerf (default: SingleStream)")

@@ -112,7 +112,9 @@ class OverloadRow:
 
 def main() -> None:
     """Measure, and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.studies.overload", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("repository", type=Path, help="model repository")
     parser.add_argument("--model", required=True, help="name of the model")
     parser.add_argument("--images", type=int, default=1, help="images per request (default: %(default)s)")

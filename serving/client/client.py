@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import TIMEOUT_MAX, Thread
 from typing import TYPE_CHECKING, Self
 
 import grpc
@@ -128,7 +128,9 @@ class Client:
 
         Raises:
             ServingError: A request failed, which ends the iteration; `serving.errors` lists the subclasses.
+            ValueError: The timeout is not above 0.
         """
+        _find_deadline(timeout)  # which refuses what is no timeout
         state = StreamState(ClassifyOptions(top_k, model, version), self._retries)
         return self._stream(state, images, float("inf"), timeout)
 
@@ -221,6 +223,7 @@ class AsyncClient:
         timeout: float | None = 30,
     ) -> AsyncGenerator[Result, None]:
         """Classify any number of images, with the arguments, results and errors of `Client.classify_each`."""
+        _find_deadline(timeout)  # which refuses what is no timeout
         state = StreamState(ClassifyOptions(top_k, model, version), self._retries)
         return self._stream(state, images, float("inf"), timeout)
 
@@ -355,7 +358,12 @@ def _stream_ended() -> ServingError:
 
 
 def _find_deadline(timeout: float | None) -> float:
-    return float("inf") if timeout is None else time.monotonic() + timeout
+    """Return when a timeout ends, on the clock of `time.monotonic`; raises ValueError if it is no positive number."""
+    if timeout is None:
+        return float("inf")
+    if not 0 < timeout <= TIMEOUT_MAX:
+        raise ValueError(f"timeout must be a number of seconds above 0, or None, not {timeout}")
+    return time.monotonic() + timeout
 
 
 def _find_timeout(deadline: float) -> float | None:

@@ -21,6 +21,9 @@ from serving.errors import InvalidRequest, ServingError, Unavailable
 from serving.transports.auth import read_tokens
 from serving.transports.tls import read_file
 
+MAX_SECONDS = 86_400
+
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `resnet classify`."""
@@ -49,6 +52,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Classify all files, print a table or JSON, and list the files that failed."""
+    if not 0 < args.timeout <= MAX_SECONDS:
+        raise BadInput(f"--timeout must be above 0 and at most {MAX_SECONDS} seconds, not {args.timeout:g}")
     if args.tls_name and not args.tls_ca:
         raise BadInput("--tls-name needs --tls-ca")
     if (args.tls_cert is None) != (args.tls_key is None) or (args.tls_cert and not args.tls_ca):

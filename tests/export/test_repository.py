@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import signal
 import subprocess
 import sys
@@ -68,6 +70,14 @@ def test_list_and_show_tell_what_there_is(own_repository: Path, capsys: pytest.C
     assert "onnx         fp32, allowed a difference of 1e-05" in shown
     assert cli.main(["models", "show", str(own_repository), "--version", "7"]) == 2
     assert "has no version 7; it has [1, 2]" in capsys.readouterr().err
+
+
+def test_the_schema_is_that_of_a_manifest(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It names every field that a manifest has."""
+    assert cli.main(["models", "schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    content = json.loads((repository / "digits" / "1" / "manifest.json").read_text())
+    assert content.keys() == schema["$defs"]["Manifest"]["properties"].keys()
 
 
 def test_prune_keeps_the_latest_versions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,6 +118,7 @@ def test_classify_answers_what_it_can(address: str, files: list[Path], capsys: p
         (["no.png"], "no.png cannot be read: No such file"),
         (["{good}", "--model", "cats"], "the server refused: there is no model 'cats'"),
         (["{good}", "--top-k", "99"], "the server refused: top_k is 99"),
+        (["{good}", "--timeout", "nan"], "--timeout must be above 0"),
         (["{good}", "--server", "localhost:1"], "--server: 'localhost:1' is not IP:PORT; give several servers"),
     ],
 )

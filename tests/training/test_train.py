@@ -312,8 +312,8 @@ def test_a_run_folder_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
         (["--distribute", "multiworker"], "needs TF_CONFIG"),
         (["--images", "0"], "--images must be at least 1"),
         (["--recipe", "magic"], "--recipe must be one of notebook, paper, quick, modern, not 'magic'"),
-        (["--epochs", "0"], "--epochs must be at least 1"),
-        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--epochs", "0"], "--epochs must be from 1 to 1000000"),
+        (["--seed", "-1"], "--seed must be from 0 to 4294967295"),
         (["--data", "mnist"], "--data 'mnist' is unknown"),
     ],
 )

@@ -30,7 +30,7 @@ class DegradationOptions:
     epochs: int | None = option(None, "passes over the training images (default: the recipe's)", low=1)
     images: int | None = option(None, "number of training images to use (default: all)", low=1)
     image_size: int | None = option(None, "resize the images of a folder to N by N pixels", low=8)
-    seed: int = option(0, "random seed of initial weights and image order", low=0)
+    seed: int = option(0, "random seed of initial weights and image order", low=0, high=2**32 - 1)
     out: Path = option(MISSING, "folder for the four runs and degradation.png", metavar="FOLDER", required=True)
     resume: bool = option(False, "continue after the last finished epoch of an interrupted command")
 

@@ -29,7 +29,11 @@ PRECISIONS = {"model.onnx": "fp32", "model.fp16.onnx": "fp16", "model.int8.onnx"
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """Return the parser of the arguments that the run and its parts have in common."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.studies.gpu",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "folders", nargs="+", type=Path, metavar="FOLDER", help="folders of model versions, or ONNX files"
     )
