@@ -41,7 +41,9 @@ STREAMS = 8  # images per query of MultiStream
 def main() -> None:
     """Run one scenario."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.studies.mlperf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.studies.mlperf",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("server", metavar="HOST:PORT", help="address of the server, without encryption")

@@ -113,7 +113,9 @@ class OverloadRow:
 def main() -> None:
     """Measure, and print."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.studies.overload", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.studies.overload",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("repository", type=Path, help="model repository")
     parser.add_argument("--model", required=True, help="name of the model")

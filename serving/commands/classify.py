@@ -24,7 +24,6 @@ from serving.transports.tls import read_file
 MAX_SECONDS = 86_400
 
 
-
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `resnet classify`."""
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="JPEG or PNG files")

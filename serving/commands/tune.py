@@ -19,7 +19,7 @@ from serving.config import Batching, Precision
 from serving.runtimes import RUNTIMES
 
 if TYPE_CHECKING:
-    from serving.runtimes.tuning import Tuning
+    from serving.runtimes.tuning_result import Tuning
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,11 @@ from resnet import BadInput
 from serving.config import Batching
 from serving.models.model import Model
 from serving.models.statistics import Statistics
-from serving.runtimes import DEFAULT, Device, autotune, cuda
+from serving.runtimes import DEFAULT, Device, autotune
 from serving.runtimes.base import Engine, EngineThreads, Images, Probabilities
 from serving.runtimes.cores import count_cores
 from serving.runtimes.cost import CostCurve
+from serving.runtimes.gpu import cuda
 from serving.runtimes.plan import ExecutionPlan, find_runtime, list_plans
 from serving.scheduling.batcher import Batcher
 

@@ -56,7 +56,9 @@ RpcCheck = tuple[str, str, Callable[[], str]]
 def main() -> None:
     """Run all checks, and print the table, a row for each call."""
     parser = argparse.ArgumentParser(
-        prog="python -m tests.acceptance.conformance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.acceptance.conformance",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("repository", type=Path, help="a model repository")
     parser.add_argument(

@@ -29,7 +29,9 @@ EXPORT = [sys.executable, "-m", "resnet", "export"]
 def main() -> None:
     """Kill exports, and print the figures."""
     parser = argparse.ArgumentParser(
-        prog="python -m tests.acceptance.kills", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.acceptance.kills",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--kills", type=int, default=50, help="exports to start and kill (default: 50)")

@@ -79,7 +79,9 @@ NATIVE: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Make every attempt once."""
     parser = argparse.ArgumentParser(
-        prog="python -m tests.acceptance.limits", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.acceptance.limits",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("repository", type=Path, help="a model repository")
     parser.add_argument("--only", default="", metavar="TEXT", help="attempts with this text in their name")

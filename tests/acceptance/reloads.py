@@ -45,7 +45,9 @@ HEADER = ("reloads", "p50 ms", "p99 ms", "longest ms", "images/s")
 def main() -> None:
     """Measure, reload, and compare."""
     parser = argparse.ArgumentParser(
-        prog="python -m tests.acceptance.reloads", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.acceptance.reloads",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", type=Path, help="model of a repository, its latest version")
     parser.add_argument("--reloads", type=int, default=100, help="number of reloads (default: 100)")

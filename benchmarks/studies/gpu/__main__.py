@@ -8,7 +8,7 @@ file are printed last.
   clients        `resnet serve` with an unmodified tritonclient
   tactics        the effect of options of onnxruntime's CUDA provider, on batches that stay on the GPU
   loops          resident: batches stay on the GPU, the upper bound; raw: batches are copied there and back; engine:
-                 `serving.runtimes.cuda` as it is served, with CUDA graphs and without
+                 `serving.runtimes.gpu.cuda` as it is served, with CUDA graphs and without
   served         a server process under the load of h2load, with many images per request and with single ones
   keras          the Keras original in `jax.jit`
   training       `resnet train` on JAX

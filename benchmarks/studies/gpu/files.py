@@ -17,8 +17,8 @@ import onnxruntime
 from export import manifest as manifests
 from export.manifest import Budget, Certificate, Cost, Manifest, Preprocessing, TensorSpec, Variant
 from resnet import BadInput
-from serving.runtimes import cuda
 from serving.runtimes.base import Engine
+from serving.runtimes.gpu import cuda
 from serving.runtimes.onnx import OnnxEngine
 
 # Images per request; networks of large images are measured with fewer.

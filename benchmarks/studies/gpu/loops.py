@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from benchmarks.studies.gpu.files import Results, describe, list_batches, list_files, open_engine, parse_args, title
 from export.manifest import Manifest
 from resnet import BadInput
-from serving.runtimes import cuda
 from serving.runtimes.base import Images
+from serving.runtimes.gpu import cuda
 
 ROUNDS, SECONDS = 3, 0.15
 

@@ -29,8 +29,8 @@ from serving import memory
 from serving.config import Batching, Limits
 from serving.models import loader, registry
 from serving.runtimes.base import Images
-from serving.runtimes.cuda import CudaEngine
-from serving.runtimes.multi_gpu import MultiGpuEngine
+from serving.runtimes.gpu.cuda import CudaEngine
+from serving.runtimes.gpu.multi_gpu import MultiGpuEngine
 from serving.server import Server
 from serving.transports import choice
 

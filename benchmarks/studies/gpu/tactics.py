@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from benchmarks.studies.gpu.files import TINY_BATCHES, Results, describe, list_batches, list_files, parse_args, title
 from benchmarks.studies.gpu.loops import SECONDS, RawLoop, make_batch, measure
 from export.manifest import Manifest
-from serving.runtimes import cuda
+from serving.runtimes.gpu import cuda
 
 OPTIONS: Mapping[str, Mapping[str, str]] = {
     "as served": {},

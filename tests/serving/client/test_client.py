@@ -510,6 +510,12 @@ def test_servers_that_cannot_be_used_are_refused(servers: list[str], tls: Tls | 
         Client(servers, tls=tls)
     with pytest.raises(ValueError, match="retries must be 0 to 4"):
         Client(retries=5)
+    with Client() as client:
+        for timeout in (0, -1, float("nan")):
+            with pytest.raises(ValueError, match="timeout must be a number of seconds above 0"):
+                client.classify([b""], timeout=timeout)
+            with pytest.raises(ValueError, match="timeout must be a number of seconds above 0"):
+                client.classify_each([b""], timeout=timeout)
 
 
 def test_a_client_lives_beside_tritons() -> None:

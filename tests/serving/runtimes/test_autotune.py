@@ -23,7 +23,7 @@ from serving.runtimes.base import Images, Probabilities
 from serving.runtimes.onnx import OnnxEngine
 from serving.runtimes.openvino import OpenvinoEngine
 from serving.runtimes.plan import ExecutionPlan, describe, list_plans
-from serving.runtimes.tuning import TuningKey
+from serving.runtimes.tuning_result import TuningKey
 
 ONE, TWO = ExecutionPlan("onnxruntime", 1), ExecutionPlan("onnxruntime", 2)
 OTHER = ExecutionPlan("openvino", 2)

@@ -27,9 +27,9 @@ from serving.config import Batching
 from serving.errors import InternalError
 from serving.models import loader, registry
 from serving.models.model import Model
-from serving.runtimes import cuda, cuda_buffers, multi_gpu
-from serving.runtimes.cuda import CudaEngine
-from serving.runtimes.multi_gpu import MultiGpuEngine
+from serving.runtimes.gpu import buffers, cuda, multi_gpu
+from serving.runtimes.gpu.cuda import CudaEngine
+from serving.runtimes.gpu.multi_gpu import MultiGpuEngine
 from serving.scheduling import batcher
 from tests.serving.runtimes.fake_gpu import CLASSES, CpuSession, Machine, compute
 from tests.serving.waiting import submit
@@ -41,7 +41,7 @@ SHAPE = (4, 3, 3)
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """Put GPUs into this machine; a test sets how many, and what they cannot do, before it loads an engine."""
     machine = Machine()
-    monkeypatch.setattr(cuda_buffers, "cudart", machine.cudart)
+    monkeypatch.setattr(buffers, "cudart", machine.cudart)
     monkeypatch.setattr(cuda, "onnxruntime", machine.onnxruntime)
     return machine
 
@@ -215,13 +215,13 @@ def test_prefetched_batches_get_their_own_answers(
         instances=engine.instances,
         threads=engine,
     )
-    calls, send = itertools.count(), cuda_buffers.Buffers.send
+    calls, send = itertools.count(), buffers.Buffers.send
 
-    def send_last(self: cuda_buffers.Buffers, images: NDArray[np.uint8]) -> None:
+    def send_last(self: buffers.Buffers, images: NDArray[np.uint8]) -> None:
         model.batcher._prefetch_thread.submit(lambda: None).result(10)  # the prefetched batch is there
         send(self, images)
 
-    monkeypatch.setattr(cuda_buffers.Buffers, "send", send_last)
+    monkeypatch.setattr(buffers.Buffers, "send", send_last)
 
     def fail_at_times(_: int) -> None:
         if next(calls) % 50 == 49:
@@ -314,7 +314,7 @@ def test_there_must_be_a_gpu(machine: Machine, path: Path) -> None:
 @pytest.mark.usefixtures("machine")
 def test_the_package_that_asks_cuda_must_be_there(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes with the extra."""
-    monkeypatch.setattr(cuda_buffers, "cudart", None)
+    monkeypatch.setattr(buffers, "cudart", None)
     with pytest.raises(BadInput, match="'serving-gpu'"):
         cuda.load(path, make_manifest(), "cuda", 8)
 

@@ -27,13 +27,14 @@ import onnxruntime
 
 from export.manifest import Manifest
 from resnet import BadInput
-from serving.runtimes import Device, cuda_tensorrt
+from serving.runtimes import Device
 from serving.runtimes.base import Concatenator, Images, Probabilities
 from serving.runtimes.cost import CostCurve
-from serving.runtimes.cuda_buffers import Buffers, count_devices
-from serving.runtimes.multi_gpu import MultiGpuEngine
+from serving.runtimes.gpu import tensorrt
+from serving.runtimes.gpu.buffers import Buffers, count_devices
+from serving.runtimes.gpu.multi_gpu import MultiGpuEngine
 
-PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": cuda_tensorrt.PROVIDER}
+PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": tensorrt.PROVIDER}
 NAMES = {"cuda": "CUDA", "tensorrt": "TensorRT"}
 TRIALS = 5  # measurements of each bucket when an engine starts
 RUNS_TO_CAPTURE = 3  # the first run allocates memory, the second is recorded as a graph, the third replays it
@@ -93,11 +94,11 @@ def load(
     if not devices:
         raise BadInput("there is no GPU that CUDA can use; check nvidia-smi and CUDA_VISIBLE_DEVICES")
     onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
-    tensorrt = None
+    options: ProviderOptions | None = None
     if device == "tensorrt":
         is_half = find_precision(path, manifest) == "fp16"
-        tensorrt = cuda_tensorrt.make_options(path, manifest, max_batch, is_half)
-    engines = [CudaEngine(path, manifest, max_batch, number, graphs, tensorrt) for number in devices]
+        options = tensorrt.make_options(path, manifest, max_batch, is_half)
+    engines = [CudaEngine(path, manifest, max_batch, number, graphs, options) for number in devices]
     return engines[0] if len(engines) == 1 else MultiGpuEngine(engines)
 
 
