@@ -22,7 +22,7 @@ class Recipe:
     optimizer: Literal["adam", "sgd", "nesterov"] = option(
         "nesterov", "Adam, SGD with momentum 0.9, or SGD with Nesterov momentum 0.9"
     )
-    learning_rate: float = option(0.1, "peak learning rate", low=0, high=1000)
+    learning_rate: float = option(0.1, "peak learning rate", low=0, high=1e30)
     schedule: Literal["constant", "steps", "cosine"] = option(
         "constant", "learning rate: constant, divided by 10 at 1/2 and 3/4 of the steps, or cosine decay to 0"
     )
