@@ -61,7 +61,7 @@ class Tokens:
             kind = "an administrator's token" if for_admins and self._admins else "a token"
             return Unauthenticated(f"this server requires {kind}, in the metadata `authorization: Bearer TOKEN`")
         if for_admins and self._admins:
-            return PermissionDenied("this method wants an administrator's token")
+            return PermissionDenied("this method requires an administrator's token")
         if for_admins and self._closed:
             return PermissionDenied(
                 "this server does not load or unload models by request: it was started without an administrator's token"

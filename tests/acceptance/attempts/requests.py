@@ -57,9 +57,9 @@ def unauthorized_calls() -> Iterator[LimitAttempt]:
             "UNAUTHENTICATED",
             "this server requires a token",
         )
-    yield LimitAttempt("another token", call(CLASSIFY, b"", token=TOKEN[:-1]), "UNAUTHENTICATED", "wants a token")
+    yield LimitAttempt("another token", call(CLASSIFY, b"", token=TOKEN[:-1]), "UNAUTHENTICATED", "requires a token")
     large = bytes(60 * MEGABYTE)
-    yield LimitAttempt("60 MiB, no token", call(CLASSIFY, large, token=None), "UNAUTHENTICATED", "wants a token")
+    yield LimitAttempt("60 MiB, no token", call(CLASSIFY, large, token=None), "UNAUTHENTICATED", "requires a token")
     for path in ADMIN:
         verb = path.rpartition("/")[2].removeprefix("Repository")
         for whose, token, code in (
