@@ -10,7 +10,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from resnet import BadInput, CheckFailed
@@ -64,31 +64,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides TensorFlow's start-up messages
     command = COMMANDS[name]
-    try:
+
+    def run() -> None:
         module = importlib.import_module(command.module)
         parser = argparse.ArgumentParser(
             prog=f"resnet {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         module.configure(parser)
         module.run(parser.parse_args(rest))
+
+    return call(run, f"resnet {name}", command.extra)
+
+
+def call(action: Callable[[], object], name: str, extra: str = "all") -> int:
+    """Call a function, print an expected error as one sentence, and return the exit code as `main` does.
+
+    Args:
+        action: Does what a command or script is for.
+        name: What the user called; it begins the sentence.
+        extra: The extra of this package that installs what the command needs.
+    """
+    try:
+        action()
     except BadInput as error:
-        print(f"resnet {name}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
     except CheckFailed as error:
-        print(f"resnet {name}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in PACKAGES:
             raise
-        print(
-            f"resnet {name}: {error.name} is not installed; install resnet with its extra {command.extra!r}",
-            file=sys.stderr,
-        )
+        print(f"{name}: {error.name} is not installed; install resnet with its extra {extra!r}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder without permissions: a traceback would not help
-        print(f"resnet {name}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nresnet {name}: interrupted", file=sys.stderr)
+        print(f"\n{name}: interrupted", file=sys.stderr)
         return 130
     return 0

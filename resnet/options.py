@@ -144,7 +144,7 @@ def add_options(
 
 
 def given(args: argparse.Namespace, declared: type) -> dict[str, Any]:
-    """Return the values that were given as flags, by the names of their fields.
+    """Return the values that were given as flags, by the names of their fields; an empty text may be a default.
 
     Raises:
         BadInput: A value is not of its option's type.
@@ -153,7 +153,7 @@ def given(args: argparse.Namespace, declared: type) -> dict[str, Any]:
     return {
         field.name: convert(value, found[field.name], flag(field))
         for field in options(declared)
-        if (value := getattr(args, field.name)) is not None
+        if (value := getattr(args, field.name)) is not None and not value == field.default == ""
     }
 
 

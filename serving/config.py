@@ -240,10 +240,11 @@ def load(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) 
     given |= _read_environment(environment)
     given |= _read_flags(args)
     values: dict[str, Any] = {}
+    found = kinds(Config)
     for field in options(Config):
         if field.name in given:
             value, origin = given[field.name]
-            values[field.name] = convert(value, kinds(Config)[field.name], origin.name)
+            values[field.name] = convert(value, found[field.name], origin.name)
         elif field.default is MISSING:
             others = f"{_variable(field.name)} in the environment, or {_key(field.name)} in a --config file"
             raise BadInput(f"{flag(field)} is missing; give it as an argument, {others}")

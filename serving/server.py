@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from serving.observability.tracing import Tracing
 
 # Those of the models; gRPC's own services, health and reflection, have no status of their own.
-SERVICE = "resnet.v1.Classifier"
 SERVICES = tuple(name for name in list_services() if not name.startswith("grpc."))
 CLOSE_SECONDS = 0.5  # for clients to hear that the server ends
 

@@ -17,13 +17,14 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.harness.process import ServerProcess, serve
+from benchmarks.harness.process import ServerProcess
 from resnet import cli
 from tests.acceptance.certificates import issue
 
@@ -52,7 +53,8 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._servers: list[ServerProcess] = []
+        self._stack = ExitStack()
+        self._server: ServerProcess | None = None
 
     def follow(self, language: str, block: str) -> None:
         """Run a block."""
@@ -64,8 +66,7 @@ class Reader:
 
     def close(self) -> None:
         """Stop the servers."""
-        for server in self._servers:
-            server.__exit__()
+        self._stack.close()
 
     def _replace(self, text: str) -> str:
         """Return a text with the address of the last server."""
@@ -75,9 +76,10 @@ class Reader:
         return text
 
     def _find_address(self) -> str:
-        if not self._servers:
-            self._servers.append(serve(self.folder / "models", "--no-tune"))
-        return self._servers[-1].address.replace("0.0.0.0", "127.0.0.1")
+        if self._server is None:
+            self._start([str(self.folder / "models")])
+        assert self._server is not None
+        return self._server.address.replace("0.0.0.0", "127.0.0.1")
 
     def _run(self, line: str) -> None:
         words = [word for part in shlex.split(line, comments=True) for word in self._expand(part)]
@@ -103,12 +105,13 @@ class Reader:
         return sorted(path.name for path in self.folder.glob(word)) if word.startswith("*") else [word]
 
     def _start(self, options: list[str]) -> None:
-        server = ServerProcess([sys.executable, "-m", "resnet", "serve", *options, *SHORT["serve"]])
-        self._servers.append(server)
-        assert server.address
+        command = [sys.executable, "-m", "resnet", "serve", *options, *SHORT["serve"]]
+        self._server = self._stack.enter_context(ServerProcess(command))
+        assert self._server.address
 
     def _call(self, name: str, words: list[str]) -> None:
-        words, _, target = (" ".join(words)).partition(" > ")[0].split(), None, re.search(r"> (\S+)$", " ".join(words))
+        target = words.pop() if ">" in words else None
+        words = [word for word in words if word != ">"]
         if name == "classify" and "--server" not in words:
             words += ["--server", self._find_address()]
         words = ["digits" if word == "cifar10" else word for word in words]  # which Keras would download
@@ -118,7 +121,7 @@ class Reader:
             code = cli.main([name, *words, *(SHORT.get(name, []) if "--print-config" not in words else [])])
         assert code == 0, f"resnet {name} {words}: {output.getvalue()}"
         if target:
-            Path(target[1]).write_text(output.getvalue())
+            Path(target).write_text(output.getvalue())
 
     def _run_python(self, code: str) -> None:
         program = compile(code, "<documentation>", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
@@ -247,13 +250,3 @@ def test_every_page_is_two_clicks_from_the_readme() -> None:
         for name in re.findall(r"\]\((?:\.\./|docs/)*(\w+\.md)", file.read_text())
     }
     assert {page.name for page in PAGES} <= linked | further | {"README.md"}
-
-
-def test_the_way_of_an_image_names_what_there_is() -> None:
-    """Each function that docs/design.md names is in the file that it names."""
-    rows = re.findall(r"^\| `([\w/]+\.py)` \| (.*?) \|", (ROOT / "docs" / "design.md").read_text(), re.MULTILINE)
-    assert len(rows) > 10
-    for file, names in rows:
-        source = (ROOT / "serving" / file).read_text()
-        for name in re.findall(r"`(\w+)`", names):
-            assert f"def {name}(" in source, f"{file}: {name}"

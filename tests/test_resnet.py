@@ -33,10 +33,7 @@ def test_help_of_a_command_loads_no_stage() -> None:
     """Seconds of TensorFlow are for work only."""
     code = """
 import sys
-import resnet
-from benchmarks.harness.process import ServerProcess
 from resnet import cli
-from serving.client import Client
 for name in cli.COMMANDS:
     try:
         cli.main([name, "--help"])

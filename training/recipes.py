@@ -65,8 +65,8 @@ RECIPES = {
             flip=True,
             crop=0.125,
         ),
-        # An hour on two cores: a small network learns too little in it to need much regularisation. README.md has the
-        # accuracy of `resnet10-narrow`.
+        # An hour on two cores: a small network learns too little in it to need much regularisation. docs/training.md
+        # has the accuracy of `resnet10-narrow`.
         Recipe(
             name="quick",
             epochs=30,

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import signal
+import sys
 from pathlib import Path
 
 import keras
 import msgspec
 import numpy as np
 
+from resnet import cli
 from serving.config import Batching, Limits
 from serving.models import loader, registry
 from serving.runtimes.base import Images, Probabilities
@@ -47,8 +49,8 @@ def main() -> None:
     signals = {signal.SIGTERM, signal.SIGINT}
     # Before any thread starts, so that no thread takes the signals from sigwait.
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    engine = KerasEngine(args.version / "model.keras")
     manifest = loader.read_checked(args.version)
+    engine = KerasEngine(args.version / "model.keras")
     served = [
         loader.start(manifest, engine, Batching()),
         loader.start(msgspec.structs.replace(manifest, model=UNBATCHED), engine, Batching(max_batch=1)),
@@ -59,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.call(main, "error"))

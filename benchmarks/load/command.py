@@ -92,7 +92,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, and print the table."""
-    args.model = args.model or None  # an empty name is the same as none
     options = replace(read(args, LoadOptions), data=tuple(args.data))
 
     from rich.progress import Progress, TextColumn, TimeElapsedColumn

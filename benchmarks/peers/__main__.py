@@ -22,7 +22,7 @@ from benchmarks.peers.catalog import PEERS, ModelFile, Peer, choose
 from benchmarks.peers.race import WORKLOADS, RaceRow, as_dict, race, render_rows
 from benchmarks.peers.systems import OnnxruntimeLoop, PeerServer
 from export import manifest, repository
-from resnet import BadInput
+from resnet import BadInput, cli
 from serving.runtimes.base import Images, Probabilities
 from serving.runtimes.onnx import OnnxEngine
 
@@ -142,8 +142,4 @@ def _start(peer: Peer, folder: Path, model: ModelFile, images: Images, expected:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(cli.call(main, "error"))

@@ -26,7 +26,7 @@ from typing import Any
 from benchmarks.load.endpoints import PROTOCOLS, Endpoint, PixelArray, describe, make_pixels
 from benchmarks.load.generator import PATIENCE_SECONDS
 from benchmarks.load.senders import CODE_NAMES, OK, GrpcSender
-from resnet import BadInput, CheckFailed
+from resnet import BadInput, CheckFailed, cli
 
 try:
     import mlperf_loadgen as loadgen
@@ -154,8 +154,4 @@ def parse_summary(summary: str) -> dict[str, str | float]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (BadInput, CheckFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, CheckFailed) else 2)
+    sys.exit(cli.call(main, "error"))

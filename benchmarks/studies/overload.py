@@ -30,7 +30,7 @@ from benchmarks.harness.tree import read_peak_bytes
 from benchmarks.load import h2load
 from benchmarks.load.endpoints import Input, pack_kserve
 from export import manifest, repository
-from resnet import BadInput, CheckFailed
+from resnet import cli
 from resnet.table import render
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
@@ -207,14 +207,10 @@ def _list_cells(row: OverloadRow) -> list[str]:
 
 def _make_request(folder: Path, images: int) -> bytes:
     """Return a serialized request of random pixels."""
-    version = manifest.read(folder / str(repository.versions(folder)[-1]))
+    version = manifest.read(repository.latest(folder))
     pixels: NDArray[np.uint8] = np.random.default_rng(0).integers(0, 256, (images, *version.input.shape[1:]), np.uint8)
     return pack_kserve(Input(version.model, version.input.name, pixels.shape, "UINT8"), pixels)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (BadInput, CheckFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, BadInput) else 1)
+    sys.exit(cli.call(main, "error"))

@@ -91,6 +91,8 @@ class Client:
 
         Raises:
             ServingError: The request failed; `serving.errors` lists the subclasses.
+            TypeError: The images are pixels, and not uint8.
+            ValueError: The timeout is not above 0.
         """
         options, deadline = ClassifyOptions(top_k, model, version), _find_deadline(timeout)
         if _fits_one_request(images):
@@ -130,7 +132,7 @@ class Client:
             ServingError: A request failed, which ends the iteration; `serving.errors` lists the subclasses.
             ValueError: The timeout is not above 0.
         """
-        _find_deadline(timeout)  # which refuses what is no timeout
+        _check_timeout(timeout)
         state = StreamState(ClassifyOptions(top_k, model, version), self._retries)
         return self._stream(state, images, float("inf"), timeout)
 
@@ -223,7 +225,7 @@ class AsyncClient:
         timeout: float | None = 30,
     ) -> AsyncGenerator[Result, None]:
         """Classify any number of images, with the arguments, results and errors of `Client.classify_each`."""
-        _find_deadline(timeout)  # which refuses what is no timeout
+        _check_timeout(timeout)
         state = StreamState(ClassifyOptions(top_k, model, version), self._retries)
         return self._stream(state, images, float("inf"), timeout)
 
@@ -358,12 +360,14 @@ def _stream_ended() -> ServingError:
 
 
 def _find_deadline(timeout: float | None) -> float:
-    """Return when a timeout ends, on the clock of `time.monotonic`; raises ValueError if it is no positive number."""
-    if timeout is None:
-        return float("inf")
-    if not 0 < timeout <= TIMEOUT_MAX:
+    """Return when a timeout ends, on the clock of `time.monotonic`."""
+    _check_timeout(timeout)
+    return float("inf") if timeout is None else time.monotonic() + timeout
+
+
+def _check_timeout(timeout: float | None) -> None:
+    if timeout is not None and not 0 < timeout <= TIMEOUT_MAX:
         raise ValueError(f"timeout must be a number of seconds above 0, or None, not {timeout}")
-    return time.monotonic() + timeout
 
 
 def _find_timeout(deadline: float) -> float | None:

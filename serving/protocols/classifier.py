@@ -20,7 +20,8 @@ from serving.scheduling.queue import BatchResult
 from serving.transports.call import Methods, Streaming, Unary
 
 SERVICES = services_of(pb.DESCRIPTOR)
-CLASSIFY, CLASSIFY_STREAM = (f"/{SERVICES[0]}/{method}" for method in ("Classify", "ClassifyStream"))
+SERVICE = SERVICES[0]
+CLASSIFY, CLASSIFY_STREAM = (f"/{SERVICE}/{method}" for method in ("Classify", "ClassifyStream"))
 DEFAULT_TOP_K = 5
 
 

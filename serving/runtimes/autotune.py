@@ -29,9 +29,8 @@ from serving.runtimes import DEFAULT, RUNTIMES
 from serving.runtimes.base import Engine, Images, Probabilities
 from serving.runtimes.cores import count_cores
 from serving.runtimes.plan import ExecutionPlan, find_overflow_plan, find_runtime
-from serving.runtimes.tuning_result import Tuning, TuningKey, read_cached, write_cached
+from serving.runtimes.tuning_result import FORMAT, Tuning, TuningKey, read_cached, write_cached
 
-FORMAT = 4
 WARM_UP_SECONDS = 1.0  # after this time no larger batches are measured: their cost is proportional
 ROUNDS, SECONDS = 15, 3.0  # of measuring, whichever ends first
 # By which share a plan with other threads, or of another runtime, must be faster. An idle machine flatters plans with

@@ -16,6 +16,8 @@ from serving.runtimes.cores import count_cores
 from serving.runtimes.cost import CostCurve
 from serving.runtimes.plan import ExecutionPlan, describe, find_overflow_plan
 
+FORMAT = 4  # of the cached file
+
 log = logging.getLogger(__name__)
 
 
@@ -23,7 +25,7 @@ class TuningKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything that a tuning depends on; if any of it changes, the model is measured again.
 
     Attributes:
-        format: Version of the file format.
+        format: `FORMAT`.
         model: SHA-256 of the ONNX file.
         budget: Certified limits of the differences between its answers and the original's.
         cpu: Name of the CPU.

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from export import repository
-from resnet import BadInput, CheckFailed
+from resnet import BadInput, CheckFailed, cli
 
 NAME = "digits"
 TRAINING = ("--data", "digits", "--model", "resnet20", "--epochs", "2")  # a minute at most: no check needs accuracy
@@ -146,8 +146,4 @@ def _format(value: object) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (BadInput, CheckFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, CheckFailed) else 2)
+    sys.exit(cli.call(main, "error"))

@@ -44,7 +44,7 @@ from tritonclient.utils import InferenceServerException
 
 from benchmarks.harness.process import serve
 from export import manifest, repository
-from resnet import CheckFailed
+from resnet import CheckFailed, cli
 from resnet.table import render
 
 HEADER = ("client", "RPC", "result")
@@ -341,7 +341,4 @@ def _list_grpc_calls(subject: _Subject) -> Iterator[RpcCheck]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except CheckFailed as error:
-        sys.exit(f"error: {error}")
+    sys.exit(cli.call(main, "error"))

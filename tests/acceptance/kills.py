@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from export import manifest, repository
-from resnet import CheckFailed
+from resnet import CheckFailed, cli
 
 EXPORT = [sys.executable, "-m", "resnet", "export"]
 
@@ -44,13 +44,14 @@ def kill(run: Path, kills: int, seed: int) -> dict[str, float]:
     """Return the duration of an export, the exports killed, the folders they left over, those pruned, and the versions.
 
     Raises:
-        CheckFailed: A visible version is incomplete.
+        CheckFailed: An undisturbed export fails, or a visible version is incomplete.
     """
     moments = random.Random(seed)
     with tempfile.TemporaryDirectory() as temporary:
         model = Path(temporary) / "models" / "digits"
         started = time.perf_counter()
-        _start(run, model).wait()
+        if _start(run, model).wait():
+            raise CheckFailed(f"{run} cannot be exported, killed or not; the reason is above")
         seconds = time.perf_counter() - started
         killed = leftovers = 0
         for number in range(kills):
@@ -94,7 +95,4 @@ def _start(run: Path, model: Path) -> subprocess.Popen[bytes]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except CheckFailed as error:
-        sys.exit(f"error: {error}")
+    sys.exit(cli.call(main, "error"))

@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.harness.process import ServerProcess
 from export import repository
-from resnet import CheckFailed
+from resnet import CheckFailed, cli
 from resnet.table import render
 from serving import client, errors
 from serving.config import Transport
@@ -55,7 +55,7 @@ ATTEMPTS: dict[str, Callable[[Path], Iterator[LimitAttempt]]] = {
     "tls": handshakes,
 }
 
-# Where the native transport differs; README explains it.
+# Where the native transport differs; docs/serving.md explains it.
 _LATE = {"message": "more than the .* allowed"}  # it has received the message by then
 NATIVE: dict[str, dict[str, Any]] = {
     "65 MiB to Classify": _LATE,
@@ -190,7 +190,4 @@ def _read_megabytes(pid: int, field: str) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except CheckFailed as error:
-        sys.exit(f"error: {error}")
+    sys.exit(cli.call(main, "error"))

@@ -33,7 +33,7 @@ from export import manifest, repository
 from export.source import load_heldout
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
-from resnet import CheckFailed
+from resnet import CheckFailed, cli
 from resnet.table import render
 from serving.client import Client
 
@@ -147,7 +147,4 @@ class _Witness:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except CheckFailed as error:
-        sys.exit(f"error: {error}")
+    sys.exit(cli.call(main, "error"))

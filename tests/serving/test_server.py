@@ -25,8 +25,9 @@ from serving.client import AsyncClient, Client
 from serving.config import Batching, Limits
 from serving.models import loader, registry
 from serving.models.model import Model
+from serving.protocols.classifier import SERVICE
 from serving.runtimes.base import Images, Probabilities
-from serving.server import SERVICE, Server
+from serving.server import Server
 from tests.conftest import edit_manifest
 from tests.heldout import Heldout
 from tests.serving.scheduling.test_batcher import GatedEngine

@@ -40,7 +40,7 @@ from typing import NamedTuple
 
 from benchmarks.studies.gpu import report
 from benchmarks.studies.gpu.files import PRECISIONS, list_files, make_parser
-from resnet import BadInput
+from resnet import BadInput, CheckFailed, cli
 
 
 class Part(NamedTuple):
@@ -61,8 +61,8 @@ PARTS = (
 )
 
 
-def main() -> int:
-    """Run the chosen parts, print the tables, and return the exit code: 1 if a part failed."""
+def main() -> None:
+    """Run the chosen parts, and print the tables."""
     parser = make_parser(__doc__)
     parser.add_argument(
         "--parts", default=",".join(part.name for part in PARTS), help="parts to run, with commas (default: all)"
@@ -72,20 +72,15 @@ def main() -> int:
     )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        return run_all(args)
-    except BadInput as error:
-        print(f"benchmarks.studies.gpu: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    run_all(args)
 
 
-def run_all(args: argparse.Namespace) -> int:
-    """Run the parts, and return 1 if one failed.
+def run_all(args: argparse.Namespace) -> None:
+    """Run the parts, one after the other; each that fails leaves the others alone.
 
     Raises:
         BadInput: There is no part of a name, a folder has no ONNX file, or --out cannot be written.
+        CheckFailed: A part failed.
     """
     chosen, names = args.parts.split(","), [part.name for part in PARTS]
     if unknown := [name for name in chosen if name not in names]:
@@ -98,12 +93,12 @@ def run_all(args: argparse.Namespace) -> int:
     except OSError as error:
         raise BadInput(f"--out {args.out} cannot be written ({error.strerror})") from None
     _append(args.out, kind="machine", **report.describe_machine())
-    end, failed = time.monotonic() + args.seconds, False
-    for part in (part for part in PARTS if part.name in chosen):
-        failed |= not run(part, args, min(part.seconds, end - time.monotonic()))
+    end, parts = time.monotonic() + args.seconds, [part for part in PARTS if part.name in chosen]
+    failed = [part.name for part in parts if not run(part, args, min(part.seconds, end - time.monotonic()))]
     report.plot(args.out)
     print(report.render_tables(args.out), flush=True)
-    return int(failed)
+    if failed:
+        raise CheckFailed(f"failed: {', '.join(failed)}; their output is above")
 
 
 def run(part: Part, args: argparse.Namespace, seconds: float) -> bool:
@@ -138,4 +133,4 @@ def _append(folder: Path, **values: object) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.call(main, "error"))

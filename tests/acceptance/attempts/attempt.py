@@ -13,7 +13,7 @@ from serving import client
 from serving.client import Client
 from serving.client.channel import UNLIMITED
 from serving.config import Limits
-from serving.server import SERVICE
+from serving.protocols.classifier import SERVICE
 
 TOKEN, ADMIN_TOKEN = "sesame", "open-wide"
 CLASSIFY = f"/{SERVICE}/Classify"

@@ -22,9 +22,9 @@ from serving.client import Client
 from serving.config import Limits
 from serving.models import loader, registry
 from serving.protocols import handler
-from serving.protocols.classifier import Classifier
+from serving.protocols.classifier import SERVICE, Classifier
 from serving.protocols.inputs import InputDecoder
-from serving.server import SERVICE, Server
+from serving.server import Server
 from serving.transports import choice
 from tests.serving import gated
 
