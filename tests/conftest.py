@@ -28,6 +28,7 @@ from export.manifest import Manifest
 os.environ["TF_XLA_FLAGS"] = ""  # the small networks of tests compile for longer than they train
 
 ROOT = Path(__file__).parent.parent
+MODELS = os.environ.get("RESNET_TEST_MODELS")  # temporary folder of an earlier session, for `tests.mutants`
 TENSORFLOW = {"keras", "tensorflow", "tensorflow_serving", "tf2onnx"}
 
 
@@ -108,6 +109,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Path:
     """A finished run folder."""
+    if MODELS:
+        return Path(MODELS) / "runs0" / "digits"
     from training.recipes import RECIPES
     from training.train import TrainingSettings, train
 
@@ -120,6 +123,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Path:
 @pytest.fixture(scope="session")
 def repository(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model repository that holds digits/1."""
+    if MODELS:
+        return Path(MODELS) / "models0"
     from export import source
     from export.export import export
 

@@ -1,0 +1,148 @@
+"""Mutation testing: plant faults where a wrong line is a wrong answer or a hole, and count those that the tests find.
+
+Each fault (mutant) changes one expression of a module; the tests of that module must then fail. mutmut makes the mutants
+and runs the tests, in a copy of this repository. Survivors are printed with their change. Mutants that only change the
+text of a message or of a log line count like all others.
+
+Examples:
+  python -m tests.mutants                                  all mutants: hours
+  python -m tests.mutants --sample 40                      40 of each module, always the same ones
+  python -m tests.mutants serving/scheduling/admission.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from resnet import BadInput, cli
+from resnet.table import render
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("resnet", "training", "export", "serving", "protos", "benchmarks")
+TESTS = {
+    "export/parity.py": ["tests/export/test_parity.py"],
+    "export/manifest.py": ["tests/export/test_faults.py", "tests/export/test_signature.py"],
+    "export/signature.py": ["tests/export/test_signature.py"],
+    "export/precision.py": ["tests/export/test_export.py"],
+    "serving/protocols/inputs.py": ["tests/serving/protocols"],
+    "serving/protocols/outputs.py": ["tests/serving/protocols"],
+    "serving/scheduling/admission.py": ["tests/serving/scheduling"],
+    "serving/scheduling/batcher.py": ["tests/serving/scheduling"],
+    "serving/scheduling/queue.py": ["tests/serving/scheduling"],
+    "serving/runtimes/cost.py": ["tests/serving/runtimes/test_cost.py", "tests/serving/scheduling"],
+    "serving/models/registry.py": ["tests/serving/models"],
+    "serving/models/version_policy.py": ["tests/serving/models"],
+    "serving/models/watcher.py": ["tests/serving/models"],
+    "serving/transports/auth.py": ["tests/serving/transports/test_security.py"],
+    "serving/client/client.py": ["tests/serving/client"],
+    "serving/client/stream.py": ["tests/serving/client"],
+    "serving/client/channel.py": ["tests/serving/client"],
+}
+# A mutant that hangs waits for this, so that no test of a module may take as long.
+TIMEOUT_SECONDS = 60
+
+
+def main() -> None:
+    """Test the modules, and print a table and the survivors."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.mutants", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("modules", nargs="*", help="modules to test (default: all of the table)", metavar="MODULE")
+    parser.add_argument("--sample", type=int, help="mutants of each module (default: all)", metavar="N")
+    args = parser.parse_args()
+    if unknown := set(args.modules) - TESTS.keys():
+        raise BadInput(f"{', '.join(sorted(unknown))}: not in the table; choose of {', '.join(TESTS)}")
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        models = _make_models(Path(folder) / "models")
+        for module in args.modules or TESTS:
+            results = test(module, args.sample, Path(folder) / module.replace("/", "-"), models)
+            rows.append(_count(module, results))
+            print(render(["module", "mutants", "found", "survived", "percent"], rows[-1:]), flush=True)
+    print(render(["module", "mutants", "found", "survived", "percent"], rows))
+
+
+def test(module: str, sample: int | None, folder: Path, models: Path) -> dict[str, str]:
+    """Test the mutants of one module; return the result of each by its name, and print the survivors.
+
+    Args:
+        module: Path of the module, one of `TESTS`.
+        sample: How many mutants to draw; None takes all.
+        folder: Copy of the repository to make and mutate.
+        models: Run folder and repository of the tests, made beforehand.
+    """
+    _copy(folder)
+    (folder / "pyproject.toml").write_text(f"""{(ROOT / "pyproject.toml").read_text()}
+[tool.mutmut]
+source_paths = {json.dumps(PACKAGES)}
+only_mutate = ["{module}"]
+also_copy = ["docs", "README.md", "Makefile", "constraints.txt"]
+process_isolation = "forkserver"
+timeout_multiplier = 4
+timeout_constant = 5
+pytest_add_cli_args = ["--numprocesses=0", "--timeout={TIMEOUT_SECONDS}"]
+pytest_add_cli_args_test_selection = {json.dumps(TESTS[module])}
+""")
+    _run_mutmut(folder, models, ["run", "none*"])  # lists the mutants, and the tests that run each function
+    meta = folder / "mutants" / f"{module}.meta"
+    names = sorted(json.loads(meta.read_text())["exit_code_by_key"])
+    if sample is not None and sample < len(names):
+        names = random.Random(module).sample(names, sample)
+    _run_mutmut(folder, models, ["run", "--max-children", str(2 * len(os.sched_getaffinity(0))), *names])
+    codes = json.loads(meta.read_text())["exit_code_by_key"]
+    results = {name: "survived" if codes[name] in (0, 33) else "found" for name in names}
+    for name in (name for name, result in results.items() if result == "survived"):
+        print(_run_mutmut(folder, models, ["show", name]), flush=True)
+    return results
+
+
+def _make_models(folder: Path) -> Path:
+    """Train and export the model of the tests once, for all mutants."""
+    tests = ["tests/export/test_artifacts.py", "--numprocesses=0", "--quiet", f"--basetemp={folder}"]
+    subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+def _copy(folder: Path) -> None:
+    """Copy the files that git knows."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name)
+
+
+def _run_mutmut(folder: Path, models: Path, arguments: Sequence[str]) -> str:
+    """Run mutmut, and return what it printed."""
+    command = [str(Path(sys.executable).with_name("mutmut")), *arguments]
+    environment = os.environ | {"RESNET_TEST_MODELS": str(models)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode and arguments[1] != "none*":
+        raise BadInput(f"mutmut failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return "".join(_list_changes(done.stdout))
+
+
+def _list_changes(text: str) -> Iterator[str]:
+    """Yield the lines of a diff that say what changed, and its name."""
+    for line in text.splitlines():
+        if line.startswith(("#", "-", "+")) and not line.startswith(("---", "+++")):
+            yield f"{line}\n"
+
+
+def _count(module: str, results: dict[str, str]) -> list[str]:
+    counts = Counter(results.values())
+    percent = 100 * counts["found"] / max(1, len(results))
+    return [module, str(len(results)), str(counts["found"]), str(counts["survived"]), f"{percent:.0f}"]
+
+
+if __name__ == "__main__":
+    sys.exit(cli.call(main, "tests.mutants"))
