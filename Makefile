@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo quick test acceptance lint types format protos bench pins clean
+.PHONY: install demo quick test acceptance mutants lint types format protos bench pins clean
 
 install: .venv/installed
 
@@ -28,6 +28,10 @@ test: install
 # Real servers in processes of their own: unmodified clients, limits, reloads, kills.
 acceptance: install
 	$(BIN)/python -m tests.acceptance
+
+# Plants faults in the modules that matter most, and counts those that the tests find: an hour or two.
+mutants: install
+	$(BIN)/python -m tests.mutants --sample 40
 
 lint: install
 	$(BIN)/ruff check .

@@ -28,7 +28,7 @@ from export.manifest import Manifest
 os.environ["TF_XLA_FLAGS"] = ""  # the small networks of tests compile for longer than they train
 
 ROOT = Path(__file__).parent.parent
-MODELS = os.environ.get("RESNET_TEST_MODELS")  # temporary folder of an earlier session, for `tests.mutants`
+MODELS = os.environ.get("TESTS_MODELS")  # temporary folder of an earlier session, for `tests.mutants`
 TENSORFLOW = {"keras", "tensorflow", "tensorflow_serving", "tf2onnx"}
 
 

@@ -1,8 +1,8 @@
-"""Mutation testing: plant faults where a wrong line is a wrong answer or a hole, and count those that the tests find.
+"""Mutation testing: plant faults where a wrong line is a wrong answer or a hole; count those that the tests find.
 
-Each fault (mutant) changes one expression of a module; the tests of that module must then fail. mutmut makes the mutants
-and runs the tests, in a copy of this repository. Survivors are printed with their change. Mutants that only change the
-text of a message or of a log line count like all others.
+Each fault (mutant) changes one expression of a module; the tests of that module must then fail. mutmut makes mutants
+and runs the tests, in a copy of this repository. Survivors are printed with their change. Left out are mutants that
+only change the wording of a sentence, or a line of the log.
 
 Examples:
   python -m tests.mutants                                  all mutants: hours
@@ -13,40 +13,45 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+from mutmut.mutation.diff_apply import get_diff_for_mutant
 
 from resnet import BadInput, cli
 from resnet.table import render
 
 ROOT = Path(__file__).parent.parent
+NOTHING = "none*"  # a pattern that no mutant matches
 PACKAGES = ("resnet", "training", "export", "serving", "protos", "benchmarks")
 TESTS = {
-    "export/parity.py": ["tests/export/test_parity.py"],
-    "export/manifest.py": ["tests/export/test_faults.py", "tests/export/test_signature.py"],
-    "export/signature.py": ["tests/export/test_signature.py"],
-    "export/precision.py": ["tests/export/test_export.py"],
-    "serving/protocols/inputs.py": ["tests/serving/protocols"],
-    "serving/protocols/outputs.py": ["tests/serving/protocols"],
+    "serving/runtimes/cost.py": ["tests/serving/runtimes/test_cost.py", "tests/serving/scheduling"],
     "serving/scheduling/admission.py": ["tests/serving/scheduling"],
     "serving/scheduling/batcher.py": ["tests/serving/scheduling"],
     "serving/scheduling/queue.py": ["tests/serving/scheduling"],
-    "serving/runtimes/cost.py": ["tests/serving/runtimes/test_cost.py", "tests/serving/scheduling"],
     "serving/models/registry.py": ["tests/serving/models"],
     "serving/models/version_policy.py": ["tests/serving/models"],
     "serving/models/watcher.py": ["tests/serving/models"],
     "serving/transports/auth.py": ["tests/serving/transports/test_security.py"],
+    "serving/protocols/inputs.py": ["tests/serving/protocols"],
+    "serving/protocols/outputs.py": ["tests/serving/protocols"],
     "serving/client/client.py": ["tests/serving/client"],
     "serving/client/stream.py": ["tests/serving/client"],
     "serving/client/channel.py": ["tests/serving/client"],
+    "export/parity.py": ["tests/export/test_parity.py", "tests/export/test_artifacts.py"],
+    "export/manifest.py": ["tests/export/test_faults.py", "tests/export/test_repository.py"],
+    "export/signature.py": ["tests/export/test_signature.py"],
+    "export/precision.py": ["tests/export/test_export.py"],
 }
 # A mutant that hangs waits for this, so that no test of a module may take as long.
 TIMEOUT_SECONDS = 60
@@ -68,7 +73,7 @@ def main() -> None:
         for module in args.modules or TESTS:
             results = test(module, args.sample, Path(folder) / module.replace("/", "-"), models)
             rows.append(_count(module, results))
-            print(render(["module", "mutants", "found", "survived", "percent"], rows[-1:]), flush=True)
+            print("{}: {} mutants, {} found, {} survived".format(*rows[-1]), flush=True)
     print(render(["module", "mutants", "found", "survived", "percent"], rows))
 
 
@@ -93,16 +98,18 @@ timeout_constant = 5
 pytest_add_cli_args = ["--numprocesses=0", "--timeout={TIMEOUT_SECONDS}"]
 pytest_add_cli_args_test_selection = {json.dumps(TESTS[module])}
 """)
-    _run_mutmut(folder, models, ["run", "none*"])  # lists the mutants, and the tests that run each function
+    _run_mutmut(folder, models, ["run", NOTHING])  # lists the mutants, and the tests that run each function
     meta = folder / "mutants" / f"{module}.meta"
-    names = sorted(json.loads(meta.read_text())["exit_code_by_key"])
+    with contextlib.chdir(folder):
+        changes = {name: _find_change(name, Path(module)) for name in json.loads(meta.read_text())["exit_code_by_key"]}
+    names = sorted(name for name, change in changes.items() if not _is_wording(*change))
     if sample is not None and sample < len(names):
         names = random.Random(module).sample(names, sample)
     _run_mutmut(folder, models, ["run", "--max-children", str(2 * len(os.sched_getaffinity(0))), *names])
     codes = json.loads(meta.read_text())["exit_code_by_key"]
     results = {name: "survived" if codes[name] in (0, 33) else "found" for name in names}
     for name in (name for name, result in results.items() if result == "survived"):
-        print(_run_mutmut(folder, models, ["show", name]), flush=True)
+        print(name, *changes[name], sep="\n", flush=True)
     return results
 
 
@@ -121,21 +128,26 @@ def _copy(folder: Path) -> None:
         shutil.copy2(ROOT / name, folder / name)
 
 
-def _run_mutmut(folder: Path, models: Path, arguments: Sequence[str]) -> str:
-    """Run mutmut, and return what it printed."""
+def _run_mutmut(folder: Path, models: Path, arguments: Sequence[str]) -> None:
+    """Run mutmut in `folder`."""
     command = [str(Path(sys.executable).with_name("mutmut")), *arguments]
-    environment = os.environ | {"RESNET_TEST_MODELS": str(models)}
+    environment = os.environ | {"TESTS_MODELS": str(models)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode and arguments[1] != "none*":
-        raise BadInput(f"mutmut failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return "".join(_list_changes(done.stdout))
+    if done.returncode and arguments[1] != NOTHING:
+        raise BadInput(f"mutmut failed: {done.stdout[-1000:]}{done.stderr[-1000:]}")
 
 
-def _list_changes(text: str) -> Iterator[str]:
-    """Yield the lines of a diff that say what changed, and its name."""
-    for line in text.splitlines():
-        if line.startswith(("#", "-", "+")) and not line.startswith(("---", "+++")):
-            yield f"{line}\n"
+def _find_change(name: str, path: Path) -> tuple[str, str]:
+    """Return the lines that a mutant removes, and those that it adds; the working folder is that of mutmut."""
+    lines = get_diff_for_mutant(name, path=path).splitlines()[2:]
+    removed, added = ("\n".join(line for line in lines if line.startswith(sign)) for sign in "-+")
+    return removed, added
+
+
+def _is_wording(removed: str, added: str) -> bool:
+    """Return whether a change is only one of words that people read, or of a line of the log."""
+    sentence = " " in "".join(re.findall(r'"([^"]*)"', removed))
+    return "log." in removed or (sentence and removed[1:].lower() == added[1:].replace("XX", "").lower())
 
 
 def _count(module: str, results: dict[str, str]) -> list[str]:
