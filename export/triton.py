@@ -6,8 +6,10 @@ The fields are those of Triton's `model_config.proto`: https://github.com/triton
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+from export import files
 from export.manifest import Manifest
 from resnet import BadInput
 
@@ -56,15 +58,29 @@ def write_files(manifest: Manifest, model: Path) -> None:
     Raises:
         BadInput: The other versions have another input or other classes: clients could not tell them apart.
     """
-    contents = {CONFIG: config(manifest), LABELS: "".join(f"{label}\n" for label in manifest.labels)}
-    for name, text in contents.items():
-        path = model / name
+    for path, content in _list_files(manifest, model).items():
         if not path.exists():
-            part = path.with_name(f".{name}.part")
-            part.write_text(text, "utf-8")
-            part.replace(path)
-        elif path.read_text("utf-8") != text:
+            files.write(path, content)
+        elif files.read(path) != content:
             raise BadInput(
                 f"{path} describes a model with another input or other classes than this one; "
                 "export under another name, or remove that file if nobody uses the older versions"
             )
+
+
+def changed_files(manifest: Manifest, model: Path) -> Iterator[str]:
+    """Yield a clause for each of the files that differs from what this version says; files may be missing."""
+    for path, content in _list_files(manifest, model).items():
+        try:
+            if files.read(path) != content:
+                yield f"{path}, which Triton reads, is not the file that was exported"
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            yield f"{path} cannot be read ({error.strerror})"
+
+
+def _list_files(manifest: Manifest, model: Path) -> dict[Path, bytes]:
+    """Return the content of each file, by its path."""
+    labels = "".join(f"{label}\n" for label in manifest.labels)
+    return {model / CONFIG: config(manifest).encode(), model / LABELS: labels.encode()}

@@ -358,7 +358,7 @@ def test_verify_finds_what_was_changed(own_repository: Path, capsys: pytest.Capt
     assert cli.main(["verify", str(version.parent), "--version", "4"]) == 2
     assert "has no version 4; it has [1]" in capsys.readouterr().err
     assert cli.main(["verify", str(own_repository / "nothing")]) == 2
-    assert "holds no model version" in capsys.readouterr().err
+    assert "nothing does not exist" in capsys.readouterr().err
 
 
 MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {

@@ -292,7 +292,7 @@ def test_a_version_that_was_tampered_with_is_caught(fault: str, own_repository: 
     plant, error, message = REPOSITORIES[fault]
     plant(own_repository / "digits" / "1")
     with pytest.raises(error, match=message):
-        verify(own_repository / "digits" / "1")
+        verify(own_repository / "digits" / "1", full=True)
 
 
 def test_an_allowance_of_one_s_own_is_a_budget_all_the_same() -> None:
