@@ -46,4 +46,6 @@ def check_size(file: io.BytesIO | Path) -> None:
         size = sum(member.file_size for member in archive.infolist())
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > memory:
-        raise ValueError(f"it unpacks to {size / 1e9:,.0f} GB, and this machine has {memory / 1e9:,.0f} GB of memory")
+        raise ValueError(
+            f"it unpacks to {size / 1e9:,.3g} GB, more than the {memory / 1e9:,.3g} GB of memory of this machine"
+        )

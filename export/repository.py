@@ -135,8 +135,8 @@ def models(repository: Path) -> list[Path]:
     return complete
 
 
-def explain(folder: Path) -> str:
-    """Return a sentence about a folder that is not the model or repository it was taken for, and what to do."""
+def find_mistake(folder: Path) -> str | None:
+    """Return what a folder is that was taken for a repository, and what to do; None if it may be one."""
     if not folder.exists():
         return f"{folder} does not exist; `resnet export RUN --to REPOSITORY/NAME` makes a model in a repository"
     if not folder.is_dir():
@@ -149,6 +149,14 @@ def explain(folder: Path) -> str:
         return f"{folder} is a run folder; `resnet export {folder} --to REPOSITORY/NAME` makes a model of it"
     if versions(folder):
         return f"{folder} is a model; name its repository, {folder.parent}"
+    return None
+
+
+def explain(folder: Path) -> str:
+    """Return why a folder is not the model with versions, or the repository with models, that it was taken for."""
+    mistake = find_mistake(folder)
+    if mistake:
+        return mistake
     inner = [path.name for path in folders(folder) if MODEL_NAME.fullmatch(path.name) and _has_versions(path)]
     if inner:
         return f"{folder} is a repository; name one of its models: {', '.join(inner)}"

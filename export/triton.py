@@ -9,11 +9,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from export import files
+from export import files, repository
 from export.manifest import Manifest
 from resnet import BadInput
 
-CONFIG, LABELS = "config.pbtxt", "labels.txt"
+CONFIG, LABELS = repository.RESERVED
 MAX_BATCH = 64  # the largest batch size of the certificate
 TYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32"}
 
@@ -53,13 +53,13 @@ version_policy {{
 
 
 def write_files(manifest: Manifest, model: Path) -> None:
-    """Write config.pbtxt and labels.txt beside the versions of a model; existing files must have the same content.
+    """Write config.pbtxt and labels.txt beside the versions of a model, whose files must have the same content.
 
     Raises:
         BadInput: The other versions have another input or other classes: clients could not tell them apart.
     """
     for path, content in _list_files(manifest, model).items():
-        if not path.exists():
+        if not path.exists() or not repository.versions(model):
             files.write(path, content)
         elif files.read(path) != content:
             raise BadInput(

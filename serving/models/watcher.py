@@ -8,7 +8,6 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 
 from export import files, repository
-from export.manifest import NAME as MANIFEST
 from resnet import BadInput, CheckFailed
 from serving.errors import FailedPrecondition, NotFound
 from serving.models.model import Model
@@ -52,11 +51,12 @@ class Watcher:
         """Load the models of the repository. What cannot be served costs only itself.
 
         Raises:
-            BadInput: There is no repository, or the folder is something else.
+            BadInput: The folder is missing, or is no repository.
             CheckFailed: With `strict`, something cannot be served.
         """
-        if not self._folder.is_dir() or (self._folder / MANIFEST).exists() or repository.versions(self._folder):
-            raise BadInput(repository.explain(self._folder))
+        mistake = repository.find_mistake(self._folder)
+        if mistake:
+            raise BadInput(mistake)
         self.scan()
         if strict:
             for reason in self._list_refusals():
