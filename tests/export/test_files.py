@@ -31,6 +31,11 @@ IRREGULAR: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.fixture
+def small_network() -> None:
+    """Nothing is trained here."""
+
+
+@pytest.fixture
 def version(tmp_path: Path) -> Path:
     """The folder of a version."""
     return write_version(tmp_path / "models" / "colors" / "1")

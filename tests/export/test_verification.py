@@ -23,6 +23,11 @@ from tests.versions import list_file, make_graph, write_version
 
 
 @pytest.fixture
+def small_network() -> None:
+    """Nothing is trained here."""
+
+
+@pytest.fixture
 def version(tmp_path: Path) -> Path:
     """The folder of a version; its SavedModel is empty, its Keras original missing."""
     return write_version(tmp_path / "models" / "colors" / "1")
