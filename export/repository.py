@@ -129,7 +129,7 @@ def models(repository: Path) -> list[Path]:
         OSError: The repository cannot be read.
     """
     found = folders(repository) if repository.is_dir() else []
-    complete = [folder for folder in found if MODEL_NAME.fullmatch(folder.name) and _has_versions(folder)]
+    complete = [folder for folder in found if MODEL_NAME.fullmatch(folder.name) and has_versions(folder)]
     if not complete:
         raise BadInput(explain(repository))
     return complete
@@ -157,7 +157,7 @@ def explain(folder: Path) -> str:
     mistake = find_mistake(folder)
     if mistake:
         return mistake
-    inner = [path.name for path in folders(folder) if MODEL_NAME.fullmatch(path.name) and _has_versions(path)]
+    inner = [path.name for path in folders(folder) if MODEL_NAME.fullmatch(path.name) and has_versions(path)]
     if inner:
         return f"{folder} is a repository; name one of its models: {', '.join(inner)}"
     return f"{folder} holds no models; `resnet export RUN --to REPOSITORY/NAME` makes one"
@@ -171,7 +171,7 @@ def _is_folder(path: Path) -> bool:
         return True
 
 
-def _has_versions(model: Path) -> bool:
+def has_versions(model: Path) -> bool:
     """Return whether a model has versions, or cannot be read."""
     try:
         return bool(versions(model))

@@ -71,10 +71,14 @@ class Watcher:
             retry: Load refused versions again, even if nothing in their folders has changed.
         """
         with self._lock:
+            # While a disk is being mounted, its folder is missing or empty: that must not end the service.
             try:
                 folders = repository.folders(self._folder)
-            except OSError as error:  # as while a disk is being mounted: that must not end the service
-                self._report("", f"the served models stay, the repository cannot be read: {error}")
+            except OSError as error:
+                self._report("", f"the served models stay, {self._folder} cannot be read ({error.strerror})")
+                return
+            if self._models.serves_any() and not any(map(repository.has_versions, folders)):
+                self._report("", f"the served models stay, {self._folder} holds no models")
                 return
             self._report("", None)
             for folder in folders:
@@ -139,7 +143,7 @@ class Watcher:
         try:
             available, labels = repository.versions(folder), repository.labels(folder)
         except OSError as error:
-            return f"{folder} cannot be read: {error}" if is_name else None
+            return f"{folder} cannot be read ({error.strerror})" if is_name else None
         if not available:
             self._forget(name)
             return None

@@ -260,6 +260,32 @@ def test_an_empty_repository_is_served_once_it_holds_a_model(tmp_path: Path, cap
         assert health().status == health_pb2.HealthCheckResponse.SERVING
 
 
+@pytest.mark.parametrize("away", ["missing", "empty", "a file"])
+def test_a_repository_whose_disk_is_away_takes_nothing_away(
+    away: str, repository: Repository, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said once, and the models are followed again when it is back."""
+    repository.watcher.start()
+    caplog.clear()
+    repository.folder.rename(repository.folder.with_name("away"))
+    if away == "empty":
+        repository.folder.mkdir()
+    elif away == "a file":
+        repository.folder.touch()
+    for _ in range(2):
+        repository.watcher.scan()
+    assert repository.served() == ["colors/1"]
+    assert [record.getMessage().partition(",")[0] for record in caplog.records] == ["the served models stay"]
+    if away == "empty":
+        repository.folder.rmdir()
+    elif away == "a file":
+        repository.folder.unlink()
+    repository.folder.with_name("away").rename(repository.folder)
+    write_version(repository.folder / "colors" / "2")
+    repository.watcher.scan()
+    assert repository.served() == ["colors/2"]
+
+
 def test_what_is_no_repository_is_not_served(repository: Repository, tmp_path: Path) -> None:
     """One sentence says what it is, and which folder to name."""
     colors = repository.folder / "colors"
