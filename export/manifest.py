@@ -6,16 +6,20 @@ The export writes it and the server reads it; its format is defined here only. L
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from export import files
 from resnet import BadInput
 
 FORMAT = 2
-NAME = "manifest.json"
+NAME, SIGNATURE = "manifest.json", "manifest.sig"
+UNHASHED = {NAME, SIGNATURE}  # the files of a version that the manifest does not list
+CHANGED = "is not the file that was exported (its SHA-256 differs)"
 ROUNDING = 1e-9  # error of a difference of two accuracies; one image of a million is a thousand times as much
 REQUIRED = ("onnx", "saved_model")  # variants without which a certificate does not hold
 
@@ -224,6 +228,14 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         complete = msgspec.structs.replace(self, digest=self.compute_digest())
         (folder / NAME).write_bytes(msgspec.json.format(msgspec.json.encode(complete), indent=2) + b"\n")
 
+    def check_output(self, shape: Sequence[int]) -> None:
+        """Raise `BadInput` if a model whose output has this shape computes another number of classes than it should."""
+        if tuple(shape[1:]) != (len(self.labels),):
+            raise BadInput(
+                f"{self.model}/{self.version} has {len(self.labels)} labels for an output of shape {list(shape)}; "
+                "export the model again"
+            )
+
     def compute_digest(self) -> str:
         """Return the digest of the other attributes."""
         plain = msgspec.to_builtins(msgspec.structs.replace(self, digest=""), str_keys=True)
@@ -241,24 +253,40 @@ def read(folder: Path) -> Manifest:
     Raises:
         BadInput: It is missing or invalid, has another format, or belongs to another version.
     """
+    return parse(folder, read_content(folder))
+
+
+def read_content(folder: Path) -> bytes:
+    """Return the content of the manifest of the version in `folder`.
+
+    Raises:
+        BadInput: It is missing, or is not a file that can be read.
+    """
     path = folder / NAME
     try:
-        text = path.read_bytes()
-        number = msgspec.json.decode(text, type=_Header).format
-        if number != FORMAT:
-            raise BadInput(f"{path} has format {number}, this version of resnet reads {FORMAT}; export again")
-        manifest = msgspec.json.decode(text, type=Manifest)
+        return files.read(path)
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror}); export the model again") from None
-    except msgspec.DecodeError as error:
+
+
+def parse(folder: Path, content: bytes) -> Manifest:
+    """Return the manifest with this content, of the version in `folder`; errors as in `read`."""
+    path = folder / NAME
+    try:
+        number = msgspec.json.decode(content, type=_Header).format
+        if number != FORMAT:
+            raise BadInput(f"{path} has format {number}, this version of resnet reads {FORMAT}; export again")
+        manifest = msgspec.json.decode(content, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadInput(f"{path} is not a valid manifest ({error}); export the model again") from None
     if manifest.digest != manifest.compute_digest():
         raise BadInput(f"{path} was edited: its digest differs from that of its content; export the model again")
     if str(manifest.version) != folder.name or manifest.model != folder.parent.name:
         raise BadInput(
-            f"{path} belongs to {manifest.model}/{manifest.version}, not to {folder.parent.name}/{folder.name}"
+            f"{path} belongs to {manifest.model}/{manifest.version}, not to {folder.parent.name}/{folder.name}; "
+            "a version keeps its name: export the model under another one"
         )
-    if manifest.output.shape[-1] != len(manifest.labels):
+    if manifest.output.shape[-1:] != [len(manifest.labels)]:
         raise BadInput(
             f"{path} names {len(manifest.labels)} labels for {manifest.output.shape[-1]} outputs; export again"
         )
@@ -267,20 +295,44 @@ def read(folder: Path) -> Manifest:
 
 def hash_files(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file below `folder` except its manifest, by path inside the folder."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
-    return {path.relative_to(folder).as_posix(): _hash(path) for path in paths}
+    entries = sorted(files.list_entries(folder).items())
+    names = [name for name, status in entries if not stat.S_ISDIR(status.st_mode) and name not in UNHASHED]
+    return {name: files.compute_hash(folder / name) for name in names}
 
 
 def changed_files(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """Yield a clause for every file that is missing or whose SHA-256 is not that of the manifest."""
-    for name, expected in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            yield f"{path} is missing"
-        elif _hash(path) != expected:
-            yield f"{path} is not the file that was exported (its SHA-256 differs)"
+    """Yield a clause for every file that is missing, was added, or whose SHA-256 is not that of the manifest.
+
+    Hidden files, such as those that file managers and editors leave, are ignored: nothing loads them.
+    """
+    try:
+        found = files.list_entries(folder)
+    except OSError as error:
+        yield f"{error.filename} cannot be read ({error.strerror})"
+        return
+    for name in sorted(manifest.files.keys() - found.keys()):
+        yield f"{folder / name} is missing"
+    for name in sorted(found.keys() - manifest.files.keys() - UNHASHED):
+        if not stat.S_ISDIR(found[name].st_mode) and not any(part.startswith(".") for part in name.split("/")):
+            yield f"{str(folder / name)!r} was added after the export, remove it"
+    for name in sorted(manifest.files.keys() & found.keys()):
+        try:
+            if files.compute_hash(folder / name) != manifest.files[name]:
+                yield f"{folder / name} {CHANGED}"
+        except OSError as error:
+            yield f"{folder / name} cannot be read ({error.strerror})"
 
 
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def read_file(folder: Path, name: str, manifest: Manifest) -> bytes:
+    """Return the content of a file of a version. It is read once: what is loaded is what was hashed.
+
+    Raises:
+        BadInput: It cannot be read, or its SHA-256 is not that of the manifest.
+    """
+    try:
+        content = files.read(folder / name)
+    except OSError as error:
+        raise BadInput(f"{folder / name} cannot be read ({error.strerror}); export the model again") from None
+    if hashlib.sha256(content).hexdigest() != manifest.files.get(name):
+        raise BadInput(f"{folder / name} {CHANGED}; export the model again")
+    return content

@@ -49,6 +49,7 @@ def certify(
     variants: Sequence[tuple[Variant, Predict]],
     images: NDArray[np.uint8],
     labels: NDArray[np.int32],
+    title: str = "Keras",
 ) -> Certificate:
     """Compare every variant with the original on all images, at every batch size of `BATCH_SIZES`.
 
@@ -57,6 +58,7 @@ def certify(
         variants: The converted models, each with the function that runs it; their rows are ignored.
         images: Held-out images, uint8 [n, height, width, 3].
         labels: Their labels, int32 [n].
+        title: What the original is called.
 
     Returns:
         A certificate with new rows for all variants.
@@ -65,7 +67,7 @@ def certify(
         RunError: A model cannot be run.
         ShapeError: The output of a variant has another shape or dtype than that of the original.
     """
-    expected = _predict(reference, images, max(BATCH_SIZES), "Keras")
+    expected = _predict(reference, images, max(BATCH_SIZES), title)
     measured = []
     for variant, predict in variants:
         rows = []

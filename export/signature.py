@@ -11,10 +11,9 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from export.manifest import NAME as MANIFEST
+from export import files, manifest
+from export.manifest import SIGNATURE, Manifest
 from resnet import BadInput, CheckFailed
-
-NAME = "manifest.sig"
 
 
 def load_private(path: Path) -> Ed25519PrivateKey:
@@ -49,21 +48,26 @@ def load_public(path: Path) -> Ed25519PublicKey:
 
 def sign(folder: Path, key: Ed25519PrivateKey) -> None:
     """Write manifest.sig, 64 bytes, beside the manifest of the version in `folder`."""
-    (folder / NAME).write_bytes(key.sign((folder / MANIFEST).read_bytes()))
+    (folder / SIGNATURE).write_bytes(key.sign(manifest.read_content(folder)))
 
 
-def check(folder: Path, key: Ed25519PublicKey) -> None:
-    """Check the signature of the version in `folder`.
+def read(folder: Path, key: Ed25519PublicKey) -> Manifest:
+    """Read the manifest of the version in `folder`, after its signature.
 
     Raises:
+        BadInput: As `export.manifest.read`.
         CheckFailed: There is no signature, or this key did not sign this manifest.
     """
+    content = manifest.read_content(folder)
     try:
-        key.verify((folder / NAME).read_bytes(), (folder / MANIFEST).read_bytes())
-    except FileNotFoundError as error:
-        raise CheckFailed(f"{folder} is not signed, there is no {Path(error.filename).name}") from None
+        key.verify(files.read(folder / SIGNATURE), content)
+    except FileNotFoundError:
+        raise CheckFailed(f"{folder} is not signed, there is no {SIGNATURE}") from None
+    except OSError as error:
+        raise CheckFailed(f"{folder / SIGNATURE} cannot be read ({error.strerror})") from None
     except InvalidSignature:
         raise CheckFailed(f"{folder} is not signed by the trusted key, or its manifest was changed since") from None
+    return manifest.parse(folder, content)
 
 
 def _read(option: str, path: Path) -> bytes:

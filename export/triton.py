@@ -6,12 +6,14 @@ The fields are those of Triton's `model_config.proto`: https://github.com/triton
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+from export import files, repository
 from export.manifest import Manifest
 from resnet import BadInput
 
-CONFIG, LABELS = "config.pbtxt", "labels.txt"
+CONFIG, LABELS = repository.RESERVED
 MAX_BATCH = 64  # the largest batch size of the certificate
 TYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32"}
 
@@ -51,20 +53,34 @@ version_policy {{
 
 
 def write_files(manifest: Manifest, model: Path) -> None:
-    """Write config.pbtxt and labels.txt beside the versions of a model; existing files must have the same content.
+    """Write config.pbtxt and labels.txt beside the versions of a model, whose files must have the same content.
 
     Raises:
         BadInput: The other versions have another input or other classes: clients could not tell them apart.
     """
-    contents = {CONFIG: config(manifest), LABELS: "".join(f"{label}\n" for label in manifest.labels)}
-    for name, text in contents.items():
-        path = model / name
-        if not path.exists():
-            part = path.with_name(f".{name}.part")
-            part.write_text(text, "utf-8")
-            part.replace(path)
-        elif path.read_text("utf-8") != text:
+    for path, content in _list_files(manifest, model).items():
+        if not path.exists() or not repository.versions(model):
+            files.write(path, content)
+        elif files.read(path) != content:
             raise BadInput(
                 f"{path} describes a model with another input or other classes than this one; "
                 "export under another name, or remove that file if nobody uses the older versions"
             )
+
+
+def changed_files(manifest: Manifest, model: Path) -> Iterator[str]:
+    """Yield a clause for each of the files that differs from what this version says; files may be missing."""
+    for path, content in _list_files(manifest, model).items():
+        try:
+            if files.read(path) != content:
+                yield f"{path}, which Triton reads, is not the file that was exported"
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            yield f"{path} cannot be read ({error.strerror})"
+
+
+def _list_files(manifest: Manifest, model: Path) -> dict[Path, bytes]:
+    """Return the content of each file, by its path."""
+    labels = "".join(f"{label}\n" for label in manifest.labels)
+    return {model / CONFIG: config(manifest).encode(), model / LABELS: labels.encode()}

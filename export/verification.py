@@ -3,56 +3,130 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from export import formats, manifest, original, parity
-from export.manifest import Certificate, Manifest
-from export.source import load_heldout
-from resnet import CheckFailed
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from numpy.typing import NDArray
+
+from export import formats, heldout, manifest, parity, session, signature, triton
+from export.formats import ONNX
+from export.manifest import Certificate, Manifest, Variant
+from export.parity import Predict, Probabilities
+from resnet import BadInput, CheckFailed
 
 
-def verify(folder: Path) -> Manifest:
-    """Check the hashes, the recorded certificate and a recomputed one, and print them.
+def verify(folder: Path, trust: Ed25519PublicKey | None = None, full: bool = False) -> Manifest:
+    """Check the signature, the hashes, the recorded certificate and a recomputed one, in this order, and print them.
 
     Args:
         folder: REPOSITORY/NAME/VERSION.
+        trust: Also require a signature that matches this key.
+        full: Compare every format with the Keras original. This runs the code of both, which may do anything. Otherwise
+            only the ONNX files are run, and compared with the recorded accuracy.
 
     Returns:
         The manifest of the version.
 
     Raises:
-        BadInput: The manifest cannot be read.
-        CheckFailed: A file has changed, or a figure is outside its budget or differs from the certificate.
+        BadInput: The manifest or a model cannot be read.
+        CheckFailed: The signature does not match, a file has changed, or a figure is outside its budget or differs from
+            the certificate.
     """
-    recorded = manifest.read(folder)
-    changes = list(manifest.changed_files(folder, recorded))
+    recorded = manifest.read(folder) if trust is None else signature.read(folder, trust)
+    changes = [*manifest.changed_files(folder, recorded), *triton.changed_files(recorded, folder.parent)]
     if changes:
         raise CheckFailed("; ".join(changes))
+    if trust is not None:
+        print(f"{folder} is signed by the trusted key")
     print(f"the {len(recorded.files)} files of {folder} are unchanged")
     parity.check(recorded.certificate)
+    if full:
+        if trust is None:
+            print(
+                f"warning: {folder} was not checked against a key (--trust), and --full runs the code of its models",
+                file=sys.stderr,
+            )
+        recomputed = _certify_all(folder, recorded)
+        parity.check(recomputed)
+    else:
+        recomputed = _certify_onnx(folder, recorded)
+    print(parity.describe(recomputed if full else recorded.certificate))
+    _compare(recorded.certificate, recomputed)
+    if not full:
+        print("the ONNX files have the recorded accuracy; --full compares them with the Keras original")
+    return recorded
 
-    images, labels = load_heldout(folder)
-    reference = original.load(folder / "model.keras")
-    variants = [(variant, formats.load(folder, variant)) for variant in recorded.certificate.variants]
-    recomputed = parity.certify(reference, variants, images, labels)
-    print(parity.describe(recomputed))
-    parity.check(recomputed)
+
+def _certify_all(folder: Path, recorded: Manifest) -> Certificate:
+    """Return the certificate of all variants. They are loaded from a copy: what was hashed is what is loaded."""
+    from export import original  # loads TensorFlow
+
+    with TemporaryDirectory(prefix="resnet-") as name:
+        copy = Path(name)
+        for file in recorded.files:
+            (copy / file).parent.mkdir(parents=True, exist_ok=True)
+            (copy / file).write_bytes(manifest.read_file(folder, file, recorded))
+        try:
+            heldout.check_size(copy / "model.keras")
+            reference = original.load(copy / "model.keras")
+            variants = [(variant, formats.load(copy, variant)) for variant in recorded.certificate.variants]
+        except BadInput:
+            raise
+        except Exception as error:  # Keras, TensorFlow and onnxruntime raise many types for unreadable files
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise BadInput(f"a model of {folder} cannot be loaded ({reason})") from None
+        return parity.certify(reference, variants, *heldout.load(folder, recorded))
+
+
+def _certify_onnx(folder: Path, recorded: Manifest) -> Certificate:
+    """Return the certificate of the ONNX files, with the one in full precision in the place of the original."""
+    onnx = [variant for variant in recorded.certificate.variants if variant.name.partition("-")[0] == ONNX.name]
+    variants = {variant.name: (variant, _load_onnx(folder, variant, recorded)) for variant in onnx}
+    images, labels = heldout.load(folder, recorded)
+    _, reference = variants[ONNX.name]
+    return parity.certify(reference, list(variants.values()), images, labels, title=ONNX.name)
+
+
+def _load_onnx(folder: Path, variant: Variant, recorded: Manifest) -> Predict:
+    content = manifest.read_file(folder, variant.path, recorded)
+    try:
+        loaded = session.open_session(content)
+    except Exception as error:  # onnxruntime's exceptions have no common base below Exception
+        raise BadInput(f"{folder / variant.path} cannot be loaded by onnxruntime: {error}") from None
+
+    def predict(images: NDArray[np.uint8]) -> Probabilities:
+        probabilities: Probabilities = loaded.run([recorded.output.name], {recorded.input.name: images})[0]
+        recorded.check_output(probabilities.shape)
+        return probabilities
+
+    return predict
+
+
+def _compare(recorded: Certificate, recomputed: Certificate) -> None:
+    """Compare the images and accuracies of two certificates.
+
+    Raises:
+        CheckFailed: They differ.
+    """
     for name in ("images", "images_sha256"):
-        if getattr(recorded.certificate, name) != getattr(recomputed, name):
+        if getattr(recorded, name) != getattr(recomputed, name):
             raise CheckFailed(f"the certificate is about other held-out images: {name} differs")
     # Another machine rounds differently, which can change the class of a tie. Edited figures differ by far more.
-    tolerance = max(1e-3, 1 / len(labels))
-    for subject, before, now in _pair_accuracies(recorded.certificate, recomputed):
+    tolerance = max(1e-3, 1 / recomputed.images)
+    for subject, before, now in _pair_accuracies(recorded, recomputed):
         if not abs(before - now) <= tolerance:  # NaN is outside too
             raise CheckFailed(f"the certificate gives {subject} an accuracy of {before:.2%}, but it is {now:.2%}")
-    return recorded
 
 
 def _pair_accuracies(recorded: Certificate, recomputed: Certificate) -> Iterator[tuple[str, float, float]]:
     """Yield the recorded and the recomputed value of each accuracy; NaN stands for one that was not recorded."""
     yield "Keras", recorded.accuracy, recomputed.accuracy
-    for before, now in zip(recorded.variants, recomputed.variants, strict=True):
-        accuracies = {row.batch_size: row.accuracy for row in before.rows}
+    for now in recomputed.variants:
+        before = recorded.find(now.name)
+        accuracies = {row.batch_size: row.accuracy for row in before.rows} if before else {}
         for row in now.rows:
             yield f"{now.name} at batch size {row.batch_size}", accuracies.get(row.batch_size, math.nan), row.accuracy

@@ -41,15 +41,15 @@ def serve(config: Config) -> None:
     registry = ModelRegistry()
     load, policies = make_loader(config, tracing), version_policy.parse(config.versions)
     watcher = Watcher(config.repository, registry, load, policies)
-    watcher.start()
+    watcher.start(config.strict)
     server = Server(registry, config.host, config.port, config, *access, watcher, tracing, config.transport)
     serve_metrics(config, registry, server.transport)
     print(f"serving on {server.address}", flush=True)
     while not stop.is_set():
-        wake.wait(config.watch or None)
+        requested = wake.wait(config.watch or None)
         wake.clear()
         if not stop.is_set():
-            watcher.scan()
+            watcher.scan(retry=requested)
     print("finishing the requests under way", flush=True)
     server.stop(config.grace)
     if tracing:
@@ -88,13 +88,16 @@ def start_tracing(config: Config) -> Tracing | None:
 
 
 def make_loader(config: Config, tracing: Tracing | None = None) -> Callable[[Path], Model]:
-    """Return a function that loads a version, and prints that it did."""
+    """Return a function that loads a version, and prints that it did.
+
+    Raises:
+        BadInput: This machine lacks the device or the runtime, or the trusted key cannot be read.
+    """
+    loader.check_options(config.device, config.runtime)
     key = signature.load_public(config.trust) if config.trust else None
 
     def load(version: Path) -> Model:
-        if key is not None:
-            signature.check(version, key)
-        model = loader.load(version, config.device, config, config.precision, config.runtime, config.tune)
+        model = loader.load(version, config.device, config, config.precision, config.runtime, config.tune, key)
         if tracing:
             tracing.follow(model)
         which = f"{model.name}/{model.version} in {config.precision} on {model.engine.provider}"

@@ -141,6 +141,7 @@ class ServeOptions:
     )
     precision: Precision = option("fp32", "exported variant to serve")
     trust: Path | None = option(None, "public key in PEM; serve only versions signed with its private key")
+    strict: bool = option(False, "do not start if a model or version of the repository cannot be served")
     watch: float = option(
         5.0, "seconds between scans for new versions; 0 scans on SIGHUP only", low=0, high=threading.TIMEOUT_MAX
     )

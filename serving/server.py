@@ -85,15 +85,20 @@ class Server:
         self._transport.start()
         log.info("the transport is %s, %s", kind, reason)
         self.announce(True)
-        models.subscribe(self._health.set)
+        models.subscribe(self._announce_model)
 
     def announce(self, ready: bool) -> None:
         """Set whether the server, its services and its models take requests, as health checks report it."""
         self.ready = ready
-        for service in ("", *SERVICES):
+        self._health.set("", ready and self._models.serves_any())
+        for service in SERVICES:
             self._health.set(service, ready)
         for name in self._models.names():
             self._health.set(name, ready and bool(self._models.get(name).versions))
+
+    def _announce_model(self, name: str, served: bool) -> None:
+        self._health.set(name, served)
+        self._health.set("", self._models.serves_any())
 
     def stop(self, grace_seconds: float) -> None:
         """Refuse new requests, answer the active ones, and close.

@@ -58,6 +58,6 @@ class ServerProcess:
 
 
 def serve(repository: Path, *options: str) -> ServerProcess:
-    """Start `resnet serve` on a free port."""
+    """Start `resnet serve` on a free port, with all that the repository holds."""
     command = [sys.executable, "-m", "resnet"]
-    return ServerProcess([*command, "serve", str(repository), "--port=0", *options])
+    return ServerProcess([*command, "serve", str(repository), "--port=0", "--strict", *options])

@@ -50,6 +50,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
             action.add_argument(
                 "folder", type=Path, metavar="REPOSITORY[/NAME]", help="repository, or one of its models"
             )
+        if verb == "verify":
+            action.add_argument(
+                "--full",
+                action="store_true",
+                help="compare every format with the Keras original, which runs the code of both",
+            )
         if verb == "prune":
             action.add_argument(
                 "--keep", type=int, default=3, metavar="N", help="number of latest versions to keep (default: 3)"
@@ -78,7 +84,12 @@ def _find_model(folder: Path) -> Path:
 def _list(args: argparse.Namespace) -> None:
     print(f"{'model':<24} {'input':<14} {'classes':>7}  {'accuracy':>8}  {'precision':<16}  created")
     for model in _list_models(args.folder):
-        for number in repository.versions(model):
+        try:
+            numbers, model_labels = repository.versions(model), repository.labels(model)
+        except OSError as error:
+            print(f"{model.name:<24} {error}")
+            continue
+        for number in numbers:
             name = f"{model.name}/{number}"
             try:
                 version = manifest.read(model / str(number))
@@ -87,7 +98,7 @@ def _list(args: argparse.Namespace) -> None:
                 continue
             size = "x".join(str(side) for side in version.input.shape[1:])
             precisions = ", ".join(dict.fromkeys(variant.precision for variant in version.certificate.variants))
-            labels = [label for label, labelled in repository.labels(model).items() if labelled == number]
+            labels = [label for label, labelled in model_labels.items() if labelled == number]
             print(
                 f"{name:<24} {size:<14} {len(version.labels):>7}  {version.certificate.accuracy:>8.2%}  "
                 f"{precisions:<16}  {version.created}" + (f"  {', '.join(labels)}" if labels else "")
@@ -132,10 +143,16 @@ def _verify(args: argparse.Namespace) -> None:
 
     failed = []
     for model in _list_models(args.folder):
-        for number in repository.versions(model):
+        try:
+            numbers = repository.versions(model)
+        except OSError as error:
+            failed.append(model.name)
+            print(f"{model.name} is not verified: {error}")
+            continue
+        for number in numbers:
             name = f"{model.name}/{number}"
             try:
-                verify(model / str(number))
+                verify(model / str(number), full=args.full)
                 print(f"{name} is verified")
             except (BadInput, CheckFailed) as error:
                 failed.append(name)

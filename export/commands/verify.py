@@ -1,7 +1,11 @@
-"""Verify that the files of an exported model are unchanged, and still agree with the Keras original.
+"""Verify that the files of an exported model are unchanged, and that the ONNX files have the recorded accuracy.
+
+--full also runs the Keras original and the SavedModel, and compares all of them. These two can contain code that does
+anything: use it for models of a maker whom you trust.
 
 Examples:
   resnet verify models/digits
+  resnet verify models/digits --full
   resnet verify models/digits --version 2 --trust public.pem
 """
 
@@ -21,6 +25,7 @@ class VerifyOptions:
     model: Path = option(MISSING, "model to verify", metavar="REPOSITORY/NAME")
     version: int | None = option(None, "version to verify (default: the latest)", low=1)
     trust: Path | None = option(None, "also require a signature that matches this Ed25519 public key", metavar="FILE")
+    full: bool = option(False, "compare every format with the Keras original, which runs the code of both")
 
     def __post_init__(self) -> None:
         check(self)
@@ -35,16 +40,10 @@ def run(args: argparse.Namespace) -> None:
     """Verify one version, and print the recomputed certificate."""
     options = read(args, VerifyOptions)
 
-    from export import repository
-
-    folder = repository.version(options.model, options.version)
-    if options.trust is not None:
-        from export import signature
-
-        signature.check(folder, signature.load_public(options.trust))
-        print(f"{folder} is signed by {options.trust}")
-
+    from export import repository, signature
     from export.verification import verify
 
-    manifest = verify(folder)
+    folder = repository.version(options.model, options.version)
+    key = signature.load_public(options.trust) if options.trust else None
+    manifest = verify(folder, key, options.full)
     print(f"{manifest.model}/{manifest.version} is verified")

@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from export import manifest as manifests
+from export import signature
 from export.manifest import Manifest, Variant
 from resnet import BadInput
 from serving.config import Batching
@@ -25,18 +27,35 @@ from serving.scheduling.batcher import Batcher
 log = logging.getLogger(__name__)
 
 
-def read_checked(folder: Path) -> Manifest:
-    """Read the manifest of a version, and check its files and its certificate.
+def read_checked(folder: Path, trust: Ed25519PublicKey | None = None) -> Manifest:
+    """Read the manifest of a version, and check its files, its certificate, and with `trust` its signature.
 
     Raises:
         BadInput: The manifest is invalid, a file has changed, or the certificate is outside of its budget.
+        CheckFailed: It is not signed by the key that is trusted.
     """
-    manifest = manifests.read(folder)
+    manifest = manifests.read(folder) if trust is None else signature.read(folder, trust)
     for problem in manifests.changed_files(folder, manifest):
-        raise BadInput(f"{problem}; a version that was changed is not served: export the model again")
+        raise BadInput(f"{problem}; a version that was changed is not served: restore it, or export the model again")
     for violation in manifest.certificate.violations():
         raise BadInput(f"the certificate of {folder} does not hold, {violation}; export the model again")
     return manifest
+
+
+def check_options(device: Device, runtime: str) -> None:
+    """Check that this machine has a device and a runtime, before any model is loaded.
+
+    Raises:
+        BadInput: It lacks one, or the two exclude each other.
+    """
+    if device in ("cuda", "tensorrt") and runtime not in ("auto", DEFAULT):
+        raise BadInput(f"--runtime {runtime} computes on the CPU; leave out --device {device}")
+    list_plans(runtime)
+    if device in ("cuda", "tensorrt"):
+        try:
+            cuda.list_devices(device)
+        except BadInput as error:
+            raise BadInput(f"--device {device}: {error}") from None
 
 
 def load(
@@ -46,6 +65,7 @@ def load(
     precision: str = "fp32",
     runtime: str = "auto",
     tune: bool = False,
+    trust: Ed25519PublicKey | None = None,
 ) -> Model:
     """Load, check and warm up the version in `folder`.
 
@@ -57,18 +77,17 @@ def load(
         runtime: The runtime on the CPU; `auto` is onnxruntime, and with `tune` the fastest.
         tune: Measure which plans compute it fastest on this machine; without it, one thread for each core computes each
             batch.
+        trust: Require a signature that matches this key.
 
     Raises:
         BadInput: Its files or its certificate do not hold, it was not exported in this precision, or the device or the
             runtime cannot be used.
+        CheckFailed: It is not signed by the key that is trusted.
     """
-    manifest = read_checked(folder)
+    manifest = read_checked(folder, trust)
     variant = find_variant(folder, manifest, precision)
     path = folder / variant.path
-    cpu_only = runtime not in ("auto", DEFAULT)
-    if cpu_only and device in ("cuda", "tensorrt"):
-        raise BadInput(f"--runtime {runtime} computes on the CPU; leave out --device {device}")
-    gpu = None if cpu_only else cuda.choose(path, manifest, device, batching.max_batch)
+    gpu = None if runtime not in ("auto", DEFAULT) else cuda.choose(path, manifest, device, batching.max_batch)
     if gpu:
         return start(manifest, gpu, batching, precision, gpu.curve, instances=gpu.instances, threads=gpu)
     plans = list_plans(runtime)
@@ -117,11 +136,15 @@ def start(
         instances: As in `Batcher`.
         overflow: As in `Batcher`.
         threads: As in `Batcher`.
+
+    Raises:
+        BadInput: The engine computes another number of classes than the manifest names.
     """
     # On a CPU the sizes between need no warm-up: over 30 sizes of ResNet-18 the first run took 1.01 times as long as
     # later ones in the median, and at most 1.33 times. OpenVINO and GPUs warm up every size, or bucket, by themselves.
     for size in (1, batching.max_batch):
-        engine.run(np.zeros((size, *manifest.input.shape[1:]), np.uint8))
+        probabilities = engine.run(np.zeros((size, *manifest.input.shape[1:]), np.uint8))
+        manifest.check_output(probabilities.shape)
     statistics = Statistics(manifest.model, manifest.version)
 
     def run(images: Images) -> Probabilities:

@@ -85,6 +85,10 @@ class ModelRegistry:
         """Return the names of the models with a served or refused version."""
         return sorted(self._served)
 
+    def serves_any(self) -> bool:
+        """Return whether any model is served."""
+        return any(served.versions for served in self._served.values())
+
     def get(self, name: str) -> ServedVersions:
         """Return the versions of a model; none if the model is unknown."""
         return self._served.get(name, ServedVersions())

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 
-from export import repository
-from resnet import BadInput
+from export import files, repository
+from resnet import BadInput, CheckFailed
 from serving.errors import FailedPrecondition, NotFound
 from serving.models.model import Model
 from serving.models.registry import ModelRegistry
@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 class Watcher:
     """Serves the models of a repository: the versions that policies choose, and those with a label.
 
-    A version that cannot be loaded is refused, and the policy chooses among the others: if the latest one is broken,
-    the one before it stays. Running requests finish with the version they began with.
+    A version that cannot be loaded is refused until its files change, and the policy chooses among the others: if the
+    latest one is broken, the one before it is served. Running requests finish with the version they began with.
     """
 
     def __init__(
@@ -43,37 +43,49 @@ class Watcher:
         self._folder, self._models, self._load = folder, models, load
         self._policies = {"": VersionPolicy(), **(policies or {})}
         self._unloaded: set[str] = set()
+        self._problems: dict[str, str] = {}
+        self._refused: dict[tuple[str, int], Hashable] = {}
         self._lock = threading.Lock()
 
-    def start(self) -> None:
-        """Load the models of the repository.
+    def start(self, strict: bool = False) -> None:
+        """Load the models of the repository. What cannot be served costs only itself.
 
         Raises:
-            BadInput: There is no repository, a version cannot be loaded, or a policy chooses no version of a model.
-            CheckFailed: A version is not signed by the trusted key.
+            BadInput: The folder is missing, or is no repository.
+            CheckFailed: With `strict`, something cannot be served.
         """
-        for folder in repository.models(self._folder):
-            self._update(folder, strict=True)
-            if not self._models.get(folder.name).versions:
-                available = repository.versions(folder)
-                raise BadInput(f"--versions chooses none of the versions of {folder.name}, which are {available}")
+        mistake = repository.find_mistake(self._folder)
+        if mistake:
+            raise BadInput(mistake)
+        self.scan()
+        if strict:
+            for reason in self._list_refusals():
+                raise CheckFailed(f"--strict: {reason}")
+        if not self._models.serves_any():
+            log.warning("no model is served until %s holds one that can be", self._folder)
 
-    def scan(self) -> None:
-        """Look for changes of the repository once, and apply them."""
+    def scan(self, retry: bool = False) -> None:
+        """Look for changes of the repository once, and apply them; no error of the file system leaves this method.
+
+        Args:
+            retry: Load refused versions again, even if nothing in their folders has changed.
+        """
         with self._lock:
+            # While a disk is being mounted, its folder is missing or empty: that must not end the service.
             try:
-                folders = {folder.name: folder for folder in repository.models(self._folder)}
-            except (BadInput, OSError) as error:  # as while a disk is being mounted: that must not end the service
-                log.error("the served models stay: %s", error)
+                folders = repository.folders(self._folder)
+            except OSError as error:
+                self._report("", f"the served models stay, {self._folder} cannot be read ({error.strerror})")
                 return
-            for name, folder in folders.items():
-                if name not in self._unloaded:
-                    self._update(folder)
-            for name in self._models.names():
-                if name not in folders:
-                    log.info("%s is no longer served, it was removed", name)
-                    self._models.retain(name, (), {})
-                    self._unloaded.discard(name)
+            if self._models.serves_any() and not any(map(repository.has_versions, folders)):
+                self._report("", f"the served models stay, {self._folder} holds no models")
+                return
+            self._report("", None)
+            for folder in folders:
+                if folder.name not in self._unloaded:
+                    self._report(folder.name, self._update(folder, retry))
+            for name in {*self._models.names(), *self._problems} - {"", *(folder.name for folder in folders)}:
+                self._forget(name)
 
     def load(self, name: str, policy: VersionPolicy | None = None) -> None:
         """Serve a model of the repository from now on; versions that were refused are tried again.
@@ -88,20 +100,25 @@ class Watcher:
         """
         with self._lock:
             # The name is looked up, never made into a path: no text of a request reaches the file system.
-            folders = {folder.name: folder for folder in repository.models(self._folder)}
-            if name not in folders:
-                raise NotFound(f"the repository has no model {name!r}; it has {', '.join(folders)}")
+            try:
+                folders = {folder.name: folder for folder in repository.folders(self._folder)}
+                available = repository.versions(folders[name]) if name in folders else []
+            except OSError as error:
+                raise FailedPrecondition(f"model {name!r} cannot be loaded: {error}") from None
+            if not available:
+                raise NotFound(f"the repository has no model {name!r}; it has {', '.join(folders) or 'none'}")
             if policy is not None:
-                available = repository.versions(folders[name])
                 if not policy.choose(available):
                     raise FailedPrecondition(f"the policy chooses none of the versions of model {name!r}: {available}")
                 self._policies[name] = policy
             self._unloaded.discard(name)
             before = self._models.get(name)
             self._models.retain(name, before.versions.keys(), before.labels)
-            self._update(folders[name])
-            served = self._models.get(name)
-            for number, reason in served.refusals.items():
+            problem = self._update(folders[name], retry=True)
+            self._report(name, problem)
+            if problem:
+                raise FailedPrecondition(problem)
+            for number, reason in self._models.get(name).refusals.items():
                 raise FailedPrecondition(f"version {number} of model {name!r} is not served: {reason}")
 
     def unload(self, name: str) -> None:
@@ -120,30 +137,78 @@ class Watcher:
                 self._models.refuse(name, number, "unloaded by request")
             log.info("%s is no longer served, by request", name)
 
-    def _update(self, folder: Path, strict: bool = False) -> None:
-        """Serve the versions of a model that its policy chooses; `strict` raises if one cannot be loaded."""
-        name, available, labels = folder.name, repository.versions(folder), repository.labels(folder)
+    def _update(self, folder: Path, retry: bool) -> str | None:
+        """Serve the versions of a model that its policy chooses; return what prevents that, or None."""
+        name, is_name = folder.name, repository.MODEL_NAME.fullmatch(folder.name)
+        try:
+            available, labels = repository.versions(folder), repository.labels(folder)
+        except OSError as error:
+            return f"{folder} cannot be read ({error.strerror})" if is_name else None
+        if not available:
+            self._forget(name)
+            return None
+        if not is_name:
+            return f"{name!r} is not served: a model is named by letters, digits, dots, dashes and underscores"
         policy = self._policies.get(name, self._policies[""])
+        refused = set() if retry else {number for number in available if self._is_unchanged(folder, number)}
         while True:
             served = self._models.get(name)
-            candidates = [number for number in available if number not in served.refusals]
+            candidates = [number for number in available if number not in refused]
             chosen = {*policy.choose(candidates), *(number for number in labels.values() if number in candidates)}
             missing = chosen - served.versions.keys()
             if not missing:
                 break
-            self._load_version(folder, max(missing), strict)
+            if not self._load_version(folder, max(missing)):
+                refused.add(max(missing))
         # If no version can be loaded, the served ones stay.
         self._models.retain(name, chosen or served.versions.keys(), labels, keep_refusals=available)
+        if not chosen and not refused:
+            return f"{name} is not served: --versions chooses none of its versions, which are {available}"
+        return None
 
-    def _load_version(self, folder: Path, number: int, strict: bool) -> None:
+    def _load_version(self, folder: Path, number: int) -> bool:
+        """Load a version; return whether it is served now."""
+        path, key = folder / str(number), (folder.name, number)
+        # Taken before the files are read: what changes while they are is looked at again.
+        fingerprint = files.fingerprint(path)
         try:
-            model = self._load(folder / str(number))
-        except Exception as error:
-            if strict:
-                raise
-            # Whatever the error is, the other versions stay served.
-            log.error("%s/%d is not served: %s", folder.name, number, error)
+            model = self._load(path)
+        except Exception as error:  # whatever it is, the other versions stay served
+            if self._models.get(folder.name).refusals.get(number) != str(error):
+                log.error("%s/%d is not served: %s", folder.name, number, error)
             self._models.refuse(folder.name, number, str(error))
-        else:
-            self._models.add(model)
-            log.info("%s/%d is served", folder.name, number)
+            self._refused[key] = fingerprint
+            return False
+        self._refused.pop(key, None)
+        self._models.add(model)
+        log.info("%s/%d is served", folder.name, number)
+        return True
+
+    def _is_unchanged(self, folder: Path, number: int) -> bool:
+        """Return whether a version was refused, and nothing in its folder has changed since."""
+        refused = self._refused.get((folder.name, number))
+        return refused is not None and refused == files.fingerprint(folder / str(number))
+
+    def _forget(self, name: str) -> None:
+        """Stop serving a model that was removed."""
+        if self._models.get(name).versions:
+            log.info("%s is no longer served, it was removed", name)
+        self._models.retain(name, (), {})
+        self._unloaded.discard(name)
+        self._problems.pop(name, None)
+        self._refused = {key: value for key, value in self._refused.items() if key[0] != name}
+
+    def _report(self, name: str, problem: str | None) -> None:
+        """Log why a model, or with an empty name the repository, cannot be served; once until that changes."""
+        if problem is None:
+            self._problems.pop(name, None)
+        elif self._problems.get(name) != problem:
+            self._problems[name] = problem
+            log.error(problem)
+
+    def _list_refusals(self) -> Iterator[str]:
+        """Yield a clause for each model and version of the repository that cannot be served."""
+        yield from self._problems.values()
+        for name in self._models.names():
+            for number, reason in self._models.get(name).refusals.items():
+                yield f"{name}/{number} is not served: {reason}"

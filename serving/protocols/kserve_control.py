@@ -44,8 +44,8 @@ class KServeControl:
         return pb.ServerLiveResponse(live=True)
 
     def ServerReady(self, _: pb.ServerReadyRequest) -> pb.ServerReadyResponse:
-        """Return whether the server takes requests."""
-        return pb.ServerReadyResponse(ready=self._server.ready)
+        """Return whether the server takes requests, and has a model for them."""
+        return pb.ServerReadyResponse(ready=self._server.ready and self._models.serves_any())
 
     def ModelReady(self, request: pb.ModelReadyRequest) -> pb.ModelReadyResponse:
         """Return whether a model takes requests; an unknown model is an error."""

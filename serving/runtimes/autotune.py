@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export import parity
+from export.heldout import load as load_heldout
 from export.manifest import Certificate, Manifest, Variant
 from export.speed import name_cpu
 from resnet import BadInput
@@ -219,11 +220,11 @@ def _check_plans(
     if not uncertified:
         return {}
     reference = ExecutionPlan(DEFAULT, count_cores()).build(path, manifest)
-    heldout = _load_heldout(folder)
+    proof = _choose_heldout(folder, manifest)
     failures = {}
     for plan in uncertified:
         engine = engines.get(plan) or plan.build(path, manifest)
-        violations = find_violations(engine, reference, heldout, manifest.certificate, variant, sizes[plan])
+        violations = find_violations(engine, reference, proof, manifest.certificate, variant, sizes[plan])
         if violations:
             failures[plan.runtime] = "; ".join(violations)
     return failures
@@ -243,10 +244,9 @@ def _load_engines(
     return engines, refusals
 
 
-def _load_heldout(folder: Path) -> tuple[Images, NDArray[np.int32]]:
+def _choose_heldout(folder: Path, manifest: Manifest) -> tuple[Images, NDArray[np.int32]]:
     """Return `PROOF_IMAGES` held-out images of a version, spread evenly over all of them, and their classes."""
-    with np.load(folder / "heldout.npz") as arrays:
-        images, labels = arrays["images"], arrays["labels"]
+    images, labels = load_heldout(folder, manifest)
     chosen = np.linspace(0, len(images) - 1, min(len(images), PROOF_IMAGES)).astype(int)
     return images[chosen], labels[chosen]
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import onnxruntime
 
-from export.manifest import Manifest
+from export.manifest import Manifest, read_file
+from export.session import open_session
 from resnet import BadInput
 from serving.runtimes.base import Images, Probabilities
 from serving.runtimes.cores import count_cores
@@ -15,7 +16,6 @@ from serving.runtimes.plan import ExecutionPlan
 
 TITLE = ""
 CERTIFIED = CONCURRENT = True
-CPU = "CPUExecutionProvider"
 SPIN_US = (
     10  # more gains nothing: ResNet-18 on two cores took 1.2 ms an image with 10 to 100, and 1.5 ms without spinning
 )
@@ -58,8 +58,9 @@ class OnnxEngine:
             spins: Whether these threads spin for a few microseconds while they wait for each other.
 
         Raises:
-            BadInput: The file cannot be loaded.
+            BadInput: The file was changed, or cannot be loaded.
         """
+        content = read_file(path.parent, path.name, manifest)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads_per_batch or count_cores()
         # Threads that spin until the next batch would take the cores from the threads that receive it, because there is
@@ -68,7 +69,7 @@ class OnnxEngine:
         if spins:
             options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
         try:
-            session = onnxruntime.InferenceSession(path, options, providers=[CPU])
+            session = open_session(content, options)
         except Exception as error:  # onnxruntime's exceptions have no common base below Exception
             raise BadInput(f"{path} cannot be loaded by onnxruntime: {error}") from None
         self.provider = str(session.get_providers()[0])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from export.manifest import Manifest
+from export.manifest import Manifest, read_file
 from resnet import BadInput
 from serving.runtimes.base import Images, Probabilities
 from serving.runtimes.plan import ExecutionPlan
@@ -55,7 +55,7 @@ class OpenvinoEngine:
             threads: Threads that compute a batch.
 
         Raises:
-            BadInput: The file cannot be run.
+            BadInput: The file was changed, or cannot be run.
         """
         import openvino
 
@@ -68,8 +68,10 @@ class OpenvinoEngine:
             "ENABLE_CPU_PINNING": False,
         }
         self._input, self._output = manifest.input.name, manifest.output.name
+        content = read_file(path.parent, path.name, manifest)
         try:
-            model = openvino.Core().compile_model(path, "CPU", options)
+            core = openvino.Core()
+            model = core.compile_model(core.read_model(content), "CPU", options)
             self._request = model.create_infer_request()
             self.run(np.zeros((1, *manifest.input.shape[1:]), np.uint8))
         except RuntimeError as error:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from pathlib import Path
 
 import msgspec
 
+from export import files
 from export.manifest import Budget, Manifest
+from serving.runtimes import cache
 from serving.runtimes.base import Engine
 from serving.runtimes.composite import ConcurrentEngine, SizedEngine
 from serving.runtimes.cores import count_cores
@@ -46,7 +47,7 @@ class TuningKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def path(self) -> Path:
         """The file in the cache for this key."""
         digest = hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
-        return _find_cache() / "resnet" / "tuning" / f"{digest}.json"
+        return cache.find_folder("tuning") / f"{digest}.json"
 
 
 class Tuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -106,18 +107,6 @@ def write_cached(tuning: Tuning) -> None:
     path = tuning.key.path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_bytes(msgspec.json.format(msgspec.json.encode(tuning), indent=2))
-        part.replace(path)
+        files.write(path, msgspec.json.format(msgspec.json.encode(tuning), indent=2))
     except OSError as error:
         log.warning("%s cannot be written (%s); the model will be measured at each start", path, error.strerror)
-
-
-def _find_cache() -> Path:
-    """Return the user's cache folder; for a user without a home, a folder that cannot be written."""
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"])
-    try:
-        return Path.home() / ".cache"
-    except RuntimeError:
-        return Path("/.cache")

@@ -327,11 +327,13 @@ def test_a_broken_file_of_a_run_is_named(run: Path, tmp_path: Path, name: str, m
 
 
 def test_verify_recomputes_the_certificate(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit code 0, and the table."""
-    assert cli.main(["verify", str(repository / "digits")]) == 0
-    out = capsys.readouterr().out
-    assert "files of" in out
-    assert "digits/1 is verified" in out
+    """Exit code 0, and the table; who asks for code that nobody signed is warned."""
+    for options in ([], ["--full"]):
+        assert cli.main(["verify", str(repository / "digits"), *options]) == 0
+        captured = capsys.readouterr()
+        assert "files of" in captured.out
+        assert "digits/1 is verified" in captured.out
+        assert ("warning: " in captured.err) == bool(options)
 
 
 def test_verify_finds_what_was_changed(own_repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -358,7 +360,7 @@ def test_verify_finds_what_was_changed(own_repository: Path, capsys: pytest.Capt
     assert cli.main(["verify", str(version.parent), "--version", "4"]) == 2
     assert "has no version 4; it has [1]" in capsys.readouterr().err
     assert cli.main(["verify", str(own_repository / "nothing")]) == 2
-    assert "holds no model version" in capsys.readouterr().err
+    assert "nothing does not exist" in capsys.readouterr().err
 
 
 MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {

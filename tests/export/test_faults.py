@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import keras
 import msgspec
 import numpy as np
 import onnx
@@ -228,6 +229,11 @@ def other_images(path: Path) -> None:
         np.savez_compressed(path, images=arrays["images"][1:], labels=arrays["labels"][1:])
 
 
+def save_lambda(path: Path) -> None:
+    """Put a model in the place of this one that holds code of its own."""
+    keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Lambda(lambda x: x)]).save(path)
+
+
 def better(content: dict[str, Any]) -> None:
     """Claim a better accuracy for every variant."""
     for variant in content["certificate"]["variants"]:
@@ -278,6 +284,11 @@ REPOSITORIES: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
         BudgetError,
         "the largest difference of onnx",
     ),
+    "code in the Keras original with a forged hash": (
+        replace_and_forge("model.keras", save_lambda),
+        BadInput,
+        "a model of .* cannot be loaded",
+    ),
     "other held-out images with a forged hash": (
         replace_and_forge("heldout.npz", other_images),
         CheckFailed,
@@ -292,7 +303,7 @@ def test_a_version_that_was_tampered_with_is_caught(fault: str, own_repository: 
     plant, error, message = REPOSITORIES[fault]
     plant(own_repository / "digits" / "1")
     with pytest.raises(error, match=message):
-        verify(own_repository / "digits" / "1")
+        verify(own_repository / "digits" / "1", full=True)
 
 
 def test_an_allowance_of_one_s_own_is_a_budget_all_the_same() -> None:

@@ -46,7 +46,7 @@ print([name for name in ("tensorflow", "keras", "onnx", "matplotlib", "sklearn")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "nowhere holds no models"),
+        (["nowhere"], "nowhere does not exist"),
         (["{models}", "--port", "70000"], "--port must be from 0 to 65535"),
         (["{models}", "--max-batch", "0"], "--max-batch must be at least 1"),
         (["{models}", "--port", "{used}"], "the port is in use"),
@@ -144,5 +144,5 @@ def test_classify_takes_the_server_that_answers(
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     """The benchmark passes its words on."""
-    with serve(tmp_path) as server, pytest.raises(BadInput, match="holds no models"):
+    with serve(tmp_path / "nowhere") as server, pytest.raises(BadInput, match="nowhere does not exist"):
         _ = server.address

@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime
 
 from export import manifest as manifests
+from export.files import compute_hash
 from export.manifest import Budget, Certificate, Cost, Manifest, Preprocessing, TensorSpec, Variant
 from resnet import BadInput
 from serving.runtimes.base import Engine
@@ -105,7 +106,7 @@ def describe(path: Path) -> Manifest:
         versions={},
         cpu="",
         training=None,
-        files={},
+        files={path.name: compute_hash(path)},
         certificate=Certificate(0, "", 0.0, [variant]),
     )
 

@@ -25,7 +25,8 @@ from typing import Literal
 import numpy as np
 import onnxruntime
 
-from export.manifest import Manifest
+from export.manifest import Manifest, read_file
+from export.session import NO_EXTERNAL_DATA
 from resnet import BadInput
 from serving.runtimes import Device
 from serving.runtimes.base import Concatenator, Images, Probabilities
@@ -88,11 +89,7 @@ def load(
     Raises:
         BadInput: There is no GPU, its libraries are missing or do not start, or the model does not fit.
     """
-    if PROVIDERS[device] not in onnxruntime.get_available_providers():
-        raise BadInput(f"this onnxruntime has no {NAMES[device]}; install resnet with its extra 'serving-gpu'")
-    devices = range(count_devices())
-    if not devices:
-        raise BadInput("there is no GPU that CUDA can use; check nvidia-smi and CUDA_VISIBLE_DEVICES")
+    devices = list_devices(device)
     onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
     options: ProviderOptions | None = None
     if device == "tensorrt":
@@ -100,6 +97,20 @@ def load(
         options = tensorrt.make_options(path, manifest, max_batch, is_half)
     engines = [CudaEngine(path, manifest, max_batch, number, graphs, options) for number in devices]
     return engines[0] if len(engines) == 1 else MultiGpuEngine(engines)
+
+
+def list_devices(device: Gpu) -> range:
+    """Return the indices of the GPUs that this process may use.
+
+    Raises:
+        BadInput: There is none, or onnxruntime cannot use it.
+    """
+    if PROVIDERS[device] not in onnxruntime.get_available_providers():
+        raise BadInput(f"this onnxruntime has no {NAMES[device]}; install resnet with its extra 'serving-gpu'")
+    devices = range(count_devices())
+    if not devices:
+        raise BadInput("there is no GPU that CUDA can use; check nvidia-smi and CUDA_VISIBLE_DEVICES")
+    return devices
 
 
 class CudaEngine:
@@ -201,7 +212,9 @@ class CudaEngine:
             providers.insert(0, (PROVIDERS["tensorrt"], {"device_id": device_id, **self._tensorrt}))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1  # the CPU computes shapes at most
-        session = onnxruntime.InferenceSession(self._path, options, providers=providers, enable_fallback=False)
+        options.add_session_config_entry(*NO_EXTERNAL_DATA)
+        content = read_file(self._path.parent, self._path.name, self._manifest)
+        session = onnxruntime.InferenceSession(content, options, providers=providers, enable_fallback=False)
         self.provider = str(session.get_providers()[0])
         expected = PROVIDERS["cuda" if self._tensorrt is None else "tensorrt"]
         if self.provider != expected:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from export.manifest import Manifest
+from serving.runtimes import cache
 
 PROVIDER = "TensorrtExecutionProvider"
 
@@ -18,10 +19,11 @@ log = logging.getLogger(__name__)
 def make_options(path: Path, manifest: Manifest, max_batch: int, is_half: bool) -> dict[str, str]:
     """Return the options of the TensorRT provider for an ONNX file, after loading the libraries that it needs.
 
-    Building an engine takes minutes, so engines are cached in the model repository.
+    Building an engine takes minutes, so engines are cached. They are code that no signature covers, so the cache is the
+    user's and not the repository's.
 
     Args:
-        path: The ONNX file, in the folder of its version.
+        path: The ONNX file.
         manifest: The manifest of the version.
         max_batch: Images in the largest batch.
         is_half: Whether the file was certified in half precision.
@@ -41,7 +43,7 @@ def make_options(path: Path, manifest: Manifest, max_batch: int, is_half: bool) 
         "trt_profile_opt_shapes": format_shape(max_batch),
         "trt_profile_max_shapes": format_shape(max_batch),
     }
-    folder = path.parents[2] / ".cache" / "tensorrt" / manifest.digest
+    folder = cache.find_folder("tensorrt") / manifest.digest / path.stem
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -268,7 +268,7 @@ def test_health_is_told_of_each_model(watched: Watched, address: str) -> None:
         assert next(states) == health_pb2.HealthCheckResponse.SERVING
         watched.watcher.unload("digits")
         assert next(states) == health_pb2.HealthCheckResponse.NOT_SERVING
-        assert stub.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+        assert stub.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.NOT_SERVING
         watched.watcher.load("digits", ALL)
         assert next(states) == health_pb2.HealthCheckResponse.SERVING
         watch.cancel()

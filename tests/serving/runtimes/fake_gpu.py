@@ -18,6 +18,8 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from export.session import NO_EXTERNAL_DATA
+
 SUCCESS, FAILURE = 0, 2
 CLASSES = 5
 
@@ -200,6 +202,9 @@ class SessionOptions:
 
     intra_op_num_threads = 0
 
+    def add_session_config_entry(self, key: str, value: str) -> None:
+        assert (key, value) == NO_EXTERNAL_DATA
+
 
 class RunOptions:
     """Options of a run."""
@@ -232,7 +237,7 @@ class Session:
     """Runs the model of `compute`."""
 
     def __init__(
-        self, machine: Machine, path: Any, options: SessionOptions, *, providers: list[Any], enable_fallback: bool
+        self, machine: Machine, content: bytes, options: SessionOptions, *, providers: list[Any], enable_fallback: bool
     ) -> None:
         assert not enable_fallback  # it would take the CPU and say so to nobody
         assert options.intra_op_num_threads == 1
@@ -240,8 +245,9 @@ class Session:
         given = {one[0]: one[1] for one in providers if isinstance(one, tuple)}
         machine.sessions.append(given)
         self._graphs = given["CUDAExecutionProvider"]["enable_cuda_graph"] == "1"
-        if "fp16" in path.name and given["CUDAExecutionProvider"]["use_tf32"] == "0":
-            machine.unplanned.append(path.name)
+        name = content.decode()
+        if "fp16" in name and given["CUDAExecutionProvider"]["use_tf32"] == "0":
+            machine.unplanned.append(name)
         if self._graphs and machine.partial:
             raise RuntimeError("not all nodes are on the CUDA provider")
         self._providers = [one for one in [*given, "CPUExecutionProvider"] if one in machine.starts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import itertools
 import logging
 import os
@@ -21,7 +22,6 @@ from numpy.typing import NDArray
 
 from export import manifest
 from export.manifest import Budget, Certificate, Cost, Manifest, Preprocessing, TensorSpec, Variant
-from export.repository import models as list_models
 from resnet import BadInput
 from serving.config import Batching
 from serving.errors import InternalError
@@ -35,6 +35,7 @@ from tests.serving.runtimes.fake_gpu import CLASSES, CpuSession, Machine, comput
 from tests.serving.waiting import submit
 
 SHAPE = (4, 3, 3)
+FILES = ("model.onnx", "model.fp16.onnx")
 
 
 @pytest.fixture
@@ -48,9 +49,11 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where the ONNX file of a version would be."""
+    """An ONNX file of a version, for a fake that reads no more than its name."""
     folder = tmp_path / "models" / "shapes" / "1"
     folder.mkdir(parents=True)
+    for name in FILES:
+        (folder / name).write_text(name)
     return folder / "model.onnx"
 
 
@@ -74,7 +77,7 @@ def make_manifest() -> Manifest:
         versions={},
         cpu="",
         training=None,
-        files={},
+        files={name: hashlib.sha256(name.encode()).hexdigest() for name in FILES},
         certificate=Certificate(0, "", 0.0, variants),
         digest="cafe",
     )
@@ -351,19 +354,18 @@ def test_fp16_has_the_tensor_cores(machine: Machine, path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(("file", "half"), [("model.onnx", "0"), ("model.fp16.onnx", "1")])
-def test_tensorrt_keeps_its_engines_in_the_repository(
-    machine: Machine, path: Path, file: str, half: str, monkeypatch: pytest.MonkeyPatch
+def test_tensorrt_keeps_its_engines_in_the_cache_of_the_user(
+    machine: Machine, path: Path, file: str, half: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the version's digest, where no model is looked for; half precision is for what was proved in it."""
+    """No signature covers them; they are found by digest and file. Half precision is for what was proved in it."""
     monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
     machine.starts.insert(0, "TensorrtExecutionProvider")
     engine = cuda.load(path.with_name(file), make_manifest(), "tensorrt", 8)
     assert_answers(engine.run, pixels(11))
     assert engine.provider == "TensorrtExecutionProvider"
     options = machine.sessions[0]["TensorrtExecutionProvider"]
-    folder = path.parents[2] / ".cache" / "tensorrt" / "cafe"
+    folder = cache / "resnet" / "tensorrt" / "cafe" / path.with_name(file).stem
     assert folder.is_dir()
-    assert list_models(path.parents[2]) == [path.parents[1]]
     assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == str(folder)
     assert options["trt_fp16_enable"] == half
     assert options["trt_profile_min_shapes"] == "image:1x4x3x3"
@@ -372,12 +374,12 @@ def test_tensorrt_keeps_its_engines_in_the_repository(
     monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")
 
 
-def test_a_repository_that_cannot_be_written_has_no_cache(
-    machine: Machine, path: Path, caplog: pytest.LogCaptureFixture
+def test_a_user_whose_cache_cannot_be_written_has_none(
+    machine: Machine, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """TensorRT works without it, at a price that the log names."""
     machine.starts.insert(0, "TensorrtExecutionProvider")
-    (path.parents[2] / ".cache").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(path))
     assert_answers(cuda.load(path, make_manifest(), "tensorrt", 8).run, pixels(3))
     assert "trt_engine_cache_path" not in machine.sessions[0]["TensorrtExecutionProvider"]
     assert "at every start" in caplog.text

@@ -1,0 +1,95 @@
+"""Files of a model repository: read without waiting, listed without following links, and written in one step."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import stat
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# A pipe without a writer would block the reader, and a link can lead anywhere.
+FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+IRREGULAR = (errno.ELOOP, errno.ENXIO, errno.ENODEV)  # what opening a link, a socket or a missing device gives
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[io.BufferedReader]:
+    """Open a regular file to read.
+
+    Raises:
+        OSError: It cannot be opened, or is a link, a folder, a pipe or a device.
+    """
+    try:
+        descriptor = os.open(path, FLAGS)
+    except OSError as error:
+        if error.errno in IRREGULAR:
+            raise OSError(errno.EINVAL, "not a regular file", str(path)) from None
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        with open(descriptor, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(descriptor)
+
+
+def read(path: Path) -> bytes:
+    """Return the content of a regular file; errors as in `open_regular`."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def compute_hash(path: Path) -> str:
+    """Return the SHA-256 of a regular file; errors as in `open_regular`."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def list_entries(folder: Path) -> dict[str, os.stat_result]:
+    """Return the status of all files and folders below `folder`, by path inside it; links are not followed.
+
+    Raises:
+        OSError: A folder cannot be read, or changes meanwhile.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    entries = {}
+    for place, folders, names in os.walk(folder, onerror=fail):
+        for name in (*folders, *names):
+            path = Path(place, name)
+            entries[path.relative_to(folder).as_posix()] = path.lstat()
+    return entries
+
+
+def fingerprint(folder: Path) -> Hashable:
+    """Return a value that changes when anything in a folder does; file contents are not read."""
+    try:
+        entries = {".": folder.stat(), **list_entries(folder)}
+    except OSError as error:
+        return error.errno
+    return frozenset(
+        (name, status.st_mode, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        for name, status in entries.items()
+    )
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file in one step: readers see the old content or the new one. What fails leaves nothing behind.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

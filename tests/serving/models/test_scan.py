@@ -1,0 +1,339 @@
+"""Scans of a repository: whatever lies in it costs only itself, at start and later."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import grpc
+import onnx
+import pytest
+import tritonclient.grpc as triton
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from export import repository as repositories
+from resnet import BadInput, CheckFailed
+from serving.config import Batching, Limits
+from serving.errors import FailedPrecondition
+from serving.models import loader
+from serving.models.model import Model
+from serving.models.registry import ModelRegistry
+from serving.models.watcher import Watcher
+from serving.server import Server
+from tests.versions import list_file, make_graph, write_version
+
+
+class Repository:
+    """A repository and its watcher, which counts what it loads."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.models, self.loads = folder, ModelRegistry(), list[str]()
+        self.watcher = Watcher(folder, self.models, self._load)
+
+    def _load(self, version: Path) -> Model:
+        self.loads.append(f"{version.parent.name}/{version.name}")
+        return loader.load(version, "cpu", Batching(max_batch=2))
+
+    def served(self) -> list[str]:
+        """Return what is served, as NAME/VERSION."""
+        return [f"{model.name}/{model.version}" for model in self.models]
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Repository:
+    """It holds colors/1."""
+    folder = tmp_path / "models"
+    write_version(folder / "colors" / "1")
+    return Repository(folder)
+
+
+def break_version(folder: Path) -> None:
+    """Change the graph of a version."""
+    with (folder / "model.onnx").open("ab") as file:
+        file.write(b"x")
+
+
+def add_broken(folder: Path) -> None:
+    """A broken newest version beside the good one."""
+    break_version(write_version(folder / "colors" / "2"))
+
+
+def fill_pipes(folder: Path) -> None:
+    """Pipes in the place of files."""
+    version = write_version(folder / "colors" / "2")
+    for path in list(version.iterdir()):
+        path.unlink()
+        os.mkfifo(path)
+
+
+def link_in_circles(folder: Path) -> None:
+    """Links to themselves: of a model, a version, a label."""
+    for path in (folder / "loop", folder / "colors" / "7", folder / "colors" / "stable"):
+        path.symlink_to(path.name)
+
+
+def name_oddly(folder: Path) -> None:
+    """Names that no model and no version should have."""
+    for name in (b"a\nb", b"\xff\xfe", b"n" * 255, b"a#b", b"-rf"):
+        (folder / os.fsdecode(name) / "1").mkdir(parents=True)
+    for name in ("002", "0", "٣", "9" * 19, "1.5", "-1", "1 "):
+        (folder / "colors" / name).mkdir()
+
+
+def label_strangely(folder: Path) -> None:
+    """Labels that lead nowhere, elsewhere, or to a file."""
+    write_version(folder / "other" / "1")
+    for name, target in (("a", "9"), ("b", "/nowhere/1"), ("c", "../other/1"), ("d", "model.onnx"), ("e", "x" * 255)):
+        (folder / "colors" / name).symlink_to(target)
+    shutil.rmtree(folder / "other")
+
+
+ENTRIES: dict[str, Callable[[Path], object]] = {
+    "a broken newest version": add_broken,
+    "an empty version": lambda folder: (folder / "colors" / "2").mkdir(),
+    "a file in the place of a version": lambda folder: (folder / "colors" / "2").touch(),
+    "pipes": fill_pipes,
+    "a copy under another name": lambda folder: shutil.copytree(folder / "colors", folder / "cats"),
+    "a copy under another number": lambda folder: shutil.copytree(folder / "colors" / "1", folder / "colors" / "2"),
+    "links in circles": link_in_circles,
+    "odd names": name_oddly,
+    "strange labels": label_strangely,
+    "files": lambda folder: (folder / "README.md").touch(),
+    "an empty model": lambda folder: (folder / "empty").mkdir(),
+    "a version of another exporter": lambda folder: (folder / "foreign" / "1" / "saved_model.pb").mkdir(parents=True),
+    "fewer labels than outputs": lambda folder: write_version(folder / "colors" / "2", outputs=5),
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_what_lies_in_a_repository_costs_only_itself(entry: str, repository: Repository) -> None:
+    """At start, and if it comes later; the good version is served, and what is refused is loaded once."""
+    ENTRIES[entry](repository.folder)
+    repository.watcher.start()
+    assert repository.served() == ["colors/1"]
+    assert not repository.models.get("colors").labels
+    loads = [*repository.loads]
+    repository.watcher.scan()
+    assert repository.served() == ["colors/1"]
+    assert repository.loads == loads
+
+    later = Repository(repository.folder.with_name("later"))
+    write_version(later.folder / "colors" / "1")
+    later.watcher.start()
+    ENTRIES[entry](later.folder)
+    later.watcher.scan()
+    assert later.served() == ["colors/1"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ("a broken newest version", "colors/2 is not served: .* is not the file that was exported"),
+        ("a copy under another name", "cats/1 is not served: .* belongs to colors/1, not to cats/1"),
+        ("fewer labels than outputs", "colors/2 is not served: colors/2 has 3 labels for an output of shape"),
+        ("a name", "'a#b' is not served: a model is named by letters, digits"),
+    ],
+)
+def test_strict_does_not_start_with_what_cannot_be_served(entry: str, reason: str, repository: Repository) -> None:
+    """The sentence says what, and why."""
+    if entry == "a name":
+        (repository.folder / "a#b" / "1").mkdir(parents=True)
+    else:
+        ENTRIES[entry](repository.folder)
+    with pytest.raises(CheckFailed, match=f"--strict: {reason}"):
+        repository.watcher.start(strict=True)
+
+
+def test_a_folder_that_may_not_be_read_costs_only_itself(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said once; what was served of it stays, and it is followed again when it can be read."""
+    secret = write_version(repository.folder / "secret" / "1").parent
+    repository.watcher.start()
+    write_version(repository.folder / "colors" / "2")
+    write_version(secret / "2")
+    with monkeypatch.context() as patch:
+        forbid(patch, secret)
+        repository.watcher.scan()
+        repository.watcher.scan()
+        assert repository.served() == ["colors/2", "secret/1"]
+        with pytest.raises(FailedPrecondition, match="Permission denied"):
+            repository.watcher.load("secret")
+        forbidden = Repository(repository.folder)
+        forbidden.watcher.start()
+        assert forbidden.served() == ["colors/2"]
+    errors = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert [str(secret) in record.getMessage() for record in errors] == [True, True]  # one from each watcher
+    repository.watcher.scan()
+    assert repository.served() == ["colors/2", "secret/2"]
+
+
+def forbid(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Have a folder refuse to be listed, as it does for a user other than root."""
+    iterdir = Path.iterdir
+
+    def refuse(path: Path) -> object:
+        if path == folder:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return iterdir(path)
+
+    patch.setattr(Path, "iterdir", refuse)
+
+
+def test_a_model_that_is_removed_during_a_scan_ends_nothing(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the list of the models and that of its versions, and between that and its labels."""
+    repository.watcher.start()
+    for name in ("versions", "labels"):
+        doomed = write_version(repository.folder / "doomed" / "1").parent
+        with monkeypatch.context() as patch:
+            read = getattr(repositories, name)
+
+            def remove(model: Path, doomed: Path = doomed, read: Callable[[Path], object] = read) -> object:
+                if model == doomed and doomed.exists():
+                    shutil.rmtree(doomed)
+                return read(model)
+
+            patch.setattr(repositories, name, remove)
+            repository.watcher.scan()
+        repository.watcher.scan()
+        assert repository.served() == ["colors/1"]
+
+
+def test_a_version_that_is_copied_file_by_file_is_served_once_it_is_whole(
+    repository: Repository, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is refused meanwhile, and tried again whenever something arrives; the reason is logged when it changes."""
+    repository.watcher.start()
+    whole = write_version(tmp_path / "source" / "colors" / "2")
+    part = repository.folder / "colors" / "2"
+    part.mkdir()
+    for path in sorted(whole.iterdir()):
+        repository.watcher.scan()
+        assert repository.served() == ["colors/1"]
+        content = path.read_bytes()
+        (part / path.name).write_bytes(content[: len(content) // 2])
+        repository.watcher.scan()
+        (part / path.name).write_bytes(content)
+    repository.watcher.scan()
+    assert repository.served() == ["colors/2"]
+    assert not repository.models.get("colors").refusals
+    messages = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(messages) == len(set(messages)) > 1
+
+
+def test_a_refused_version_is_tried_again_on_demand(repository: Repository) -> None:
+    """What prevented it may lie outside of its folder."""
+    add_broken(repository.folder)
+    repository.watcher.start()
+    repository.watcher.scan()
+    assert repository.loads == ["colors/2", "colors/1"]
+    repository.watcher.scan(retry=True)
+    assert repository.loads == ["colors/2", "colors/1", "colors/2"]
+    assert repository.served() == ["colors/1"]
+
+
+def test_an_empty_repository_is_served_once_it_holds_a_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Until then the server runs and is not ready."""
+    (tmp_path / "models").mkdir()
+    repository = Repository(tmp_path / "models")
+    repository.watcher.start()
+    assert "no model is served until" in caplog.text
+    with (
+        Server(repository.models, "127.0.0.1", 0, Limits(), repository=repository.watcher) as server,
+        triton.InferenceServerClient(server.address) as client,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        health = partial(health_pb2_grpc.HealthStub(channel).Check, health_pb2.HealthCheckRequest())
+        assert client.is_server_live()
+        assert not client.is_server_ready()
+        assert health().status == health_pb2.HealthCheckResponse.NOT_SERVING
+        write_version(repository.folder / "colors" / "1")
+        repository.watcher.scan()
+        assert client.is_server_ready()
+        assert health().status == health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.mark.parametrize("away", ["missing", "empty", "a file"])
+def test_a_repository_whose_disk_is_away_takes_nothing_away(
+    away: str, repository: Repository, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said once, and the models are followed again when it is back."""
+    repository.watcher.start()
+    caplog.clear()
+    repository.folder.rename(repository.folder.with_name("away"))
+    if away == "empty":
+        repository.folder.mkdir()
+    elif away == "a file":
+        repository.folder.touch()
+    for _ in range(2):
+        repository.watcher.scan()
+    assert repository.served() == ["colors/1"]
+    assert [record.getMessage().partition(",")[0] for record in caplog.records] == ["the served models stay"]
+    if away == "empty":
+        repository.folder.rmdir()
+    elif away == "a file":
+        repository.folder.unlink()
+    repository.folder.with_name("away").rename(repository.folder)
+    write_version(repository.folder / "colors" / "2")
+    repository.watcher.scan()
+    assert repository.served() == ["colors/2"]
+
+
+def test_what_is_no_repository_is_not_served(repository: Repository, tmp_path: Path) -> None:
+    """One sentence says what it is, and which folder to name."""
+    colors = repository.folder / "colors"
+    for name, file in (("tf", "saved_model.pb"), ("run", "model.keras")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).touch()
+    for folder, message in (
+        (tmp_path / "nowhere", "nowhere does not exist"),
+        (colors, f"colors is a model; name its repository, {repository.folder}"),
+        (colors / "1", f"1 is a version; name its model, {colors}, or repository, {repository.folder}"),
+        (colors / "1" / "model.onnx", "model.onnx is a file"),
+        (tmp_path / "tf", "tf is a SavedModel that `resnet export` did not make"),
+        (tmp_path / "run", "run is a run folder"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            Repository(folder).watcher.start()
+
+
+def test_weights_in_another_file_are_refused(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No hash covers them: neither beside the graph, nor in the working folder."""
+    graph = make_graph()
+    onnx.external_data_helper.set_external_data(graph.graph.initializer[0], "weights.bin")
+    weights = graph.graph.initializer[0].raw_data
+    graph.graph.initializer[0].ClearField("raw_data")
+    version = write_version(repository.folder / "colors" / "2")
+    list_file(version, "weights.bin", weights)
+    list_file(version, "model.onnx", graph.SerializeToString())
+    (tmp_path / "weights.bin").write_bytes(weights)
+    monkeypatch.chdir(tmp_path)
+    repository.watcher.start()
+    assert repository.served() == ["colors/1"]
+    assert "External data" in repository.models.get("colors").refusals[2]
+
+
+def test_a_graph_that_is_exchanged_after_the_check_is_not_loaded(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine runs the bytes that were hashed, not whatever has their name by then."""
+    check = loader.read_checked
+
+    def exchange(folder: Path, *arguments: object) -> object:
+        manifest = check(folder, *arguments)  # type: ignore[arg-type]
+        (folder / "model.onnx").write_bytes(make_graph(4).SerializeToString())
+        return manifest
+
+    monkeypatch.setattr(loader, "read_checked", exchange)
+    repository.watcher.start()
+    assert not repository.served()
+    assert "model.onnx is not the file that was exported" in repository.models.get("colors").refusals[1]

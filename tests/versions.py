@@ -1,0 +1,83 @@
+"""A version of a model that is made without TensorFlow, in milliseconds: its graph averages the colours of an image."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from export import manifest, parity
+from export.manifest import Budget, Certificate, Cost, Manifest, Parity, Preprocessing, TensorSpec, Variant
+
+COLORS = ("red", "green", "blue")
+SIDE = 4
+
+
+def write_version(folder: Path, labels: Sequence[str] = COLORS, outputs: int = 3) -> Path:
+    """Write a complete version to REPOSITORY/NAME/VERSION, and return the folder.
+
+    Args:
+        folder: Where to write it.
+        labels: The classes that its manifest names.
+        outputs: The classes that its graph really has.
+    """
+    folder.mkdir(parents=True)
+    (folder / "model.onnx").write_bytes(make_graph(outputs).SerializeToString())
+    (folder / "saved_model.pb").write_bytes(b"")
+    labelled = np.arange(6, dtype=np.int32) % 3
+    images = np.zeros((6, SIDE, SIDE, 3), np.uint8)
+    images[range(6), :, :, labelled] = 200
+    np.savez_compressed(folder / "heldout.npz", images=images, labels=labelled)
+    rows = [Parity(size, 0.0, 0.0, 1.0, 0, 1.0, [1.0] * 3, []) for size in parity.BATCH_SIZES]
+    variants = [
+        Variant(name, path, "fp32", "", Budget(max_difference=1e-5), rows, {})
+        for name, path in (("onnx", "model.onnx"), ("saved_model", "."))
+    ]
+    Manifest(
+        format=manifest.FORMAT,
+        model=folder.parent.name,
+        version=int(folder.name),
+        created="",
+        input=TensorSpec("image", "uint8", [-1, SIDE, SIDE, 3]),
+        output=TensorSpec("probabilities", "float32", [-1, len(labels)]),
+        labels=list(labels),
+        preprocessing=Preprocessing(),
+        opset=17,
+        cost=Cost(0, 0, 0, 0, 0),
+        versions={},
+        cpu="",
+        training=None,
+        files=manifest.hash_files(folder),
+        certificate=Certificate(len(images), parity.hash_images(images, labelled), 1.0, variants),
+    ).write(folder)
+    return folder
+
+
+def make_graph(outputs: int = 3) -> onnx.ModelProto:
+    """Return a graph with the mean of each colour as the logits of the first three classes."""
+    weights = np.eye(3, outputs, dtype=np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["image"], ["pixels"], to=TensorProto.FLOAT),
+            helper.make_node("ReduceMean", ["pixels"], ["means"], axes=[1, 2], keepdims=0),
+            helper.make_node("MatMul", ["means", "weights"], ["logits"]),
+            helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
+        ],
+        "colors",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", SIDE, SIDE, 3])],
+        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", outputs])],
+        [onnx.numpy_helper.from_array(weights, "weights")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def list_file(folder: Path, name: str, content: bytes) -> None:
+    """Change a file of a version, and put its hash into the manifest and the digest right, as its maker can."""
+    (folder / name).write_bytes(content)
+    recorded = manifest.read(folder)
+    recorded.files[name] = hashlib.sha256(content).hexdigest()
+    recorded.write(folder)
