@@ -120,12 +120,14 @@ class MetricsServer:
         """Answer one request and close the connection, whether or not one comes."""
         self._open[writer] = None
         if len(self._open) > MAX_CONNECTIONS:
-            next(iter(self._open)).transport.abort()
+            oldest = next(iter(self._open))
+            del self._open[oldest]
+            oldest.transport.abort()
         with suppress(OSError, EOFError, asyncio.LimitOverrunError):  # gone, late, or more headers than anybody sends
             async with asyncio.timeout(REQUEST_SECONDS):
                 writer.write(self._make_response(await reader.readuntil(b"\r\n\r\n")))
                 await writer.drain()
-        del self._open[writer]
+        self._open.pop(writer, None)
         writer.close()
 
     def _make_response(self, request: bytes) -> bytes:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
+import time
 
 import pytest
 
@@ -27,10 +29,20 @@ def test_a_storm_of_one_signal_does_not_hide_another() -> None:
 
 
 def test_a_signal_may_reach_any_thread() -> None:
-    """While the main thread waits."""
+    """While the main thread waits, and nothing else wakes it."""
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def send_from_here(number: int) -> None:
+        waits = 0
+        while waits < 100:  # in a row: it does not just pass by
+            waits = waits + 1 if sys._current_frames()[main].f_code is Signals.wait.__code__ else 0
+            time.sleep(0)  # gives way
+        signal.pthread_kill(threading.get_ident(), number)
+
     with Signals() as signals:
         for number in (signal.SIGHUP, *STOP):
-            sender = threading.Thread(target=lambda n=number: signal.pthread_kill(threading.get_ident(), n))
+            sender = threading.Thread(target=send_from_here, args=(number,))
             sender.start()
             assert signals.wait() == number
             sender.join()

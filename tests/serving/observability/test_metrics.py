@@ -19,6 +19,7 @@ from serving.client import Client
 from serving.config import Batching, Limits
 from serving.errors import InvalidRequest, Unauthenticated
 from serving.models import loader, registry
+from serving.observability import metrics
 from serving.observability.metrics import MAX_CONNECTIONS, MetricsServer
 from serving.server import Server
 from tests.heldout import Heldout
@@ -30,8 +31,8 @@ def served(repository: Path) -> registry.ModelRegistry:
     return registry.ModelRegistry([loader.load(repository / "digits" / "1", "cpu")])
 
 
-@pytest.fixture
-def metrics(served: registry.ModelRegistry) -> Iterator[MetricsServer]:
+@pytest.fixture(name="metrics")
+def page(served: registry.ModelRegistry) -> Iterator[MetricsServer]:
     """The page about it."""
     with MetricsServer(served, "127.0.0.1", 0) as server:
         yield server
@@ -108,13 +109,14 @@ def test_refused_calls_are_on_the_page(served: registry.ModelRegistry) -> None:
         assert read(metrics.address)["resnet_refused_calls_total", "UNAUTHENTICATED"] == 1
 
 
-def test_who_says_nothing_keeps_nobody_waiting() -> None:
+def test_who_says_nothing_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor holds a thread: the oldest connection makes room for a new one."""
-    with MetricsServer(registry.ModelRegistry(), "127.0.0.1", 0) as metrics, ExitStack() as stack:
-        host, _, port = metrics.address.rpartition(":")
+    monkeypatch.setattr(metrics, "REQUEST_SECONDS", 3600)
+    with MetricsServer(registry.ModelRegistry(), "127.0.0.1", 0) as server, ExitStack() as stack:
+        host, _, port = server.address.rpartition(":")
         before = threading.active_count()
         silent = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(3 * MAX_CONNECTIONS)]
-        assert read(metrics.address)["resnet_build_info", ""] == 1
+        assert read(server.address)["resnet_build_info", ""] == 1
         assert threading.active_count() == before
         for connection in silent[:MAX_CONNECTIONS]:
             with suppress(ConnectionResetError):
