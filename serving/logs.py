@@ -94,7 +94,7 @@ class _LoggedStream(io.TextIOBase):
 
     def write(self, text: str) -> int:
         *lines, self._rest = (self._rest + text).split("\n")
-        for line in lines:
+        for line in filter(None, lines):
             self._log.log(self._level, "%s", line)
         return len(text)
 
