@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -45,11 +46,23 @@ COMMANDS = {
     "demo": Command("benchmarks.demo", "all", "train, export, serve and measure on handwritten digits"),
 }
 
+VARIABLES = {
+    "GRPC_VERBOSITY": "NONE",  # its C library would print lines of its own; the errors of calls say the same
+    "TF_CPP_MIN_LOG_LEVEL": "2",  # hides TensorFlow's start-up messages
+    "ORT_DISABLE_TELEMETRY": "1",  # onnxruntime would send usage data to Microsoft, with an id of the device
+}
+
 
 def usage() -> str:
     """Return the text of `resnet --help`."""
     rows = "\n".join(f"  {name:<13}{command.summary}" for name, command in COMMANDS.items())
     return f"usage: resnet COMMAND [options]\n\n{rows}\n\nresnet COMMAND --help shows the options of a command."
+
+
+def set_variables() -> None:
+    """Set the environment variables of libraries, which read them when they are imported; those that are set stay."""
+    for variable, value in VARIABLES.items():
+        os.environ.setdefault(variable, value)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"resnet: there is no command {name!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides TensorFlow's start-up messages
+    set_variables()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a label that the terminal cannot show is escaped
+            stream.reconfigure(errors="backslashreplace")
     command = COMMANDS[name]
 
     def run() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import signal
 import threading
 from collections.abc import Callable
@@ -17,15 +18,18 @@ from serving.models.model import Model
 from serving.models.registry import ModelRegistry
 from serving.models.watcher import Watcher
 from serving.server import Server
+from serving.signals import Signals
 from serving.transports import auth
 from serving.transports.tls import ServerTls
 
 if TYPE_CHECKING:
     from serving.observability.tracing import Tracing
 
+log = logging.getLogger(__name__)
+
 
 def serve(config: Config) -> None:
-    """Serve until SIGTERM or Ctrl-C, then drain.
+    """Serve until SIGTERM or Ctrl-C, then drain; a signal while models are loaded ends this at once.
 
     Raises:
         BadInput: An option cannot be used; no model can be loaded; the port cannot be bound.
@@ -33,49 +37,62 @@ def serve(config: Config) -> None:
     memory.prepare()
     # A request that the queue can never hold is too large: trying again would not help.
     config = dataclasses.replace(config, max_images=min(config.max_images, config.max_queue))
-    logs.start(config.log_format, config.log_level)
-    stop, wake = _handle_signals()
-    access = read_access(config)
-    auth.warn_if_open(config.host, access.tls, access.token)
-    tracing = start_tracing(config)
-    registry = ModelRegistry()
-    load, policies = make_loader(config, tracing), version_policy.parse(config.versions)
-    watcher = Watcher(config.repository, registry, load, policies)
-    watcher.start(config.strict)
-    server = Server(registry, config.host, config.port, config, *access, watcher, tracing, config.transport)
-    serve_metrics(config, registry, server.transport)
-    print(f"serving on {server.address}", flush=True)
-    while not stop.is_set():
-        requested = wake.wait(config.watch or None)
-        wake.clear()
-        if not stop.is_set():
+    with Signals() as signals:
+        access = read_access(config)
+        auth.warn_if_open(config.host, access.tls, access.token)
+        tracing = start_tracing(config)
+        registry = ModelRegistry()
+        load, policies = make_loader(config, tracing), version_policy.parse(config.versions)
+        watcher = Watcher(config.repository, registry, load, policies)
+        if not signals.run(lambda: watcher.start(config.strict)):
+            return
+        server = Server(registry, config.host, config.port, config, *access, watcher, tracing, config.transport)
+        serve_metrics(config, registry, server)
+        logs.announce(f"serving on {server.address}")
+        wake = threading.Event()
+        threading.Thread(target=_follow, args=(watcher, wake, config.watch), name="watch", daemon=True).start()
+        while signals.wait() == signal.SIGHUP:
+            wake.set()
+        signals.restore_stop()
+        logs.announce("finishing the requests under way")
+        server.stop(config.grace)
+        if tracing:
+            tracing.close()
+
+
+def _follow(watcher: Watcher, wake: threading.Event, seconds: float) -> None:
+    """Scan the repository every `seconds`, and whenever `wake` is set; 0 does the latter only."""
+    while True:
+        requested = wake.wait(seconds or None)
+        wake.clear()  # before the scan: what is asked for meanwhile leads to another one
+        try:
             watcher.scan(retry=requested)
-    print("finishing the requests under way", flush=True)
-    server.stop(config.grace)
-    if tracing:
-        tracing.close()
+        except Exception:  # the next scan may succeed
+            log.exception("the scan for new versions failed")
 
 
 class Access(NamedTuple):
-    """TLS certificates and tokens, as `serving.server.Server` takes them."""
+    """TLS certificates and files of tokens, as `serving.server.Server` takes them."""
 
     tls: ServerTls | None
-    token: str | None
-    admin_token: str | None
+    token: Path | None
+    admin_token: Path | None
 
 
 def read_access(config: Config) -> Access:
-    """Read the files of certificates and tokens.
+    """Return the files of certificates and tokens, once they are known to be usable.
 
     Raises:
-        BadInput: One cannot be read, or holds no token.
+        BadInput: One is not.
     """
     tls = None
     if config.tls_cert and config.tls_key:
         tls = ServerTls(config.tls_cert, config.tls_key, config.tls_client_ca)
-    return Access(
-        tls, *(auth.read_tokens(path) if path else None for path in (config.token_file, config.admin_token_file))
-    )
+        tls.read()
+    for path in (config.token_file, config.admin_token_file):
+        if path:
+            auth.read_tokens(path)
+    return Access(tls, config.token_file, config.admin_token_file)
 
 
 def start_tracing(config: Config) -> Tracing | None:
@@ -102,32 +119,17 @@ def make_loader(config: Config, tracing: Tracing | None = None) -> Callable[[Pat
             tracing.follow(model)
         which = f"{model.name}/{model.version} in {config.precision} on {model.engine.provider}"
         which += f" ({model.plan})" if model.plan else ""
-        print(f"loaded {which}, files and certificate verified", flush=True)
+        logs.announce(f"loaded {which}, files and certificate verified")
         return model
 
     return load
 
 
-def serve_metrics(config: Config, registry: ModelRegistry, transport: str) -> None:
+def serve_metrics(config: Config, registry: ModelRegistry, server: Server) -> None:
     """Serve Prometheus metrics, with --metrics-port."""
     if config.metrics_port is not None:
         from serving.observability.metrics import MetricsServer
 
         host = "127.0.0.1" if config.host.startswith("unix:") else config.host
-        metrics = MetricsServer(registry, host, config.metrics_port, transport)  # its thread ends with the process
-        print(f"metrics on http://{metrics.address}/metrics", flush=True)
-
-
-def _handle_signals() -> tuple[threading.Event, threading.Event]:
-    """Return an event that SIGTERM and Ctrl-C set, and one that these and SIGHUP set."""
-    stop, wake = threading.Event(), threading.Event()
-
-    def end(number: int, _: object) -> None:
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-        stop.set()
-        wake.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
-    signal.signal(signal.SIGHUP, lambda *_: wake.set())
-    return stop, wake
+        metrics = MetricsServer(registry, host, config.metrics_port, server.transport, server.refusals)
+        logs.announce(f"metrics on http://{metrics.address}/metrics")

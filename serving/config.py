@@ -27,6 +27,8 @@ from training.images import MAX_PIXELS
 PREFIX = "RESNET_"
 FILE_VARIABLE = "RESNET_CONFIG"
 
+LARGEST = 2**31 - 1  # of gRPC's options, and the number of milliseconds that stands for never
+
 Precision = Literal["fp32", "fp16", "int8"]
 Transport = Literal["auto", "native", "grpcio"]
 
@@ -61,12 +63,19 @@ class Limits:
     # Half of the calls, so that no connection takes all.
     max_streams: int = option(128, "maximum active calls per connection; others wait in the client", low=1)
     # Half of the usual limit on open files.
-    max_connections: int = option(512, "maximum open connections; others are closed at once", low=1)
+    max_connections: int = option(512, "maximum open connections; others are closed at once", low=1, high=2**30)
     handshake_seconds: float = option(
         10.0, "seconds for a new connection to finish its TLS and HTTP/2 handshake", low=0.1
     )
     # Clients reconnect by themselves; gRPC's own clients close idle connections after half an hour.
     idle_seconds: float = option(3600.0, "seconds until a connection without calls is closed", low=1)
+    # Clients of several servers find new ones when they reconnect.
+    max_connection_age: float = option(
+        0.0,
+        "seconds until a client is told to make a new connection, which ends the old one after its calls; 0 never does",
+        low=0,
+        high=1e6,
+    )
     # Streams of dead clients hold threads.
     keepalive_seconds: float = option(60.0, "seconds of silence until the server sends a keepalive ping", low=1)
     keepalive_timeout_seconds: float = option(
@@ -80,7 +89,7 @@ class Limits:
 
     def to_options(self) -> list[tuple[str, int]]:
         """Return the options of a gRPC server that enforce these limits."""
-        return [
+        options: list[tuple[str, float]] = [
             ("grpc.max_receive_message_length", self.max_message_bytes),
             # Both limits are equal: between them gRPC refuses at random.
             ("grpc.max_metadata_size", self.max_metadata_bytes),
@@ -89,17 +98,19 @@ class Limits:
             # Otherwise gRPC counts streams that are answered but not yet released, which no client can know.
             ("grpc.http.overload_protection", 0),
             ("grpc.max_allowed_incoming_connections", self.max_connections),
-            ("grpc.server_handshake_timeout_ms", int(self.handshake_seconds * 1000)),
-            ("grpc.max_connection_idle_ms", int(self.idle_seconds * 1000)),
-            ("grpc.keepalive_time_ms", int(self.keepalive_seconds * 1000)),
-            ("grpc.keepalive_timeout_ms", int(self.keepalive_timeout_seconds * 1000)),
+            ("grpc.server_handshake_timeout_ms", self.handshake_seconds * 1000),
+            ("grpc.max_connection_idle_ms", self.idle_seconds * 1000),
+            ("grpc.max_connection_age_ms", self.max_connection_age * 1000 or LARGEST),
+            ("grpc.keepalive_time_ms", self.keepalive_seconds * 1000),
+            ("grpc.keepalive_timeout_ms", self.keepalive_timeout_seconds * 1000),
             # gRPC uses the longer of this timeout and the last one.
-            ("grpc.http2.ping_timeout_ms", int(self.keepalive_timeout_seconds * 1000)),
-            ("grpc.http2.min_ping_interval_without_data_ms", int(self.min_ping_seconds * 1000)),
+            ("grpc.http2.ping_timeout_ms", self.keepalive_timeout_seconds * 1000),
+            ("grpc.http2.min_ping_interval_without_data_ms", self.min_ping_seconds * 1000),
             # Otherwise connections without calls are never pinged, and may ping only every two hours.
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.max_ping_strikes", self.max_ping_strikes),
         ]
+        return [(name, int(min(value, LARGEST))) for name, value in options]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -44,8 +45,8 @@ class Server:
         port: int,
         limits: Limits,
         tls: ServerTls | None = None,
-        token: str | None = None,
-        admin_token: str | None = None,
+        token: str | Path | None = None,
+        admin_token: str | Path | None = None,
         repository: RepositoryControl | None = None,
         tracing: Tracing | None = None,
         transport: Transport = "auto",
@@ -58,7 +59,7 @@ class Server:
             port: 0 takes a free port; see the attribute `address`.
             limits: The limits that requests must keep.
             tls: Certificate and key; None is without encryption.
-            token: The callers' tokens; None lets everybody call.
+            token: The callers' tokens, or their file; None lets everybody call.
             admin_token: The administrators' tokens, for loading and unloading models; without them nobody may, except
                 on a server for this machine only that has no `token`.
             repository: Loads and unloads models on request; None refuses to.
@@ -66,7 +67,7 @@ class Server:
             transport: Receives calls; `auto` chooses as `serving.transports.choice` says.
 
         Raises:
-            BadInput: The port cannot be bound, or a file of `tls` cannot be read or used.
+            BadInput: The port cannot be bound, or a file of certificates or tokens cannot be read or used.
         """
         kind, reason = choose(transport, host, tls is not None)
         self._models, self._streams, self._health = models, Streams(), Health()
@@ -78,6 +79,8 @@ class Server:
         methods = self._find_methods(InputDecoder(limits), repository)
         traced = tracing.follow_calls(methods) if tracing else methods
         dispatcher = Dispatcher(traced, limits, Tokens(host, token, admin_token))
+        self.refusals: Mapping[str, int] = dispatcher.refusals
+        """Number of calls that were refused before their request was read, by the name of the status."""
         self._transport = NativeTransport(dispatcher) if kind == "native" else GrpcioTransport(dispatcher)
         self._socket: Path | None = None
         self.address = self._listen(host, port, tls)
@@ -111,11 +114,12 @@ class Server:
         self._health.close()
         # While requests are active, new ones on open connections are refused as UNAVAILABLE, which clients send
         # elsewhere; gRPC's own stop would cancel some of them.
-        self._models.close()
+        self._transport.dispatcher.close()
         self._streams.close()
+        self._models.close()
         self._models.drain(grace_seconds)
         self._transport.dispatcher.drain(max(0.0, end - time.monotonic()))
-        # What is left needs no answer: watches, reflection, and calls whose request never came.
+        # What is left needs no answer: calls whose request never came.
         self._transport.stop(min(CLOSE_SECONDS, max(0.0, end - time.monotonic())))
         self._workers.shutdown(wait=False)
         if self._socket:

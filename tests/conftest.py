@@ -24,7 +24,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from export.manifest import Manifest
+from resnet import cli
 
+cli.set_variables()
 os.environ["TF_XLA_FLAGS"] = ""  # the small networks of tests compile for longer than they train
 
 ROOT = Path(__file__).parent.parent

@@ -19,7 +19,7 @@ from resnet import BadInput
 from serving.client import DEFAULT_SERVER, Client, Result, Tls
 from serving.errors import InvalidRequest, ServingError, Unavailable
 from serving.transports.auth import read_tokens
-from serving.transports.tls import read_file
+from serving.transports.files import read_file
 
 MAX_SECONDS = 86_400
 

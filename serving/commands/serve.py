@@ -12,6 +12,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import os
 
 from serving import config
 from serving.transports import choice
@@ -30,6 +31,8 @@ def run(args: argparse.Namespace) -> None:
         transport, reason = choice.choose(loaded.transport, loaded.host, loaded.tls_cert is not None)
         print(f"# the transport will be {transport}, {reason}")
         return
-    from serving import app
+    from serving import app, logs
 
+    logs.start(loaded.log_format, loaded.log_level)
     app.serve(loaded)
+    os._exit(0)  # a thread that still loads or computes would keep the interpreter from ending, or crash it

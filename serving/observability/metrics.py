@@ -3,6 +3,7 @@
 | metric                      | meaning                                                                   |
 |-----------------------------|---------------------------------------------------------------------------|
 | resnet_requests_total       | requests, by gRPC status (`code`)                                         |
+| resnet_refused_calls_total  | calls refused before a model was looked up, by `code` alone               |
 | resnet_images_total         | images answered                                                           |
 | resnet_request_seconds      | histogram: latency of answered requests, from parsing to the response     |
 | resnet_queue_seconds        | histogram: time in the queue of answered requests                         |
@@ -18,14 +19,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import asyncio
+import io
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from http.client import parse_headers
 from importlib.metadata import version
 from threading import Thread
+from types import MappingProxyType
 from typing import Self
-from wsgiref.simple_server import WSGIServer
 
 import onnxruntime
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -41,12 +47,25 @@ from serving.runtimes.cost import CostCurve
 
 LABELS = ("model", "version")
 BATCH_BOUNDS = tuple(2**power for power in range(9))  # 1 to 256 images
+MAX_CONNECTIONS = 32
+REQUEST_SECONDS = 10.0  # for a client to send its request and to read the response
 
 
 class MetricsServer:
-    """HTTP server of GET /metrics; it runs until `close`, or until the end of the block as a context manager."""
+    """HTTP server of GET /metrics; it runs until `close`, or until the end of the block as a context manager.
 
-    def __init__(self, models: ModelRegistry, host: str, port: int, transport: str = "") -> None:
+    It has one thread. Of more than `MAX_CONNECTIONS`, the oldest is closed: one that has sent its request is answered
+    at once, so that is one that sends none.
+    """
+
+    def __init__(
+        self,
+        models: ModelRegistry,
+        host: str,
+        port: int,
+        transport: str = "",
+        refusals: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         """Listen on a port.
 
         Args:
@@ -54,26 +73,32 @@ class MetricsServer:
             host: Host name or address to listen on.
             port: Port to listen on; 0 picks a free one, see the attribute `address`.
             transport: Name of the server's transport, for `resnet_build_info`.
+            refusals: Number of calls that the server refused, by the name of their status.
 
         Raises:
             BadInput: The server cannot listen on that port.
         """
         registry = CollectorRegistry()
-        registry.register(_ModelsCollector(models, transport))
-        self._server: WSGIServer
-        self._thread: Thread
+        registry.register(_ModelsCollector(models, transport, refusals))
+        self._respond = make_wsgi_app(registry)
         try:
-            self._server, self._thread = start_http_server(port, host, registry)
+            family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+            self._socket = socket.create_server((str(place[0]), port), family=family)
         except OSError as error:
             raise BadInput(
                 f"cannot serve metrics on {host}:{port} ({error.strerror}); choose another with --metrics-port"
             ) from None
-        self.address = f"{host}:{self._server.server_port}"
+        host = f"[{host}]" if ":" in host else host
+        self.address = f"{host}:{self._socket.getsockname()[1]}"
+        self._open: dict[asyncio.StreamWriter, None] = {}  # in order of arrival
+        self._loop = asyncio.new_event_loop()
+        self._closing = asyncio.Event()
+        self._thread = Thread(target=self._run, name="metrics", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
         """Stop the server."""
-        self._server.shutdown()
-        self._server.server_close()
+        self._loop.call_soon_threadsafe(self._closing.set)
         self._thread.join()
 
     def __enter__(self) -> Self:
@@ -82,10 +107,50 @@ class MetricsServer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:  # ends what is still open
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        server = await asyncio.start_server(self._answer, sock=self._socket)
+        await self._closing.wait()
+        server.close()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer one request and close the connection, whether or not one comes."""
+        self._open[writer] = None
+        if len(self._open) > MAX_CONNECTIONS:
+            oldest = next(iter(self._open))
+            del self._open[oldest]
+            oldest.transport.abort()
+        with suppress(OSError, EOFError, asyncio.LimitOverrunError):  # gone, late, or more headers than anybody sends
+            async with asyncio.timeout(REQUEST_SECONDS):
+                writer.write(self._make_response(await reader.readuntil(b"\r\n\r\n")))
+                await writer.drain()
+        self._open.pop(writer, None)
+        writer.close()
+
+    def _make_response(self, request: bytes) -> bytes:
+        """Return the response to a request without a body."""
+        method, _, rest = request.partition(b"\r\n")[0].decode("latin-1").partition(" ")
+        path, _, query = rest.partition(" ")[0].partition("?")
+        headers = parse_headers(io.BytesIO(request.partition(b"\r\n")[2]))
+        environment = {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query}
+        environment |= {f"HTTP_{key.upper().replace('-', '_')}": value for key, value in headers.items()}
+        lines: list[str] = []
+
+        def start(status: str, fields: list[tuple[str, str]], _: object = None) -> Callable[[bytes], object]:
+            lines.extend([f"HTTP/1.1 {status}", *(f"{key}: {value}" for key, value in fields)])
+            return lines.append  # type: ignore[return-value]  # WSGI demands a function, and nobody calls it
+
+        body = b"".join(self._respond(environment, start))
+        lines += [f"Content-Length: {len(body)}", "Connection: close", "", ""]
+        return "\r\n".join(lines).encode("latin-1") + body
+
 
 class _ModelsCollector(Collector):
-    def __init__(self, models: ModelRegistry, transport: str) -> None:
-        self._models, self._transport = models, transport
+    def __init__(self, models: ModelRegistry, transport: str, refusals: Mapping[str, int]) -> None:
+        self._models, self._transport, self._refusals = models, transport, refusals
 
     def collect(self) -> Iterable[Metric]:
         requests = CounterMetricFamily("resnet_requests", "Requests by gRPC status", labels=(*LABELS, "code"))
@@ -117,6 +182,11 @@ class _ModelsCollector(Collector):
                 costs.add_metric([*names, str(size)], ns / 1e9)
             accuracy.add_metric(names, model.manifest.certificate.accuracy)
             info.add_metric([*names, model.precision, model.engine.provider, model.plan, model.manifest.digest], 1)
+        calls = CounterMetricFamily(
+            "resnet_refused_calls", "Calls refused before a model was looked up", labels=("code",)
+        )
+        for code, count in dict(self._refusals).items():
+            calls.add_metric([code], count)
         refused = GaugeMetricFamily("resnet_refused_info", "Refused versions", labels=LABELS)
         for name in self._models.names():
             for number in self._models.get(name).refusals:
@@ -125,7 +195,21 @@ class _ModelsCollector(Collector):
             "resnet_build_info", "Build of this server", labels=("version", "onnxruntime", "transport")
         )
         build.add_metric([version("resnet"), onnxruntime.__version__, self._transport], 1)
-        return (requests, images, latency, queue, compute, batches, queued, costs, accuracy, info, refused, build)
+        return (
+            requests,
+            calls,
+            images,
+            latency,
+            queue,
+            compute,
+            batches,
+            queued,
+            costs,
+            accuracy,
+            info,
+            refused,
+            build,
+        )
 
 
 def _duration_buckets(duration: Duration) -> Iterator[tuple[str, int]]:

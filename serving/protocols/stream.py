@@ -150,6 +150,8 @@ class Stream:
         """Read the requests, up to `READ_AHEAD` without an answer."""
         try:
             while self._room.acquire() and not self._left and (request := next(requests, None)) is not None:
+                if self._closing:
+                    return
                 self._read += 1
                 item = StreamItem(self, self._call, request)
                 if self.protocol.ordered:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from serving.errors import PermissionDenied, ServingError, Unauthenticated
 from serving.logs import RateLimitedLog
 from serving.transports.call import Call
 from serving.transports.choice import is_local
-from serving.transports.tls import ServerTls, read_file
+from serving.transports.files import FollowedFiles, read_file
+from serving.transports.tls import ServerTls
 
 OPEN = "/grpc.health.v1.Health/"  # health probes have no token
 # Methods that change the server for all callers: the right to classify does not include them.
 ADMIN = tuple(f"/inference.GRPCInferenceService/RepositoryModel{verb}" for verb in ("Load", "Unload"))
+REFRESH_SECONDS = 1.0  # between looks at the files
 
 log = logging.getLogger(__name__)
 
@@ -28,21 +31,26 @@ class Tokens:
     administrators' tokens nobody may call these, except on a server without tokens that listens on this machine only.
     """
 
-    def __init__(self, host: str, token: str | None, admin_token: str | None) -> None:
+    def __init__(self, host: str, token: str | Path | None, admin_token: str | Path | None) -> None:
         """Require tokens.
 
         Args:
             host: The host that the server listens on.
-            token: The callers' tokens, one per line, so that tokens can be rotated; None requires none.
+            token: The callers' tokens, one per line, so that tokens can be rotated, or the file that has them, which
+                is read again when it changes; None requires none.
             admin_token: The administrators', likewise.
+
+        Raises:
+            BadInput: A file cannot be read, or holds no token.
         """
-        self._callers, self._admins = _to_headers(token), _to_headers(admin_token)
+        self._callers, self._admins = _AcceptedTokens(token), _AcceptedTokens(admin_token)
         self._refused = RateLimitedLog(log, "refused calls without the right token: %d more, the last from %s")
-        self._closed = not (self._admins or (token is None and is_local(host)))
+        self._closed = not (admin_token or (token is None and is_local(host)))
+        self._open = not (token or admin_token or self._closed)
 
     def check(self, call: Call) -> ServingError | None:
         """Return why a call is not allowed, None if it is."""
-        if not (self._callers or self._admins or self._closed):
+        if self._open:
             return None
         refusal = self._find_refusal(call)
         if isinstance(refusal, Unauthenticated):
@@ -54,13 +62,14 @@ class Tokens:
             return None
         given = next((value for key, value in call.metadata if key == "authorization"), "")
         given = given.encode() if isinstance(given, str) else given
-        if _contains(self._admins, given):
+        admins, callers = self._admins.find(), self._callers.find()
+        if _contains(admins, given):
             return None
         for_admins = call.method in ADMIN
-        if (self._callers or (for_admins and self._admins)) and not _contains(self._callers, given):
-            kind = "an administrator's token" if for_admins and self._admins else "a token"
+        if (callers or (for_admins and admins)) and not _contains(callers, given):
+            kind = "an administrator's token" if for_admins and admins else "a token"
             return Unauthenticated(f"this server requires {kind}, in the metadata `authorization: Bearer TOKEN`")
-        if for_admins and self._admins:
+        if for_admins and admins:
             return PermissionDenied("this method requires an administrator's token")
         if for_admins and self._closed:
             return PermissionDenied(
@@ -69,8 +78,30 @@ class Tokens:
         return None
 
 
-def _to_headers(tokens: str | None) -> list[bytes]:
-    return [f"Bearer {token}".encode() for token in (tokens or "").splitlines()]
+class _AcceptedTokens:
+    """The tokens of callers or of administrators, which a file may have."""
+
+    def __init__(self, tokens: str | Path | None) -> None:
+        self._headers: Sequence[bytes] = ()
+        self._file: FollowedFiles[Sequence[bytes]] | None = None
+        self._next = 0.0
+        if isinstance(tokens, Path):
+            self._file = FollowedFiles(f"the token file {tokens}", [tokens], lambda: _to_headers(read_tokens(tokens)))
+        elif tokens:
+            self._headers = _to_headers(tokens)
+
+    def find(self) -> Sequence[bytes]:
+        """Return the headers that give one of the tokens; a changed file counts within `REFRESH_SECONDS`."""
+        if self._file is None:
+            return self._headers
+        if (now := time.monotonic()) >= self._next:
+            self._next = now + REFRESH_SECONDS
+            self._file.refresh()
+        return self._file.content
+
+
+def _to_headers(tokens: str) -> Sequence[bytes]:
+    return [f"Bearer {token}".encode() for token in tokens.splitlines()]
 
 
 def _contains(headers: Sequence[bytes], given: bytes) -> bool:
@@ -90,7 +121,7 @@ def read_tokens(path: Path) -> str:
     return "\n".join(tokens)
 
 
-def warn_if_open(host: str, tls: ServerTls | None, token: str | None) -> None:
+def warn_if_open(host: str, tls: ServerTls | None, token: Path | None) -> None:
     """Warn of a server that other machines can reach without TLS or tokens."""
     if is_local(host):
         return

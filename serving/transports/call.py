@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from serving.errors import REQUEST_ID, Cancelled, InternalError, Malformed, Overloaded, ServingError, Trailers
-from serving.logs import RateLimitedLog, log_fields
+from serving.logs import LineBudget, RateLimitedLog, log_fields
 
 MAX_ID = 128  # characters
 MAX_SEPARATE = 64
@@ -22,6 +22,9 @@ Metadata = Sequence[tuple[str, str | bytes]]
 log = logging.getLogger(__name__)
 
 OVERLOADS = RateLimitedLog(log, "overloaded: refused %d more requests, the last because %s", seconds=10)
+FAILURES = RateLimitedLog(log, "%d more requests failed, the last because %s", seconds=10)
+# The lines of failures that are the caller's, and the server's.
+BUDGETS = {logging.INFO: LineBudget(), logging.ERROR: LineBudget()}
 
 
 class Call(ABC):
@@ -164,6 +167,10 @@ def report(call: Call, error: Exception) -> ServingError:
     if isinstance(refusal, Overloaded):
         OVERLOADS.add(str(refusal))
     if log.isEnabledFor(level):
+        # Whoever debugs wants them all.
+        if level in BUDGETS and not log.isEnabledFor(logging.DEBUG) and not BUDGETS[level].take():
+            FAILURES.add(str(refusal))
+            return refusal
         fields = {"error": bug, "model": refusal.model, "version": refusal.version or None}
         _log(level, str(refusal), call, refusal.status.name, refusal.request_id, **fields)
     return refusal

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from serving.config import Limits
-from serving.errors import Overloaded, ServingError, TooLarge
+from serving.errors import Overloaded, ServingError, TooLarge, Unavailable
 from serving.transports.auth import Tokens
-from serving.transports.call import MAX_SEPARATE, Call, Methods, Streaming, Unary, refuse
+from serving.transports.call import MAX_SEPARATE, OVERLOADS, Call, Methods, Streaming, Unary, refuse
+
+RETRY_MS = 100  # the time that most calls take, even of a busy server
 
 log = logging.getLogger(__name__)
 
@@ -21,18 +24,22 @@ class Dispatcher:
         methods: The methods of the server.
         limits: The limits that calls must keep.
         active: The calls that count against the limit of active calls.
+        refusals: Number of calls that were refused here, by the name of their status.
     """
 
     def __init__(self, methods: Methods, limits: Limits, tokens: Tokens) -> None:
         """Dispatch to `methods`, within `limits`, for callers with one of `tokens`."""
         self.methods, self.limits, self._tokens = methods, limits, tokens
         self.active: set[Call] = set()
-        self._separate: set[Call] = set()
+        self.refusals: Counter[str] = Counter()
+        # Strangers may watch: each method has its own limit, so that they leave the others to callers.
+        self._separate: defaultdict[str, set[Call]] = defaultdict(set)
+        self._closed = False
 
     def dispatch(self, call: Call, method: Unary) -> None:
         """Have a call answered or refused, now or later. It raises nothing, which could end the receiving thread."""
         try:
-            refusal = self._admit(call) if method.limited else self._check(call)
+            refusal = self._find_refusal(call, self.active if method.limited else None, self.limits.max_calls)
             if refusal is None:
                 method.answer(call)
             else:
@@ -45,7 +52,10 @@ class Dispatcher:
 
     def stream(self, call: Call, method: Streaming, requests: Iterator[bytes]) -> Iterator[bytes]:
         """Yield the responses of a streaming call; raises the error that ends it."""
-        if refusal := self._admit(call, method.separate):
+        active, limit = (
+            (self._separate[call.method], MAX_SEPARATE) if method.separate else (self.active, self.limits.max_calls)
+        )
+        if refusal := self._find_refusal(call, active, limit):
             refusal.request_id = call.find_id()  # without a line in the log, which strangers could cause at will
             raise refusal
         try:
@@ -53,20 +63,30 @@ class Dispatcher:
         finally:
             call.leave()
 
+    def close(self) -> None:
+        """Refuse further calls, except those that count against no limit."""
+        self._closed = True
+
     def drain(self, seconds: float) -> None:
         """Wait until every active call is answered, for `seconds` at most."""
         end = time.monotonic() + seconds
         while self.active and time.monotonic() < end:
             time.sleep(0.01)
 
-    def _admit(self, call: Call, separate: bool = False) -> ServingError | None:
-        """Count a call as active, or return why it is refused."""
-        if refusal := self._check(call):
-            return refusal
-        active, limit = (self._separate, MAX_SEPARATE) if separate else (self.active, self.limits.max_calls)
+    def _find_refusal(self, call: Call, active: set[Call] | None, limit: int) -> ServingError | None:
+        """Return why a call is refused; None counts it among the `active` calls."""
+        refusal = self._check(call) or (self._admit(call, active, limit) if active is not None else None)
+        if refusal:
+            self.refusals[refusal.status.name] += 1
+        return refusal
+
+    def _admit(self, call: Call, active: set[Call], limit: int) -> ServingError | None:
+        if self._closed:
+            return Unavailable("the server is shutting down")
         if len(active) >= limit:
-            kind = " that watch or reflect" if separate else ""
-            return Overloaded(f"the server has {limit} calls under way{kind}")
+            kind = "" if active is self.active else f" of {call.name}"
+            OVERLOADS.add(reason := f"the server has {limit} calls{kind} under way")
+            return Overloaded(reason, RETRY_MS)
         call.active = active
         active.add(call)
         return None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -23,8 +24,11 @@ import grpc
 from resnet import BadInput
 from serving.config import Limits
 from serving.errors import ServingError, Trailers, Unsupported, to_trailers
+from serving.transports import unix
+from serving.transports.address import cannot_listen
 from serving.transports.auth import Tokens
 from serving.transports.call import MAX_SEPARATE, Call, Streaming, Unary, report
+from serving.transports.connections import disconnect
 from serving.transports.dispatcher import Dispatcher
 from serving.transports.tls import ServerTls
 
@@ -38,6 +42,8 @@ NEEDED = ("_Context", "_RECEIVE_MESSAGE_TOKEN", "_receive_message", "_status")
 TESTED = 1, 85  # the latest release that was tested
 PROBE_THREADS = 8  # for health checks, which count against no limit
 TEST_SECONDS = 5.0  # for the one call at the start
+POLL_SECONDS = 0.005  # between looks at whether all responses are sent
+STOP_SECONDS = 5.0  # for gRPC to release what no connection needs any more
 CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 log = logging.getLogger(__name__)
@@ -59,6 +65,7 @@ class GrpcioTransport:
             ThreadPoolExecutor(limits.max_calls + MAX_SEPARATE + PROBE_THREADS, thread_name_prefix="call"),
             options=[("grpc.so_reuseport", 0), ("grpc.max_send_message_length", -1), *limits.to_options()],
         )
+        self._address = ""
         services: dict[str, dict[str, Any]] = {}
         polled = works() if polled is None else polled
         for path, method in dispatcher.methods.items():
@@ -74,29 +81,33 @@ class GrpcioTransport:
             BadInput: The address cannot be bound, or a file of `tls` cannot be read or used.
         """
         try:
-            return (
+            port = (
                 self._server.add_secure_port(address, tls.to_credentials())
                 if tls
                 else self._server.add_insecure_port(address)
             )
         except RuntimeError:
             raise cannot_listen(address) from None
+        self._address = address if address.startswith(unix.PREFIX) else f":{port}"
+        return port
 
     def start(self) -> None:
         """Receive calls."""
         self._server.start()
 
     def stop(self, grace_seconds: float) -> None:
-        """Close; active calls have `grace_seconds` to finish."""
-        self._server.stop(grace_seconds).wait()
+        """Close; active calls have `grace_seconds` to finish.
 
-
-def cannot_listen(address: str) -> BadInput:
-    """Return the error for an address that cannot be bound."""
-    return BadInput(
-        f"the server cannot listen on {address}: the port is in use, or this machine does not have that address; "
-        "choose others with --port and --host"
-    )
+        The connections end first: gRPC by itself cancels the calls that it has received and not yet handed over, and
+        clients repeat what was UNAVAILABLE, but not what was cancelled.
+        """
+        end = time.monotonic() + grace_seconds
+        state = getattr(self._server, "_state", None)
+        while getattr(state, "rpc_states", True) and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+        if self._address:
+            disconnect(self._address)
+        self._server.stop(0).wait(STOP_SECONDS)
 
 
 @functools.cache

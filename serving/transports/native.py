@@ -20,9 +20,10 @@ from typing import Any
 
 from resnet import BadInput
 from serving.errors import ServingError, Trailers, to_trailers
+from serving.transports.address import cannot_listen
 from serving.transports.call import Call, Metadata, Unary
 from serving.transports.dispatcher import Dispatcher
-from serving.transports.grpcio import GrpcioTransport, cannot_listen
+from serving.transports.grpcio import GrpcioTransport
 from serving.transports.tls import ServerTls
 from serving.transports.unix import MAX_PATH
 
@@ -71,17 +72,17 @@ class NativeTransport:
                 f"--transport native needs a Unix socket in a temporary folder, which cannot be made ({error}); "
                 "set TMPDIR to a short path that can be written"
             ) from None
-        limits = self.dispatcher.limits
+        limits = dict(self.dispatcher.limits.to_options())
         try:
             self._front = pygrpc_native.NativeGrpcFront(
                 address,
                 [(path, False) for path, _ in self._methods],
                 io_threads=IO_THREADS,
                 call_details=True,
-                keepalive_time_ms=int(limits.keepalive_seconds * 1000),
-                keepalive_timeout_ms=int(limits.keepalive_timeout_seconds * 1000),
-                max_concurrent_streams=limits.max_streams,
-                max_metadata_size=limits.max_metadata_bytes,
+                keepalive_time_ms=limits["grpc.keepalive_time_ms"],
+                keepalive_timeout_ms=limits["grpc.keepalive_timeout_ms"],
+                max_concurrent_streams=limits["grpc.max_concurrent_streams"],
+                max_metadata_size=limits["grpc.max_metadata_size"],
             )
             self._front.set_fallback(socket)
         except (OSError, ValueError):

@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import grpc
 
 from resnet import BadInput
+from serving.transports.files import FollowedFiles, read_file
+
+SOON = timedelta(days=14)
+DAY_SECONDS = 86400
 
 log = logging.getLogger(__name__)
+
+
+class _Pems(NamedTuple):
+    """What the files contain.
+
+    Attributes:
+        configuration: As gRPC takes it.
+        expiry: When the first certificate of the chain ends.
+    """
+
+    configuration: grpc.ServerCertificateConfiguration
+    expiry: datetime
 
 
 @dataclass(frozen=True)
@@ -30,54 +49,66 @@ class ServerTls:
     def to_credentials(self) -> grpc.ServerCredentials:
         """Return credentials that follow the files: connections made after a renewal use the new ones.
 
+        A certificate that has expired, or will soon, is logged now and then once a day while clients connect.
+
         Raises:
-            BadInput: A file cannot be read.
+            BadInput: A file cannot be read or used.
         """
-        state = self._stamp()
-        configuration = self._read_all()
+        paths = [path for path in (self.certificate, self.key, self.client_authority) if path is not None]
+        files = FollowedFiles("the certificate", paths, self.read)
+        used, warned = files.content, time.monotonic()
+        self._warn_of_expiry(used.expiry)
 
         def fetch() -> grpc.ServerCertificateConfiguration | None:
-            nonlocal state
-            try:
-                stamp = self._stamp()
-                if stamp == state:
-                    return None
-                renewed = self._read_all()
-            except BadInput as error:
-                log.error("the certificate could not be renewed, the old one stays: %s", error)
+            nonlocal used, warned
+            files.refresh()
+            if time.monotonic() - warned >= DAY_SECONDS:
+                warned = time.monotonic()
+                self._warn_of_expiry(files.content.expiry)
+            if files.content is used:
                 return None
-            log.info("the certificate was renewed")
-            state = stamp
-            return renewed
+            used = files.content
+            return used.configuration
 
         return grpc.dynamic_ssl_server_credentials(
-            configuration,
+            used.configuration,
             fetch,  # type: ignore[arg-type]  # gRPC documents None as no change
             require_client_authentication=self.client_authority is not None,
         )
 
-    def _files(self) -> list[Path]:
-        return [path for path in (self.certificate, self.key, self.client_authority) if path is not None]
+    def read(self) -> _Pems:
+        """Return the content of the files, which gRPC would refuse without a reason.
 
-    def _stamp(self) -> list[int]:
+        Raises:
+            BadInput: A file cannot be read or used, or the key is not the certificate's.
+        """
+        from cryptography import x509
+        from cryptography.exceptions import UnsupportedAlgorithm
+        from cryptography.hazmat.primitives import serialization
+
+        certificate, key = read_file(self.certificate), read_file(self.key)
+        authority = read_file(self.client_authority) if self.client_authority else None
         try:
-            return [path.stat().st_mtime_ns for path in self._files()]
-        except OSError as error:
-            raise BadInput(f"{error.filename} cannot be read ({error.strerror})") from None
+            chain = x509.load_pem_x509_certificates(certificate)
+        except ValueError:
+            raise BadInput(f"{self.certificate} holds no certificate in PEM") from None
+        try:
+            private = serialization.load_pem_private_key(key, None)
+        except (ValueError, TypeError, UnsupportedAlgorithm):
+            raise BadInput(f"{self.key} holds no private key in PEM, or one with a password") from None
+        if private.public_key() != chain[0].public_key():
+            raise BadInput(f"the key in {self.key} is not that of the first certificate in {self.certificate}")
+        if authority is not None:
+            try:
+                x509.load_pem_x509_certificates(authority)
+            except ValueError:
+                raise BadInput(f"{self.client_authority} holds no certificate in PEM") from None
+        configuration = grpc.ssl_server_certificate_configuration([(key, certificate)], authority)
+        return _Pems(configuration, min(each.not_valid_after_utc for each in chain))
 
-    def _read_all(self) -> grpc.ServerCertificateConfiguration:
-        contents = [read_file(path) for path in self._files()]
-        authority = contents[2] if self.client_authority is not None else None
-        return grpc.ssl_server_certificate_configuration([(contents[1], contents[0])], authority)
-
-
-def read_file(path: Path) -> bytes:
-    """Return the content of a file.
-
-    Raises:
-        BadInput: It cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise BadInput(f"{path} cannot be read ({error.strerror})") from None
+    def _warn_of_expiry(self, expiry: datetime) -> None:
+        now = datetime.now(UTC)
+        if expiry <= now:
+            log.error("the certificate in %s expired on %s: clients refuse it", self.certificate, expiry.date())
+        elif expiry <= now + SOON:
+            log.warning("the certificate in %s expires on %s", self.certificate, expiry.date())

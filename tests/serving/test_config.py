@@ -12,7 +12,11 @@ import pytest
 from resnet import BadInput, cli
 from resnet.options import options
 from serving import config
-from serving.config import Config
+from serving.config import Config, Limits
+from serving.transports.auth import Tokens
+from serving.transports.dispatcher import Dispatcher
+from serving.transports.grpcio import GrpcioTransport
+from serving.transports.native import NativeTransport
 
 
 def load(flags: str = "", environment: str = "", file: Path | None = None) -> Config:
@@ -147,3 +151,17 @@ def test_the_help_sorts_options_under_headings() -> None:
     for heading, name in (("batching", "--linger-ms"), ("request limits", "--max-images")):
         assert f"  {name} " in sections[heading]
     assert not any(f"--{field.name.replace('_', '-')} " in sections["options"] for field in options(Config))
+
+
+def test_no_limit_is_too_large_for_grpc() -> None:
+    """Its options are C integers; a larger number means the largest."""
+    large = Limits(max_message_bytes=10**12, max_connections=2**30, idle_seconds=1e300, max_connection_age=1e6)
+    options = dict(large.to_options())
+    assert max(options.values()) == 2**31 - 1
+    assert options["grpc.max_connection_age_ms"] == 10**9
+    assert dict(Limits().to_options())["grpc.max_connection_age_ms"] == 2**31 - 1
+    dispatcher = Dispatcher({}, large, Tokens("localhost", None, None))
+    for transport in (GrpcioTransport(dispatcher), NativeTransport(dispatcher)):
+        assert transport.listen("127.0.0.1:0")
+        transport.start()
+        transport.stop(0)

@@ -27,7 +27,7 @@ from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.client import Client
 from serving.config import Limits
 from serving.errors import MAX_MESSAGE, REQUEST_ID, InternalError, NotFound, Overloaded
-from serving.logs import HumanFormatter, JsonFormatter, RateLimitedLog
+from serving.logs import HumanFormatter, JsonFormatter, LineBudget, RateLimitedLog
 from serving.models import loader, registry
 from serving.protocols import handler
 from serving.runtimes.base import Images, Probabilities
@@ -59,9 +59,10 @@ class Lines(logging.Handler):
 
 
 @pytest.fixture
-def lines(caplog: pytest.LogCaptureFixture) -> Iterator[Lines]:
+def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lines]:
     """What `--log-format json` writes about calls."""
     caplog.set_level(logging.INFO, CALLS)
+    monkeypatch.setattr(call, "BUDGETS", {level: LineBudget() for level in call.BUDGETS})
     handler = Lines(JsonFormatter())
     logging.getLogger(CALLS).addHandler(handler)
     yield handler
@@ -224,6 +225,34 @@ def test_a_rate_limited_log_sums_up_what_comes_within_the_interval(
     assert [record.getMessage() for record in caplog.records] == ["1 from a", "3 from d"]
 
 
+def test_a_flood_of_bad_requests_is_summed_up(
+    address: str, lines: Lines, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the first few, which have a line each; whoever debugs gets them all."""
+    monkeypatch.setattr(call, "BUDGETS", {level: LineBudget(2, 0) for level in call.BUDGETS})
+    monkeypatch.setattr(call, "FAILURES", RateLimitedLog(call.log, "%d failed: %s"))
+    for _ in range(10):
+        fail(address)
+    *single, summary = lines.take()
+    assert [line["code"] for line in single] == ["NOT_FOUND"] * 2
+    assert summary["message"] == "1 failed: there is no model 'cats'; this server has digits"
+    caplog.set_level(logging.DEBUG, CALLS)
+    fail(address)
+    assert [line["code"] for line in lines.take()] == ["NOT_FOUND"]
+
+
+def test_lines_are_saved_up_at_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never more than at the start."""
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    budget = LineBudget(burst=2, per_second=0.5)
+    assert [budget.take() for _ in range(3)] == [True, True, False]
+    now = 2.0
+    assert [budget.take() for _ in range(2)] == [True, False]
+    now = 100.0
+    assert [budget.take() for _ in range(3)] == [True, True, False]
+
+
 def test_what_an_overloaded_server_refuses_is_summed_up(
     repository: Path, lines: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,21 +281,22 @@ def test_what_an_overloaded_server_refuses_is_summed_up(
 
 
 @pytest.mark.slow
-def test_the_server_logs_json_and_keeps_its_words(
+def test_a_server_that_logs_json_writes_nothing_else(
     repository: Path, tmp_path: Path, png: Callable[[NDArray[np.uint8]], bytes]
 ) -> None:
-    """Stdout is as ever; Pillow's own debug lines, which quote files, are not there."""
+    """On stdout too; Pillow's own debug lines, which quote files, are not there."""
     command = [*SERVE, str(repository), "--port=0", "--log-format=json", "--log-level=debug", "--host=0.0.0.0"]
     variables = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}  # so that there is something to tune
     process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    assert process.stdout.readline().startswith("loaded digits/1")
-    port = process.stdout.readline().removeprefix("serving on 0.0.0.0:").strip()
+    assert json.loads(process.stdout.readline())["message"].startswith("loaded digits/1")
+    port = json.loads(process.stdout.readline())["message"].removeprefix("serving on 0.0.0.0:")
     with Client(f"127.0.0.1:{port}") as client:
         client.classify([png(IMAGE[0])])
     process.terminate()
     out, err = process.communicate(timeout=30)
-    assert out == "finishing the requests under way\n"
+    last = json.loads(out)
+    assert (last["logger"], last["message"]) == ("announcements", "finishing the requests under way")
     assert process.returncode == 0
     lines = [json.loads(line) for line in err.splitlines()]
     assert {line["logger"] for line in lines} == {

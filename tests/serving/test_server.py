@@ -282,7 +282,7 @@ def test_two_models_are_told_apart_by_name(repository: Path, tmp_path: Path) -> 
 
 def test_a_port_in_use_is_refused(address: str) -> None:
     """Two servers never share a port unseen."""
-    with pytest.raises(BadInput, match="the port is in use, or"):
+    with pytest.raises(BadInput, match="the port is in use; choose another with --port"):
         Server(registry.ModelRegistry([]), "127.0.0.1", int(address.rpartition(":")[2]), Limits())
 
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import gzip
+import socket
+import threading
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
+import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from resnet import BadInput, cli
 from serving.client import Client
 from serving.config import Batching, Limits
-from serving.errors import InvalidRequest
+from serving.errors import InvalidRequest, Unauthenticated
 from serving.models import loader, registry
-from serving.observability.metrics import MetricsServer
+from serving.observability import metrics
+from serving.observability.metrics import MAX_CONNECTIONS, MetricsServer
 from serving.server import Server
 from tests.heldout import Heldout
 
@@ -25,8 +31,8 @@ def served(repository: Path) -> registry.ModelRegistry:
     return registry.ModelRegistry([loader.load(repository / "digits" / "1", "cpu")])
 
 
-@pytest.fixture
-def metrics(served: registry.ModelRegistry) -> Iterator[MetricsServer]:
+@pytest.fixture(name="metrics")
+def page(served: registry.ModelRegistry) -> Iterator[MetricsServer]:
     """The page about it."""
     with MetricsServer(served, "127.0.0.1", 0) as server:
         yield server
@@ -89,6 +95,54 @@ def test_a_refused_version_is_on_the_page(served: registry.ModelRegistry, metric
     assert read(metrics.address)["resnet_refused_info", ""] == 1
     served.retain("digits", [1], {})
     assert ("resnet_refused_info", "") not in read(metrics.address)
+
+
+def test_refused_calls_are_on_the_page(served: registry.ModelRegistry) -> None:
+    """Those that no model counts."""
+    with (
+        Server(served, "127.0.0.1", 0, Limits(), token="sesame") as server,
+        Client(server.address) as client,
+        MetricsServer(served, "127.0.0.1", 0, refusals=server.refusals) as metrics,
+    ):
+        with pytest.raises(Unauthenticated):
+            client.classify(np.zeros((1, 32, 32, 3), np.uint8))
+        assert read(metrics.address)["resnet_refused_calls_total", "UNAUTHENTICATED"] == 1
+
+
+def test_who_says_nothing_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor holds a thread: the oldest connection makes room for a new one."""
+    monkeypatch.setattr(metrics, "REQUEST_SECONDS", 3600)
+    with MetricsServer(registry.ModelRegistry(), "127.0.0.1", 0) as server, ExitStack() as stack:
+        host, _, port = server.address.rpartition(":")
+        before = threading.active_count()
+        silent = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(3 * MAX_CONNECTIONS)]
+        assert read(server.address)["resnet_build_info", ""] == 1
+        assert threading.active_count() == before
+        for connection in silent[:MAX_CONNECTIONS]:
+            with suppress(ConnectionResetError):
+                assert connection.recv(1) == b""
+
+
+@pytest.mark.parametrize("request_", [b"\r\n\r\n", b"\xff \xff\r\n\xff\r\n\r\n", b"x" * 100_000, b"GET /metrics"])
+def test_what_is_no_request_does_no_harm(request_: bytes) -> None:
+    """Whatever it is answered."""
+    with MetricsServer(registry.ModelRegistry(), "127.0.0.1", 0) as metrics:
+        host, _, port = metrics.address.rpartition(":")
+        with suppress(OSError), socket.create_connection((host, int(port))) as connection:
+            connection.sendall(request_)
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(4096):
+                pass
+        assert read(metrics.address)["resnet_build_info", ""] == 1
+
+
+def test_the_page_is_compressed_for_those_who_ask() -> None:
+    """As Prometheus does."""
+    with MetricsServer(registry.ModelRegistry(), "127.0.0.1", 0) as metrics:
+        asked = Request(f"http://{metrics.address}/metrics", headers={"Accept-Encoding": "gzip"})
+        with urlopen(asked) as page:
+            assert page.headers["Content-Encoding"] == "gzip"
+            assert b"resnet_build_info" in gzip.decompress(page.read())
 
 
 def test_a_port_in_use_is_one_sentence(

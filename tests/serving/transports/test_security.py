@@ -21,9 +21,11 @@ from serving.errors import Unauthenticated, Unavailable
 from serving.models import loader, registry
 from serving.runtimes.base import Images
 from serving.server import Server
+from serving.transports import auth, tls
 from serving.transports.auth import ADMIN, Tokens
 from serving.transports.call import Methods, Unary
 from serving.transports.dispatcher import Dispatcher
+from serving.transports.files import FollowedFiles
 from serving.transports.grpcio import GrpcioTransport
 from serving.transports.native import NativeTransport
 from serving.transports.tls import ServerTls
@@ -112,6 +114,74 @@ def test_a_server_may_ask_for_certificates(serve: Callable[..., Server], tmp_pat
             assert connection.classify(IMAGE).images
 
 
+def test_a_renewal_is_logged_once_it_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Files that do not belong together, as between two writes, are an error, once; the old ones stay."""
+    caplog.set_level("INFO", "serving.transports.files")
+    files = ServerTls(*issue("server").write(tmp_path, "server"))
+    followed = FollowedFiles("the certificate", [files.certificate, files.key], files.read)
+    first = followed.content
+    other = issue("other")
+    for path, content, changed in zip((files.certificate, files.key), other.pem(), (False, True), strict=True):
+        path.write_bytes(content)
+        for _ in range(3):
+            followed.refresh()
+        assert (followed.content is not first) == changed
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [
+        "the certificate could not be renewed, the old one stays: "
+        f"the key in {files.key} is not that of the first certificate in {files.certificate}",
+        "the certificate was renewed",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("days", "level", "words"),
+    [(-1, "ERROR", "expired on"), (1, "WARNING", "expires on"), (300, None, "")],
+)
+def test_a_certificate_that_ends_is_announced(
+    days: float, level: str | None, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At start."""
+    certificate, key = issue("server", days=days).write(tmp_path, "server")
+    ServerTls(certificate, key).to_credentials()
+    assert [record.levelname for record in caplog.records] == ([level] if level else [])
+    assert words in caplog.text
+
+
+def test_the_end_of_a_certificate_is_announced_daily(
+    serve: Callable[..., Server], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as clients connect."""
+    monkeypatch.setattr(tls, "DAY_SECONDS", 0)
+    authority = issue("authority")
+    files = ServerTls(*issue("server", authority).write(tmp_path, "server"))
+    with serve(files) as server, Client(server.address, tls=trust(authority)) as connection:
+        assert connection.classify(IMAGE).images
+    assert caplog.text.count("expires on") > 1
+
+
+def test_a_token_file_is_read_again(
+    repositories: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new token counts, an old one does so no longer, and a file without one changes nothing."""
+    monkeypatch.setattr(auth, "REFRESH_SECONDS", 0)
+    file = tmp_path / "tokens"
+    file.write_text("old\n")
+    address = repositories(file, None, "127.0.0.1")
+
+    def accepted() -> list[bool]:
+        return [ask(address, INDEX, token) == "OK" for token in ("old", "new")]
+
+    assert accepted() == [True, False]
+    file.write_text("new\nother\n")
+    assert accepted() == [False, True]
+    for change in (lambda: file.write_text("\n"), file.unlink):
+        change()
+        assert accepted() == [False, True]
+    file.write_text("old\nnew\n")
+    assert accepted() == [True, True]
+
+
 def test_a_token_opens_every_protocol_and_health_needs_none(serve: Callable[..., Server]) -> None:
     """Without it, or with another, calls and streams are refused."""
     with serve(token="open-sesame") as server, grpc.insecure_channel(server.address) as channel:
@@ -155,7 +225,7 @@ def repositories(transport: str) -> Iterator[Callable[..., str]]:
     """Starts servers of nothing but the methods of model repositories, which answer everything."""
     servers: list[GrpcioTransport | NativeTransport] = []
 
-    def start(token: str | None, admin_token: str | None, host: str) -> str:
+    def start(token: str | Path | None, admin_token: str | None, host: str) -> str:
         methods: Methods = {path: Unary(lambda call: call.respond(b"")) for path in (LOAD, UNLOAD, INDEX)}
         dispatcher = Dispatcher(methods, Limits(), Tokens(host, token, admin_token))
         server = NativeTransport(dispatcher) if transport == "native" else GrpcioTransport(dispatcher)
@@ -242,14 +312,21 @@ def test_the_command_line_classifies_with_certificates_and_token(
     [
         (["--tls-cert=x"], "--tls-cert and --tls-key belong together"),
         (["--tls-cert=nowhere", "--tls-key=nowhere"], "nowhere cannot be read"),
+        (["--tls-cert={crt}", "--tls-key={other}"], "other.key is not that of the first certificate in"),
+        (["--tls-cert={key}", "--tls-key={key}"], "server.key holds no certificate in PEM"),
+        (["--tls-cert={crt}", "--tls-key={crt}"], "server.crt holds no private key in PEM"),
+        (["--tls-cert={crt}", "--tls-key={key}", "--tls-client-ca={key}"], "server.key holds no certificate in PEM"),
         (["--tls-client-ca=x"], "--tls-client-ca needs both"),
         (["--token-file=nowhere"], "nowhere cannot be read"),
         (["--token-file=/dev/null"], "/dev/null holds no token"),
     ],
 )
 def test_what_cannot_be_used_is_one_sentence(
-    options: list[str], message: str, repository: Path, capsys: pytest.CaptureFixture[str]
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit code 2."""
-    assert cli.main(["serve", str(repository), "--port=0", *options]) == 2
+    """Exit code 2, before any model is loaded."""
+    crt, key = issue("server").write(tmp_path, "server")
+    _, other = issue("other").write(tmp_path, "other")
+    words = [option.format(crt=crt, key=key, other=other) for option in options]
+    assert cli.main(["serve", "nowhere", "--port=0", *words]) == 2
     assert message in capsys.readouterr().err

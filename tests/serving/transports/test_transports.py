@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from protos import inference_pb2
 from protos.classifier_pb2_grpc import ClassifierStub
@@ -18,10 +22,15 @@ from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from resnet import BadInput, cli
 from serving.client import Client
 from serving.config import Limits, Transport
+from serving.errors import RETRY
 from serving.models import loader, registry
 from serving.server import Server
-from serving.transports.call import MAX_SEPARATE
+from serving.transports.auth import Tokens
+from serving.transports.call import MAX_SEPARATE, Methods, Unary
 from serving.transports.choice import choose
+from serving.transports.dispatcher import Dispatcher
+from serving.transports.grpcio import GrpcioTransport
+from serving.transports.native import NativeTransport
 from tests.serving import gated
 
 IMAGE = np.zeros((1, 32, 32, 3), np.uint8)
@@ -90,8 +99,11 @@ def test_health_waits_for_nobody(repository: Path, transport: Transport) -> None
         waiting = [ClassifierStub(channel).Classify.future(gated.ask(0, value).request) for value in (1, 2)]
         server.engine.entered.acquire()
         server.await_queued(1)
-        with pytest.raises(grpc.RpcError, match="the server has 2 calls under way"):
+        with pytest.raises(grpc.RpcError, match="the server has 2 calls under way") as refused:
             ClassifierStub(channel).Classify(gated.ask(0, 3).request, timeout=10)
+        told: Any = refused.value
+        assert int(dict(told.trailing_metadata())[RETRY]) > 0
+        assert server.server.refusals == {"RESOURCE_EXHAUSTED": 1}
         health = health_pb2_grpc.HealthStub(channel)
         assert health.Check(health_pb2.HealthCheckRequest(), timeout=10).status == 1
         kserve = GRPCInferenceServiceStub(channel)
@@ -115,8 +127,120 @@ def test_who_watches_keeps_no_server_from_ending(loaded: registry.ModelRegistry,
         assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
+def test_streams_end_before_anything_is_cut_off(loaded: registry.ModelRegistry, transport: Transport) -> None:
+    """Each with a reason, which a connection that is cut off does not give."""
+    server = Server(loaded, "127.0.0.1", 0, Limits(), transport=transport)
+    with grpc.insecure_channel(server.address) as channel:
+        requests: SimpleQueue[Any] = SimpleQueue()  # nothing ends it
+        health = health_pb2_grpc.HealthStub(channel)
+        requests.put(reflection_pb2.ServerReflectionRequest(list_services=""))
+        streams: list[Any] = [
+            health.Watch(health_pb2.HealthCheckRequest()),
+            reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter(requests.get, None)),
+            GRPCInferenceServiceStub(channel).ModelStreamInfer(iter(SimpleQueue[Any]().get, None)),
+        ]
+        for stream in streams[:2]:
+            next(stream)
+        server._transport.dispatcher.close()
+        server._streams.close()
+        server._health.close()
+        for stream in streams:
+            with pytest.raises(grpc.RpcError, match="the server is shutting down"):
+                list(stream)
+        server.stop(60)
+        for _ in streams:
+            requests.put(None)
+
+
+def test_a_stop_cancels_no_call(transport: Transport) -> None:
+    """Clients repeat what was unavailable, but not what was cancelled; calls come in all the while."""
+    methods: Methods = {"/a.B/C": Unary(lambda call: call.respond(call.payload))}
+    server = (NativeTransport if transport == "native" else GrpcioTransport)(
+        Dispatcher(methods, Limits(), Tokens("localhost", None, None))
+    )
+    port = server.listen("127.0.0.1:0")
+    server.start()
+    stopped = threading.Event()
+
+    def call(_: int) -> set[grpc.StatusCode]:
+        """Keep sixteen calls under way until the server is gone, and return how they ended."""
+        seen = set()
+        with grpc.insecure_channel(f"127.0.0.1:{port}", [("grpc.use_local_subchannel_pool", 1)]) as channel:
+            method: Any = channel.unary_unary("/a.B/C")
+            while not (stopped.is_set() and grpc.StatusCode.UNAVAILABLE in seen):
+                seen |= {future.code() for future in [method.future(b"", timeout=20) for _ in range(16)]}
+                if grpc.StatusCode.OK in seen:
+                    busy.release()
+        return seen
+
+    busy = threading.Semaphore(0)
+    with ThreadPoolExecutor() as pool:
+        calling = [pool.submit(call, number) for number in range(4)]
+        for _ in range(20):
+            busy.acquire()
+        server.stop(0.5)
+        stopped.set()
+        assert {code for future in calling for code in future.result(30)} == {
+            grpc.StatusCode.OK,
+            grpc.StatusCode.UNAVAILABLE,
+        }
+
+
+def test_a_rolling_restart_loses_nothing(repository: Path, transport: Transport) -> None:
+    """Two servers are replaced one after the other, while a client calls both."""
+
+    def start(port: int = 0) -> Server:
+        served = registry.ModelRegistry([loader.load(repository / "digits" / "1", "cpu")])
+        return Server(served, "127.0.0.1", port, Limits(), transport=transport)
+
+    servers = [start(), start()]
+    stopped = threading.Event()
+
+    def call(client: Client) -> int:
+        """Classify until the test ends; a call that fails ends the test."""
+        answered = 0
+        while not stopped.is_set():
+            assert client.classify(IMAGE, timeout=30).images
+            answered += 1
+        return answered
+
+    with Client([server.address for server in servers]) as client, ThreadPoolExecutor() as pool:
+        calling = [pool.submit(call, client) for _ in range(4)]
+        try:
+            for index in (0, 1, 0, 1):
+                port = int(servers[index].address.rpartition(":")[2])
+                servers[index].stop(30)
+                servers[index] = start(port)
+                with Client(servers[index].address) as own:  # it is there again before the next one goes
+                    own.classify(IMAGE)
+        finally:
+            stopped.set()
+        assert all(future.result(30) > 0 for future in calling)
+    for server in servers:
+        server.stop(0)
+
+
+def test_a_closed_server_refuses_all_but_health(loaded: registry.ModelRegistry, transport: Transport) -> None:
+    """While it finishes what it has accepted."""
+    with (
+        Server(loaded, "127.0.0.1", 0, Limits(), transport=transport) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        server._transport.dispatcher.close()
+        kserve = GRPCInferenceServiceStub(channel)
+        for call in (
+            lambda: ClassifierStub(channel).Classify(gated.ask(0, 1).request),
+            lambda: kserve.ServerMetadata(inference_pb2.ServerMetadataRequest()),
+            lambda: next(kserve.ModelStreamInfer(iter([]))),
+        ):
+            with pytest.raises(grpc.RpcError, match="the server is shutting down") as refused:
+                call()
+            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest()).status == 1
+
+
 def test_so_many_may_watch(loaded: registry.ModelRegistry, transport: Transport) -> None:
-    """One more is refused, and keeps no other call waiting."""
+    """One more is refused, and keeps no other call waiting, nor a reflection."""
     with (
         Server(loaded, "127.0.0.1", 0, Limits(), transport=transport) as server,
         grpc.insecure_channel(server.address) as channel,
@@ -124,10 +248,16 @@ def test_so_many_may_watch(loaded: registry.ModelRegistry, transport: Transport)
         watch: Any = health_pb2_grpc.HealthStub(channel).Watch
         watches = [watch(health_pb2.HealthCheckRequest()) for _ in range(MAX_SEPARATE)]
         assert all(next(call).status == 1 for call in watches)
-        with pytest.raises(grpc.RpcError, match="the server has 64 calls under way that watch"):
+        with pytest.raises(grpc.RpcError, match="the server has 64 calls of Health/Watch under way") as refused:
             next(watch(health_pb2.HealthCheckRequest()))
+        told: Any = refused.value
+        assert int(dict(told.trailing_metadata())[RETRY]) > 0
+        assert server.refusals == {"RESOURCE_EXHAUSTED": 1}
         with Client(server.address) as client:
             assert len(list(client.classify_each([IMAGE[0]]))) == 1
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        assert len(list(reflection.ServerReflectionInfo(iter([request])))) == 1
         for call in watches:
             call.cancel()
 

@@ -1,0 +1,168 @@
+"""The process of `resnet serve`: its signals, its output, and what a closed terminal does to it."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from resnet import cli
+from serving import app, logs
+from serving.client import Client
+from serving.errors import NotFound
+from tests.conftest import edit_manifest
+from tests.serving.test_app import SERVE
+
+IMAGE = np.zeros((1, 32, 32, 3), np.uint8)
+PIPES: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+# Loading says so and never ends.
+STUCK = """
+import sys, threading
+from resnet import cli
+from serving.models import loader
+def stuck(*_):
+    print("loading", flush=True)
+    threading.Event().wait()
+loader.load = stuck
+sys.exit(cli.main(["serve", *sys.argv[1:]]))
+"""
+
+
+def test_a_server_that_still_loads_ends_at_once(repository: Path) -> None:
+    """It has accepted nothing, so that is success."""
+    process = subprocess.Popen([sys.executable, "-c", STUCK, str(repository), "--port=0"], **PIPES)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "loading\n"
+    process.terminate()
+    out, err = process.communicate(timeout=30)
+    assert (out, err, process.returncode) == ("", "", 0)
+
+
+def test_a_storm_of_signals_hides_no_sigterm(repository: Path) -> None:
+    """Without a watch too, where nothing wakes the main thread but signals."""
+    process = subprocess.Popen([*SERVE, str(repository), "--port=0", "--watch=0", "--no-tune"], **PIPES)
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("serving on"):
+        pass
+    for _ in range(1000):
+        process.send_signal(signal.SIGHUP)
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
+def test_a_closed_terminal_changes_nothing(own_repository: Path) -> None:
+    """New versions are loaded, and SIGTERM ends the server with 0, though no line can be written."""
+    process = subprocess.Popen([*SERVE, str(own_repository), "--port=0", "--watch=0", "--no-tune"], **PIPES)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    while not (line := process.stdout.readline()).startswith("serving on"):
+        pass
+    process.stdout.close()
+    process.stderr.close()
+    digits = own_repository / "digits"
+    shutil.copytree(digits / "1", digits / ".copy")
+    edit_manifest(digits / ".copy", lambda content: content.update(version=2))
+    (digits / ".copy").rename(digits / "2")
+    process.send_signal(signal.SIGHUP)
+    with Client(line.removeprefix("serving on ").strip()) as client:
+        while True:  # until the version is loaded
+            try:
+                assert client.classify(IMAGE, model="digits", version=2).version == 2
+                break
+            except NotFound:
+                pass
+    process.terminate()
+    assert process.wait(timeout=30) == 0
+
+
+class _Watched:
+    """A repository that another request to look at reaches during the first look, which fails."""
+
+    def __init__(self) -> None:
+        self.wake, self.twice = threading.Event(), threading.Event()
+        self.scans = 0
+
+    def scan(self) -> None:
+        """Count."""
+        self.scans += 1
+        if self.scans == 1:
+            self.wake.set()
+            raise OSError("stale file handle")
+        self.twice.set()
+
+
+def test_what_is_asked_for_during_a_scan_is_done_after_it() -> None:
+    """Also if the scan failed."""
+    watched: Any = _Watched()
+    threading.Thread(target=app._follow, args=(watched, watched.wake, 0), daemon=True).start()
+    watched.wake.set()
+    assert watched.twice.wait(30)
+
+
+@pytest.mark.parametrize("style", ["human", "json"])
+def test_a_sentence_is_written_in_any_locale(style: str, tmp_path: Path) -> None:
+    """What Python cannot decode there is escaped."""
+    escaped = r"n\udcc3\udcaf" if style == "human" else "n\udcc3\udcaf"
+    for locale, shown in (("C", escaped), ("C.UTF-8", "nï")):
+        variables = os.environ | {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        command = [*SERVE, os.fsencode(tmp_path / "nï"), "--log-format", style]
+        ended = subprocess.run(command, env=variables, capture_output=True, check=False)
+        assert ended.returncode == 2
+        (line,) = ended.stderr.decode().splitlines()
+        sentence = json.loads(line)["message"] if style == "json" else line
+        assert sentence.startswith("resnet serve: ")
+        assert f"{shown} holds no models" in sentence
+
+
+def test_what_a_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On stdout as well, where Python would end with a traceback."""
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert cli.main(["serve", "nï", "--print-config"]) == 0
+    stream.seek(0)
+    assert r'repository = "n\xef"' in stream.read()
+
+
+def test_a_line_that_cannot_be_written_is_dropped() -> None:
+    """Its handler raises nothing, says nothing, and keeps nothing for later."""
+    reading, writing = os.pipe()
+    handler = logs.LineHandler(writing, logs.JsonFormatter(), "ascii")
+    record = {"levelname": "INFO", "name": "n", "msg": "é", "args": (), "created": 0.0, "exc_info": None}
+    handler.handle(logging.makeLogRecord(record))
+    assert json.loads(os.read(reading, 1000).decode("ascii").replace(r"\xe9", "e"))["message"] == "e"
+    os.close(reading)
+    handler.handle(logging.makeLogRecord(record))
+    os.close(writing)
+    handler.handle(logging.makeLogRecord(record))
+
+
+def test_telemetry_of_libraries_is_off_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For every command, before it imports anything."""
+    for given, found in ((None, "1"), ("0", "0")):
+        monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+        if given:
+            monkeypatch.setenv("ORT_DISABLE_TELEMETRY", given)
+        assert cli.main(["serve", "nowhere"]) == 2
+        assert os.environ["ORT_DISABLE_TELEMETRY"] == found
+
+
+def test_no_command_leaves_telemetry_on_disk(repository: Path, tmp_path: Path) -> None:
+    """In the cache folder, where onnxruntime would keep a database and an id of the device."""
+    variables = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path)}
+    del variables["ORT_DISABLE_TELEMETRY"]
+    command = [sys.executable, "-m", "resnet", "tune", str(repository / "digits")]
+    subprocess.run(command, env=variables, capture_output=True, check=True)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["resnet"]
