@@ -14,7 +14,7 @@ import numpy as np
 from export import formats, original, parity, precision, repository, speed, triton
 from export.formats import FORMATS, ONNX, OPSET
 from export.manifest import FORMAT, Budget, Certificate, Manifest, Preprocessing, TensorSpec, Variant, hash_files
-from export.parity import EvidenceError, Predict, VariantError
+from export.parity import EvidenceError, ParityError, Predict, VariantError
 from export.source import Source
 from resnet import BadInput
 
@@ -134,22 +134,36 @@ def _certify(source: Source, staged: Path, reference: Predict, variants: Sequenc
 def _reduce(source: Source, staged: Path, reference: Predict, variant: Variant) -> Variant:
     """Write a variant in lower precision, by the first reduction within its budget.
 
+    A variant is optional: nothing that happens to it costs what is exported already.
+
     Raises:
         VariantError: No reduction is within the budget; the file is removed.
     """
-    baseline, path, problems = staged / ONNX.path, staged / variant.path, [""]
+    path, problem = staged / variant.path, ""
     for reduction in precision.list_reductions(variant.precision, source.evidence.calibration):
         print(f"trying {variant.precision}: {reduction.method}")
-        reduction.write(baseline, path)
-        certificate = _certify(source, staged, reference, [msgspec.structs.replace(variant, method=reduction.method)])
-        (measured,) = certificate.variants
-        problems = list(measured.violations(certificate.images, certificate.accuracy))
-        if not problems:
-            speedup = speed.measure_speedup(ONNX.load(baseline), ONNX.load(path), source.evidence.images)
-            return msgspec.structs.replace(measured, speedup=speedup)
-        print(f"  outside its budget: {problems[-1]}")
-    path.unlink()
-    raise VariantError(problems[-1])
+        tried = msgspec.structs.replace(variant, method=reduction.method, arithmetic=reduction.arithmetic)
+        try:
+            reduction.write(staged / ONNX.path, path)
+            return _prove(source, staged, reference, tried)
+        except ParityError as error:
+            problem = str(error)
+        except Exception as error:  # each library has its own exceptions
+            problem = f"{type(error).__name__} in the conversion: {error}"
+        print(f"  refused: {problem}")
+        path.unlink(missing_ok=True)
+    raise VariantError(problem)
+
+
+def _prove(source: Source, staged: Path, reference: Predict, variant: Variant) -> Variant:
+    """Return a variant in lower precision with its comparison and speed; raise `VariantError` if it loses too much."""
+    certificate = _certify(source, staged, reference, [variant])
+    (measured,) = certificate.variants
+    problems = list(measured.violations(certificate.images, certificate.accuracy))
+    if problems:
+        raise VariantError("; ".join(problems))
+    baseline, path = ONNX.load(staged / ONNX.path), ONNX.load(staged / variant.path)
+    return msgspec.structs.replace(measured, speedup=speed.measure_speedup(baseline, path, source.evidence.images))
 
 
 def _find_versions() -> dict[str, str]:
