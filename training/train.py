@@ -81,9 +81,10 @@ def train(
     if tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise BadInput("--tensorboard needs a package that is not installed: pip install tensorboard")
     recipe, run_folder = settings.recipe, RunFolder(folder)
-    dataset = data.load(settings.data, settings.image_size)
+    size = (settings.image_size, settings.image_size) if settings.image_size else None
+    dataset = data.load(settings.data, size)
     height, width, _ = dataset.image_shape
-    if settings.image_size and (height, width) != (settings.image_size, settings.image_size):
+    if size and (height, width) != size:
         raise BadInput(f"--image-size is for folders of images; {settings.data!r} has {width}x{height} pixels")
     training, validation = _split(dataset.train, settings, strategy.num_replicas_in_sync if strategy else 1)
     run_folder.start(settings.as_dict() | {"data_sha256": dataset.sha256}, resume)
@@ -194,7 +195,7 @@ def _evaluate(final_model: keras.Model, dataset: Dataset, run_folder: RunFolder)
         "accuracy": float(np.mean(predicted == test.labels)),
         "loss": float(-np.log(np.maximum(probabilities[indices, test.labels], keras.config.epsilon())).mean()),
         "class_accuracy": {
-            name: float(row[label] / row.sum())
+            name: float(row[label] / row.sum()) if row.any() else None
             for label, (name, row) in enumerate(zip(classes, confusion, strict=True))
         },
     }

@@ -224,7 +224,7 @@ def test_images_of_224_pixels_train(tmp_path: Path) -> None:
         Image.fromarray(noise // (1 if name == "cat" else 4)).save(path)
     made = dataclasses.replace(settings(epochs=3, batch_size=8), data=str(tmp_path / "data"), image_size=224)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.datasets.folder.CACHE_BYTES", 0)
+        patch.setattr("training.data.CACHE_BYTES", 0)
         # On CPUs with AVX-512, TensorFlow 2.21 crashes in the gradient of a 1x1 convolution of stride 2 that reads
         # 8 channels of 56x56 pixels, which no network of the family has but this small one.
         patch.setitem(ARCHITECTURES, "tiny", TINY._replace(filters=(16, 32)))
