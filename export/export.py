@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import platform
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version as find_version
 from pathlib import Path
 
@@ -59,8 +61,10 @@ def export(
         )
     labels = source.evidence.labels
     with repository.staging(target) as staged:
-        print(f"converting to {', '.join(row.name for row in FORMATS)}")
-        costs = {row.name: row.write(source.model, labels, staged, opset) for row in FORMATS}
+        costs = {}
+        for row in FORMATS:
+            with _report(f"converting to {row.name}"):
+                costs[row.name] = row.write(source.model, labels, staged, opset)
         source.model.save(staged / "model.keras")
         (staged / "labels.txt").write_text("".join(f"{label}\n" for label in labels), "utf-8")
         with (staged / "heldout.npz").open("wb") as file:
@@ -114,6 +118,18 @@ def export(
     return folder
 
 
+@contextlib.contextmanager
+def _report(phase: str) -> Iterator[None]:
+    """Print what takes time as it begins, and its duration as it ends."""
+    print(phase, end="", flush=True)
+    started = time.perf_counter()
+    try:
+        yield
+        print(f" ({time.perf_counter() - started:.1f} s)", end="")
+    finally:
+        print(flush=True)
+
+
 def _check_evidence(source: Source, certificate: Certificate) -> None:
     """Raise `EvidenceError` if the original has another accuracy than its training measured on the same images."""
     if source.accuracy is None:
@@ -141,10 +157,10 @@ def _reduce(source: Source, staged: Path, reference: Predict, variant: Variant) 
     """
     path, problem = staged / variant.path, ""
     for reduction in precision.list_reductions(variant.precision, source.evidence.calibration):
-        print(f"trying {variant.precision}: {reduction.method}")
         tried = msgspec.structs.replace(variant, method=reduction.method, arithmetic=reduction.arithmetic)
         try:
-            reduction.write(staged / ONNX.path, path)
+            with _report(f"trying {variant.precision}: {reduction.method}"):
+                reduction.write(staged / ONNX.path, path)
             return _prove(source, staged, reference, tried)
         except ParityError as error:
             problem = str(error)

@@ -16,6 +16,7 @@ from pathlib import Path
 from export.formats import NEWEST_OPSET, OLDEST_OPSET, OPSET
 from export.preprocessing import PREPROCESSING
 from resnet.options import add_options, check, option, read
+from training.backend import start_tensorflow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
 
         sign = partial(signature.sign, key=signature.load_private(options.sign))
 
+    start_tensorflow(required=True)  # both formats are made by it
     from export import source
     from export.export import BUDGETS, export
     from export.manifest import Budget

@@ -12,6 +12,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from resnet.options import add_options, check, option, read
+from training.backend import start_tensorflow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
         signature.check(folder, signature.load_public(options.trust))
         print(f"{folder} is signed by {options.trust}")
 
+    start_tensorflow(required=True)
     from export.verification import verify
 
     manifest = verify(folder)

@@ -59,8 +59,18 @@ class Format(NamedTuple):
     module: str
 
     def write(self, model: keras.Model, labels: Sequence[str], folder: Path, opset: int) -> Cost | None:
-        """Convert a model into a version folder; see `FormatModule.write`."""
-        return self._import().write(model, labels, folder / self.path, opset)
+        """Convert a model into a version folder; see `FormatModule.write`.
+
+        Raises:
+            BadInput: The libraries of the format cannot convert the model.
+        """
+        try:
+            return self._import().write(model, labels, folder / self.path, opset)
+        except (BadInput, OSError, MemoryError):
+            raise
+        except Exception as error:  # each library has its own exceptions
+            cause = str(error).strip().partition("\n")[0]
+            raise BadInput(f"the model cannot be converted to {self.name} ({type(error).__name__}: {cause})") from error
 
     def load(self, path: Path) -> Predict:
         """Return a converted model as a function of a batch."""
