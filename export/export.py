@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import platform
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version as find_version
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import numpy as np
 from export import formats, original, parity, precision, repository, speed, triton
 from export.formats import FORMATS, ONNX, OPSET
 from export.manifest import FORMAT, Budget, Certificate, Manifest, Preprocessing, TensorSpec, Variant, hash_files
-from export.parity import EvidenceError, Predict, VariantError
+from export.parity import EvidenceError, ParityError, Predict, VariantError
 from export.source import Source
 from resnet import BadInput
 
@@ -59,8 +61,10 @@ def export(
         )
     labels = source.evidence.labels
     with repository.staging(target) as staged:
-        print(f"converting to {', '.join(row.name for row in FORMATS)}")
-        costs = {row.name: row.write(source.model, labels, staged, opset) for row in FORMATS}
+        costs = {}
+        for row in FORMATS:
+            with _report(f"converting to {row.name}"):
+                costs[row.name] = row.write(source.model, labels, staged, opset)
         source.model.save(staged / "model.keras")
         (staged / "labels.txt").write_text("".join(f"{label}\n" for label in labels), "utf-8")
         with (staged / "heldout.npz").open("wb") as file:
@@ -114,6 +118,18 @@ def export(
     return folder
 
 
+@contextlib.contextmanager
+def _report(phase: str) -> Iterator[None]:
+    """Print what takes time as it begins, and its duration as it ends."""
+    print(phase, end="", flush=True)
+    started = time.perf_counter()
+    try:
+        yield
+        print(f" ({time.perf_counter() - started:.1f} s)", end="")
+    finally:
+        print(flush=True)
+
+
 def _check_evidence(source: Source, certificate: Certificate) -> None:
     """Raise `EvidenceError` if the original has another accuracy than its training measured on the same images."""
     if source.accuracy is None:
@@ -134,22 +150,36 @@ def _certify(source: Source, staged: Path, reference: Predict, variants: Sequenc
 def _reduce(source: Source, staged: Path, reference: Predict, variant: Variant) -> Variant:
     """Write a variant in lower precision, by the first reduction within its budget.
 
+    A variant is optional: nothing that happens to it costs what is exported already.
+
     Raises:
         VariantError: No reduction is within the budget; the file is removed.
     """
-    baseline, path, problems = staged / ONNX.path, staged / variant.path, [""]
+    path, problem = staged / variant.path, ""
     for reduction in precision.list_reductions(variant.precision, source.evidence.calibration):
-        print(f"trying {variant.precision}: {reduction.method}")
-        reduction.write(baseline, path)
-        certificate = _certify(source, staged, reference, [msgspec.structs.replace(variant, method=reduction.method)])
-        (measured,) = certificate.variants
-        problems = list(measured.violations(certificate.images, certificate.accuracy))
-        if not problems:
-            speedup = speed.measure_speedup(ONNX.load(baseline), ONNX.load(path), source.evidence.images)
-            return msgspec.structs.replace(measured, speedup=speedup)
-        print(f"  outside its budget: {problems[-1]}")
-    path.unlink()
-    raise VariantError(problems[-1])
+        tried = msgspec.structs.replace(variant, method=reduction.method, arithmetic=reduction.arithmetic)
+        try:
+            with _report(f"trying {variant.precision}: {reduction.method}"):
+                reduction.write(staged / ONNX.path, path)
+            return _prove(source, staged, reference, tried)
+        except ParityError as error:
+            problem = str(error)
+        except Exception as error:  # each library has its own exceptions
+            problem = f"{type(error).__name__} in the conversion: {error}"
+        print(f"  refused: {problem}")
+        path.unlink(missing_ok=True)
+    raise VariantError(problem)
+
+
+def _prove(source: Source, staged: Path, reference: Predict, variant: Variant) -> Variant:
+    """Return a variant in lower precision with its comparison and speed; raise `VariantError` if it loses too much."""
+    certificate = _certify(source, staged, reference, [variant])
+    (measured,) = certificate.variants
+    problems = list(measured.violations(certificate.images, certificate.accuracy))
+    if problems:
+        raise VariantError("; ".join(problems))
+    baseline, path = ONNX.load(staged / ONNX.path), ONNX.load(staged / variant.path)
+    return msgspec.structs.replace(measured, speedup=speed.measure_speedup(baseline, path, source.evidence.images))
 
 
 def _find_versions() -> dict[str, str]:

@@ -153,6 +153,7 @@ def describe(certificate: Certificate) -> str:
         lines.append(
             f"  {variant.name:<12} {variant.precision}, allowed {variant.budget}"
             + (f"; {variant.method}" if variant.method else "")
+            + (f"; compared with {variant.arithmetic}" if variant.arithmetic else "")
             + (f"; speed {speed}" if speed else "")
             + (f"; largest differences on images {worst}" if worst else "")
         )
@@ -167,6 +168,8 @@ def _predict(predict: Predict, images: NDArray[np.uint8], batch_size: int, title
         return np.concatenate(
             [predict(images[start : start + batch_size]) for start in track(starts, f"  {title:<28}")]
         )
+    except ParityError:
+        raise
     except Exception as error:  # each library has its own exceptions
         raise RunError(f"{title}: the model cannot be run: {error}") from error
 

@@ -20,9 +20,11 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers import float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 
+from export import half
+
 # Sums of many values and exponentials overflow or underflow in half precision.
 KEPT_IN_FP32 = ("GlobalAveragePool", "ReduceMean", "Softmax")
-CALIBRATION_BATCH = 32
+CALIBRATION_BATCH = 8  # of 224-pixel images, ResNet-50 has 0.7 GB of values
 
 
 class Quantization(NamedTuple):
@@ -59,10 +61,12 @@ class Reduction(NamedTuple):
     Attributes:
         method: A description for people.
         write: Reads the fp32 file, its first argument, and writes the variant to the second.
+        arithmetic: See `export.manifest.Variant`.
     """
 
     method: str
     write: Callable[[Path, Path], None]
+    arithmetic: str = ""
 
 
 def list_reductions(precision: str, calibration: NDArray[np.uint8] | None) -> list[Reduction]:
@@ -73,7 +77,7 @@ def list_reductions(precision: str, calibration: NDArray[np.uint8] | None) -> li
         calibration: Training images, uint8 [n, height, width, 3]; int8 needs them.
     """
     if precision == "fp16":
-        return [Reduction(f"{', '.join(KEPT_IN_FP32)} in fp32", to_fp16)]
+        return [Reduction(f"{', '.join(KEPT_IN_FP32)} in fp32", to_fp16, half.ARITHMETIC)]
     assert calibration is not None
     return [Reduction(str(row), partial(to_int8, images=calibration, quantization=row)) for row in QUANTIZATIONS]
 
@@ -96,20 +100,20 @@ def to_int8(source: Path, target: Path, images: NDArray[np.uint8], quantization:
         images: Training images, uint8 [n, height, width, 3], with which the ranges of activations are calibrated.
         quantization: One of `QUANTIZATIONS`, or other settings.
     """
-    graph = onnx.load(source)
-    excluded = [node.name for node in graph.graph.node if node.op_type in ("Softmax", "Mul", "Cast")]
-    if quantization.outer_fp32:
-        weighted = [node.name for node in graph.graph.node if node.op_type in ("Conv", "MatMul", "Gemm")]
-        excluded += [weighted[0], weighted[-1]]
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
+        graph = onnx.load(prepared).graph
+        excluded = [node.name for node in graph.node if node.op_type in ("Softmax", "Mul", "Cast")]
+        if quantization.outer_fp32:
+            weighted = [node.name for node in graph.node if node.op_type in ("Conv", "MatMul", "Gemm")]
+            excluded += [weighted[0], weighted[-1]]
         # It prints its progress.
         with contextlib.redirect_stdout(io.StringIO()):
             quantizer.quantize_static(
                 prepared,
                 target,
-                _CalibrationReader(graph.graph.input[0].name, images),
+                _CalibrationReader(graph.input[0].name, images),
                 quant_format=quantizer.QuantFormat.QDQ,
                 per_channel=True,
                 reduce_range=quantization.reduce_range,
@@ -117,17 +121,29 @@ def to_int8(source: Path, target: Path, images: NDArray[np.uint8], quantization:
                 weight_type=quantizer.QuantType.QInt8,
                 nodes_to_exclude=excluded,
                 calibrate_method=quantization.calibration,
+                extra_options={"CalibStridedMinMax": 1},
             )
 
 
 class _CalibrationReader(quantizer.CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
+    """Batches of images, which the calibration reads one at a time.
+
+    It keeps all values of all layers for the batches that it reads together, and needs them to be equally long.
+    """
+
     def __init__(self, name: str, images: NDArray[np.uint8]) -> None:
-        self._batches: Iterator[dict[str, Any]] = (
-            {name: images[start : start + CALIBRATION_BATCH]} for start in range(0, len(images), CALIBRATION_BATCH)
-        )
+        starts = range(0, len(images), CALIBRATION_BATCH)
+        self._batches = [{name: images[start : start + CALIBRATION_BATCH]} for start in starts]
+        self._selected: Iterator[dict[str, Any]] = iter(())
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        self._selected = iter(self._batches[start_index:end_index])
 
     def get_next(self) -> dict[str, Any] | None:
-        return next(self._batches, None)
+        return next(self._selected, None)
 
 
 logging.getLogger("onnxruntime.quantization").setLevel(logging.ERROR)

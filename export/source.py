@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,13 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from export import preprocessing
-from export.preprocessing import PREPROCESSING
+from export import classifier
 from resnet import BadInput
+from training import data as datasets
+from training.data import check_names
+from training.run_folder import choose_calibration, choose_heldout
 
-TESTED_ROWS = 64  # enough to distinguish probabilities from other outputs
+TESTED_IMAGES = 64  # enough to distinguish probabilities from other outputs
 
 
 class Evidence(NamedTuple):
@@ -63,43 +64,42 @@ def load(
     labels: Path | None = None,
     preprocess: str | None = None,
     logits: bool = False,
+    image_size: int | None = None,
 ) -> Source:
-    """Load a run folder, or a .keras file together with a data set.
+    """Load a run folder, or the file of a model together with a data set.
 
     Args:
-        path: A run folder of `resnet train`, or a .keras file.
+        path: A run folder of `resnet train`, or a .keras or .h5 file.
         data: A data set, as for `resnet train`: its test images are the held-out ones, its classes the labels. None
             reads the files beside the model.
         labels: A text file with one class name per line, in the order of the outputs; None uses those of the data set.
         preprocess: The preprocessing that the model expects, one of `export.preprocessing.PREPROCESSING`; it becomes
             part of the model. None for a model of uint8 input.
         logits: Append a softmax, for a model that ends in logits.
+        image_size: Side in pixels of the images, for a model that takes any size; None keeps that of the data set.
 
     Raises:
         BadInput: There is no such model, it is no image classifier, or the held-out images do not fit it.
     """
-    file = path / "model.keras" if path.is_dir() else path
-    model = _complete(file, _load_model(path, file), preprocess, logits)
-    evidence = _load_evidence(file.parent) if data is None else _load_data(data, model.input_shape[1])
+    file = _find_file(path)
+    loaded = classifier.load(file)
+    if data is None:
+        evidence = _load_evidence(file.parent)
+    else:
+        evidence = _load_data(data, _choose_size(file, loaded.input_shape, image_size))
     if labels is not None:
         evidence = _rename(evidence, labels)
-    if evidence.images.shape[1:] != model.input_shape[1:]:
+    height, width, colours = evidence.images.shape[1:]
+    complete = classifier.complete(file, loaded, (height, width, colours), preprocess)
+    outputs = complete.output_shape[-1]
+    if len(evidence.labels) != max(2, outputs):  # a single output is that of the second class of two
         raise BadInput(
-            f"{file} takes images of shape {list(model.input_shape[1:])}, but the held-out images have "
-            f"{list(evidence.images.shape[1:])}; name another data set with --data"
-        )
-    if len(evidence.labels) != model.output_shape[-1]:
-        raise BadInput(
-            f"{file} has {model.output_shape[-1]} outputs, but there are {len(evidence.labels)} class names; "
+            f"{file} has {outputs} output{'s' * (outputs > 1)}, but there are {len(evidence.labels)} class names; "
             "name another data set with --data, or the classes with --labels"
         )
-    rows = model.predict_on_batch(evidence.images[:TESTED_ROWS])
-    if not np.all(rows >= 0) or not np.allclose(np.sum(rows, axis=1), 1, atol=1e-3):
-        raise BadInput(
-            f"{file} does not end in probabilities: its outputs are negative or do not add up to 1; "
-            "if they are logits, --logits appends a softmax"
-        )
-    training = _load_metrics(file.parent / "metrics.json")
+    model = classifier.end_in_probabilities(file, complete, evidence.images[:TESTED_IMAGES], logits)
+    # The metrics are those of model.keras, and of no other file in the folder.
+    training = _load_metrics(file.parent / "metrics.json") if file.name == "model.keras" else None
     accuracy = None
     if training is not None and data is None and labels is None:
         if list(training.get("class_accuracy", evidence.labels)) != list(evidence.labels):
@@ -109,71 +109,42 @@ def load(
     return Source(file, model, evidence, training, accuracy)
 
 
-def _load_model(path: Path, file: Path) -> keras.Model:
+def _find_file(path: Path) -> Path:
+    """Return the file of a model."""
     if not path.exists():
         raise BadInput(f"{path} does not exist; it should be a run folder of `resnet train` or a .keras file")
+    if (path / "saved_model.pb").exists():
+        raise BadInput(f"{path} is a SavedModel, which has no layers; save the model with model.save('NAME.keras')")
+    file = path / "model.keras" if path.is_dir() else path
     if not file.is_file():
         raise BadInput(f"{path} holds no model.keras; finish its training with `resnet train ... --resume`")
-    try:
-        model = keras.models.load_model(file, compile=False)
-    except Exception as error:  # Keras raises many types for unreadable files
-        text = str(error).strip() or type(error).__name__
-        advice = (
-            "; only the built-in layers of Keras can be exported" if "Lambda" in text or "locate class" in text else ""
-        )
-        raise BadInput(f"{file} is not a Keras model that can be loaded ({text.splitlines()[0]}){advice}") from None
-    if len(model.inputs) != 1 or len(model.outputs) != 1:
-        raise BadInput(
-            f"{file} has {len(model.inputs)} inputs and {len(model.outputs)} outputs; a classifier has one of each"
-        )
-    return _in_float32(model)
+    if not file.stat().st_size:
+        raise BadInput(f"{file} is empty; save the model again")
+    return file
 
 
-def _in_float32(model: keras.Model) -> keras.Model:
-    """Return a model that was trained in mixed precision as one that computes in float32, with the same weights."""
-    text = model.to_json()
-    if "mixed_" not in text:
-        return model
-    print("the model was trained in mixed precision; the exported model computes in float32")
-    full = keras.models.model_from_json(re.sub(r'"mixed_b?float16"', '"float32"', text))
-    full.set_weights(model.get_weights())
-    return full
-
-
-def _complete(file: Path, model: keras.Model, preprocess: str | None, logits: bool) -> keras.Model:
-    """Return a model from plain pixels to float32 probabilities."""
-    pixels, output = model.inputs[0], model.outputs[0]
-    if len(pixels.shape) != 4 or pixels.shape[-1] != 3 or None in pixels.shape[1:]:
-        raise BadInput(
-            f"{file} takes {pixels.dtype} {_axes(pixels.shape)}; a classifier of images takes [batch, height, width, 3]"
-        )
-    if preprocess is None and pixels.dtype != "uint8":
-        raise BadInput(
-            f"{file} takes {pixels.dtype} {_axes(pixels.shape)} instead of uint8 pixels; "
-            f"name its preprocessing with --preprocess ({', '.join(PREPROCESSING)})"
-        )
-    if preprocess is not None and pixels.dtype == "uint8":
-        raise BadInput(f"{file} takes uint8 pixels already; leave out --preprocess")
-    if len(output.shape) != 2 or output.shape[-1] is None or output.shape[-1] < 2:
-        raise BadInput(f"{file} gives {output.dtype} {_axes(output.shape)}; a classifier gives [batch, classes]")
-    if preprocess is None and not logits and output.dtype == "float32":
-        return model
-    image = keras.Input(pixels.shape[1:], dtype="uint8", name="image")
-    x = image if preprocess is None else preprocessing.apply(preprocess, keras.ops.cast(image, "float32"))
-    y = keras.ops.cast(model(x), "float32")
-    return keras.Model(image, keras.layers.Softmax(name="probabilities")(y) if logits else y, name=model.name)
+def _choose_size(file: Path, shape: tuple[int | None, ...], image_size: int | None) -> tuple[int, int] | None:
+    """Return the (height, width) of the images of a model; None if any will do."""
+    height, width = shape[1:3] if len(shape) == 4 else (None, None)
+    if height and width:
+        if image_size not in (None, height) or image_size not in (None, width):
+            raise BadInput(f"{file} takes images of {height}x{width} pixels; leave out --image-size")
+        return height, width
+    return (image_size, image_size) if image_size else None
 
 
 def _rename(evidence: Evidence, path: Path) -> Evidence:
     """Use the class names and the order of a file, which may name more classes than the evidence has."""
     try:
-        names = tuple(path.read_text("utf-8").splitlines())
+        names = tuple(path.read_text("utf-8-sig").splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"--labels {path} cannot be read ({error})") from None
+    check_names(names, f"--labels {path}")
     missing = set(evidence.labels) - set(names)
-    if missing or len(set(names)) != len(names):
-        problem = f"lacks the class {min(missing)!r}" if missing else "names a class twice"
-        raise BadInput(f"--labels {path} {problem}; it needs one name per line, in the order of the outputs")
+    if missing:
+        raise BadInput(
+            f"--labels {path} lacks the class {min(missing)!r}; it needs one name per line, in the order of the outputs"
+        )
     order = np.array([names.index(name) for name in evidence.labels], np.int32)
     return evidence._replace(labels=names, targets=order[evidence.targets])
 
@@ -213,16 +184,7 @@ def load_heldout(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
         return arrays["images"], arrays["labels"]
 
 
-def _load_data(name: str, size: int) -> Evidence:
-    from training import data
-    from training.run_folder import choose_calibration
-
-    dataset = data.load(name, size)
-    indices = np.arange(len(dataset.test.labels))
-    return Evidence(
-        dataset.classes, dataset.test.images[indices], dataset.test.labels, choose_calibration(dataset.train)
-    )
-
-
-def _axes(shape: tuple[int | None, ...]) -> str:
-    return str(["batch", *shape[1:]]).replace("'", "")
+def _load_data(name: str, size: tuple[int, int] | None) -> Evidence:
+    dataset = datasets.load(name, size, decode=False)
+    test = dataset.test.take(choose_heldout(dataset.test))
+    return Evidence(dataset.classes, np.asarray(test.images), test.labels, choose_calibration(dataset.train))

@@ -5,8 +5,10 @@ A data set is a row of `LOADERS` and a module with what `LoaderModule` says.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +22,11 @@ from numpy.typing import NDArray
 
 from resnet import BadInput
 from training.images import InvalidImage, Pixels, decode
+
+CHUNK = 1024  # images that are decoded at a time
+# Limit on the pixels of a split that are kept in memory: two splits and the training share it. A larger split stays in
+# its files.
+CACHE_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 3
 
 
 class FileImages:
@@ -50,6 +57,21 @@ class FileImages:
     def __getitem__(self, indices: NDArray[np.intp]) -> Pixels:
         return np.stack(list(self._pool.map(self._read, [self._paths[index] for index in indices])))
 
+    def decode(self) -> Pixels | FileImages:
+        """Return all images as an array if they fit into memory, else as they are."""
+        from rich.progress import track
+
+        folder, total = os.path.commonpath(self._paths), math.prod(self.shape)
+        if total > CACHE_BYTES:
+            print(f"{folder} would take {total / 2**30:.1f} GiB of memory: its images are decoded in every epoch")
+            return self
+        pixels = np.empty(self.shape, np.uint8)
+        starts = range(0, len(self), CHUNK)
+        for start in track(starts, f"reading {folder}"):
+            end = min(start + CHUNK, len(self))
+            pixels[start:end] = self[np.arange(start, end)]
+        return pixels
+
     def _read(self, path: Path) -> Pixels:
         try:
             image = decode(path.read_bytes(), self._size)
@@ -69,24 +91,53 @@ class Split(NamedTuple):
     images: Pixels | FileImages
     labels: NDArray[np.int32]
 
-    def chunks(self, size: int = 1024) -> Iterator[Pixels]:
-        """Yield all images in order, `size` at a time."""
-        for start in range(0, len(self.labels), size):
-            yield self.images[np.arange(start, min(start + size, len(self.labels)))]
+    def chunks(self) -> Iterator[Pixels]:
+        """Yield all images in order, `CHUNK` at a time."""
+        for start in range(0, len(self.labels), CHUNK):
+            yield self.images[np.arange(start, min(start + CHUNK, len(self.labels)))]
+
+    def decode(self) -> Split:
+        """Return the split with its images in memory, if they fit."""
+        return self._replace(images=self.images.decode()) if isinstance(self.images, FileImages) else self
 
     def take(self, indices: NDArray[np.intp]) -> Split:
         """Return the examples at these indices, in this order."""
         return Split(self.images[indices], self.labels[indices])
 
 
+def check_names(classes: Sequence[str], origin: str) -> None:
+    """Check that the names of classes can be written to a file, one per line, and tell the classes apart.
+
+    Args:
+        classes: The names.
+        origin: Where they come from, for the message.
+
+    Raises:
+        BadInput: A name is empty, has a line break or bytes that are not UTF-8, or stands for two classes.
+    """
+    for name in classes:
+        if name.splitlines() != [name] or name != name.encode("utf-8", "replace").decode():
+            raise BadInput(f"{origin} has the class {name!r}; a name is one line of text, so rename it")
+    if len(set(classes)) < len(classes):
+        twice = next(name for name in classes if classes.count(name) > 1)
+        raise BadInput(f"{origin} has the class {twice!r} twice; rename one of the two")
+
+
 @dataclass(frozen=True)
 class Dataset:
-    """A training and a test split over the same classes."""
+    """A training and a test split over the same classes.
+
+    Raises:
+        BadInput: The name of a class cannot be used; see `check_names`.
+    """
 
     name: str
     classes: tuple[str, ...]
     train: Split
     test: Split
+
+    def __post_init__(self) -> None:
+        check_names(self.classes, f"the data set {self.name!r}")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -109,8 +160,8 @@ class Dataset:
 class LoaderModule(Protocol):
     """What the module of a data set has."""
 
-    def load(self, source: str, image_size: int | None = None) -> Dataset:
-        """Return the data set; see `load` of this module."""
+    def load(self, source: str, size: tuple[int, int] | None = None) -> Dataset:
+        """Return the data set, images in files as `FileImages`; see `load` of this module."""
         ...
 
 
@@ -150,14 +201,15 @@ SOURCES = ", ".join(loader.meaning for loader in LOADERS)
 """What `--data` accepts, for help texts and messages."""
 
 
-def load(source: str, image_size: int | None = None) -> Dataset:
+def load(source: str, size: tuple[int, int] | None = None, decode: bool = True) -> Dataset:
     """Load a data set by name or path.
 
     Args:
         source: `digits`, `cifar10`, a folder `train/CLASS/*` and `test/CLASS/*` of JPEG or PNG files, the unpacked
             folder `cifar-10-batches-py`, or an .npz file with the arrays of the loaders of Keras.
-        image_size: Side in pixels to which the images of a folder are resized; None keeps their common size. Other
-            data sets ignore it.
+        size: (height, width) to which the images of a folder are resized; None keeps their common size. Other data
+            sets ignore it.
+        decode: Decode all images of a folder, if they fit into memory. Otherwise an image is decoded when it is used.
 
     Raises:
         BadInput: The data set is unknown, unreadable, or has fewer than two classes.
@@ -166,4 +218,7 @@ def load(source: str, image_size: int | None = None) -> Dataset:
     loader = loader or next((row for row in LOADERS if row.reads(Path(source))), None)
     if loader is None:
         raise BadInput(f"--data {source!r} is unknown; choose one of: {SOURCES}")
-    return cast(LoaderModule, importlib.import_module(loader.module)).load(source, image_size)
+    dataset = cast(LoaderModule, importlib.import_module(loader.module)).load(source, size)
+    if not decode:
+        return dataset
+    return dataclasses.replace(dataset, train=dataset.train.decode(), test=dataset.test.decode())

@@ -2,51 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from training.data import Split
 from training.run_folder import HistoryRow, RunFolder
 
+MATRIX_CLASSES = 30  # of more, neither names nor counts are legible
+PAIRS = 40
+
 
 def plot_curves(history: list[HistoryRow], run_folder: RunFolder) -> None:
     """Draw accuracy and loss of the training and validation images by epoch, as curves.png."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    epochs = [row["epoch"] for row in history]
-    for axes, name in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
-        axes.plot(epochs, [row[name] for row in history], marker=".", label="training")
-        axes.plot(epochs, [row[f"val_{name}"] for row in history], marker=".", label="validation")
-        axes.set(xlabel="epoch", ylabel=name, title=name.capitalize())
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    _save(figure, run_folder, "curves.png")
+    with _picture(run_folder, "curves.png", (10, 4)) as figure:
+        epochs = [row["epoch"] for row in history]
+        for axes, name in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
+            axes.plot(epochs, [row[name] for row in history], marker=".", label="training")
+            axes.plot(epochs, [row[f"val_{name}"] for row in history], marker=".", label="validation")
+            axes.set(xlabel="epoch", ylabel=name, title=name.capitalize())
+            axes.locator_params(axis="x", integer=True)
+            axes.grid(alpha=0.3)
+            axes.legend()
 
 
 def plot_confusion(confusion: NDArray[np.int_], classes: tuple[str, ...], run_folder: RunFolder) -> None:
     """Draw the confusion matrix as confusion.png: true classes are rows, predicted classes columns.
+
+    Of more than `MATRIX_CLASSES` classes, draw the `PAIRS` most frequent errors.
 
     Args:
         confusion: Counts [classes, classes].
         classes: Names of the classes.
         run_folder: The folder to write.
     """
+    if len(classes) > MATRIX_CLASSES:
+        _plot_confused_pairs(confusion, classes, run_folder)
+        return
     side = max(5.0, 0.55 * len(classes) + 2)
-    figure = Figure(figsize=(side, side), layout="constrained")
-    axes = figure.subplots()
-    # Shares of each class: colours show errors, not how many images a class has.
-    axes.imshow(confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="predicted class", ylabel="true class", title="Test images by true and predicted class")
-    axes.set_xticks(range(len(classes)), classes, rotation=90)
-    axes.set_yticks(range(len(classes)), classes)
-    if len(classes) <= 30:  # more counts would not be legible
+    with _picture(run_folder, "confusion.png", (side, side)) as figure:
+        axes = figure.subplots()
+        # Shares of each class: colours show errors, not how many images a class has.
+        axes.imshow(confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
+        axes.set(xlabel="predicted class", ylabel="true class", title="Test images by true and predicted class")
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
         for (row, column), count in np.ndenumerate(confusion):
             if count:
-                dark = count > confusion[row].sum() / 2
-                color = "white" if dark else "black"
+                color = "white" if count > confusion[row].sum() / 2 else "black"
                 axes.text(column, row, str(count), ha="center", va="center", fontsize=8, color=color)
-    _save(figure, run_folder, "confusion.png")
+
+
+def _plot_confused_pairs(confusion: NDArray[np.int_], classes: tuple[str, ...], run_folder: RunFolder) -> None:
+    """Draw the most frequent pairs of a true and another predicted class: of many classes, a matrix is not legible."""
+    true, predicted = np.nonzero(confusion - np.diag(np.diag(confusion)))
+    counts = confusion[true, predicted]
+    worst = np.argsort(-counts, kind="stable")[:PAIRS][::-1]  # the first bar is the lowest
+    names = [f"{classes[true[index]]} as {classes[predicted[index]]}" for index in worst]
+    with _picture(run_folder, "confusion.png", (10, 2 + 0.22 * len(worst))) as figure:
+        axes = figure.subplots()
+        axes.barh(range(len(worst)), counts[worst], tick_label=names)
+        axes.locator_params(axis="x", integer=True)
+        axes.set(xlabel="test images", title="The most frequent errors: true class as predicted class")
 
 
 def plot_mistakes(
@@ -63,34 +84,50 @@ def plot_mistakes(
     predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
     wrong = np.flatnonzero(predicted != test.labels)
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:32]
-    figure = Figure(figsize=(12, 7), layout="constrained")
-    figure.suptitle("Misclassified test images with the highest confidence: true class above, predicted class below")
-    for axes, index in zip(figure.subplots(4, 8).flat, [*worst, *[None] * (32 - len(worst))], strict=True):
-        axes.axis("off")
-        if index is not None:
-            axes.imshow(test.images[np.array([index])][0])
-            prediction = f"{classes[predicted[index]]} {confidence[index]:.0%}"
-            axes.set_title(f"{classes[test.labels[index]]}\n{prediction}", fontsize=8)
-    _save(figure, run_folder, "mistakes.png")
+    with _picture(run_folder, "mistakes.png", (12, 7)) as figure:
+        figure.suptitle(
+            "Misclassified test images with the highest confidence: true class above, predicted class below"
+        )
+        for axes, index in zip(figure.subplots(4, 8).flat, [*worst, *[None] * (32 - len(worst))], strict=True):
+            axes.axis("off")
+            if index is not None:
+                axes.imshow(test.images[np.array([index])][0])
+                prediction = f"{classes[predicted[index]]} {confidence[index]:.0%}"
+                axes.set_title(f"{classes[test.labels[index]]}\n{prediction}", fontsize=8)
 
 
 def plot_errors(histories: dict[str, list[HistoryRow]], run_folder: RunFolder) -> None:
     """Draw training and validation error of several networks by epoch, as degradation.png."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, (key, title) in zip(
-        figure.subplots(1, 2, sharey=True), {"accuracy": "Training", "val_accuracy": "Validation"}.items(), strict=True
-    ):
-        for number, (name, rows) in enumerate(histories.items()):
-            style = "--" if name.startswith("plain") else "-"
-            color = ("tab:orange", "tab:red", "tab:cyan", "tab:blue")[number % 4]
-            epochs, errors = [row["epoch"] for row in rows], [100 * (1 - row[key]) for row in rows]
-            axes.plot(epochs, errors, style, color=color, marker=".", label=name)
-        axes.set(title=f"{title} error", xlabel="epoch", ylabel="%", ylim=(0, None))
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    _save(figure, run_folder, "degradation.png")
+    with _picture(run_folder, "degradation.png", (10, 4)) as figure:
+        for axes, (key, title) in zip(
+            figure.subplots(1, 2, sharey=True),
+            {"accuracy": "Training", "val_accuracy": "Validation"}.items(),
+            strict=True,
+        ):
+            for number, (name, rows) in enumerate(histories.items()):
+                style = "--" if name.startswith("plain") else "-"
+                color = ("tab:orange", "tab:red", "tab:cyan", "tab:blue")[number % 4]
+                epochs, errors = [row["epoch"] for row in rows], [100 * (1 - row[key]) for row in rows]
+                axes.plot(epochs, errors, style, color=color, marker=".", label=name)
+            axes.set(title=f"{title} error", xlabel="epoch", ylabel="%", ylim=(0, None))
+            axes.locator_params(axis="x", integer=True)
+            axes.grid(alpha=0.3)
+            axes.legend()
 
 
-def _save(figure: Figure, run_folder: RunFolder, name: str) -> None:
-    run_folder.replace(run_folder.folder / name, lambda path: figure.savefig(path, dpi=120))
+@contextmanager
+def _picture(run_folder: RunFolder, name: str, size: tuple[float, float]) -> Iterator[Figure]:
+    """Give a figure to draw on, and save it. Pictures are extras: one that fails is reported, and nothing else.
+
+    Args:
+        run_folder: The folder to write.
+        name: Name of the file.
+        size: Width and height in units of 120 pixels.
+    """
+    try:
+        with rc_context({"text.parse_math": False}):  # a name may contain dollars
+            figure = Figure(figsize=size, layout="constrained")
+            yield figure
+            run_folder.replace(run_folder.folder / name, lambda path: figure.savefig(path, dpi=120))
+    except Exception as error:
+        print(f"{name} was not drawn: {error}")

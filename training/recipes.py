@@ -41,7 +41,7 @@ class Recipe:
     )
     fuse: bool = option(True, "compile with XLA on a CPU: faster steps, half a minute slower start")
     class_weights: bool = option(False, "weight the loss so that all classes count equally")
-    validation: float = option(0.1, "fraction of the training images used for validation", low=0, high=0.9)
+    validation: float = option(0.1, "fraction of the training images used for validation", low=0.001, high=0.9)
     patience: int = option(
         0, "stop after N epochs without better validation accuracy, and keep the best weights; 0 disables it", low=0
     )

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -113,11 +114,7 @@ class RunFolder:
     def write_evidence(self, dataset: Dataset) -> None:
         """Write the class names, at most `HELDOUT_BYTES` of test images, and some training images for calibration."""
         test = dataset.test
-        limit = max(1, HELDOUT_BYTES // math.prod(test.images.shape[1:]))
-        selected = np.arange(len(test.labels))
-        if len(selected) > limit:
-            print(f"saving {limit:,} of {len(selected):,} test images for the comparison at export")
-            selected = np.sort(np.random.default_rng(0).permutation(selected)[:limit])
+        selected = choose_heldout(test)
         self._write_arrays("heldout.npz", images=test.images[selected], labels=test.labels[selected])
         self._write_arrays("calibration.npz", images=choose_calibration(dataset.train))
         text = "".join(f"{name}\n" for name in dataset.classes)
@@ -135,7 +132,8 @@ class RunFolder:
         self._write_json("metrics.json", metrics)
 
     def _write_json(self, name: str, value: dict[str, Any]) -> None:
-        self.replace(self.folder / name, lambda path: path.write_text(json.dumps(value, indent=2) + "\n"))
+        text = msgspec.json.format(msgspec.json.encode(value), indent=2)  # null for what is no number: JSON has no NaN
+        self.replace(self.folder / name, lambda path: path.write_bytes(text + b"\n"))
 
     @staticmethod
     def replace(path: Path, write: Callable[[Path], object]) -> None:
@@ -150,6 +148,15 @@ class RunFolder:
         except BaseException:
             part.unlink(missing_ok=True)
             raise
+
+
+def choose_heldout(test: Split) -> NDArray[np.intp]:
+    """Return the indices of the test images with which an export compares models: at most `HELDOUT_BYTES` of them."""
+    limit, count = max(1, HELDOUT_BYTES // math.prod(test.images.shape[1:])), len(test.labels)
+    if count <= limit:
+        return np.arange(count)
+    print(f"{limit:,} of {count:,} test images are held out for the comparison at export")
+    return np.sort(np.random.default_rng(0).permutation(count)[:limit])
 
 
 def choose_calibration(train: Split) -> NDArray[np.uint8]:

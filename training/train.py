@@ -81,9 +81,10 @@ def train(
     if tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise BadInput("--tensorboard needs a package that is not installed: pip install tensorboard")
     recipe, run_folder = settings.recipe, RunFolder(folder)
-    dataset = data.load(settings.data, settings.image_size)
+    size = (settings.image_size, settings.image_size) if settings.image_size else None
+    dataset = data.load(settings.data, size)
     height, width, _ = dataset.image_shape
-    if settings.image_size and (height, width) != (settings.image_size, settings.image_size):
+    if size and (height, width) != size:
         raise BadInput(f"--image-size is for folders of images; {settings.data!r} has {width}x{height} pixels")
     training, validation = _split(dataset.train, settings, strategy.num_replicas_in_sync if strategy else 1)
     run_folder.start(settings.as_dict() | {"data_sha256": dataset.sha256}, resume)
@@ -123,9 +124,13 @@ def train(
         network.optimizer.finalize_variable_values(network.trainable_weights)
         final_model.set_weights(network.get_weights())
     run_folder.replace(run_folder.model, final_model.save)
-    metrics = _evaluate(final_model, dataset, run_folder)
+    probabilities = _predict(final_model, dataset)
+    confusion = _count(probabilities, dataset)
+    metrics = _evaluate(probabilities, confusion, dataset)
     metrics |= _describe_run(settings, dataset, final_model, checkpoints.rows)
     run_folder.write_metrics(metrics)
+    plot_confusion(confusion, dataset.classes, run_folder)
+    plot_mistakes(dataset.test, probabilities, dataset.classes, run_folder)
     return metrics
 
 
@@ -167,7 +172,7 @@ def _start_or_resume(
     network = _build(settings, dataset, settings.recipe.precision)
     compile_for(network, settings.recipe, steps * settings.recipe.epochs)
     if not run_folder.checkpoint.exists():
-        network.summary()
+        print(f"{settings.model}: {network.count_params():,} parameters, {len(network.layers)} layers")
         return network, []
     # Load weights into a new network: a loaded optimizer would not exclude any variable from weight decay.
     network.optimizer.build(network.trainable_variables)
@@ -180,22 +185,28 @@ def _start_or_resume(
     return network, run_folder.read_history()[:done]
 
 
-def _evaluate(final_model: keras.Model, dataset: Dataset, run_folder: RunFolder) -> dict[str, Any]:
-    """Evaluate the model on the test images, which nothing else in a training uses, and draw its errors."""
-    test, classes = dataset.test, dataset.classes
-    indices = np.arange(len(test.labels))
-    probabilities = final_model.predict(Batches(test, indices, len(classes), batch_size=256), verbose=0)
-    predicted = probabilities.argmax(axis=1)
-    confusion = np.zeros((len(classes), len(classes)), int)
-    np.add.at(confusion, (test.labels, predicted), 1)
-    plot_confusion(confusion, classes, run_folder)
-    plot_mistakes(test, probabilities, classes, run_folder)
+def _predict(final_model: keras.Model, dataset: Dataset) -> NDArray[np.float32]:
+    """Return the answers to the test images, which nothing else in a training uses: float32 [n, classes]."""
+    batches = Batches(dataset.test, np.arange(len(dataset.test.labels)), len(dataset.classes), batch_size=256)
+    return np.asarray(final_model.predict(batches, verbose=0))
+
+
+def _count(probabilities: NDArray[np.float32], dataset: Dataset) -> NDArray[np.int_]:
+    """Return the confusion matrix, [true class, predicted class]."""
+    confusion = np.zeros((len(dataset.classes),) * 2, int)
+    np.add.at(confusion, (dataset.test.labels, probabilities.argmax(axis=1)), 1)
+    return confusion
+
+
+def _evaluate(probabilities: NDArray[np.float32], confusion: NDArray[np.int_], dataset: Dataset) -> dict[str, Any]:
+    """Return accuracy and loss of the test images; None for a class without any."""
+    labels, indices = dataset.test.labels, np.arange(len(dataset.test.labels))
     return {
-        "accuracy": float(np.mean(predicted == test.labels)),
-        "loss": float(-np.log(np.maximum(probabilities[indices, test.labels], keras.config.epsilon())).mean()),
+        "accuracy": float(np.trace(confusion) / len(labels)),
+        "loss": float(-np.log(np.maximum(probabilities[indices, labels], keras.config.epsilon())).mean()),
         "class_accuracy": {
-            name: float(row[label] / row.sum())
-            for label, (name, row) in enumerate(zip(classes, confusion, strict=True))
+            name: float(row[label] / row.sum()) if row.any() else None
+            for label, (name, row) in enumerate(zip(dataset.classes, confusion, strict=True))
         },
     }
 

@@ -1,4 +1,4 @@
-"""Cost and accuracy of an export, for networks of keras.applications and of our family.
+"""Cost and accuracy of an export, for networks of keras.applications, a ResNeXt, and our family.
 
 The networks have random weights, which suffice to measure the conversion. Only the statistics of batch normalization
 are computed from images, as in a trained network: if they stayed at 0 and 1, activations would grow from block to
@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +39,21 @@ APPLICATIONS = {
     "MobileNetV2": "tf",
     "EfficientNetB0": "identity",
     "DenseNet121": "torch",
+    "ConvNeXtTiny": "identity",
+    "MobileNetV3Small": "identity",
+    "EfficientNetV2B0": "identity",
+    "InceptionV3": "tf",
 }
+RESNEXT = "ResNeXt"
 FAMILY = {"resnet18": 32, "resnet50": 224, "resnet56": 32}  # with image sizes
+NETWORKS = (*APPLICATIONS, RESNEXT, *FAMILY)
 HEADER = ("network", "input", "max difference", "same class", "nodes before", "after", "seconds", "peak memory")
 
 
 def main() -> None:
     """Export all networks and print the table."""
     rows = []
-    for name in (*APPLICATIONS, *FAMILY):
+    for name in NETWORKS:
         child = subprocess.run(
             [sys.executable, "-m", "benchmarks.studies.exports", name], check=True, capture_output=True, text=True
         )
@@ -82,14 +87,14 @@ def measure(name: str) -> dict[str, Any]:
 
     keras.utils.set_random_seed(0)
     size = FAMILY.get(name, 224)
-    make_model: Callable[[], Any] = (
-        (lambda: build(ARCHITECTURES[name], (size, size, 3), 1000))
-        if name in FAMILY
-        else (lambda: getattr(keras.applications, name)(weights=None))
-    )
+    if name in FAMILY:
+        model = build(ARCHITECTURES[name], (size, size, 3), 1000)
+    elif name == RESNEXT:
+        model = _build_resnext(size)
+    else:
+        model = getattr(keras.applications, name)(weights=None, input_shape=(size, size, 3))
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(io.StringIO()):
         folder, crops = Path(temporary), _make_crops(size)
-        model = make_model()
         _compute_statistics(model, crops["x_train"])
         model.save(folder / "model.keras")
         (folder / "names.txt").write_text("".join(f"class {index}\n" for index in range(1000)))
@@ -113,6 +118,27 @@ def measure(name: str) -> dict[str, Any]:
         "seconds": seconds,
         "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
     }
+
+
+def _build_resnext(size: int) -> Any:
+    """Return a ResNeXt of Xie et al. (2017) with one block in each stage: 3x3 convolutions in 32 groups."""
+    import keras
+
+    layers = keras.layers
+
+    def convolve(x: Any, filters: int, side: int, stride: int = 1, groups: int = 1) -> Any:
+        x = layers.Conv2D(filters, side, stride, padding="same", groups=groups, use_bias=False)(x)
+        return layers.BatchNormalization()(x)
+
+    image = keras.Input((size, size, 3), dtype="uint8")
+    x = layers.ReLU()(convolve(layers.Rescaling(1 / 255)(image), 64, 7, 2))
+    x = layers.MaxPooling2D(3, strides=2, padding="same")(x)
+    for width, stride in ((128, 1), (256, 2), (512, 2), (1024, 2)):
+        y = layers.ReLU()(convolve(x, width, 1))
+        y = layers.ReLU()(convolve(y, width, 3, stride, groups=32))
+        x = layers.ReLU()(layers.Add()([convolve(y, 2 * width, 1), convolve(x, 2 * width, 1, stride)]))
+    x = layers.GlobalAveragePooling2D()(x)
+    return keras.Model(image, layers.Dense(1000, activation="softmax")(x))
 
 
 def _compute_statistics(model: Any, images: Any) -> None:
@@ -155,8 +181,7 @@ if __name__ == "__main__":
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    networks = (*APPLICATIONS, *FAMILY)
-    parser.add_argument("network", nargs="?", choices=networks, help="network to measure, as JSON (default: all)")
+    parser.add_argument("network", nargs="?", choices=NETWORKS, help="network to measure, as JSON (default: all)")
     network = parser.parse_args().network
     if network:
         print(json.dumps(measure(network)))

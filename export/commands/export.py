@@ -16,13 +16,14 @@ from pathlib import Path
 from export.formats import NEWEST_OPSET, OLDEST_OPSET, OPSET
 from export.preprocessing import PREPROCESSING
 from resnet.options import add_options, check, option, read
+from training.backend import start_tensorflow
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
     """The options of `resnet export`."""
 
-    source: Path = option(MISSING, "run folder, or Keras model file", metavar="RUN|FILE.keras")
+    source: Path = option(MISSING, "run folder, or .keras or .h5 file of a model", metavar="RUN|FILE")
     to: Path = option(MISSING, "model to publish the version of", metavar="REPOSITORY/NAME", required=True)
     precision: tuple[str, ...] = option(
         ("fp32",), "precisions to export; fp32 is always included", choices=("fp32", "fp16", "int8"), metavar="P,..."
@@ -37,6 +38,7 @@ class ExportOptions:
         metavar="KIND",
     )
     logits: bool = option(False, "append a softmax to a model that ends in logits")
+    image_size: int | None = option(None, "side of the images in pixels, for a model that takes any size", low=8)
     labels: Path | None = option(None, "file with one class name per line, in the order of the outputs")
     opset: int = option(
         OPSET, f"opset version of the ONNX files, {OLDEST_OPSET} to {NEWEST_OPSET}", low=OLDEST_OPSET, high=NEWEST_OPSET
@@ -64,12 +66,18 @@ def run(args: argparse.Namespace) -> None:
 
         sign = partial(signature.sign, key=signature.load_private(options.sign))
 
+    start_tensorflow(required=True)  # both formats are made by it
     from export import source
     from export.export import BUDGETS, export
     from export.manifest import Budget
 
     loaded = source.load(
-        options.source, options.data, labels=options.labels, preprocess=options.preprocess, logits=options.logits
+        options.source,
+        options.data,
+        labels=options.labels,
+        preprocess=options.preprocess,
+        logits=options.logits,
+        image_size=options.image_size,
     )
     drops = {"fp16": options.fp16_drop, "int8": options.int8_drop}
     budgets = BUDGETS | {name: Budget(accuracy_drop=points / 100) for name, points in drops.items()}

@@ -16,6 +16,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from resnet.options import add_options, check, option, read
+from training.backend import start_tensorflow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
     """Verify one version, and print the recomputed certificate."""
     options = read(args, VerifyOptions)
 
+    if options.full:
+        start_tensorflow(required=True)
     from export import repository, signature
     from export.verification import verify
 

@@ -7,12 +7,12 @@ nor onnx.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from export.manifest import Cost, Variant
-from export.parity import Predict
+from export.parity import Predict, RunError
 from resnet import BadInput
 
 if TYPE_CHECKING:
@@ -59,8 +59,18 @@ class Format(NamedTuple):
     module: str
 
     def write(self, model: keras.Model, labels: Sequence[str], folder: Path, opset: int) -> Cost | None:
-        """Convert a model into a version folder; see `FormatModule.write`."""
-        return self._import().write(model, labels, folder / self.path, opset)
+        """Convert a model into a version folder; see `FormatModule.write`.
+
+        Raises:
+            BadInput: The libraries of the format cannot convert the model.
+        """
+        try:
+            return self._import().write(model, labels, folder / self.path, opset)
+        except (BadInput, OSError, MemoryError):
+            raise
+        except Exception as error:  # each library has its own exceptions
+            cause = str(error).strip().partition("\n")[0]
+            raise BadInput(f"the model cannot be converted to {self.name} ({type(error).__name__}: {cause})") from error
 
     def load(self, path: Path) -> Predict:
         """Return a converted model as a function of a batch."""
@@ -80,15 +90,28 @@ FORMATS = (
 
 
 def load(folder: Path, variant: Variant) -> Predict:
-    """Return a converted model of the version in `folder` as a function of a batch.
+    """Return a converted model of the version in `folder` as a function of a batch, in the arithmetic of its precision.
 
     Raises:
         BadInput: Its format is unknown.
+        RunError: Its library cannot load it.
     """
+    load = _find_loader(folder, variant)
+    try:
+        return load(folder / variant.path)
+    except Exception as error:  # each library has its own exceptions
+        raise RunError(f"{variant.name} cannot be loaded: {error}") from error
+
+
+def _find_loader(folder: Path, variant: Variant) -> Callable[[Path], Predict]:
+    if variant.precision == "fp16":
+        from export import half
+
+        return half.load
     # A variant in lower precision is called FORMAT-PRECISION.
     name = variant.name.removesuffix(f"-{variant.precision}")
     for row in FORMATS:
         if row.name == name:
-            return row.load(folder / variant.path)
+            return row.load
     known = ", ".join(row.name for row in FORMATS)
     raise BadInput(f"{folder} has a variant of the unknown format {name!r} (known: {known}); export the model again")

@@ -266,9 +266,9 @@ MODELS: dict[str, tuple[Callable[[], keras.Model], str]] = {
         lambda: model(dtype="float32"),
         r"takes float32 \[batch, 32, 32, 3\] instead of uint8 pixels; name its preprocessing with --preprocess",
     ),
-    "grey input": (lambda: model((32, 32, 1)), r"takes uint8 \[batch, 32, 32, 1\]"),
+    "two channels": (lambda: model((32, 32, 2)), r"takes uint8 \[batch, 32, 32, 2\]"),
     "no softmax": (lambda: model(activation="linear"), "does not end in probabilities.* --logits appends a softmax"),
-    "one output": (lambda: model(outputs=1, activation="sigmoid"), r"gives float32 \[batch, 1\]"),
+    "one output": (lambda: model(outputs=1, activation="sigmoid"), "has 1 output, but there are 10 class names"),
     "other classes": (lambda: model(outputs=7), "has 7 outputs, but there are 10 class names"),
     "other size": (
         lambda: model((16, 16, 3)),
@@ -305,6 +305,13 @@ def test_what_is_no_model_is_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "text.keras").write_text("no model")
     with pytest.raises(BadInput, match="is not a Keras model that can be loaded"):
         source.load(tmp_path / "text.keras")
+    (tmp_path / "empty.keras").touch()
+    with pytest.raises(BadInput, match="empty.keras is empty; save the model again"):
+        source.load(tmp_path / "empty.keras")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "saved_model.pb").touch()
+    with pytest.raises(BadInput, match=r"is a SavedModel, which has no layers; save the model with model.save"):
+        source.load(tmp_path / "saved")
     shutil.copy(run / "model.keras", tmp_path / "alone.keras")
     with pytest.raises(BadInput, match="name a data set with --data"):
         source.load(tmp_path / "alone.keras")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from export import manifest, source
 from export.export import export
 from resnet import BadInput
 from tests.export.test_export import model
+from training import images as decoder
 
 IMAGENET = {
     "caffe": keras.applications.resnet.preprocess_input,
@@ -72,7 +77,7 @@ def test_labels_of_a_file_name_the_outputs(
     with pytest.raises(BadInput, match="lacks the class '0'"):
         source.load(tmp_path / "mine.keras", "digits", labels=path)
     path.write_text("\n".join([*names, "none"]))
-    with pytest.raises(BadInput, match="names a class twice"):
+    with pytest.raises(BadInput, match="names.txt has the class 'none' twice"):
         source.load(tmp_path / "mine.keras", "digits", labels=path)
     with pytest.raises(BadInput, match="cannot be read"):
         source.load(tmp_path / "mine.keras", "digits", labels=tmp_path / "nowhere")
@@ -105,6 +110,184 @@ def test_layers_that_only_their_author_knows_are_refused(tmp_path: Path) -> None
     keras.Model(image, Mine()(image)).save(tmp_path / "own.keras")
     with pytest.raises(BadInput, match="only the built-in layers of Keras can be exported"):
         source.load(tmp_path / "own.keras", "digits")
+
+
+def write_data(path: Path, height: int, width: int, classes: int = 10) -> str:
+    """Write a data set of coloured noise, and return its path."""
+    images = np.random.default_rng(0).integers(256, size=(2 * classes, height, width, 3), dtype=np.uint8)
+    labels = np.arange(2 * classes) % classes
+    np.savez(path, x_train=images, y_train=labels, x_test=images, y_test=labels)
+    return str(path)
+
+
+@pytest.mark.parametrize("structure", [lambda y: [y], lambda y: {"answers": y}], ids=["list", "dict"])
+def test_an_output_in_a_list_or_dict_is_that_output(structure: Callable[[Any], Any], tmp_path: Path) -> None:
+    """As models for several tasks have it."""
+    plain = model()
+    keras.Model(plain.inputs, structure(plain.output)).save(tmp_path / "mine.keras")
+    loaded = source.load(tmp_path / "mine.keras", "digits")
+    expected = plain.predict(loaded.evidence.images, verbose=0)
+    np.testing.assert_array_equal(loaded.model.predict(loaded.evidence.images, verbose=0), expected)
+
+
+class Own(keras.Model):  # type: ignore[misc]
+    """A model whose layers only its code knows."""
+
+    def call(self, x: keras.KerasTensor) -> keras.KerasTensor:
+        """Return the input."""
+        return x
+
+
+@pytest.mark.parametrize("make", [lambda: keras.Sequential([keras.layers.Dense(3)]), Own], ids=["sequential", "class"])
+def test_a_model_without_an_input_is_refused(make: Callable[[], keras.Model], tmp_path: Path) -> None:
+    """A Sequential that was never called has no weights either; a class of one's own is code."""
+    make().save(tmp_path / "mine.keras")
+    with pytest.raises(BadInput, match=r"never|begins with keras.Input|built-in layers"):
+        source.load(tmp_path / "mine.keras", "digits")
+
+
+def test_a_sequential_with_an_input_is_a_classifier(tmp_path: Path) -> None:
+    """It has one input and one output."""
+    layers = keras.layers
+    image = layers.Input((32, 32, 3), dtype="uint8")
+    network = keras.Sequential([image, layers.Rescaling(1 / 255), layers.Flatten(), layers.Dense(10, "softmax")])
+    network.save(tmp_path / "mine.h5")
+    loaded = source.load(tmp_path / "mine.h5", "digits")
+    images = loaded.evidence.images
+    np.testing.assert_array_equal(loaded.model.predict(images, verbose=0), network.predict(images, verbose=0))
+
+
+def test_a_file_of_tf_keras_2_is_read(tmp_path: Path) -> None:
+    """It was written by TensorFlow 2.15 in mixed precision: a model in a model, with layers that Keras 3 describes
+    otherwise. The answers are those of TensorFlow 2.15.
+    """
+    path = Path(__file__).parent / "files" / "keras2.h5"
+    loaded = source.load(path, write_data(tmp_path / "mine.npz", 8, 8), preprocess="identity")
+    answers = loaded.model.predict(np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3), verbose=0)
+    expected = [[0.0345, 0.4086, 0.0490, 0.0340], [0.0716, 0.4481, 0.0437, 0.0285]]
+    np.testing.assert_allclose(answers[:, :4], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "linear"])
+def test_a_single_output_is_the_probability_of_the_second_class(activation: str, tmp_path: Path) -> None:
+    """Or its logit, which gets its sigmoid on request."""
+    original = model((8, 8, 3), activation=activation, outputs=1)
+    original.layers[-1].bias.assign([-1.0])  # some logits are negative
+    original.save(tmp_path / "mine.keras")
+    data = write_data(tmp_path / "mine.npz", 8, 8, classes=2)
+    loaded = source.load(tmp_path / "mine.keras", data, logits=activation == "linear")
+    images = loaded.evidence.images
+    output = original.predict(images, verbose=0)[:, 0]
+    second = output if activation == "sigmoid" else 1 / (1 + np.exp(-output))
+    np.testing.assert_allclose(
+        loaded.model.predict(images, verbose=0), np.stack([1 - second, second], axis=1), atol=1e-6
+    )
+    with pytest.raises(BadInput, match="probabilities already" if activation == "sigmoid" else "appends a sigmoid"):
+        source.load(tmp_path / "mine.keras", data, logits=activation == "sigmoid")
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_a_model_of_grey_images_sees_what_pillow_makes_of_the_colours(dtype: str, tmp_path: Path) -> None:
+    """To the last bit, before its preprocessing."""
+    original = model((8, 8, 1), dtype=dtype)
+    original.save(tmp_path / "mine.keras")
+    preprocess = None if dtype == "uint8" else "unit"
+    data = write_data(tmp_path / "mine.npz", 8, 8)
+    loaded = source.load(tmp_path / "mine.keras", data, preprocess=preprocess)
+    images = loaded.evidence.images
+    grey = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in images])[..., None]
+    expected = original.predict(grey if dtype == "uint8" else grey / np.float32(255), verbose=0)
+    np.testing.assert_allclose(loaded.model.predict(images, verbose=0), expected, atol=1e-7)
+    with pytest.raises(BadInput, match="caffe is for three colours" if dtype == "float32" else "leave out"):
+        source.load(tmp_path / "mine.keras", data, preprocess="caffe")
+
+
+def write_folder(folder: Path, height: int, width: int, images: int = 1) -> None:
+    """Write a folder of images of two classes."""
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(images):
+                Image.new("RGB", (width, height)).save(folder / split / name / f"{index}.png")
+
+
+def test_images_of_a_folder_are_resized_to_what_the_model_takes(tmp_path: Path) -> None:
+    """Square or not; a model that takes any size is told one."""
+    write_folder(tmp_path / "data", 20, 20)
+    for shape in ((9, 14, 3), (None, None, 3)):
+        image = keras.Input(shape, dtype="uint8")
+        x = keras.layers.GlobalAveragePooling2D()(keras.layers.Rescaling(1 / 255)(image))
+        keras.Model(image, keras.layers.Dense(2, activation="softmax")(x)).save(tmp_path / f"{shape[0]}.keras")
+    wide = source.load(tmp_path / "9.keras", str(tmp_path / "data"))
+    assert wide.evidence.images.shape[1:] == wide.model.input_shape[1:] == (9, 14, 3)
+    with pytest.raises(BadInput, match="9x14 pixels; leave out --image-size"):
+        source.load(tmp_path / "9.keras", str(tmp_path / "data"), image_size=9)
+    own = source.load(tmp_path / "None.keras", str(tmp_path / "data"))
+    assert own.evidence.images.shape[1:] == own.model.input_shape[1:] == (20, 20, 3)
+    told = source.load(tmp_path / "None.keras", str(tmp_path / "data"), image_size=16)
+    assert told.evidence.images.shape[1:] == told.model.input_shape[1:] == (16, 16, 3)
+
+
+def test_only_the_images_that_an_export_uses_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The held-out images and a sample of the others, each within its limit."""
+    write_folder(tmp_path / "data", 8, 8, images=20)
+    monkeypatch.setattr("training.run_folder.HELDOUT_BYTES", 8 * 8 * 3 * 5)
+    monkeypatch.setattr("training.run_folder.CALIBRATION_IMAGES", 3)
+    decoded: list[bytes] = []
+    decode = decoder.decode
+    monkeypatch.setattr("training.data.decode", lambda file, size: decoded.append(file) or decode(file, size))
+    model((8, 8, 3), outputs=2).save(tmp_path / "mine.keras")
+    evidence = source.load(tmp_path / "mine.keras", str(tmp_path / "data")).evidence
+    assert (len(evidence.images), len(evidence.targets)) == (5, 5)
+    assert evidence.calibration is not None
+    assert (
+        len(decoded) == len(evidence.images) + len(evidence.calibration) + 2
+    )  # the first of each split gives the size
+
+
+def test_the_metrics_of_a_run_are_those_of_its_model(run: Path, tmp_path: Path) -> None:
+    """The best model has other ones."""
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    best = keras.models.load_model(folder / "best.keras", compile=False)
+    best.layers[-1].bias.assign(-best.layers[-1].bias.numpy() + 1)
+    best.save(folder / "best.keras")
+    assert source.load(folder).accuracy is not None
+    assert source.load(folder / "model.keras").accuracy is not None
+    loaded = source.load(folder / "best.keras")
+    assert (loaded.training, loaded.accuracy) == (None, None)
+
+
+def test_probabilities_do_not_get_a_softmax(tmp_path: Path) -> None:
+    """It would make 0.58 of 1.0."""
+    model().save(tmp_path / "mine.keras")
+    with pytest.raises(BadInput, match="ends in probabilities already: leave out --logits"):
+        source.load(tmp_path / "mine.keras", "digits", logits=True)
+
+
+def test_weights_that_are_no_numbers_are_named(tmp_path: Path) -> None:
+    """As those of a training that diverged."""
+    original = model()
+    original.layers[-1].kernel.assign(np.full(original.layers[-1].kernel.shape, np.nan))
+    original.save(tmp_path / "mine.keras")
+    with pytest.raises(BadInput, match="has weights that are not finite, in dense.*/kernel"):
+        source.load(tmp_path / "mine.keras", "digits")
+
+
+def test_a_normalization_keeps_its_mean_in_float32(tmp_path: Path) -> None:
+    """It computes with numbers that follow from its weights as a file is read."""
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        normalization = keras.layers.Normalization()
+        normalization.adapt(np.random.default_rng(0).normal(100, 50, (8, 32, 32, 3)))
+        image = keras.Input((32, 32, 3), dtype="uint8")
+        x = keras.layers.GlobalAveragePooling2D()(normalization(image))
+        original = keras.Model(image, keras.layers.Dense(10, activation="softmax", dtype="float32")(x))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    original.save(tmp_path / "mine.keras")
+    loaded = source.load(tmp_path / "mine.keras", "digits")
+    images = loaded.evidence.images
+    np.testing.assert_allclose(loaded.model.predict(images, verbose=0), original.predict(images, verbose=0), atol=5e-3)
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ def test_the_hash_follows_pixels_labels_and_names(folder: Path) -> None:
 def test_images_of_several_sizes_are_resized_on_request(folder: Path) -> None:
     """--image-size makes them square."""
     write(folder / "train" / "cat" / "3.png", size=(20, 9))
-    assert data.load(str(folder), image_size=16).image_shape == (16, 16, 3)
+    assert data.load(str(folder), (16, 16)).image_shape == (16, 16, 3)
 
 
 def test_images_that_do_not_fit_memory_are_decoded_when_they_are_asked_for(
@@ -80,7 +80,7 @@ def test_images_that_do_not_fit_memory_are_decoded_when_they_are_asked_for(
 ) -> None:
     """They are the same images, with the same hash; one that breaks is named when its turn comes."""
     cached = data.load(str(folder))
-    monkeypatch.setattr("training.datasets.folder.CACHE_BYTES", 0)
+    monkeypatch.setattr("training.data.CACHE_BYTES", 0)
     dataset = data.load(str(folder))
     assert isinstance(dataset.train.images, data.FileImages)
     assert dataset.image_shape == cached.image_shape
@@ -115,7 +115,7 @@ def test_arrays_are_read_from_an_npz_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"x_test": np.zeros((3, 8, 8), np.uint8)}, r"x_test must be uint8 \[n, height, width, 3\]"),
+        ({"x_test": np.zeros((3, 8, 8, 4), np.uint8)}, r"x_test must be uint8 \[n, height, width, 3\]"),
         ({"x_train": np.zeros((4, 8, 8, 3))}, "x_train must be uint8"),
         ({"x_test": np.zeros((3, 9, 9, 3), np.uint8)}, "x_train and x_test differ in size"),
         ({"y_train": [0, 1]}, "y_train must be 4 integers"),
@@ -128,6 +128,41 @@ def test_arrays_of_another_kind_are_refused(tmp_path: Path, changed: dict[str, A
     np.savez(tmp_path / "mine.npz", **arrays(**changed))
     with pytest.raises(BadInput, match=message):
         data.load(str(tmp_path / "mine.npz"))
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 1)])
+def test_grey_arrays_become_rgb(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """As those of MNIST, whose images have no axis of colours."""
+    images = np.arange(4 * 8 * 8, dtype=np.uint8).reshape(4, *shape)
+    np.savez(tmp_path / "mnist.npz", **arrays(x_train=images, x_test=images[:3]))
+    train = data.load(str(tmp_path / "mnist.npz")).train
+    assert train.images.shape == (4, 8, 8, 3)
+    for colour in range(3):
+        np.testing.assert_array_equal(train.images[..., colour], images.reshape(4, 8, 8))
+
+
+@pytest.mark.parametrize("name", ["", "two\nlines", "two\u2028lines", "tail\r", "\udcff"])
+def test_names_that_cannot_be_a_line_of_text_are_refused(tmp_path: Path, name: str) -> None:
+    """Before a training that could not be exported: the names are written to labels.txt, one per line."""
+    with pytest.raises(BadInput, match=r"has the class .*; a name is one line of text"):
+        data.check_names(("cat", name), "mine")
+    np.savez(tmp_path / "mine.npz", **arrays(classes=["cat", "two\nlines", "emu"]))
+    with pytest.raises(BadInput, match=r"'mine' has the class 'two\\nlines'; a name is one line"):
+        data.load(str(tmp_path / "mine.npz"))
+
+
+def test_a_name_stands_for_one_class(tmp_path: Path) -> None:
+    """Twice the same would be one entry of the accuracies by class."""
+    np.savez(tmp_path / "mine.npz", **arrays(classes=["cat", "dog", "cat"]))
+    with pytest.raises(BadInput, match="'mine' has the class 'cat' twice"):
+        data.load(str(tmp_path / "mine.npz"))
+
+
+def test_images_in_folders_of_a_class_belong_to_it(folder: Path) -> None:
+    """At any depth, in the order of their paths; hidden folders are passed over."""
+    write(folder / "train" / "cat" / "1" / "deep" / "a.png", 5)
+    write(folder / "train" / "cat" / ".cache" / "a.png", 99)
+    assert data.load(str(folder)).train.images[:, 0, 0, 0].tolist() == [5, 0, 1, 10, 11]
 
 
 def test_a_file_without_the_arrays_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from training.data import Dataset, Split
 from training.model import ARCHITECTURES
 from training.recipes import RECIPES
 from training.run_folder import RunFolder
-from training.train import TrainingSettings, _balance, train
+from training.train import TrainingSettings, _balance, _count, _evaluate, train
 
 
 def settings(epochs: int = 2, seed: int = 0, images: int | None = None, **values: Any) -> TrainingSettings:
@@ -89,9 +90,9 @@ def kill(folder: Path, after: str, *options: str) -> None:
 @pytest.mark.slow
 def test_a_run_killed_three_times_resumes_and_learns_what_it_would_have_learned(tmp_path: Path) -> None:
     """Optimizer, schedule, average and history go on: the weights are those of a run that was never interrupted."""
-    # As it reads the model's summary, after an epoch, and while the next is being written.
+    # As it says the size of the model, after an epoch, and while the next is being written.
     folder, options = tmp_path / "killed", ["--recipe=modern", "--images=400"]
-    kill(folder, "Model:", *options)
+    kill(folder, "tiny: ", *options)
     assert not (folder / "history.csv").exists()
     kill(folder, "epoch 1/4", "--resume", *options)
     kill(folder, "epoch 3/4", "--resume", *options)
@@ -224,7 +225,7 @@ def test_images_of_224_pixels_train(tmp_path: Path) -> None:
         Image.fromarray(noise // (1 if name == "cat" else 4)).save(path)
     made = dataclasses.replace(settings(epochs=3, batch_size=8), data=str(tmp_path / "data"), image_size=224)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.datasets.folder.CACHE_BYTES", 0)
+        patch.setattr("training.data.CACHE_BYTES", 0)
         # On CPUs with AVX-512, TensorFlow 2.21 crashes in the gradient of a 1x1 convolution of stride 2 that reads
         # 8 channels of 56x56 pixels, which no network of the family has but this small one.
         patch.setitem(ARCHITECTURES, "tiny", TINY._replace(filters=(16, 32)))
@@ -273,6 +274,28 @@ def test_a_failed_write_keeps_the_file_that_was_there(tmp_path: Path) -> None:
     assert path.read_text() == "before"
 
 
+def test_model_and_metrics_are_written_before_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a kill while they are drawn, which takes the longest with many classes, costs only them."""
+    monkeypatch.setattr("training.train.plot_confusion", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(epochs=1, images=128), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["epochs"] == 1
+    assert (tmp_path / "run" / "model.keras").exists()
+
+
+def test_a_class_without_test_images_has_no_accuracy(tmp_path: Path) -> None:
+    """It is null in metrics.json, because JSON has no NaN; so is a loss that is none."""
+    test = Split(np.zeros((2, 8, 8, 3), np.uint8), np.array([0, 0], np.int32))
+    dataset = Dataset("mine", ("cat", "dog"), test, test)
+    probabilities = np.array([[1, 0], [0, 1]], np.float32)
+    metrics = _evaluate(probabilities, _count(probabilities, dataset), dataset)
+    assert metrics["class_accuracy"] == {"cat": 0.5, "dog": None}
+    assert metrics["accuracy"] == 0.5
+    RunFolder(tmp_path).write_metrics(metrics | {"loss": math.nan})
+    text = (tmp_path / "metrics.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == metrics | {"loss": None}
+
+
 def test_large_evidence_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The held-out images stay within their limit, image and class together."""
     monkeypatch.setattr("training.run_folder.HELDOUT_BYTES", 12 * 10)
@@ -312,6 +335,7 @@ def test_a_run_folder_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
         (["--distribute", "multiworker"], "needs TF_CONFIG"),
         (["--images", "0"], "--images must be at least 1"),
         (["--recipe", "magic"], "--recipe must be one of notebook, paper, quick, modern, not 'magic'"),
+        (["--validation", "0"], "--validation must be from 0.001 to 0.9"),
         (["--epochs", "0"], "--epochs must be from 1 to 1000000"),
         (["--seed", "-1"], "--seed must be from 0 to 4294967295"),
         (["--data", "mnist"], "--data 'mnist' is unknown"),

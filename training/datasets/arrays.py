@@ -12,10 +12,11 @@ from training.data import Dataset, Split
 from training.datasets import cifar10
 
 
-def load(source: str, image_size: int | None = None) -> Dataset:  # noqa: ARG001
+def load(source: str, size: tuple[int, int] | None = None) -> Dataset:  # noqa: ARG001
     """Load the arrays `x_train`, `y_train`, `x_test` and `y_test`, and the class names in `classes` if it is there.
 
-    Without `classes` the names are the numbers; a file called cifar10.npz has the classes of CIFAR-10.
+    Images are RGB or grey. Without `classes` the names are the numbers; a file called cifar10.npz has the classes of
+    CIFAR-10.
 
     Raises:
         BadInput: The file cannot be read, lacks an array, or an array has another dtype, shape or range.
@@ -32,8 +33,14 @@ def load(source: str, image_size: int | None = None) -> Dataset:  # noqa: ARG001
     splits = []
     for name in ("train", "test"):
         images, labels = arrays[f"x_{name}"], arrays[f"y_{name}"].ravel()
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-            raise BadInput(f"{path}: x_{name} must be uint8 [n, height, width, 3], not {images.dtype} {images.shape}")
+        if images.ndim == 3:  # as of MNIST
+            images = images[..., np.newaxis]
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+            raise BadInput(
+                f"{path}: x_{name} must be uint8 [n, height, width, 3], or grey without the last axis or with 1 there, "
+                f"not {images.dtype} {list(arrays[f'x_{name}'].shape)}"
+            )
+        images = np.broadcast_to(images, (*images.shape[:3], 3))  # grey becomes RGB without a copy
         if len(labels) != len(images) or not np.issubdtype(labels.dtype, np.integer) or not len(labels):
             raise BadInput(f"{path}: y_{name} must be {len(images) or 'some'} integers, one for each of x_{name}")
         splits.append(Split(images, labels.astype(np.int32)))

@@ -16,7 +16,7 @@ TRAINING_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 TEST_BATCH = "test_batch"
 
 
-def load(source: str, image_size: int | None = None) -> Dataset:  # noqa: ARG001
+def load(source: str, size: tuple[int, int] | None = None) -> Dataset:  # noqa: ARG001
     """Load CIFAR-10 from a folder of its original batches, or with the name `cifar10` through Keras.
 
     Raises:

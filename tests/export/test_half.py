@@ -1,0 +1,88 @@
+"""A variant in fp16 is proved in half precision, though the CPU of the export computes it in fp32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import keras
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from export import half, manifest
+from export.export import export
+from export.parity import VariantError
+from tests.export.sources import classifier, make_source
+
+
+def write_graph(path: Path, factor: float) -> onnx.ModelProto:
+    """Write a graph in half precision: pixel * factor + 1 - pixel * factor."""
+    nodes = [
+        helper.make_node("Cast", ["image"], ["pixels"], to=TensorProto.FLOAT16),
+        helper.make_node("Mul", ["pixels", "factor"], ["product"]),
+        helper.make_node("Add", ["product", "one"], ["sum"]),
+        helper.make_node("Sub", ["sum", "product"], ["difference"]),
+        helper.make_node("Cast", ["difference"], ["answer"], to=TensorProto.FLOAT),
+    ]
+    values = {"factor": factor, "one": 1.0}
+    graph = helper.make_graph(
+        nodes,
+        "difference",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", 4])],
+        [helper.make_tensor_value_info("answer", TensorProto.FLOAT, ["batch", 4])],
+        [numpy_helper.from_array(np.float16(value), name) for name, value in values.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    onnx.save(model, path)
+    return model
+
+
+PIXELS = np.array([[0, 1, 100, 255]], np.uint8)
+
+
+def test_every_value_is_rounded_to_half_precision(tmp_path: Path) -> None:
+    """From 2,048 on the spacing is 2 and more: what was added is gone. The evaluator of onnx says the same."""
+    model = write_graph(tmp_path / "half.onnx", 100.0)
+    (expected,) = ReferenceEvaluator(model).run(None, {"image": PIXELS})
+    np.testing.assert_array_equal(expected, [[1, 1, 0, 0]])
+    np.testing.assert_array_equal(half.load(tmp_path / "half.onnx")(PIXELS), expected)
+    session = onnxruntime.InferenceSession(tmp_path / "half.onnx", providers=["CPUExecutionProvider"])
+    np.testing.assert_array_equal(session.run(None, {"image": PIXELS})[0], [[1, 1, 1, 1]])  # and so proves nothing
+
+
+def test_a_value_above_the_largest_of_half_precision_is_an_error(tmp_path: Path) -> None:
+    """Even if the answer would be a number: it names the value."""
+    write_graph(tmp_path / "half.onnx", 400.0)
+    predict = half.load(tmp_path / "half.onnx")
+    predict(np.minimum(PIXELS, 160))
+    with pytest.raises(half.RangeError, match="the value 'product' exceeds 65,504"):
+        predict(PIXELS)
+
+
+def difference() -> keras.Model:
+    """Return a classifier by the difference of two convolutions with weights of 1, which are equal, after a scale."""
+    image = keras.Input((8, 8, 3), dtype="uint8")
+    x = keras.layers.Rescaling(400.0)(image)
+    sums = [keras.layers.Conv2D(4, 3, kernel_initializer="ones", use_bias=False)(x) for _ in range(2)]
+    pooled = keras.layers.GlobalAveragePooling2D()(keras.layers.Subtract()(sums))
+    return keras.Model(image, keras.layers.Dense(3, activation="softmax")(pooled))
+
+
+def test_a_model_whose_values_overflow_is_published_without_fp16(tmp_path: Path) -> None:
+    """fp32 is, because it is right."""
+    with pytest.raises(VariantError, match="1 is published without fp16: the value .* exceeds 65,504"):
+        export(make_source(difference()), tmp_path / "models" / "wide", ["fp16"])
+    version = tmp_path / "models" / "wide" / "1"
+    assert [variant.name for variant in manifest.read(version).certificate.variants] == ["onnx", "saved_model"]
+    assert not (version / "model.fp16.onnx").exists()
+
+
+def test_the_certificate_names_the_arithmetic(tmp_path: Path) -> None:
+    """Of the variant in half precision: the others are computed by the library that serves them."""
+    version = export(make_source(classifier()), tmp_path / "models" / "narrow", ["fp16"])
+    variants = manifest.read(version).certificate.variants
+    assert [variant.arithmetic for variant in variants] == ["", "", half.ARITHMETIC]
+    assert 0 < variants[2].rows[0].max_difference < 0.01
