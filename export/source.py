@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from export import preprocessing
 from export.preprocessing import PREPROCESSING
 from resnet import BadInput
+from training.images import Resize
 
 TESTED_ROWS = 64  # enough to distinguish probabilities from other outputs
 
@@ -47,6 +48,7 @@ class Source:
         evidence: The data for the comparison.
         training: Content of metrics.json; None for a model that `resnet train` did not make.
         accuracy: Accuracy on the held-out images as the training measured it, 0 to 1; None if it used other images.
+        resize: The rule by which images are resized to the input of the model.
     """
 
     path: Path
@@ -54,6 +56,7 @@ class Source:
     evidence: Evidence
     training: dict[str, Any] | None
     accuracy: float | None
+    resize: Resize = "bilinear"
 
 
 def load(
@@ -63,6 +66,7 @@ def load(
     labels: Path | None = None,
     preprocess: str | None = None,
     logits: bool = False,
+    resize: Resize = "bilinear",
 ) -> Source:
     """Load a run folder, or a .keras file together with a data set.
 
@@ -74,13 +78,14 @@ def load(
         preprocess: The preprocessing that the model expects, one of `export.preprocessing.PREPROCESSING`; it becomes
             part of the model. None for a model of uint8 input.
         logits: Append a softmax, for a model that ends in logits.
+        resize: The rule by which the images of `data`, and those of the server, are resized.
 
     Raises:
         BadInput: There is no such model, it is no image classifier, or the held-out images do not fit it.
     """
     file = path / "model.keras" if path.is_dir() else path
     model = _complete(file, _load_model(path, file), preprocess, logits)
-    evidence = _load_evidence(file.parent) if data is None else _load_data(data, model.input_shape[1])
+    evidence = _load_evidence(file.parent) if data is None else _load_data(data, model.input_shape[1], resize)
     if labels is not None:
         evidence = _rename(evidence, labels)
     if evidence.images.shape[1:] != model.input_shape[1:]:
@@ -106,7 +111,7 @@ def load(
             raise BadInput(f"{file.parent / 'labels.txt'} names other classes than metrics.json, or in another order")
         if training["images"]["test"] == len(evidence.images):  # otherwise the held-out images are a sample
             accuracy = training["accuracy"]
-    return Source(file, model, evidence, training, accuracy)
+    return Source(file, model, evidence, training, accuracy, resize)
 
 
 def _load_model(path: Path, file: Path) -> keras.Model:
@@ -213,11 +218,11 @@ def load_heldout(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
         return arrays["images"], arrays["labels"]
 
 
-def _load_data(name: str, size: int) -> Evidence:
+def _load_data(name: str, size: int, resize: Resize) -> Evidence:
     from training import data
     from training.run_folder import choose_calibration
 
-    dataset = data.load(name, size)
+    dataset = data.load(name, size, resize)
     indices = np.arange(len(dataset.test.labels))
     return Evidence(
         dataset.classes, dataset.test.images[indices], dataset.test.labels, choose_calibration(dataset.train)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resnet import BadInput
-from training.images import InvalidImage, Pixels, decode
+from training.images import InvalidImage, Pixels, Resize, decode
 
 
 class FileImages:
@@ -29,17 +29,18 @@ class FileImages:
         shape: (n, height, width, 3), as of the array in whose place it is used.
     """
 
-    def __init__(self, paths: Sequence[Path], size: tuple[int, int] | None) -> None:
+    def __init__(self, paths: Sequence[Path], size: tuple[int, int] | None, resize: Resize = "bilinear") -> None:
         """Read the first image, whose size is that of all.
 
         Args:
             paths: JPEG or PNG files, at least one.
             size: (height, width) to which all are resized; None requires that all have one size.
+            resize: The rule to resize by.
 
         Raises:
             BadInput: An image cannot be read or has another size: here the first one, on indexing any other.
         """
-        self._paths, self._size = paths, size
+        self._paths, self._size, self._resize = paths, size, resize
         self._pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes outside the interpreter lock
         self.shape: tuple[int, ...] = ()
         self.shape = (len(paths), *self._read(paths[0]).shape)
@@ -52,7 +53,7 @@ class FileImages:
 
     def _read(self, path: Path) -> Pixels:
         try:
-            image = decode(path.read_bytes(), self._size)
+            image = decode(path.read_bytes(), self._size, self._resize)
         except (InvalidImage, OSError) as error:
             raise BadInput(f"{path} {error}") from None
         if self.shape and image.shape != self.shape[1:]:
@@ -109,7 +110,7 @@ class Dataset:
 class LoaderModule(Protocol):
     """What the module of a data set has."""
 
-    def load(self, source: str, image_size: int | None = None) -> Dataset:
+    def load(self, source: str, image_size: int | None = None, resize: Resize = "bilinear") -> Dataset:
         """Return the data set; see `load` of this module."""
         ...
 
@@ -150,7 +151,7 @@ SOURCES = ", ".join(loader.meaning for loader in LOADERS)
 """What `--data` accepts, for help texts and messages."""
 
 
-def load(source: str, image_size: int | None = None) -> Dataset:
+def load(source: str, image_size: int | None = None, resize: Resize = "bilinear") -> Dataset:
     """Load a data set by name or path.
 
     Args:
@@ -158,6 +159,7 @@ def load(source: str, image_size: int | None = None) -> Dataset:
             folder `cifar-10-batches-py`, or an .npz file with the arrays of the loaders of Keras.
         image_size: Side in pixels to which the images of a folder are resized; None keeps their common size. Other
             data sets ignore it.
+        resize: The rule to resize by.
 
     Raises:
         BadInput: The data set is unknown, unreadable, or has fewer than two classes.
@@ -166,4 +168,4 @@ def load(source: str, image_size: int | None = None) -> Dataset:
     loader = loader or next((row for row in LOADERS if row.reads(Path(source))), None)
     if loader is None:
         raise BadInput(f"--data {source!r} is unknown; choose one of: {SOURCES}")
-    return cast(LoaderModule, importlib.import_module(loader.module)).load(source, image_size)
+    return cast(LoaderModule, importlib.import_module(loader.module)).load(source, image_size, resize)

@@ -16,6 +16,7 @@ from pathlib import Path
 from export.formats import NEWEST_OPSET, OLDEST_OPSET, OPSET
 from export.preprocessing import PREPROCESSING
 from resnet.options import add_options, check, option, read
+from training.images import RESIZES, Resize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,12 @@ class ExportOptions:
         + ", ".join(f"{kind} ({meaning})" for kind, meaning in PREPROCESSING.items()),
         choices=tuple(PREPROCESSING),
         metavar="KIND",
+    )
+    resize: Resize = option(
+        "bilinear",
+        "rule by which images of another size were resized in training: "
+        + ", ".join(f"{rule} ({meaning})" for rule, meaning in RESIZES.items()),
+        metavar="RULE",
     )
     logits: bool = option(False, "append a softmax to a model that ends in logits")
     labels: Path | None = option(None, "file with one class name per line, in the order of the outputs")
@@ -69,7 +76,12 @@ def run(args: argparse.Namespace) -> None:
     from export.manifest import Budget
 
     loaded = source.load(
-        options.source, options.data, labels=options.labels, preprocess=options.preprocess, logits=options.logits
+        options.source,
+        options.data,
+        labels=options.labels,
+        preprocess=options.preprocess,
+        logits=options.logits,
+        resize=options.resize,
     )
     drops = {"fp16": options.fp16_drop, "int8": options.int8_drop}
     budgets = BUDGETS | {name: Budget(accuracy_drop=points / 100) for name, points in drops.items()}

@@ -12,13 +12,14 @@ from rich.progress import track
 
 from resnet import BadInput
 from training.data import Dataset, FileImages, Split
+from training.images import Resize
 
 # Limit on the pixels of a split that are kept in memory: two splits and the training share it. A larger split stays in
 # its files.
 CACHE_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 3
 
 
-def load(source: str, image_size: int | None = None) -> Dataset:
+def load(source: str, image_size: int | None = None, resize: Resize = "bilinear") -> Dataset:
     """Load a folder of images; the folders in `train` are the classes, in alphabetical order.
 
     Raises:
@@ -35,13 +36,13 @@ def load(source: str, image_size: int | None = None) -> Dataset:
     if unknown:
         raise BadInput(f"{folder / 'test'} has the class {min(unknown)!r}, which {folder / 'train'} does not have")
     size = None if image_size is None else (image_size, image_size)
-    train, test = (_read_split(folder / split, classes, size) for split in ("train", "test"))
+    train, test = (_read_split(folder / split, classes, size, resize) for split in ("train", "test"))
     if train.images.shape[1:] != test.images.shape[1:]:
         raise BadInput(f"the images of {folder / 'train'} and {folder / 'test'} differ in size; pass --image-size N")
     return Dataset(folder.resolve().name, classes, train, test)
 
 
-def _read_split(folder: Path, classes: Sequence[str], size: tuple[int, int] | None) -> Split:
+def _read_split(folder: Path, classes: Sequence[str], size: tuple[int, int] | None, resize: Resize) -> Split:
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -51,7 +52,7 @@ def _read_split(folder: Path, classes: Sequence[str], size: tuple[int, int] | No
         paths += files
         labels += [label] * len(files)
 
-    split = Split(FileImages(paths, size), np.array(labels, np.int32))
+    split = Split(FileImages(paths, size, resize), np.array(labels, np.int32))
     size_in_memory = math.prod(split.images.shape)
     if size_in_memory > CACHE_BYTES:
         print(f"{folder} would take {size_in_memory / 2**30:.1f} GiB of memory: its images are decoded in every epoch")
