@@ -76,7 +76,7 @@ class InputDecoder:
         if len(shape) != 4 or tuple(shape[1:]) != model.image_shape:
             expected = ", ".join(map(str, model.image_shape))
             raise InvalidRequest(
-                f"the tensor's shape is {list(shape)}, model {model.name!r} takes [images, {expected}]"
+                f"the tensor's shape is {list(shape)}, model {model.name!r} takes [images, {expected}]", image=0
             )
         self._check_count(shape[0])
         values = np.dtype(dtype).newbyteorder("<")
