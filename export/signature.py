@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from export.manifest import NAME as MANIFEST
 from resnet import BadInput, CheckFailed
+from resnet.files import read_file
 
 NAME = "manifest.sig"
 
@@ -68,6 +69,6 @@ def check(folder: Path, key: Ed25519PublicKey) -> None:
 
 def _read(option: str, path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise BadInput(f"{option} {path} cannot be read ({error.strerror})") from None
+        return read_file(path)
+    except BadInput as error:
+        raise BadInput(f"{option} {error}") from None

@@ -72,7 +72,7 @@ ALLOWED = {
         "serving.server",
         "serving.transports",
     },
-    "serving.client": {"protos", "serving.errors"},
+    "serving.client": {"resnet", "protos", "serving.errors"},
     "benchmarks.harness": {"resnet", "export"},
     "benchmarks.load": {"resnet", "protos", "training", "serving.client", "benchmarks.harness"},
 }

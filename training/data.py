@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resnet import BadInput
+from resnet.files import read_file
 from training.images import InvalidImage, Pixels, Resize, decode
 
 
@@ -53,8 +54,8 @@ class FileImages:
 
     def _read(self, path: Path) -> Pixels:
         try:
-            image = decode(path.read_bytes(), self._size, self._resize)
-        except (InvalidImage, OSError) as error:
+            image = decode(read_file(path), self._size, self._resize)
+        except InvalidImage as error:
             raise BadInput(f"{path} {error}") from None
         if self.shape and image.shape != self.shape[1:]:
             raise BadInput(
