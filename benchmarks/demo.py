@@ -32,7 +32,7 @@ class DemoOptions:
     """The options of `resnet demo`."""
 
     out: Path = option(Path("demo"), "folder to work in; an earlier demo there is removed", metavar="FOLDER")
-    epochs: int = option(4, "epochs to train", low=1)
+    epochs: int = option(4, "epochs to train", low=1, high=1_000_000)
 
     def __post_init__(self) -> None:
         check(self)

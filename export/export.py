@@ -97,7 +97,7 @@ def export(
                 input=TensorSpec(original.INPUT, "uint8", [-1, *source.model.input_shape[1:]]),
                 output=TensorSpec(original.OUTPUT, "float32", [-1, len(labels)]),
                 labels=list(labels),
-                preprocessing=Preprocessing(),
+                preprocessing=Preprocessing(resize=source.resize),
                 opset=opset,
                 cost=cost,
                 versions=_find_versions(),

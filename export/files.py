@@ -2,51 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import io
 import os
-import stat
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable
 from pathlib import Path
 
-# A pipe without a writer would block the reader, and a link can lead anywhere.
-FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-IRREGULAR = (errno.ELOOP, errno.ENXIO, errno.ENODEV)  # what opening a link, a socket or a missing device gives
-
-
-@contextmanager
-def open_regular(path: Path) -> Iterator[io.BufferedReader]:
-    """Open a regular file to read.
-
-    Raises:
-        OSError: It cannot be opened, or is a link, a folder, a pipe or a device.
-    """
-    try:
-        descriptor = os.open(path, FLAGS)
-    except OSError as error:
-        if error.errno in IRREGULAR:
-            raise OSError(errno.EINVAL, "not a regular file", str(path)) from None
-        raise
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        with open(descriptor, "rb", closefd=False) as file:
-            yield file
-    finally:
-        os.close(descriptor)
+from resnet.files import open_regular
 
 
 def read(path: Path) -> bytes:
-    """Return the content of a regular file; errors as in `open_regular`."""
-    with open_regular(path) as file:
+    """Return the content of a regular file, which is no link: that can lead anywhere; errors as in `open_regular`."""
+    with open_regular(path, follow=False) as file:
         return file.read()
 
 
 def compute_hash(path: Path) -> str:
-    """Return the SHA-256 of a regular file; errors as in `open_regular`."""
-    with open_regular(path) as file:
+    """Return the SHA-256 of a regular file, which is no link; errors as in `open_regular`."""
+    with open_regular(path, follow=False) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -16,6 +16,7 @@ import msgspec
 
 from export import files
 from resnet import BadInput
+from training.images import Resize
 
 FORMAT = 2
 NAME, SIGNATURE = "manifest.json", "manifest.sig"
@@ -193,10 +194,15 @@ class Cost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How an image file becomes a row of the input; scaling of values is part of the graph."""
+    """How an image file becomes a row of the input; scaling of values is part of the graph.
+
+    Attributes:
+        color: Order of the channels.
+        resize: Rule by which images of another size are resized; `training.images.RESIZES` says what each computes.
+    """
 
     color: str = "RGB"
-    resize: str = "bilinear"
+    resize: Resize = "bilinear"
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

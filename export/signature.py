@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from export import files, manifest
 from export.manifest import SIGNATURE, Manifest
 from resnet import BadInput, CheckFailed
+from resnet.files import read_file
 
 
 def load_private(path: Path) -> Ed25519PrivateKey:
@@ -72,6 +73,6 @@ def read(folder: Path, key: Ed25519PublicKey) -> Manifest:
 
 def _read(option: str, path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise BadInput(f"{option} {path} cannot be read ({error.strerror})") from None
+        return read_file(path)
+    except BadInput as error:
+        raise BadInput(f"{option} {error}") from None

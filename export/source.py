@@ -17,6 +17,7 @@ from export import classifier
 from resnet import BadInput
 from training import data as datasets
 from training.data import check_names
+from training.images import Resize
 from training.run_folder import choose_calibration, choose_heldout
 
 TESTED_IMAGES = 64  # enough to distinguish probabilities from other outputs
@@ -48,6 +49,7 @@ class Source:
         evidence: The data for the comparison.
         training: Content of metrics.json; None for a model that `resnet train` did not make.
         accuracy: Accuracy on the held-out images as the training measured it, 0 to 1; None if it used other images.
+        resize: The rule by which images are resized to the input of the model.
     """
 
     path: Path
@@ -55,6 +57,7 @@ class Source:
     evidence: Evidence
     training: dict[str, Any] | None
     accuracy: float | None
+    resize: Resize = "bilinear"
 
 
 def load(
@@ -65,6 +68,7 @@ def load(
     preprocess: str | None = None,
     logits: bool = False,
     image_size: int | None = None,
+    resize: Resize = "bilinear",
 ) -> Source:
     """Load a run folder, or the file of a model together with a data set.
 
@@ -77,6 +81,7 @@ def load(
             part of the model. None for a model of uint8 input.
         logits: Append a softmax, for a model that ends in logits.
         image_size: Side in pixels of the images, for a model that takes any size; None keeps that of the data set.
+        resize: The rule by which the images of `data`, and those of the server, are resized.
 
     Raises:
         BadInput: There is no such model, it is no image classifier, or the held-out images do not fit it.
@@ -86,7 +91,7 @@ def load(
     if data is None:
         evidence = _load_evidence(file.parent)
     else:
-        evidence = _load_data(data, _choose_size(file, loaded.input_shape, image_size))
+        evidence = _load_data(data, _choose_size(file, loaded.input_shape, image_size), resize)
     if labels is not None:
         evidence = _rename(evidence, labels)
     height, width, colours = evidence.images.shape[1:]
@@ -106,7 +111,7 @@ def load(
             raise BadInput(f"{file.parent / 'labels.txt'} names other classes than metrics.json, or in another order")
         if training["images"]["test"] == len(evidence.images):  # otherwise the held-out images are a sample
             accuracy = training["accuracy"]
-    return Source(file, model, evidence, training, accuracy)
+    return Source(file, model, evidence, training, accuracy, resize)
 
 
 def _find_file(path: Path) -> Path:
@@ -184,7 +189,7 @@ def load_heldout(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
         return arrays["images"], arrays["labels"]
 
 
-def _load_data(name: str, size: tuple[int, int] | None) -> Evidence:
-    dataset = datasets.load(name, size, decode=False)
+def _load_data(name: str, size: tuple[int, int] | None, resize: Resize) -> Evidence:
+    dataset = datasets.load(name, size, resize, decode=False)
     test = dataset.test.take(choose_heldout(dataset.test))
     return Evidence(dataset.classes, np.asarray(test.images), test.labels, choose_calibration(dataset.train))

@@ -1,7 +1,8 @@
 """The `resnet` command: one subcommand per stage of the pipeline, each imported only when it is used.
 
 A stage that meets bad input raises `BadInput`, a stage whose check fails raises `CheckFailed`; both reach the
-user as one sentence, with the exit codes 2 and 1. Anything else is a bug and keeps its traceback.
+user as one sentence, with the exit codes 2 and 1. Anything else is a bug: its sentence names the file with the
+traceback, and the exit code is 70. `--debug` prints the traceback of any of them.
 """
 
 from __future__ import annotations
@@ -11,10 +12,19 @@ import importlib
 import io
 import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from io import TextIOWrapper
+from pathlib import Path
 from typing import NamedTuple
 
 from resnet import BadInput, CheckFailed
+from resnet.options import CommandParser
+
+DEBUG = "--debug"
+BUG, PIPE_CLOSED, INTERRUPTED = 70, 141, 130  # exit codes: EX_SOFTWARE, and 128 + the number of the signal
 
 
 class Command(NamedTuple):
@@ -56,7 +66,8 @@ VARIABLES = {
 def usage() -> str:
     """Return the text of `resnet --help`."""
     rows = "\n".join(f"  {name:<13}{command.summary}" for name, command in COMMANDS.items())
-    return f"usage: resnet COMMAND [options]\n\n{rows}\n\nresnet COMMAND --help shows the options of a command."
+    hints = f"resnet COMMAND --help shows the options of a command, {DEBUG} the traceback of an error."
+    return f"usage: resnet COMMAND [options]\n\n{rows}\n\n{hints}"
 
 
 def set_variables() -> None:
@@ -66,8 +77,15 @@ def set_variables() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 1 for a check that failed, 2 for bad input, 130 for Ctrl-C."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Run one command and return its exit code.
+
+    0, 1 for a check that failed, 2 for bad input, 70 for a bug, 130 for Ctrl-C, 141 if nobody reads the output.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = [argument for argument in given if argument != DEBUG]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a name that the terminal cannot show is no error
+            stream.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2
@@ -83,40 +101,81 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         module = importlib.import_module(command.module)
-        parser = argparse.ArgumentParser(
+        parser = CommandParser(
             prog=f"resnet {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         module.configure(parser)
         module.run(parser.parse_args(rest))
 
-    return call(run, f"resnet {name}", command.extra)
+    return call(run, f"resnet {name}", command.extra, debug=arguments != given)
 
 
-def call(action: Callable[[], object], name: str, extra: str = "all") -> int:
-    """Call a function, print an expected error as one sentence, and return the exit code as `main` does.
+def call(action: Callable[[], object], name: str, extra: str = "all", debug: bool = False) -> int:
+    """Call a function, print an error as one sentence, and return the exit code as `main` does.
 
     Args:
         action: Does what a command or script is for.
         name: What the user called; it begins the sentence.
         extra: The extra of this package that installs what the command needs.
+        debug: Print the traceback of an error, too.
     """
     try:
         action()
-    except BadInput as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
-    except CheckFailed as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 1
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] in PACKAGES:
-            raise
-        print(f"{name}: {error.name} is not installed; install resnet with its extra {extra!r}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a folder without permissions: a traceback would not help
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted", file=sys.stderr)
-        return 130
+        _say(f"\n{name}: interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:  # as in `resnet models list models | head`
+        _drop_output()
+        return PIPE_CLOSED
+    except Exception as error:
+        if isinstance(error, OSError):
+            _drop_output()  # it may be the output that could not be written
+        if debug:
+            _say(traceback.format_exc())
+        sentence, code = _explain(error, extra)
+        _say(f"{name}: {sentence}")
+        return code
     return 0
+
+
+def _explain(error: Exception, extra: str) -> tuple[str, int]:
+    """Return what to tell the user of an error, and the exit code."""
+    match error:
+        case BadInput():
+            return str(error), 2
+        case CheckFailed():
+            return str(error), 1
+        case ModuleNotFoundError(name=str(module)) if module.partition(".")[0] not in PACKAGES:
+            return f"{module} is not installed; install resnet with its extra {extra!r}", 2
+        case OSError():  # a full disk, a folder without permissions: a traceback would not help
+            return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else str(error), 2
+        case MemoryError():
+            return "there is not enough memory; smaller images, batches or numbers need less", 2
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"this is a bug ({type(error).__name__}: {first}); {_save_traceback()}", BUG
+
+
+def _save_traceback() -> str:
+    """Return where the traceback is, and what to do with it."""
+    try:
+        descriptor, path = tempfile.mkstemp(".txt", "resnet-traceback-")  # for the user's eyes only
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            traceback.print_exc(file=file)
+    except OSError:
+        return f"please report it in the project's issue tracker, with the traceback that {DEBUG} shows"
+    return f"please report it in the project's issue tracker, with {path}"
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _drop_output() -> None:
+    """Have what is left of the output written to nowhere, if it cannot be written where it should."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError), Path(os.devnull).open("wb") as null:
+            os.dup2(null.fileno(), sys.stdout.fileno())

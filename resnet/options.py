@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from resnet import BadInput
 
@@ -34,6 +33,8 @@ KINDS: Mapping[type, str] = {
     str: "a text",
     Path: "a path",
 }
+LARGEST = 2**31 - 1  # of any number, unless its option says otherwise: C libraries take 32 bits
+SHOWN = 60  # characters of a value in a message
 METAVARS: Mapping[type, str] = {bool: "", int: "N", float: "X", str: "TEXT", Path: "FILE"}
 
 
@@ -48,8 +49,8 @@ class Kind(NamedTuple):
 def option(
     default: Any,
     meaning: str,
-    low: float = -math.inf,
-    high: float = math.inf,
+    low: float = 0,
+    high: float = LARGEST,
     choices: Sequence[str] = (),
     metavar: str = "",
     required: bool = False,
@@ -107,6 +108,35 @@ def check(instance: Any, name_of: Callable[[str], str] | None = None) -> None:
         value = getattr(instance, field.name)
         for item in value if isinstance(value, tuple) else (value,):
             _check_value(field, found[field.name].choices, item, name)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser of a command line whose errors are `BadInput`: one sentence, in place of the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the error."""
+        raise BadInput(f"{message}; `{self.prog} --help` shows the options")
+
+
+class Number:
+    """The `type` of an argument of argparse: a number within bounds, for parsers without a dataclass."""
+
+    def __init__(self, kind: type[int] | type[float], low: float = 0, high: float = LARGEST) -> None:
+        """Accept numbers from `low` to `high`."""
+        self.kind, self.low, self.high = kind, low, high
+
+    def __call__(self, text: str) -> Any:
+        """Return the number; argparse names the argument in the error."""
+        try:
+            value = convert(text, Kind(self.kind), "")
+            _check_bounds(value, self.low, self.high, "")
+        except BadInput as error:
+            raise argparse.ArgumentTypeError(str(error).lstrip()) from None
+        return value
+
+
+COUNT = Number(int, low=1)
+AMOUNT = Number(float, low=1e-3)  # of seconds, or requests a second
 
 
 def add_options(
@@ -188,15 +218,15 @@ def convert(value: object, kind: Kind, name: str) -> Any:
         if value or kind.choices:  # `check` names the choices
             try:
                 return TRUTH[value] if kind.type is bool else kind.type(value)
-            except (KeyError, ValueError):
+            except (KeyError, ValueError, OverflowError):
                 pass
     elif type(value) is kind.type:
         return value
-    elif kind.type is float and type(value) is int:
+    elif kind.type is float and type(value) is int and abs(value) <= LARGEST:
         return float(value)
     elif kind.type is bool and isinstance(value, bool):
         return value
-    raise BadInput(f"{name} must be {KINDS[kind.type]}, not {value!r}")
+    raise BadInput(f"{name} must be {KINDS[kind.type]}, not {_show(value)}")
 
 
 def flag(field: dataclasses.Field[Any]) -> str:
@@ -210,11 +240,28 @@ def _check_value(field: dataclasses.Field[Any], choices: Sequence[str], value: A
     low, high = field.metadata["low"], field.metadata["high"]
     if value is None or isinstance(value, bool):
         return
-    if isinstance(value, int | float) and not low <= value <= high:
-        bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise BadInput(f"{name} must be {bounds}, not {value}")
+    if isinstance(value, int | float):
+        _check_bounds(value, low, high, name)
     if choices and value not in choices:
-        raise BadInput(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        raise BadInput(f"{name} must be one of {', '.join(choices)}, not {_show(value)}")
+
+
+def _check_bounds(value: float, low: float, high: float, name: str) -> None:
+    if not low <= value <= high:  # true for NaN
+        bounds = f"at least {low}" if high == LARGEST and value < low else f"from {low} to {high}"
+        raise BadInput(f"{name} must be {bounds}, not {_show(value)}")
+
+
+def _show(value: object) -> str:
+    text = repr(value) if isinstance(value, str) else _print(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _print(value: object) -> str:
+    try:
+        return str(value)
+    except ValueError:  # Python prints no numbers of more than 4,300 digits
+        return "so large a number"
 
 
 def _find_kind(hint: Any, choices: tuple[str, ...]) -> Kind:

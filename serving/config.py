@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from resnet import BadInput
+from resnet.files import read_file
 from resnet.options import add_options, check, convert, flag, kinds, option, options
 from serving.runtimes import RUNTIMES, Device
 from training.images import MAX_PIXELS
@@ -28,6 +29,8 @@ PREFIX = "RESNET_"
 FILE_VARIABLE = "RESNET_CONFIG"
 
 LARGEST = 2**31 - 1  # of gRPC's options, and the number of milliseconds that stands for never
+COUNT = 65_536  # of what takes memory or threads each
+MONTH = 2e6  # seconds; gRPC takes milliseconds of 32 bits
 
 Precision = Literal["fp32", "fp16", "int8"]
 Transport = Literal["auto", "native", "grpcio"]
@@ -41,7 +44,7 @@ class Limits:
     for each of `max_unpacked_pixels`. For untrusted callers, lower the first two or require tokens.
     """
 
-    max_images: int = option(256, "maximum images in one request", low=1, group="request limits")
+    max_images: int = option(256, "maximum images in one request", low=1, high=COUNT, group="request limits")
     # The image decoder's own limit, a little more than phone cameras produce.
     max_image_pixels: int = option(
         MAX_PIXELS, "maximum pixels of one encoded image, checked before decoding", low=1, high=MAX_PIXELS
@@ -58,33 +61,39 @@ class Limits:
         16 * 2**10, "maximum bytes of one request's headers, counted as in HTTP/2", low=1024
     )
     max_calls: int = option(
-        256, "maximum active calls, streams included; each open stream takes a thread", low=1, group="connection limits"
+        256,
+        "maximum active calls, streams included; each open stream takes a thread",
+        low=1,
+        high=COUNT,
+        group="connection limits",
     )
     # Half of the calls, so that no connection takes all.
-    max_streams: int = option(128, "maximum active calls per connection; others wait in the client", low=1)
+    max_streams: int = option(128, "maximum active calls per connection; others wait in the client", low=1, high=COUNT)
     # Half of the usual limit on open files.
-    max_connections: int = option(512, "maximum open connections; others are closed at once", low=1, high=2**30)
+    max_connections: int = option(512, "maximum open connections; others are closed at once", low=1, high=COUNT)
     handshake_seconds: float = option(
-        10.0, "seconds for a new connection to finish its TLS and HTTP/2 handshake", low=0.1
+        10.0, "seconds for a new connection to finish its TLS and HTTP/2 handshake", low=0.1, high=MONTH
     )
     # Clients reconnect by themselves; gRPC's own clients close idle connections after half an hour.
-    idle_seconds: float = option(3600.0, "seconds until a connection without calls is closed", low=1)
+    idle_seconds: float = option(3600.0, "seconds until a connection without calls is closed", low=1, high=MONTH)
     # Clients of several servers find new ones when they reconnect.
     max_connection_age: float = option(
         0.0,
         "seconds until a client is told to make a new connection, which ends the old one after its calls; 0 never does",
         low=0,
-        high=1e6,
+        high=MONTH,
     )
     # Streams of dead clients hold threads.
-    keepalive_seconds: float = option(60.0, "seconds of silence until the server sends a keepalive ping", low=1)
+    keepalive_seconds: float = option(
+        60.0, "seconds of silence until the server sends a keepalive ping", low=1, high=MONTH
+    )
     keepalive_timeout_seconds: float = option(
-        20.0, "seconds to wait for the reply to a keepalive ping before disconnecting", low=1
+        20.0, "seconds to wait for the reply to a keepalive ping before disconnecting", low=1, high=MONTH
     )
     # gRPC's default of 5 minutes disconnects clients with common settings.
-    min_ping_seconds: float = option(10.0, "minimum seconds between two pings of a client", low=0)
+    min_ping_seconds: float = option(10.0, "minimum seconds between two pings of a client", low=0, high=MONTH)
     max_ping_strikes: int = option(
-        2, "early pings allowed before a client is disconnected; see --min-ping-seconds", low=1
+        2, "early pings allowed before a client is disconnected; see --min-ping-seconds", low=1, high=COUNT
     )
 
     def to_options(self) -> list[tuple[str, int]]:
@@ -117,7 +126,7 @@ class Limits:
 class Batching:
     """Options of a batcher; `resnet serve --help` explains each."""
 
-    max_batch: int = option(32, "maximum images in one batch", low=1, group="batching")
+    max_batch: int = option(32, "maximum images in one batch", low=1, high=COUNT, group="batching")
     max_queue: int = option(1024, "maximum images in the queue; requests that exceed it are refused", low=1)
     # After 5 s most callers have given up, and work for them delays the others.
     max_queue_ms: float = option(
@@ -289,9 +298,7 @@ def _read_environment(environment: Mapping[str, str]) -> Iterator[Setting]:
 def _read_file(path: Path) -> Iterator[Setting]:
     known = {_key(field.name): field.name for field in options(Config)}
     try:
-        content = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise BadInput(f"{path} cannot be read ({error.strerror})") from None
+        content = tomllib.loads(read_file(path).decode())
     except ValueError as error:  # not UTF-8, or not TOML
         raise BadInput(f"{path} is not a TOML file: {error}") from None
     for key, value in content.items():

@@ -2,11 +2,11 @@
 
 | error              | what to do                                           | `Client` by itself |
 |--------------------|------------------------------------------------------|--------------------|
-| InvalidRequest     | correct the request                                  | raises             |
+| InvalidRequest     | correct the request                                  | splits, raises     |
 | Malformed          | send a message of the method's type                  | raises             |
 | NotFound           | name a model and version that the server has         | raises             |
 | Overloaded         | retry after `retry_ms`, or send fewer images         | retries            |
-| TooLarge           | send fewer or smaller images                         | retries            |
+| TooLarge           | send fewer or smaller images                         | splits, raises     |
 | Unavailable        | retry, perhaps elsewhere: no server, or a shutdown   | retries            |
 | DeadlineExceeded   | allow more time                                      | raises             |
 | Cancelled          | nothing: the caller cancelled the call               | raises             |
@@ -65,7 +65,7 @@ class InvalidRequest(ServingError):
     """The request is invalid.
 
     Attributes:
-        image: Index of the invalid image; None if the fault is not in one image.
+        image: Index of an invalid image; None if the fault is in no single image.
     """
 
     def __init__(self, message: str, image: int | None = None) -> None:
@@ -94,7 +94,7 @@ class Overloaded(ServingError):
 
 
 class TooLarge(ServingError):
-    """The request has more bytes than the server accepts; gRPC uses the status of a full queue for it."""
+    """The request is larger than the server ever accepts; gRPC uses the status of a full queue for it."""
 
 
 class Unavailable(ServingError):
@@ -148,6 +148,8 @@ STATUSES: dict[type[ServingError], Status] = {
 ERRORS = {status.code: error for error, status in STATUSES.items()}  # of two errors with one code, the last
 PUSHBACK = "grpc-retry-pushback-ms"  # gRPC's own key: its retry policies wait that long
 RETRY = "retry-after-ms"  # the same for our client: not every transport may send gRPC's keys
+NEVER = "-1"  # the value of both for a request that no retry helps
+OVERSIZED = "larger than max"  # what gRPC itself says of a message that is too large
 IMAGE = "resnet-image-index"
 REQUEST_ID = "x-request-id"  # the name that proxies use; a caller may choose the id
 
@@ -160,6 +162,8 @@ def to_trailers(error: ServingError) -> Trailers:
     match error:
         case Overloaded():
             trailers[PUSHBACK] = trailers[RETRY] = str(error.retry_ms)
+        case TooLarge():
+            trailers[PUSHBACK] = trailers[RETRY] = NEVER
         case InvalidRequest(image=int(index)):
             trailers[IMAGE] = str(index)
     return tuple(trailers.items())
@@ -174,7 +178,8 @@ def from_status(code: int, message: str, trailers: Mapping[str, Any]) -> Serving
         trailers: Trailing metadata.
     """
     image = int(trailers[IMAGE]) if IMAGE in trailers else None
-    error = _make_error(code, message, int(trailers.get(RETRY) or trailers.get(PUSHBACK) or 0), image)
+    retry = trailers.get(RETRY) or trailers.get(PUSHBACK) or "0"
+    error = _make_error(code, message, int(retry), image)
     error.request_id = trailers.get(REQUEST_ID, "")
     return error
 
@@ -185,6 +190,8 @@ def to_failure(error: ServingError) -> pb.Failure:
     match error:
         case Overloaded():
             failure.retry_pushback_ms = error.retry_ms
+        case TooLarge():
+            failure.retry_pushback_ms = int(NEVER)
         case InvalidRequest(image=int(index)):
             failure.image = index
     return failure
@@ -201,6 +208,8 @@ def from_failure(failure: pb.Failure) -> ServingError:
 def _make_error(code: int, message: str, retry_ms: int, image: int | None) -> ServingError:
     error_type = ERRORS.get(code, ServingError)
     if error_type is Overloaded:
+        if retry_ms < 0 or OVERSIZED in message:
+            return TooLarge(message)
         return Overloaded(message, retry_ms)
     if error_type is InvalidRequest:
         return InvalidRequest(message, image)

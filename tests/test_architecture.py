@@ -74,7 +74,7 @@ ALLOWED = {
         "serving.signals",
         "serving.transports",
     },
-    "serving.client": {"protos", "serving.errors"},
+    "serving.client": {"resnet", "protos", "serving.errors"},
     "benchmarks.harness": {"resnet", "export"},
     "benchmarks.load": {"resnet", "protos", "training", "serving.client", "benchmarks.harness"},
 }

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resnet import BadInput
-from training.images import InvalidImage, Pixels, decode
+from resnet.files import read_file
+from training.images import InvalidImage, Pixels, Resize, decode
 
 CHUNK = 1024  # images that are decoded at a time
 # Limit on the pixels of a split that are kept in memory: two splits and the training share it. A larger split stays in
@@ -36,17 +37,18 @@ class FileImages:
         shape: (n, height, width, 3), as of the array in whose place it is used.
     """
 
-    def __init__(self, paths: Sequence[Path], size: tuple[int, int] | None) -> None:
+    def __init__(self, paths: Sequence[Path], size: tuple[int, int] | None, resize: Resize = "bilinear") -> None:
         """Read the first image, whose size is that of all.
 
         Args:
             paths: JPEG or PNG files, at least one.
             size: (height, width) to which all are resized; None requires that all have one size.
+            resize: The rule to resize by.
 
         Raises:
             BadInput: An image cannot be read or has another size: here the first one, on indexing any other.
         """
-        self._paths, self._size = paths, size
+        self._paths, self._size, self._resize = paths, size, resize
         self._pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes outside the interpreter lock
         self.shape: tuple[int, ...] = ()
         self.shape = (len(paths), *self._read(paths[0]).shape)
@@ -74,8 +76,8 @@ class FileImages:
 
     def _read(self, path: Path) -> Pixels:
         try:
-            image = decode(path.read_bytes(), self._size)
-        except (InvalidImage, OSError) as error:
+            image = decode(read_file(path), self._size, self._resize)
+        except InvalidImage as error:
             raise BadInput(f"{path} {error}") from None
         if self.shape and image.shape != self.shape[1:]:
             raise BadInput(
@@ -160,7 +162,7 @@ class Dataset:
 class LoaderModule(Protocol):
     """What the module of a data set has."""
 
-    def load(self, source: str, size: tuple[int, int] | None = None) -> Dataset:
+    def load(self, source: str, size: tuple[int, int] | None = None, resize: Resize = "bilinear") -> Dataset:
         """Return the data set, images in files as `FileImages`; see `load` of this module."""
         ...
 
@@ -201,7 +203,7 @@ SOURCES = ", ".join(loader.meaning for loader in LOADERS)
 """What `--data` accepts, for help texts and messages."""
 
 
-def load(source: str, size: tuple[int, int] | None = None, decode: bool = True) -> Dataset:
+def load(source: str, size: tuple[int, int] | None = None, resize: Resize = "bilinear", decode: bool = True) -> Dataset:
     """Load a data set by name or path.
 
     Args:
@@ -209,6 +211,7 @@ def load(source: str, size: tuple[int, int] | None = None, decode: bool = True) 
             folder `cifar-10-batches-py`, or an .npz file with the arrays of the loaders of Keras.
         size: (height, width) to which the images of a folder are resized; None keeps their common size. Other data
             sets ignore it.
+        resize: The rule to resize by.
         decode: Decode all images of a folder, if they fit into memory. Otherwise an image is decoded when it is used.
 
     Raises:
@@ -218,7 +221,7 @@ def load(source: str, size: tuple[int, int] | None = None, decode: bool = True) 
     loader = loader or next((row for row in LOADERS if row.reads(Path(source))), None)
     if loader is None:
         raise BadInput(f"--data {source!r} is unknown; choose one of: {SOURCES}")
-    dataset = cast(LoaderModule, importlib.import_module(loader.module)).load(source, size)
+    dataset = cast(LoaderModule, importlib.import_module(loader.module)).load(source, size, resize)
     if not decode:
         return dataset
     return dataclasses.replace(dataset, train=dataset.train.decode(), test=dataset.test.decode())

@@ -1,22 +1,54 @@
 """The one decoder: from an image file to the pixels of a model input.
 
-Training, server and clients all use it, so that images are decoded, rotated and resized in the same way everywhere.
+Training, export and server all use it, so that images are decoded, rotated and resized in the same way everywhere:
+
+* grey, palette and CMYK images become RGB; 16-bit values keep their upper 8 bits, as in TensorFlow's decoder;
+* an alpha channel is dropped, so the colours of transparent pixels show; colour profiles are ignored;
+* the EXIF orientation is applied; of a PNG all else that is not pixels is ignored, broken or not.
 """
 
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 Pixels = NDArray[np.uint8]
 
+Resize = Literal["bilinear", "bilinear-no-antialias", "nearest"]
+"""A rule to resize images: a key of `RESIZES`."""
+
+RESIZES: dict[Resize, str] = {
+    "bilinear": "with antialiasing, as Pillow, torchvision and tf.image.resize(antialias=True)",
+    "bilinear-no-antialias": "from the four nearest pixels, as Keras and tf.image.resize do by default",
+    "nearest": "the nearest pixel",
+}
+"""What each rule computes. All place the centre of pixel i at i + 0.5 and ignore the aspect ratio."""
+
 FORMATS = ("JPEG", "PNG")
 MAX_PIXELS = 64_000_000  # larger images are refused before they are decoded: they would take up to 750 MB
+MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")  # of 8 bits; Pillow converts others by clipping their values
+GREY16 = ("I;16", "I")
+LEAST_WHITE16 = 4096  # values below are 12-bit data in a file that promises 16 bits: almost black
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")  # all of a PNG that is pixels
+EXIF, ORIENTATION = b"eXIf", 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""How to show an image upright, by its EXIF orientation."""
 # Each scan of a JPEG updates all pixels, but may be only a few bytes long. Real photos have about ten scans. The marker
 # of a scan also occurs by chance in the videos that phones append.
 MAX_SCANS = 200
@@ -33,6 +65,7 @@ class InvalidImage(ValueError):
 def decode(
     data: bytes,
     size: tuple[int, int] | None = None,
+    resize: Resize = "bilinear",
     *,
     max_pixels: int = MAX_PIXELS,
     admit: Callable[[int], AbstractContextManager[object]] = nullcontext,
@@ -41,36 +74,100 @@ def decode(
 
     Args:
         data: The bytes of the file.
-        size: (height, width) to resize to, bilinearly; None keeps the size of the image.
+        size: (height, width) to resize to; None keeps the size of the image.
+        resize: The rule to resize by.
         max_pixels: Larger images are refused before they are decoded. So are JPEG files whose scans update more pixels
             in all than `MAX_SCANS` scans of an image of this size.
         admit: Called with the number of pixels before the image is decoded. Its context is held until the image is
             resized; its exceptions propagate.
 
     Returns:
-        uint8 [height, width, 3]. The EXIF orientation is applied, grey and palette images become RGB, and an alpha
-        channel is dropped.
+        uint8 [height, width, 3].
 
     Raises:
-        InvalidImage: The bytes are empty, truncated, too large, too slow to decode, or no JPEG or PNG.
+        InvalidImage: The bytes are empty, truncated, too large, too slow to decode, or no JPEG or PNG; or 16-bit
+            values that use 12 bits or fewer.
     """
     if not data:
         raise InvalidImage("is empty (0 bytes)")
     with _explain(max_pixels):
-        file = Image.open(io.BytesIO(data), formats=FORMATS)
-    with file:
-        pixels = file.width * file.height
-        if pixels > max_pixels:
-            raise InvalidImage(f"has {file.width}x{file.height} pixels, more than the {max_pixels:,} allowed")
-        if file.format != "PNG" and pixels * data.count(b"\xff\xda") > MAX_SCANS * max_pixels:
-            raise InvalidImage("has too many scans: decoding it would take minutes")
-        with admit(pixels), _explain(max_pixels):
-            # In place and without copies: a large image is in memory once, not three times.
-            ImageOps.exif_transpose(file, in_place=True)
-            image = file if file.mode == "RGB" else file.convert("RGB")
-            if size is not None and (image.height, image.width) != size:
-                image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+        image: Image.Image = Image.open(io.BytesIO(_drop_chunks(data)), formats=FORMATS)
+    pixels = image.width * image.height
+    if pixels > max_pixels:
+        raise InvalidImage(f"has {image.width}x{image.height} pixels, more than the {max_pixels:,} allowed")
+    if image.format != "PNG" and pixels * data.count(b"\xff\xda") > MAX_SCANS * max_pixels:
+        raise InvalidImage("has too many scans: decoding it would take minutes")
+    with admit(pixels), _explain(max_pixels):
+        # Each step frees the image of the one before: a large image is in memory once or twice, not four times.
+        image = _turn(image)
+        image = _to_rgb(image)
+        if size is None or (image.height, image.width) == size:
             return np.asarray(image)
+        return _resize(image, size, resize)
+
+
+def _drop_chunks(data: bytes) -> bytes:
+    """Return a PNG without chunks that are not needed: Pillow refuses large texts and broken checksums.
+
+    Other data is returned as it is.
+    """
+    if not data.startswith(SIGNATURE):
+        return data
+    kept, view, start = [memoryview(SIGNATURE)], memoryview(data), len(SIGNATURE)
+    while start < len(data):
+        end = start + 12 + int.from_bytes(view[start : start + 4])  # 12: size, name and checksum
+        name, chunk = bytes(view[start + 4 : start + 8]), view[start:end]
+        if name in CHUNKS or (name == EXIF and zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])):
+            kept.append(chunk)
+        start = end
+    return b"".join(kept)
+
+
+def _turn(image: Image.Image) -> Image.Image:
+    image.load()
+    try:
+        method = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # a broken EXIF block raises struct.error, TypeError, SyntaxError; other decoders ignore it
+        method = None
+    return image if method is None else image.transpose(method)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode in GREY16:
+        values = np.asarray(image)
+        brightest = int(values.max())
+        if 0 < brightest < LEAST_WHITE16:
+            raise InvalidImage(
+                f"has 16-bit pixels of at most {brightest} of 65535: almost black; scale them to 16 bits, or save 8"
+            )
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    elif image.mode not in MODES:
+        raise InvalidImage(f"has pixels of a kind that is not supported ({image.mode}); save it as RGB")
+    return image.convert("RGB")
+
+
+def _resize(image: Image.Image, size: tuple[int, int], rule: Resize) -> Pixels:
+    if rule == "bilinear-no-antialias":
+        return _interpolate(np.asarray(image), size)
+    resampling = Image.Resampling.NEAREST if rule == "nearest" else Image.Resampling.BILINEAR
+    resized: Pixels = np.asarray(image.resize((size[1], size[0]), resampling))
+    return resized
+
+
+def _interpolate(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    """Resize by bilinear interpolation of the four nearest pixels, which are those of the border outside of it."""
+    values: NDArray[np.generic] = pixels
+    for axis in (0, 1):
+        count = pixels.shape[axis]
+        at = np.clip((np.arange(size[axis], dtype=np.float32) + 0.5) * (count / size[axis]) - 0.5, 0, count - 1)
+        low = at.astype(np.intp)
+        share = np.expand_dims(at - low, tuple({0, 1, 2} - {axis})).astype(np.float32)
+        first, second = values.take(low, axis), values.take(np.minimum(low + 1, count - 1), axis)
+        values = first + (second - first.astype(np.float32)) * share
+    rounded: Pixels = np.rint(values).astype(np.uint8)
+    return rounded
 
 
 @contextmanager
@@ -78,11 +175,11 @@ def _explain(max_pixels: int) -> Iterator[None]:
     """Convert the exceptions of Pillow to `InvalidImage`."""
     try:
         yield
-    except MemoryError:
+    except (MemoryError, InvalidImage):
         raise
     except UnidentifiedImageError:
         raise InvalidImage("is not a JPEG or PNG image") from None
     except Image.DecompressionBombError:
         raise InvalidImage(f"has more than the {max_pixels:,} pixels allowed") from None
-    except Exception as error:  # a broken EXIF block raises struct.error, TypeError, AttributeError
+    except Exception as error:  # a broken file raises struct.error, TypeError, AttributeError
         raise InvalidImage(f"is a broken image ({error})") from None

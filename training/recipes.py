@@ -18,7 +18,7 @@ class Recipe:
 
     name: str
     epochs: int = option(20, "passes over the training images", low=1, high=1_000_000)
-    batch_size: int = option(128, "images per training step", low=1)
+    batch_size: int = option(128, "images per training step", low=1, high=1_000_000)
     optimizer: Literal["adam", "sgd", "nesterov"] = option(
         "nesterov", "Adam, SGD with momentum 0.9, or SGD with Nesterov momentum 0.9"
     )

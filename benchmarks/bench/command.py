@@ -23,7 +23,7 @@ class BenchOptions:
 
     model: Path = option(MISSING, "model to measure, in its latest version", metavar="REPOSITORY/NAME")
     seconds: float = option(2.0, "duration of a measurement", low=1e-3, high=86_400.0, metavar="S")
-    rounds: int = option(3, "measurements per figure, which is their median", low=1)
+    rounds: int = option(3, "measurements per figure, which is their median", low=1, high=10_000)
     out: Path = option(Path("bench"), "folder for bench.json and bench.svg", metavar="FOLDER")
 
     def __post_init__(self) -> None:

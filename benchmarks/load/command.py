@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from resnet import BadInput
 from resnet.options import add_options, check, option, read
+from serving.client.access import AccessOptions
 
 if TYPE_CHECKING:
     from benchmarks.load.endpoints import Endpoint
@@ -32,23 +32,24 @@ IN_FLIGHT = (1, 8, 32)
 AUTO = "auto"
 LEAST, DAY = 1e-3, 86_400.0  # bounds of durations, in seconds
 HOUR_MS = 3.6e6
+MOST_REQUESTS = 5_000_000  # of one measurement: their record takes memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """The options of `resnet load`."""
+    """The options of `resnet load`, without those of `AccessOptions`."""
 
-    server: str = option(MISSING, "address of the server, which must not require TLS", metavar="HOST:PORT")
+    server: str = option(MISSING, "address of the server", metavar="HOST:PORT")
     protocol: Literal["native", "kserve", "tfs"] = option("native", "protocol of the requests")
     model: str = option("", "model to call (default: the server's only model)", metavar="NAME")
-    images: tuple[int, ...] = option((1,), "images per request", low=1)
+    images: tuple[int, ...] = option((1,), "images per request", low=1, high=65_536)
     shape: tuple[int, ...] = option(
-        (), "shape of an image, if the model's metadata leaves it open", low=1, metavar="H,W,3"
+        (), "shape of an image, if the model's metadata leaves it open", low=1, high=65_536, metavar="H,W,3"
     )
     datatype: str | None = option(
         None, "pixel type, if the server accepts others than it reports", choices=("UINT8", "FP32")
     )
-    in_flight: tuple[int, ...] = option((), "requests in flight (default: 1,8,32, unless --rate)", low=1)
+    in_flight: tuple[int, ...] = option((), "requests in flight (default: 1,8,32, unless --rate)", low=1, high=65_536)
     rate: tuple[str, ...] = option(
         (),
         "requests per second, up to the first rate that saturates the server; auto uses 0.5, 0.8, 0.95, 2 and 5 "
@@ -60,11 +61,11 @@ class LoadOptions:
     p99_limit_ms: float = option(
         1000.0, "p99 latency above which a server counts as saturated", low=LEAST, high=HOUR_MS, metavar="MS"
     )
-    clients: int = option(1, "processes that send requests", low=1)
-    connections: int = option(4, "connections per process", low=1)
+    clients: int = option(1, "processes that send requests", low=1, high=256)
+    connections: int = option(4, "connections per process", low=1, high=1024)
     seconds: float = option(5.0, "duration of a measurement", low=LEAST, high=DAY, metavar="S")
     warm_up: float = option(1.0, "seconds of load before each measurement", low=LEAST, high=DAY, metavar="S")
-    rounds: int = option(3, "measurements at each load", low=1)
+    rounds: int = option(3, "measurements at each load", low=1, high=10_000)
     server_pid: int | None = option(None, "process ID of a local server, to measure its CPU and memory", low=1)
     out: Path | None = option(None, "folder for load.json and report.html", metavar="FOLDER")
     data: tuple[Path, ...] = ()  # several arguments of one flag, which `configure` adds
@@ -75,6 +76,8 @@ class LoadOptions:
             raise BadInput("several numbers of --images cannot be combined with --rate; give --in-flight instead")
         if self.rate != (AUTO,) and not all(map(_is_rate, self.rate)):
             raise BadInput(f"--rate must be auto, or numbers above 0 with commas, not {','.join(self.rate)!r}")
+        if max(self.rates, default=0) * (self.seconds + self.warm_up) > MOST_REQUESTS:
+            raise BadInput(f"--rate for so many --seconds is more than {MOST_REQUESTS:,} requests; give less of either")
 
     @property
     def rates(self) -> list[float]:
@@ -82,9 +85,14 @@ class LoadOptions:
         return [] if self.rate == (AUTO,) else sorted(map(float, self.rate))
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoadCommand(AccessOptions, LoadOptions):
+    """The options of `resnet load`."""
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `resnet load`."""
-    add_options(parser, LoadOptions)
+    add_options(parser, LoadCommand)
     parser.add_argument(
         "--data", type=Path, nargs="+", default=[], metavar="FILE", help="image files to send (default: random pixels)"
     )
@@ -92,7 +100,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, and print the table."""
-    options = replace(read(args, LoadOptions), data=tuple(args.data))
+    options = replace(read(args, LoadCommand), data=tuple(args.data))
 
     from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
@@ -101,6 +109,7 @@ def run(args: argparse.Namespace) -> None:
     from benchmarks.load.report.table import describe_progress, list_warnings, render_points
     from benchmarks.load.sweep import Sweep, SweepPlan
 
+    access = options.load()
     plan = SweepPlan(
         seconds=options.seconds,
         rounds=options.rounds,
@@ -111,7 +120,14 @@ def run(args: argparse.Namespace) -> None:
     )
     endpoints = [
         connect(
-            options.server, options.protocol, options.model, images, options.shape, options.data, options.datatype or ""
+            options.server,
+            options.protocol,
+            options.model,
+            images,
+            options.shape,
+            options.data,
+            options.datatype or "",
+            access,
         )
         for images in sorted(options.images)
     ]
@@ -140,7 +156,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _is_rate(text: str) -> bool:
     try:
-        return 0 < float(text) < math.inf
+        return LEAST <= float(text) <= MOST_REQUESTS
     except ValueError:
         return False
 

@@ -15,7 +15,9 @@ from protos import classifier_pb2, inference_pb2, tensorflow_pb2, tensorflow_ser
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from protos.tensorflow_serving_pb2_grpc import PredictionServiceStub
 from resnet import BadInput
-from serving.client.channel import UNLIMITED
+from resnet.files import read_file
+from serving.client.access import ANYONE, CallerAccess
+from serving.client.channel import UNLIMITED, CallMetadata
 from training.images import InvalidImage, decode
 
 SIGNATURE, SIGNATURE_DEF = "serving_default", "signature_def"
@@ -55,6 +57,7 @@ class Endpoint:
         images: Images per request.
         input: Input of the model.
         protocol: One of `PROTOCOLS`.
+        access: What the server asks of its callers.
     """
 
     address: str
@@ -63,6 +66,7 @@ class Endpoint:
     images: int
     input: Input
     protocol: str
+    access: CallerAccess = ANYONE
 
 
 class InferenceProtocol(NamedTuple):
@@ -75,7 +79,7 @@ class InferenceProtocol(NamedTuple):
     """
 
     path: str
-    describe: Callable[[grpc.Channel, str], Input]
+    describe: Callable[[grpc.Channel, str, CallMetadata], Input]
     pack: Callable[[Input, PixelArray], bytes]
 
 
@@ -87,37 +91,45 @@ def connect(
     shape: Sequence[int] = (),
     data: Sequence[Path] = (),
     datatype: str = "",
+    access: CallerAccess = ANYONE,
 ) -> Endpoint:
     """Ask a server which input its model takes, and make requests for it.
 
     Args:
-        address: HOST:PORT, without encryption.
+        address: HOST:PORT.
         protocol: One of `PROTOCOLS`.
         model: Name of the model; may be empty if the server lists its models and has only one.
         images: Images per request.
         shape: Shape of one image, if the server leaves it open.
         data: JPEG or PNG files to send; none sends noise.
         datatype: One of `TYPES`, if the server takes others than it reports.
+        access: What the server asks of its callers.
 
     Raises:
         BadInput: The server does not answer, or the model does not take such images.
     """
-    spec = describe(address, protocol, model, images, shape, datatype)
+    spec = describe(address, protocol, model, images, shape, datatype, access)
     size = int(np.prod(spec.shape)) * np.dtype(TYPES[spec.datatype]).itemsize
     count = max(1, min(DISTINCT, DISTINCT_BYTES // size))
     pixels = make_pixels(spec, count * images, data)
     path, _, pack = PROTOCOLS[protocol]
     requests = tuple(pack(spec, part) for part in np.split(pixels, count))
-    return Endpoint(address, path, requests, images, spec, protocol)
+    return Endpoint(address, path, requests, images, spec, protocol, access)
 
 
 def describe(
-    address: str, protocol: str, model: str = "", images: int = 1, shape: Sequence[int] = (), datatype: str = ""
+    address: str,
+    protocol: str,
+    model: str = "",
+    images: int = 1,
+    shape: Sequence[int] = (),
+    datatype: str = "",
+    access: CallerAccess = ANYONE,
 ) -> Input:
     """Return the input of a model with the shape of a request, as the server reports it; see `connect`."""
-    with grpc.insecure_channel(address, UNLIMITED) as channel:
+    with access.open_channel(address, UNLIMITED) as channel:
         try:
-            reported = PROTOCOLS[protocol].describe(channel, model)
+            reported = PROTOCOLS[protocol].describe(channel, model, access.metadata)
         except grpc.RpcError as error:
             raise BadInput(
                 f"{address} does not report the input of its model: {error.details()} ({error.code().name})"
@@ -165,36 +177,38 @@ def _read_files(spec: Input, files: Sequence[Path]) -> PixelArray:
     pixels = []
     for file in files:
         try:
-            pixels.append(decode(file.read_bytes(), (sizes[0], sizes[1])))
+            pixels.append(decode(read_file(file), (sizes[0], sizes[1])))
         except InvalidImage as error:
             raise BadInput(f"{file} {error}") from None
     return np.stack(pixels)
 
 
-def describe_kserve(channel: grpc.Channel, model: str) -> Input:
+def describe_kserve(channel: grpc.Channel, model: str, metadata: CallMetadata = ()) -> Input:
     """Return the input by KServe's ModelMetadata; without a name, Triton's RepositoryIndex finds the only model."""
     stub = GRPCInferenceServiceStub(channel)
     if not model:
-        index = stub.RepositoryIndex(inference_pb2.RepositoryIndexRequest(ready=True), timeout=PATIENCE_SECONDS)
+        request = inference_pb2.RepositoryIndexRequest(ready=True)
+        index = stub.RepositoryIndex(request, timeout=PATIENCE_SECONDS, metadata=metadata)
         names = sorted({entry.name for entry in index.models})
         if len(names) != 1:
             raise BadInput(f"the server has the models {', '.join(names) or 'none'}; choose one with --model")
         (model,) = names
-    metadata = stub.ModelMetadata(inference_pb2.ModelMetadataRequest(name=model), timeout=PATIENCE_SECONDS)
-    if len(metadata.inputs) != 1:
-        raise BadInput(f"model {model!r} takes {len(metadata.inputs)} inputs; a classifier of images takes one")
-    tensor = metadata.inputs[0]
+    asked = inference_pb2.ModelMetadataRequest(name=model)
+    described = stub.ModelMetadata(asked, timeout=PATIENCE_SECONDS, metadata=metadata)
+    if len(described.inputs) != 1:
+        raise BadInput(f"model {model!r} takes {len(described.inputs)} inputs; a classifier of images takes one")
+    tensor = described.inputs[0]
     return Input(model, tensor.name, tuple(tensor.shape), tensor.datatype)
 
 
-def describe_tfs(channel: grpc.Channel, model: str) -> Input:
+def describe_tfs(channel: grpc.Channel, model: str, metadata: CallMetadata = ()) -> Input:
     """Return the input by TensorFlow Serving's GetModelMetadata."""
     if not model:
         raise BadInput("TensorFlow Serving lists no models; name one with --model")
     pb, tf = tensorflow_serving_pb2, tensorflow_pb2
     spec = pb.ModelSpec(name=model)
     request = pb.GetModelMetadataRequest(model_spec=spec, metadata_field=[SIGNATURE_DEF])
-    response = PredictionServiceStub(channel).GetModelMetadata(request, timeout=PATIENCE_SECONDS)
+    response = PredictionServiceStub(channel).GetModelMetadata(request, timeout=PATIENCE_SECONDS, metadata=metadata)
     signatures = pb.SignatureDefMap()
     response.metadata[SIGNATURE_DEF].Unpack(signatures)
     inputs = signatures.signature_def[SIGNATURE].inputs

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from benchmarks.load.arrivals import ARRIVALS
 
 PATIENCE_SECONDS = 60.0  # timeout of a request without a deadline
+NOT_SENT = -1  # code of a request that found too many in flight
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Trace(NamedTuple):
         due: When the request was due; in a closed loop, when it was sent.
         sent: When the request was sent.
         done: When its response or error arrived.
-        codes: Numbers of the gRPC status codes.
+        codes: Numbers of the gRPC status codes, or `NOT_SENT`.
     """
 
     due: NDArray[np.float64]
@@ -59,6 +61,11 @@ class Trace(NamedTuple):
 
 class Sender(Protocol):
     """Sends requests without waiting for their responses."""
+
+    @property
+    def limit(self) -> int:
+        """Requests in flight that memory has room for; an open loop sends no more."""
+        ...
 
     @property
     def failure(self) -> Exception | None:
@@ -116,7 +123,10 @@ def keep_in_flight(
 
 
 def send_at(sender: Sender, due: Sequence[float], deadline: float | None = None) -> Trace:
-    """Run an open loop: send a request at each of these times, or as soon after it as possible."""
+    """Run an open loop: send a request at each of these times, or as soon after it as possible.
+
+    One that finds `sender.limit` requests in flight is recorded as not sent.
+    """
     run = _LoadRun(sender, deadline)
     for number, at in enumerate(due):
         pause = at - run.now()
@@ -131,7 +141,8 @@ class _LoadRun:
 
     def __init__(self, sender: Sender, deadline: float | None) -> None:
         self._sender, self._patience = sender, deadline or PATIENCE_SECONDS
-        self._records: list[tuple[float, float, float, int]] = []
+        self._records = array("d")  # four numbers for each request: due, sent, done, code
+        self._started = 0
         self._ended = threading.Semaphore(0)
         self._start = time.perf_counter()
 
@@ -141,6 +152,11 @@ class _LoadRun:
     def send(self, number: int, due: float) -> None:
         """Send a single request."""
         sent = self.now()
+        if self._started - len(self._records) // 4 >= self._sender.limit:
+            self._started += 1
+            self._end(due, sent, NOT_SENT)
+            return
+        self._started += 1
         self._sender.send(number, number, due + self._patience - sent, partial(self._end, due, sent))
 
     def loop(self, slot: int, number: int, stride: int, until: float) -> None:
@@ -154,7 +170,7 @@ class _LoadRun:
             self._ended.acquire()
         if self._sender.failure:
             raise self._sender.failure
-        due, sent, done, codes = np.array(self._records, float).reshape(-1, 4).T
+        due, sent, done, codes = np.array(self._records).reshape(-1, 4).T
         return Trace(due, sent, done, codes.astype(int))
 
     def _continue(self, slot: int, number: int, stride: int, sent: float, until: float, code: int) -> None:
@@ -169,4 +185,4 @@ class _LoadRun:
         self._ended.release()
 
     def _record(self, due: float, sent: float, code: int) -> None:
-        self._records.append((due, sent, self.now(), code))
+        self._records.extend((due, sent, self.now(), code))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -101,6 +103,7 @@ class LoadProcesses:
 def _work(pipe: Connection, worker: int, workers: int) -> None:
     """Execute the commands of the parent process until it ends this one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent process
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     sender: GrpcSender | None = None
     while True:
         command = pipe.recv()
@@ -117,3 +120,11 @@ def _work(pipe: Connection, worker: int, workers: int) -> None:
             assert sender is not None, "`connect` comes before `run`"
             result = generate(sender, command.load, command.seconds, command.deadline, worker, workers)
         pipe.send(result)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent ends, however that happens: nobody would stop the load."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "the load generator starts this process"
+    wait([parent.sentinel])
+    os._exit(1)

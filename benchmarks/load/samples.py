@@ -20,7 +20,7 @@ class Sample:
     Attributes:
         latencies_ms: Latencies of the answered requests in milliseconds, from the time each was due.
         images_per_second: Throughput: images answered within the stretch, over its length.
-        failures: Number of requests without an answer, by status.
+        failures: Number of requests without an answer, by status; NOT_SENT are those that the load generator left out.
         good_per_second: Goodput: images of requests answered within their deadline, over the length of the stretch.
         late_ms: Delay between the time a request was due and the time it was sent, in milliseconds: how far the load
             generator itself fell behind.
@@ -46,14 +46,15 @@ def summarize(trace: Trace, load: Load, images: int, begin: float, end: float, d
         images: Images per request.
         begin: Start of the stretch, in seconds from the start of the load; before it is the warm-up.
         end: End of the stretch.
-        deadline: Seconds from the time a request was due within which its answer is useful.
+        deadline: Seconds from the time a request was due within which its answer is useful; None counts those that
+            arrived within the stretch.
     """
     answered = trace.codes == OK
     arrived = answered & (begin <= trace.done) & (trace.done <= end)
     when = trace.done if isinstance(load, ClosedLoop) else trace.due
     inside = (begin <= when) & (when <= end)
     latencies = trace.done - trace.due
-    good = answered & inside & (latencies <= (deadline or np.inf))
+    good = answered & inside & (trace.done <= end if deadline is None else latencies <= deadline)
     failures = Counter(CODE_NAMES[code] for code in trace.codes[inside & ~answered].tolist())
     seconds = end - begin
     return Sample(

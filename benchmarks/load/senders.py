@@ -10,7 +10,7 @@ from typing import Self
 import grpc
 
 from benchmarks.load.endpoints import Endpoint
-from benchmarks.load.generator import PATIENCE_SECONDS
+from benchmarks.load.generator import NOT_SENT, PATIENCE_SECONDS
 from resnet import BadInput
 from serving.client.channel import UNLIMITED
 
@@ -19,7 +19,8 @@ OPTIONS = (
     ("grpc.enable_retries", 0),  # a refused request is counted, not repeated
     ("grpc.use_local_subchannel_pool", 1),  # each channel has a connection of its own
 )
-CODE_NAMES = {status.value[0]: status.name for status in grpc.StatusCode}
+PENDING, PENDING_BYTES = 10_000, 256 * 2**20  # limits of the requests in flight, of one process
+CODE_NAMES = {status.value[0]: status.name for status in grpc.StatusCode} | {NOT_SENT: "NOT_SENT"}
 OK, UNKNOWN = grpc.StatusCode.OK.value[0], grpc.StatusCode.UNKNOWN.value[0]
 
 
@@ -38,13 +39,14 @@ class GrpcSender:
         Raises:
             BadInput: The server does not answer, or not with OK.
         """
-        self._requests = endpoint.requests
-        self._channels = [grpc.insecure_channel(endpoint.address, OPTIONS) for _ in range(connections)]
+        self._requests, self._metadata = endpoint.requests, endpoint.access.metadata
+        self.limit = min(PENDING, max(connections, PENDING_BYTES // max(1, *map(len, endpoint.requests))))
+        self._channels = [endpoint.access.open_channel(endpoint.address, OPTIONS) for _ in range(connections)]
         self._methods: list[grpc.UnaryUnaryMultiCallable[bytes, bytes]]
         self._methods = [channel.unary_unary(endpoint.path) for channel in self._channels]
         try:
             for method in self._methods:
-                method(self._requests[0], timeout=PATIENCE_SECONDS, wait_for_ready=True)
+                method(self._requests[0], timeout=PATIENCE_SECONDS, wait_for_ready=True, metadata=self._metadata)
         except grpc.RpcError as error:
             self.close()
             raise BadInput(f"{endpoint.address} refused a request: {error.details()} ({error.code().name})") from None
@@ -55,7 +57,7 @@ class GrpcSender:
 
     def send_message(self, slot: int, message: bytes, timeout: float, done: Callable[[int], None]) -> None:
         """Send a serialized request; see `Sender.send`."""
-        call = self._methods[slot % len(self._methods)].future(message, timeout=timeout)
+        call = self._methods[slot % len(self._methods)].future(message, timeout=timeout, metadata=self._metadata)
         call.add_done_callback(lambda _: done(call.code().value[0]))
 
     def close(self) -> None:
@@ -80,6 +82,7 @@ class FunctionSender:
             function: Answers the request with this number.
             threads: Calls at a time.
         """
+        self.limit = PENDING
         self.failure: Exception | None = None
         self._function = function
         self._requests: SimpleQueue[tuple[int, Callable[[int], None]] | None] = SimpleQueue()

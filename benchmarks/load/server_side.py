@@ -13,6 +13,7 @@ from benchmarks.harness.tree import ProcessTree, read_cpu_seconds, read_peak_byt
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from resnet import BadInput
+from serving.client.access import ANYONE, CallerAccess
 
 PATIENCE_SECONDS = 30
 MIB = 2**20
@@ -63,12 +64,14 @@ class Usage:
     peak_bytes: int = 0
 
 
-def read_times(address: str, model: str) -> ServerTimes | None:
+def read_times(address: str, model: str, access: CallerAccess = ANYONE) -> ServerTimes | None:
     """Return a server's statistics of a model so far; None if it keeps none."""
-    with grpc.insecure_channel(address) as channel:
+    with access.open_channel(address) as channel:
         try:
             request = pb.ModelStatisticsRequest(name=model)
-            response = GRPCInferenceServiceStub(channel).ModelStatistics(request, timeout=PATIENCE_SECONDS)
+            response = GRPCInferenceServiceStub(channel).ModelStatistics(
+                request, timeout=PATIENCE_SECONDS, metadata=access.metadata
+            )
         except grpc.RpcError:
             return None
     total = ServerTimes()

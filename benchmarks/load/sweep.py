@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from benchmarks.load import percentiles, server_side
 from benchmarks.load.endpoints import Endpoint
-from benchmarks.load.generator import ClosedLoop, Load, OpenLoop
+from benchmarks.load.generator import NOT_SENT, ClosedLoop, Load, OpenLoop
 from benchmarks.load.percentiles import Estimate
 from benchmarks.load.processes import LoadProcesses
 from benchmarks.load.samples import Sample, summarize
@@ -164,12 +164,12 @@ class Sweep:
         load = point.load
         if isinstance(load, OpenLoop):  # the same arrivals in every round would repeat the same bursts
             load = replace(load, seed=load.seed + round_)
-        times_before = server_side.read_times(endpoint.address, endpoint.input.model)
+        times_before = server_side.read_times(endpoint.address, endpoint.input.model, endpoint.access)
         usage_before = self._read_usage()
         end = plan.warm_up + plan.seconds
         trace = self._processes.run(load, end, plan.deadline)
         self._add_server_side(point, times_before, usage_before)
-        point.sent += len(trace.due) * endpoint.images
+        point.sent += int((trace.codes != NOT_SENT).sum()) * endpoint.images
         point.samples.append(summarize(trace, load, endpoint.images, plan.warm_up, end, plan.deadline))
         self._report(point)
 
@@ -181,7 +181,7 @@ class Sweep:
 
     def _add_server_side(self, point: Point, times_before: ServerTimes | None, usage_before: Usage | None) -> None:
         """Add to a point what the server's statistics and its resource usage grew by."""
-        times = server_side.read_times(self._endpoint.address, self._endpoint.input.model)
+        times = server_side.read_times(self._endpoint.address, self._endpoint.input.model, self._endpoint.access)
         if times_before and times:
             point.server_times = point.server_times or ServerTimes()
             point.server_times.add(times)

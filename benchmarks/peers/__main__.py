@@ -23,6 +23,7 @@ from benchmarks.peers.race import WORKLOADS, RaceRow, as_dict, race, render_rows
 from benchmarks.peers.systems import OnnxruntimeLoop, PeerServer
 from export import manifest, repository
 from resnet import BadInput, cli
+from resnet.options import AMOUNT, COUNT
 from serving.runtimes.base import Images, Probabilities
 from serving.runtimes.onnx import OnnxEngine
 
@@ -52,8 +53,8 @@ def main() -> None:
         metavar="NAME,...",
         help="exported variants: all peers serve the first, resnet serve and mosec the others too (default: fp32)",
     )
-    run.add_argument("--rounds", type=int, default=5, help="measurements behind each figure (default: 5)")
-    run.add_argument("--seconds", type=float, default=2, help="duration of a measurement (default: 2)")
+    run.add_argument("--rounds", type=COUNT, default=5, help="measurements behind each figure (default: 5)")
+    run.add_argument("--seconds", type=AMOUNT, default=2, help="duration of a measurement (default: 2)")
     run.add_argument(
         "--out", type=Path, default=Path("peers.json"), help="file for the figures of all rounds (default: peers.json)"
     )

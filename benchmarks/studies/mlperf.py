@@ -27,6 +27,7 @@ from benchmarks.load.endpoints import PROTOCOLS, Endpoint, PixelArray, describe,
 from benchmarks.load.generator import PATIENCE_SECONDS
 from benchmarks.load.senders import CODE_NAMES, OK, GrpcSender
 from resnet import BadInput, CheckFailed, cli
+from resnet.options import AMOUNT, COUNT
 
 try:
     import mlperf_loadgen as loadgen
@@ -51,12 +52,17 @@ def main() -> None:
     add("--protocol", choices=PROTOCOLS, default="native", help="protocol of the requests (default: native)")
     add("--model", default="", help="model to call (default: the only one)")
     add("--data", type=Path, nargs="+", default=[], metavar="FILE", help="image files to send (default: noise)")
-    add("--seconds", type=float, default=10, help="least duration (default: 10; submissions need 600)")
-    add("--qps", type=float, default=100, help="queries per second of Server, expected ones of Offline (default: 100)")
-    add("--latency-ms", type=float, default=15, help="p99 latency limit of Server (default: 15)")
-    add("--images", type=int, default=32, help="images per request of Offline (default: 32)")
-    add("--in-flight", type=int, default=8, help="requests in flight of Offline (default: 8)")
-    add("--connections", type=int, default=4, help="connections to the server (default: 4)")
+    add("--seconds", type=AMOUNT, default=10, help="least duration (default: 10; submissions need 600)")
+    add(
+        "--qps",
+        type=AMOUNT,
+        default=100,
+        help="queries per second of Server, expected ones of Offline (default: 100)",
+    )
+    add("--latency-ms", type=AMOUNT, default=15, help="p99 latency limit of Server (default: 15)")
+    add("--images", type=COUNT, default=32, help="images per request of Offline (default: 32)")
+    add("--in-flight", type=COUNT, default=8, help="requests in flight of Offline (default: 8)")
+    add("--connections", type=COUNT, default=4, help="connections to the server (default: 4)")
     args = parser.parse_args()
     if loadgen is None:
         raise BadInput("mlperf_loadgen is not installed; install resnet with its extra 'loadgen'")

@@ -31,6 +31,7 @@ from benchmarks.load import h2load
 from benchmarks.load.endpoints import Input, pack_kserve
 from export import manifest, repository
 from resnet import cli
+from resnet.options import AMOUNT, COUNT
 from resnet.table import render
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
@@ -119,12 +120,17 @@ def main() -> None:
     )
     parser.add_argument("repository", type=Path, help="model repository")
     parser.add_argument("--model", required=True, help="name of the model")
-    parser.add_argument("--images", type=int, default=1, help="images per request (default: %(default)s)")
+    parser.add_argument("--images", type=COUNT, default=1, help="images per request (default: %(default)s)")
     parser.add_argument(
-        "--in-flight", type=int, default=32, help="requests in flight of the closed loop (default: %(default)s)"
+        "--in-flight",
+        type=COUNT,
+        default=32,
+        help="requests in flight of the closed loop (default: %(default)s)",
     )
-    parser.add_argument("--seconds", type=float, default=4, help="duration of a measurement (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements behind each figure (default: %(default)s)")
+    parser.add_argument("--seconds", type=AMOUNT, default=4, help="duration of a measurement (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=COUNT, default=3, help="measurements behind each figure (default: %(default)s)"
+    )
     args, options = parser.parse_known_args()  # the rest is for the server
     message = _make_request(args.repository / args.model, args.images)
     with serve(args.repository, "--log-level=error", *options) as server:

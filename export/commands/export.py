@@ -17,6 +17,7 @@ from export.formats import NEWEST_OPSET, OLDEST_OPSET, OPSET
 from export.preprocessing import PREPROCESSING
 from resnet.options import add_options, check, option, read
 from training.backend import start_tensorflow
+from training.images import RESIZES, Resize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,12 @@ class ExportOptions:
         + ", ".join(f"{kind} ({meaning})" for kind, meaning in PREPROCESSING.items()),
         choices=tuple(PREPROCESSING),
         metavar="KIND",
+    )
+    resize: Resize = option(
+        "bilinear",
+        "rule by which images of another size were resized in training: "
+        + ", ".join(f"{rule} ({meaning})" for rule, meaning in RESIZES.items()),
+        metavar="RULE",
     )
     logits: bool = option(False, "append a softmax to a model that ends in logits")
     image_size: int | None = option(None, "side of the images in pixels, for a model that takes any size", low=8)
@@ -78,6 +85,7 @@ def run(args: argparse.Namespace) -> None:
         preprocess=options.preprocess,
         logits=options.logits,
         image_size=options.image_size,
+        resize=options.resize,
     )
     drops = {"fp16": options.fp16_drop, "int8": options.int8_drop}
     budgets = BUDGETS | {name: Budget(accuracy_drop=points / 100) for name, points in drops.items()}

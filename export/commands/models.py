@@ -17,6 +17,7 @@ import msgspec
 
 from export import manifest, parity, repository
 from resnet import BadInput, CheckFailed
+from resnet.options import COUNT
 
 VERBS = {
     "list": "print one line per version",
@@ -39,13 +40,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
             )
             action.add_argument("label", metavar="LABEL", help="label, such as stable or canary")
             action.add_argument(
-                "number", type=int, nargs="?", metavar="VERSION", help="version to label (default: remove the label)"
+                "number",
+                type=COUNT,
+                nargs="?",
+                metavar="VERSION",
+                help="version to label (default: remove the label)",
             )
         elif verb == "show":
             action.add_argument(
                 "folder", type=Path, metavar="REPOSITORY[/NAME]", help="model, or a repository with a single model"
             )
-            action.add_argument("--version", type=int, metavar="N", help="version to show (default: the latest)")
+            action.add_argument("--version", type=COUNT, metavar="N", help="version to show (default: the latest)")
         elif verb != "schema":
             action.add_argument(
                 "folder", type=Path, metavar="REPOSITORY[/NAME]", help="repository, or one of its models"
@@ -58,7 +63,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
             )
         if verb == "prune":
             action.add_argument(
-                "--keep", type=int, default=3, metavar="N", help="number of latest versions to keep (default: 3)"
+                "--keep",
+                type=COUNT,
+                default=3,
+                metavar="N",
+                help="number of latest versions to keep (default: 3)",
             )
 
 

@@ -50,7 +50,7 @@ def write(model: keras.Model, labels: Sequence[str], path: Path, opset: int) -> 
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     metadata = {
         "labels": json.dumps(list(labels)),
-        "preprocessing": "RGB, bilinear",
+        "input": "RGB pixels of 0 to 255",
         "producer": f"keras {keras.__version__}, tf2onnx {tf2onnx.__version__}",
     }
     onnx.helper.set_model_props(graph, metadata)

@@ -1,4 +1,4 @@
-"""Channel of a client: server addresses, TLS, and the retries that gRPC makes by itself."""
+"""Channel of a client: server addresses and TLS."""
 
 from __future__ import annotations
 
@@ -10,17 +10,14 @@ from typing import Any, cast
 
 import grpc
 
-from protos import classifier_pb2 as pb
 from serving.errors import ServingError, from_status
 
-MAX_RETRIES = 4  # gRPC makes at most five attempts, whatever its retry policy says
-FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.1, 1.0
-RETRY_BUFFER_BYTES = 64 * 2**20  # gRPC never retries a request that is larger than this buffer
+CallMetadata = tuple[tuple[str, str], ...]
+
 UNLIMITED: tuple[tuple[str, str | int], ...] = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
 )
-RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 
 @dataclass(frozen=True)
@@ -67,37 +64,16 @@ def to_target(servers: str | Sequence[str], tls: Tls | None) -> str:
     return f"{schemes.pop()}:{','.join(servers)}"
 
 
-def to_options(servers: str | Sequence[str], retries: int, tls: Tls | None) -> list[tuple[str, str | int]]:
+def to_options(servers: str | Sequence[str], tls: Tls | None) -> list[tuple[str, str | int]]:
     """Return the options of a gRPC channel.
 
     Args:
         servers: As in `to_target`.
-        retries: Maximum retries of a call, 0 to 4.
         tls: Certificates; None connects without encryption.
-
-    Raises:
-        ValueError: `retries` is out of range.
     """
-    if not 0 <= retries <= MAX_RETRIES:
-        raise ValueError(f"retries must be 0 to {MAX_RETRIES}, not {retries}")
-    service = pb.DESCRIPTOR.services_by_name["Classifier"].full_name
-    policy = {
-        # Not ClassifyStream: only the client knows which requests of a stream are unanswered.
-        "name": [{"service": service, "method": "Classify"}],
-        "retryPolicy": {
-            "maxAttempts": retries + 1,
-            "initialBackoff": f"{FIRST_BACKOFF_SECONDS}s",
-            "maxBackoff": f"{MAX_BACKOFF_SECONDS}s",
-            "backoffMultiplier": 2,
-            "retryableStatusCodes": [code.name for code in RETRIED],
-        },
-    }
-    config = {"loadBalancingConfig": [{"round_robin": {}}], "methodConfig": [policy] if retries else []}
-    options = [
-        *UNLIMITED,
-        ("grpc.per_rpc_retry_buffer_size", RETRY_BUFFER_BYTES),
-        ("grpc.service_config", json.dumps(config)),
-    ]
+    # No retry policy: gRPC's retries know neither our hint when to come again, nor requests that are too large for it.
+    config: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
+    options: list[tuple[str, str | int]] = [*UNLIMITED, ("grpc.service_config", json.dumps(config))]
     if not isinstance(servers, str) and len(servers) > 1:
         # gRPC would send the whole list as the :authority header, and strict servers refuse that.
         options.append(("grpc.default_authority", servers[0]))

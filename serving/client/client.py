@@ -4,38 +4,32 @@
         answer = client.classify([Path("cat.jpg").read_bytes()])
         print(answer.images[0][0].label)
 
-Requests go to all servers in turn; a stream stays with one server as long as that answers. Both clients raise the
-errors of `serving.errors`, whose table says what each means and which are retried. A timeout covers all attempts.
+Requests go to all servers in turn; a stream stays with one server as long as that answers. What a server refuses as too
+many images, pixels or bytes is sent in parts. Both clients raise the errors of `serving.errors`, whose table says what
+each means and which are retried. A timeout covers all attempts.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Sequence
+from contextlib import aclosing, closing
 from queue import Empty, SimpleQueue
-from threading import TIMEOUT_MAX, Thread
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import grpc
-import numpy as np
 
-from protos import classifier_pb2 as pb
 from protos.classifier_pb2_grpc import ClassifierStub
-from serving.client.channel import MAX_RETRIES, Tls, from_rpc, to_options, to_target
+from serving.client.channel import CallMetadata, Tls, from_rpc, to_options, to_target
+from serving.client.retries import MAX_RETRIES, Patience, Retries
 from serving.client.stream import Result, StreamState
-from serving.client.types import Answer, ClassifyOptions, ImageInput, ImageInputs, to_answer
-from serving.errors import DeadlineExceeded, InvalidRequest, ServingError, Unavailable
-
-if TYPE_CHECKING:
-    from protos.classifier_pb2_grpc import ClassifierAsyncStub  # exists in the stub file only
+from serving.client.tasks import AsyncImageSource, AsyncInbox, AsyncStreamCall
+from serving.client.threads import ImageSource, Inbox, StreamCall
+from serving.client.types import Answer, ClassifyOptions, ImageInput, ImageInputs, fits_one_request, to_answer
+from serving.errors import InvalidRequest, ServingError, TooLarge
 
 DEFAULT_SERVER = "127.0.0.1:8001"
-REQUEST_IMAGES = 256  # a server's default limit
-REQUEST_BYTES = 48 * 2**20  # below a server's default limit of 64 MiB
-
-CallMetadata = tuple[tuple[str, str], ...]
 
 
 class Client:
@@ -61,7 +55,8 @@ class Client:
         Raises:
             ValueError: `servers` or `retries` are invalid, or `tls` lacks the name of several servers.
         """
-        target, options = to_target(servers, tls), to_options(servers, retries, tls)
+        target, options = to_target(servers, tls), to_options(servers, tls)
+        Retries(retries)  # checks it
         self._channel = (
             grpc.secure_channel(target, tls.to_credentials(), options)
             if tls
@@ -91,19 +86,22 @@ class Client:
 
         Raises:
             ServingError: The request failed; `serving.errors` lists the subclasses.
-            TypeError: The images are pixels, and not uint8.
-            ValueError: The timeout is not above 0.
+            TypeError: The images are not files or uint8 pixels.
+            ValueError: The timeout is not above 0, or `top_k` or `version` are out of range.
         """
-        options, deadline = ClassifyOptions(top_k, model, version), _find_deadline(timeout)
-        if _fits_one_request(images):
+        options, patience = ClassifyOptions(top_k, model, version), Patience(timeout)
+        retries, request = Retries(self._retries), options.to_request(images) if fits_one_request(images) else None
+        while request is not None:
             try:
-                request = options.to_request(images)
-                return to_answer(self._stub.Classify(request, timeout=timeout, metadata=self._metadata))
+                return to_answer(self._stub.Classify(request, timeout=patience.left, metadata=self._metadata))
             except grpc.RpcError as error:
-                raise from_rpc(error) from None
+                failure = from_rpc(error)
+            if _asks_to_split(failure, images):
+                break
+            time.sleep(patience.check_pause(retries.find_pause(failure)))
         while True:
             state = StreamState(options, self._retries)
-            answers = [_require_answer(result) for result in self._stream(state, images, deadline, None)]
+            answers = [_require_answer(result) for result in self._stream(state, images, patience)]
             if _share_version(answers):
                 return Answer.join(answers)
 
@@ -118,23 +116,25 @@ class Client:
     ) -> Iterator[Result]:
         """Classify any number of images, and yield the results in order.
 
-        Images are read as answers arrive, so that neither need fit into memory. An invalid image does not end the
-        iteration: its result is the InvalidRequest that says why.
+        Images are read as answers arrive, so that neither need fit into memory. A source that is no sequence is read by
+        a thread of its own, so it may be live, or wait for the results so far. An invalid image, or one that is too
+        large for the server, does not end the iteration: its result is the InvalidRequest that says why. An error that
+        the source raises is raised after the results of the images before it.
 
         Args:
             images: Files or pixels, one by one.
             top_k: As in `classify`.
             model: As in `classify`.
             version: As in `classify`; with 0, a version loaded meanwhile answers the images sent after that.
-            timeout: Seconds without any answer until the client gives up; None waits forever.
+            timeout: Seconds without any answer, while one is due, until the client gives up; None waits forever.
 
         Raises:
             ServingError: A request failed, which ends the iteration; `serving.errors` lists the subclasses.
-            ValueError: The timeout is not above 0.
+            TypeError: An image is neither a file nor uint8 pixels.
+            ValueError: The timeout is not above 0, or `top_k` or `version` are out of range.
         """
-        _check_timeout(timeout)
         state = StreamState(ClassifyOptions(top_k, model, version), self._retries)
-        return self._stream(state, images, float("inf"), timeout)
+        return self._stream(state, images, Patience(timeout, each=True))
 
     def close(self) -> None:
         """Close the connection."""
@@ -146,29 +146,36 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _stream(
-        self, state: StreamState, images: Iterable[ImageInput], deadline: float, answer_timeout: float | None
-    ) -> Iterator[Result]:
+    def _stream(self, state: StreamState, images: Iterable[ImageInput], patience: Patience) -> Iterator[Result]:
         """Send the images over a call, and over a new one if that breaks; yield the results in order."""
-        source = iter(images)
-        while not state.done:
-            state.start_call()
-            call = _StreamCall(self._stub, self._metadata, deadline)
-            try:
-                while not (state.done or state.broken):
-                    while state.has_room:
-                        try:
-                            state.add(next(source))
-                        except StopIteration:
-                            state.end_input()
+        inbox: Inbox = SimpleQueue()
+        with closing(ImageSource(images, inbox)) as source:
+            while not state.done:
+                state.start_call()
+                call = StreamCall(self._stub, self._metadata, patience.call_timeout, inbox)
+                try:
+                    while not (state.done or state.broken):
+                        idle = not state.waits
+                        source.read(state)
                         call.send(state.pop_requests())
-                    call.send(state.pop_requests())
-                    if not state.done:
-                        pause = state.handle(call.receive(answer_timeout))
-                        yield from state.pop_results()
-                        time.sleep(_check_pause(pause, deadline, answer_timeout))
-            finally:
-                call.close(cancel=not state.done)
+                        if idle:
+                            patience.restart()
+                        if state.done:
+                            break
+                        try:
+                            sender, event = inbox.get(timeout=patience.left if state.waits else None)
+                        except Empty:
+                            raise patience.give_up() from None
+                        if sender is source:
+                            source.take(event, state)
+                        elif sender is call:
+                            patience.restart()
+                            pause = state.handle(event)
+                            yield from state.pop_results()
+                            time.sleep(patience.check_pause(pause))
+                finally:
+                    call.close(cancel=not state.done)
+        state.check_source()
 
 
 class AsyncClient:
@@ -183,7 +190,8 @@ class AsyncClient:
         retries: int = MAX_RETRIES,
     ) -> None:
         """Prepare a connection, with the arguments and errors of `Client`."""
-        target, options = to_target(servers, tls), to_options(servers, retries, tls)
+        target, options = to_target(servers, tls), to_options(servers, tls)
+        Retries(retries)  # checks it
         self._channel = (
             grpc.aio.secure_channel(target, tls.to_credentials(), options)
             if tls
@@ -201,16 +209,19 @@ class AsyncClient:
         timeout: float | None = 30,
     ) -> Answer:
         """Classify images, with the arguments, result and errors of `Client.classify`."""
-        options, deadline = ClassifyOptions(top_k, model, version), _find_deadline(timeout)
-        if _fits_one_request(images):
+        options, patience = ClassifyOptions(top_k, model, version), Patience(timeout)
+        retries, request = Retries(self._retries), options.to_request(images) if fits_one_request(images) else None
+        while request is not None:
             try:
-                request = options.to_request(images)
-                return to_answer(await self._stub.Classify(request, timeout=timeout, metadata=self._metadata))
+                return to_answer(await self._stub.Classify(request, timeout=patience.left, metadata=self._metadata))
             except grpc.RpcError as error:
-                raise from_rpc(error) from None
+                failure = from_rpc(error)
+            if _asks_to_split(failure, images):
+                break
+            await asyncio.sleep(patience.check_pause(retries.find_pause(failure)))
         while True:
             state = StreamState(options, self._retries)
-            async with aclosing(self._stream(state, images, deadline, None)) as results:
+            async with aclosing(self._stream(state, images, patience)) as results:
                 answers = [_require_answer(result) async for result in results]
             if _share_version(answers):
                 return Answer.join(answers)
@@ -225,9 +236,8 @@ class AsyncClient:
         timeout: float | None = 30,
     ) -> AsyncGenerator[Result, None]:
         """Classify any number of images, with the arguments, results and errors of `Client.classify_each`."""
-        _check_timeout(timeout)
         state = StreamState(ClassifyOptions(top_k, model, version), self._retries)
-        return self._stream(state, images, float("inf"), timeout)
+        return self._stream(state, images, Patience(timeout, each=True))
 
     async def close(self) -> None:
         """Close the connection."""
@@ -240,109 +250,48 @@ class AsyncClient:
         await self.close()
 
     async def _stream(
-        self,
-        state: StreamState,
-        images: Iterable[ImageInput] | AsyncIterable[ImageInput],
-        deadline: float,
-        answer_timeout: float | None,
+        self, state: StreamState, images: Iterable[ImageInput] | AsyncIterable[ImageInput], patience: Patience
     ) -> AsyncGenerator[Result, None]:
         """As `Client._stream`."""
-        source = aiter(images if isinstance(images, AsyncIterable) else _iterate(images))
-        while not state.done:
-            state.start_call()
-            call = _AsyncStreamCall(self._stub, self._metadata, deadline)
-            try:
-                while not (state.done or state.broken):
-                    while state.has_room:
-                        try:
-                            state.add(await anext(source))
-                        except StopAsyncIteration:
-                            state.end_input()
+        inbox: AsyncInbox = asyncio.Queue()
+        async with aclosing(AsyncImageSource(images, inbox)) as source:
+            while not state.done:
+                state.start_call()
+                call = AsyncStreamCall(self._stub, self._metadata, patience.call_timeout, inbox)
+                try:
+                    while not (state.done or state.broken):
+                        idle = not state.waits
+                        source.read(state)
                         call.send(state.pop_requests())
-                    call.send(state.pop_requests())
-                    if not state.done:
-                        pause = state.handle(await call.receive(answer_timeout))
-                        for result in state.pop_results():
-                            yield result
-                        await asyncio.sleep(_check_pause(pause, deadline, answer_timeout))
-            finally:
-                call.close(cancel=not state.done)
-
-
-class _StreamCall:
-    """A call of ClassifyStream; its thread makes a timeout per response possible, which gRPC lacks."""
-
-    def __init__(self, stub: ClassifierStub, metadata: CallMetadata, deadline: float) -> None:
-        self._outbox: SimpleQueue[pb.ClassifyStreamRequest | None] = SimpleQueue()
-        self._inbox: SimpleQueue[pb.ClassifyStreamResponse | ServingError] = SimpleQueue()
-        self._call = stub.ClassifyStream(
-            iter(self._outbox.get, None), timeout=_find_timeout(deadline), metadata=metadata
-        )
-        Thread(target=self._read_responses, name="answers", daemon=True).start()
-
-    def send(self, requests: Iterable[pb.ClassifyStreamRequest]) -> None:
-        for request in requests:
-            self._outbox.put(request)
-
-    def receive(self, timeout: float | None) -> pb.ClassifyStreamResponse | ServingError:
-        """Return the next response, or the error that ended the call."""
-        try:
-            return self._inbox.get(timeout=timeout)
-        except Empty:
-            raise DeadlineExceeded(f"there was no answer for {timeout} seconds") from None
-
-    def close(self, cancel: bool) -> None:
-        """Half-close the call, so that the server ends it; or cancel it."""
-        self._outbox.put(None)
-        if cancel:
-            self._call.cancel()
-
-    def _read_responses(self) -> None:
-        try:
-            for response in self._call:
-                self._inbox.put(response)
-            self._inbox.put(_stream_ended())
-        except grpc.RpcError as error:
-            self._inbox.put(from_rpc(error))
-
-
-class _AsyncStreamCall:
-    """As `_StreamCall`, for asyncio."""
-
-    def __init__(self, stub: ClassifierAsyncStub, metadata: CallMetadata, deadline: float) -> None:
-        self._outbox: asyncio.Queue[pb.ClassifyStreamRequest | None] = asyncio.Queue()
-        self._call = stub.ClassifyStream(self._requests(), timeout=_find_timeout(deadline), metadata=metadata)
-
-    def send(self, requests: Iterable[pb.ClassifyStreamRequest]) -> None:
-        for request in requests:
-            self._outbox.put_nowait(request)
-
-    async def receive(self, timeout: float | None) -> pb.ClassifyStreamResponse | ServingError:
-        try:
-            response = await asyncio.wait_for(self._call.read(), timeout)
-        except TimeoutError:
-            raise DeadlineExceeded(f"there was no answer for {timeout} seconds") from None
-        except grpc.RpcError as error:
-            return from_rpc(error)
-        return response if isinstance(response, pb.ClassifyStreamResponse) else _stream_ended()
-
-    def close(self, cancel: bool) -> None:
-        self._outbox.put_nowait(None)
-        if cancel:
-            self._call.cancel()
-
-    async def _requests(self) -> AsyncIterator[pb.ClassifyStreamRequest]:
-        while (request := await self._outbox.get()) is not None:
-            yield request
+                        if idle:
+                            patience.restart()
+                        if state.done:
+                            break
+                        try:
+                            sender, event = await asyncio.wait_for(inbox.get(), patience.left if state.waits else None)
+                        except TimeoutError:
+                            raise patience.give_up() from None
+                        if sender is source:
+                            source.take(event, state)
+                        elif sender is call:
+                            patience.restart()
+                            pause = state.handle(event)
+                            for result in state.pop_results():
+                                yield result
+                            await asyncio.sleep(patience.check_pause(pause))
+                finally:
+                    call.close(cancel=not state.done)
+        state.check_source()
 
 
 def _authorize(token: str | None) -> CallMetadata:
     return (("authorization", f"Bearer {token}"),) if token else ()
 
 
-def _fits_one_request(images: ImageInputs) -> bool:
-    size = images.nbytes if isinstance(images, np.ndarray) else sum(map(len, images))
-    return len(images) <= REQUEST_IMAGES and size <= REQUEST_BYTES
+def _asks_to_split(failure: ServingError, images: ImageInputs) -> bool:
+    """Return whether fewer images in one request may succeed."""
+    whole = isinstance(failure, TooLarge) or (isinstance(failure, InvalidRequest) and failure.image is None)
+    return whole and len(images) > 1
 
 
 def _require_answer(result: Result) -> Answer:
@@ -353,39 +302,3 @@ def _require_answer(result: Result) -> Answer:
 
 def _share_version(answers: Sequence[Answer]) -> bool:
     return len({(answer.model, answer.version) for answer in answers}) == 1
-
-
-def _stream_ended() -> ServingError:
-    return Unavailable("the server ended the stream before it answered all requests")
-
-
-def _find_deadline(timeout: float | None) -> float:
-    """Return when a timeout ends, on the clock of `time.monotonic`."""
-    _check_timeout(timeout)
-    return float("inf") if timeout is None else time.monotonic() + timeout
-
-
-def _check_timeout(timeout: float | None) -> None:
-    if timeout is not None and not 0 < timeout <= TIMEOUT_MAX:
-        raise ValueError(f"timeout must be a number of seconds above 0, or None, not {timeout}")
-
-
-def _find_timeout(deadline: float) -> float | None:
-    return None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
-
-
-def _check_pause(pause: float, deadline: float, answer_timeout: float | None) -> float:
-    """Return a pause in seconds, if it ends before the deadline.
-
-    Raises:
-        DeadlineExceeded: It ends later.
-    """
-    left = min(deadline - time.monotonic(), float("inf") if answer_timeout is None else answer_timeout)
-    if pause and pause >= left:
-        raise DeadlineExceeded(f"the server accepts no requests for {pause:.3f} s, longer than the timeout allows")
-    return pause
-
-
-async def _iterate(images: Iterable[ImageInput]) -> AsyncIterator[ImageInput]:
-    for image in images:
-        yield image

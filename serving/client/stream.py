@@ -3,21 +3,24 @@
 Images travel in chunks, one request each, and several chunks may be in flight. If the server's queue has no room for a
 chunk, it is sent again after the next answer, so that a stream is as fast as the server. Only if no other chunk is in
 flight does that count as a refusal: the chunk is retried after a pause. An invalid image is taken out of its chunk, and
-the others are sent again. If the call breaks, unanswered images are sent over the next one.
+the others are sent again. A chunk that the server refuses as a whole is halved, and later ones are smaller: servers
+differ in the images, pixels and bytes that they accept. If the call breaks, unanswered images go over the next one.
+
+A source may be live: while nothing is in flight, an image does not wait for others to fill its chunk.
 """
 
 from __future__ import annotations
 
-import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from protos import classifier_pb2 as pb
-from serving.client.channel import FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS
-from serving.client.types import Answer, ClassifyOptions, ImageInput, ImageInputs, to_answer
-from serving.errors import InvalidRequest, Overloaded, ServingError, Unavailable, from_failure
+from serving.client.retries import Retries
+from serving.client.types import Answer, ClassifyOptions, ImageInput, ImageInputs, count_bytes, to_answer
+from serving.errors import InvalidRequest, Overloaded, ServingError, TooLarge, Unavailable, from_failure
 
 CHUNK_IMAGES = 32  # a server's default batch size
 CHUNK_BYTES = 8 * 2**20
@@ -30,21 +33,24 @@ Result = Answer | InvalidRequest
 class _Chunk:
     """Consecutive images that travel in one request."""
 
-    def __init__(self, start: int) -> None:
-        self.start = start
+    def __init__(self, start: int, retries: int) -> None:
+        self.start, self._limit = start, retries
         self.images: dict[int, ImageInput] = {}  # images without a result, by position
         self.results: dict[int, Result] = {}
-        self.refusals = 0
-        self._bytes = 0
+        self.retries = Retries(retries)
 
     def fits(self, image: ImageInput) -> bool:
         """Return whether an image can travel with these: files with files, pixels with pixels of the same shape."""
         alike = getattr(self.images[self.start], "shape", None) == getattr(image, "shape", None)
-        return alike and self._bytes + _count_bytes(image) <= CHUNK_BYTES
+        return alike and self.bytes + count_bytes(image) <= CHUNK_BYTES
 
     def add(self, image: ImageInput) -> None:
         self.images[self.start + len(self.images)] = image
-        self._bytes += _count_bytes(image)
+
+    @property
+    def bytes(self) -> int:
+        """Size of its images without a result."""
+        return sum(map(count_bytes, self.images.values()))
 
     def stack(self) -> ImageInputs:
         images = list(self.images.values())
@@ -59,8 +65,28 @@ class _Chunk:
         """Store an error as the result of the image at this index of the request."""
         position = list(self.images)[index]
         del self.images[position]
-        reason = str(error).removeprefix(f"image {index} ")
-        self.results[position] = InvalidRequest(f"image {position} {reason}", position)
+        reason = str(error)
+        shown = reason.removeprefix(f"image {index} ") if reason.startswith("image ") else f"is refused: {reason}"
+        self.results[position] = InvalidRequest(f"image {position} {shown}", position)
+
+    def reject_size(self, error: TooLarge) -> None:
+        """Store as the result of the only image that it is too large."""
+        self.reject(0, InvalidRequest(f"image 0 has {self.bytes:,} bytes, more than the server accepts ({error})"))
+
+    def halve(self) -> _Chunk:
+        """Return the second half of its images as another chunk."""
+        start = list(self.images)[len(self.images) // 2]
+        second = _Chunk(start, self._limit)
+        for mine, other in ((self.images, second.images), (self.results, second.results)):
+            for position in [position for position in mine if position >= start]:
+                other[position] = mine.pop(position)  # type: ignore[assignment]
+        return second
+
+
+class SourceEnd(NamedTuple):
+    """The end of a source of images, and the error that it raised, if any."""
+
+    error: Exception | None
 
 
 class StreamState:
@@ -73,15 +99,17 @@ class StreamState:
             options: What to ask of every image.
             retries: How often one chunk may be refused, and how many calls in a row may break without an answer.
         """
-        self._options, self._retries = options, retries
+        self._options, self._limit = options, retries
+        self._calls = Retries(retries)
+        self._size = CHUNK_IMAGES
         self._filling: _Chunk | None = None
         self._chunks: deque[_Chunk] = deque()  # in the order of the images
         self._outgoing: deque[_Chunk] = deque()
         self._sent: dict[int, _Chunk] = {}
         self._held: deque[_Chunk] = deque()  # no room in the server's queue; sent after the next answer
         self._count = 0
-        self._breaks = 0
         self._input_ended = False
+        self._source_error: Exception | None = None
         self.broken = False
         """Whether a new call is needed; see `start_call`."""
 
@@ -95,21 +123,53 @@ class StreamState:
         """Whether all images have been read, and all results returned."""
         return self._input_ended and not self._chunks
 
+    @property
+    def waits(self) -> bool:
+        """Whether an answer is due."""
+        return bool(self._sent)
+
     def add(self, image: ImageInput) -> None:
-        """Add the next image."""
+        """Add the next image.
+
+        Raises:
+            TypeError: It is neither a file nor pixels.
+        """
+        count_bytes(image)
         if self._filling is not None and not self._filling.fits(image):
             self._flush()
         if self._filling is None:
-            self._filling = _Chunk(self._count)
+            self._filling = _Chunk(self._count, self._limit)
         self._filling.add(image)
         self._count += 1
-        if len(self._filling.images) == CHUNK_IMAGES:
+        if len(self._filling.images) >= self._size:
             self._flush()
 
-    def end_input(self) -> None:
-        """Mark the last image as added."""
-        self._input_ended = True
+    def take(self, item: ImageInput | SourceEnd) -> None:
+        """Add the next image, or mark the last one as added."""
+        if isinstance(item, SourceEnd):
+            self.end_input(item.error)
+        else:
+            self.add(item)
+
+    def fill(self, images: Iterator[ImageInput]) -> None:
+        """Add images as long as there is room."""
+        while self.has_room:
+            self.take(read_next(images))
+
+    def hurry(self) -> None:
+        """Let images no longer wait for others to fill their chunk, if no answer is due: the source may be live."""
+        if not (self._sent or self._outgoing):
+            self._flush()
+
+    def end_input(self, error: Exception | None = None) -> None:
+        """Mark the last image as added; an error of the source is raised after the results of the images before it."""
+        self._input_ended, self._source_error = True, error
         self._flush()
+
+    def check_source(self) -> None:
+        """Raise the error of the source, once all results are returned."""
+        if self._source_error is not None:
+            raise self._source_error
 
     def start_call(self) -> None:
         """Begin a call, over which all unanswered images are sent."""
@@ -141,22 +201,25 @@ class StreamState:
         error = from_failure(event.failure) if event.HasField("failure") else None
         match error:
             case None:
-                self._breaks = 0
+                self._calls.reset()
                 chunk.accept(to_answer(event.response))
             case InvalidRequest(image=int(index)):
                 chunk.reject(index, error)
                 if chunk.images:
                     self._outgoing.append(chunk)
+            case InvalidRequest() | TooLarge() if len(chunk.images) > 1:
+                self._size = min(self._size, len(chunk.images) // 2)
+                self._outgoing.extendleft(reversed(self._halve(chunk)))
+            case TooLarge():
+                chunk.reject_size(error)
             case Overloaded() if self._sent:
                 self._held.append(chunk)
                 return 0
             case Overloaded():
-                chunk.refusals += 1
-                if chunk.refusals > self._retries:
-                    raise error
+                pause = chunk.retries.find_pause(error)
                 self._outgoing.extend([*self._held, chunk])
                 self._held.clear()
-                return _find_pause(error, chunk.refusals)
+                return pause
             case Unavailable():
                 return self._break(error)
             case _:
@@ -178,19 +241,39 @@ class StreamState:
             self._filling = None
 
     def _break(self, error: ServingError) -> float:
-        self._breaks += 1
-        if not isinstance(error, Unavailable | Overloaded) or self._breaks > self._retries:
-            raise error
+        """Return the seconds to wait before the next call."""
         self.broken = True
-        return _find_pause(error, self._breaks)
+        if isinstance(error, TooLarge) and self._sent:
+            largest = max(self._sent.values(), key=lambda chunk: chunk.bytes)
+            if len(largest.images) > 1:
+                self._size = min(self._size, len(largest.images) // 2)
+                self._halve(largest)
+            else:
+                largest.reject_size(error)
+            return 0
+        return self._calls.find_pause(error)
+
+    def _halve(self, chunk: _Chunk) -> tuple[_Chunk, _Chunk]:
+        second = chunk.halve()
+        self._chunks.insert(self._chunks.index(chunk) + 1, second)
+        return chunk, second
 
 
-def _count_bytes(image: ImageInput) -> int:
-    return len(image) if isinstance(image, bytes) else image.nbytes
+def stream_ended() -> ServingError:
+    """Return the error of a call that the server ended too early."""
+    return Unavailable("the server ended the stream before it answered all requests")
 
 
-def _find_pause(error: ServingError, attempt: int) -> float:
-    """Return the seconds until the next attempt: the server's hint if it gave one, else gRPC's exponential backoff."""
-    if isinstance(error, Overloaded) and error.retry_ms:
-        return error.retry_ms / 1000
-    return random.uniform(0.8, 1.2) * min(FIRST_BACKOFF_SECONDS * 2.0 ** (attempt - 1), MAX_BACKOFF_SECONDS)
+def is_ready(images: object) -> bool:
+    """Return whether all images of a source are there, so that reading them does not wait."""
+    return isinstance(images, Sequence | np.ndarray)
+
+
+def read_next(images: Iterator[ImageInput]) -> ImageInput | SourceEnd:
+    """Return the next image of a source, or its end."""
+    try:
+        return next(images)
+    except StopIteration:
+        return SourceEnd(None)
+    except Exception as error:
+        return SourceEnd(error)

@@ -17,6 +17,13 @@ ImageInputs = Sequence[bytes] | NDArray[np.uint8]
 """JPEG or PNG files; or pixels, uint8 [n, height, width, 3], of the model's input size."""
 
 
+MAX_INT32, MAX_INT64 = 2**31 - 1, 2**63 - 1
+
+# Of one request; a server's defaults are 256 images and 64 MiB. What a server refuses is sent in parts.
+REQUEST_IMAGES = 256
+REQUEST_BYTES = 48 * 2**20
+
+
 @dataclass(frozen=True)
 class Class:
     """One class of an image: its name, its index in the model's output, its probability."""
@@ -77,11 +84,20 @@ class ClassifyOptions:
         top_k: Classes to return for each image; 0 returns 5, or all if the model has fewer.
         model: Name of the model; may be empty if the server has only one.
         version: Version number, or a label; 0 is the latest version.
+
+    Raises:
+        ValueError: `top_k` or `version` are out of range.
     """
 
     top_k: int = 0
     model: str = ""
     version: int | str = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.top_k <= MAX_INT32:
+            raise ValueError(f"top_k must be a number of classes, or 0, not {self.top_k}")
+        if not isinstance(self.version, str) and not 0 <= self.version <= MAX_INT64:
+            raise ValueError(f"version must be a version number from 1, a label, or 0, not {self.version}")
 
     def to_request(self, images: ImageInputs) -> pb.ClassifyRequest:
         """Return the request for some images.
@@ -103,6 +119,31 @@ class ClassifyOptions:
         request.tensor.shape.extend(images.shape)
         request.tensor.data = images.tobytes()
         return request
+
+
+def fits_one_request(images: ImageInputs) -> bool:
+    """Return whether images are sent in one request at first.
+
+    Raises:
+        TypeError: They are not files or pixels.
+    """
+    if not isinstance(images, Sequence | np.ndarray) or isinstance(images, bytes | str):
+        raise TypeError(f"images must be a list of files, or an array of pixels, not {type(images).__name__}")
+    size = images.nbytes if isinstance(images, np.ndarray) else sum(map(count_bytes, images))
+    return len(images) <= 1 or (len(images) <= REQUEST_IMAGES and size <= REQUEST_BYTES)
+
+
+def count_bytes(image: ImageInput) -> int:
+    """Return the size of an image as it is sent.
+
+    Raises:
+        TypeError: It is neither a file nor pixels.
+    """
+    if isinstance(image, bytes):
+        return len(image)
+    if isinstance(image, np.ndarray):
+        return image.nbytes
+    raise TypeError(f"an image is the bytes of a file, or an array of pixels, not {type(image).__name__}")
 
 
 def to_answer(response: pb.ClassifyResponse) -> Answer:

@@ -13,15 +13,36 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from resnet import BadInput
-from serving.client import DEFAULT_SERVER, Client, Result, Tls
+from resnet.files import read_file
+from resnet.options import add_options, check, option, read
+from serving.client import DEFAULT_SERVER, Client, Result
+from serving.client.access import AccessOptions
 from serving.errors import InvalidRequest, ServingError, Unavailable
-from serving.transports.auth import read_tokens
-from serving.transports.files import read_file
 
-MAX_SECONDS = 86_400
+DAY = 86_400.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyQuestion:
+    """What `resnet classify` asks, except for what may be repeated."""
+
+    model: str = option("", "model to call (default: the server's only model)", metavar="NAME")
+    version: str = option("", "version number or label (default: the latest)", metavar="VERSION")
+    top_k: int = option(3, "classes to print per image", low=1, metavar="K")
+    timeout: float = option(30.0, "seconds to wait for a response", low=1e-3, high=DAY, metavar="S")
+    json: bool = option(False, "print a JSON array with one object per image")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyCommand(AccessOptions, ClassifyQuestion):
+    """The options of `resnet classify`, except for those that may be repeated."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -33,48 +54,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help=f"server address; repeat it for several servers, as IP:PORT (default: {DEFAULT_SERVER})",
     )
-    parser.add_argument("--model", default="", metavar="NAME", help="model to call (default: the server's only model)")
-    parser.add_argument("--version", type=_to_version, default=0, help="version number or label (default: the latest)")
-    parser.add_argument("--top-k", type=int, default=3, metavar="K", help="classes to print per image (default: 3)")
-    parser.add_argument(
-        "--timeout", type=float, default=30, metavar="S", help="seconds to wait for a response (default: 30)"
-    )
-    parser.add_argument("--tls-ca", type=Path, metavar="FILE", help="CA certificate in PEM; enables TLS")
-    parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="client certificate in PEM")
-    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="private key of the client certificate, in PEM")
-    parser.add_argument(
-        "--tls-name", metavar="NAME", help="host name in the servers' certificates; required for several servers"
-    )
-    parser.add_argument("--token-file", type=Path, metavar="FILE", help="file with the token to send")
-    parser.add_argument("--json", action="store_true", help="print a JSON array with one object per image")
+    add_options(parser, ClassifyCommand)
 
 
 def run(args: argparse.Namespace) -> None:
     """Classify all files, print a table or JSON, and list the files that failed."""
-    if not 0 < args.timeout <= MAX_SECONDS:
-        raise BadInput(f"--timeout must be above 0 and at most {MAX_SECONDS} seconds, not {args.timeout:g}")
-    if args.tls_name and not args.tls_ca:
-        raise BadInput("--tls-name needs --tls-ca")
-    if (args.tls_cert is None) != (args.tls_key is None) or (args.tls_cert and not args.tls_ca):
-        raise BadInput("--tls-cert and --tls-key belong together, and need --tls-ca")
-    authority, certificate, key = (
-        None if path is None else read_file(path) for path in (args.tls_ca, args.tls_cert, args.tls_key)
-    )
-    tls = Tls(authority, certificate, key, args.tls_name) if authority else None
-    servers = args.server or [DEFAULT_SERVER]
+    options, servers = read(args, ClassifyCommand), args.server or [DEFAULT_SERVER]
+    access = options.load()
     try:
-        token = read_tokens(args.token_file).splitlines()[0] if args.token_file else None
-        client = Client(servers, tls=tls, token=token)
+        client = Client(servers, tls=access.tls, token=access.token)
     except ValueError as error:
         raise BadInput(f"--server: {error}") from None
     with client:
         try:
             answers = client.classify_each(
-                map(_read, args.images),
-                top_k=args.top_k,
-                model=args.model,
-                version=args.version,
-                timeout=args.timeout,
+                map(read_file, args.images),
+                top_k=options.top_k,
+                model=options.model,
+                version=_to_version(options.version),
+                timeout=options.timeout,
             )
             results = list(zip(args.images, answers, strict=True))
         except Unavailable as error:
@@ -84,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
         except ServingError as error:
             raise BadInput(f"the server refused: {error}") from None
     records = [_record(path, result) for path, result in results]
-    print(json.dumps(records, indent=1) if args.json else _table(results))
+    print(json.dumps(records, indent=1) if options.json else _table(results))
     failed = [record for record in records if "error" in record]
     for record in failed:
         print(f"{record['image']} {record['error']}", file=sys.stderr)
@@ -92,15 +90,9 @@ def run(args: argparse.Namespace) -> None:
         raise BadInput(f"{len(failed)} of {len(results)} files could not be classified")
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise BadInput(f"{path} cannot be read: {error.strerror}") from None
-
-
 def _to_version(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
+    numeric = text.isascii() and text.isdecimal() and len(text) < 19  # of 64 bits; longer ones are no version
+    return int(text) if numeric else text or 0
 
 
 def _record(path: Path, result: Result) -> dict[str, object]:

@@ -30,7 +30,7 @@ class TuneOptions:
     version: int | None = option(None, "version to measure (default: the latest)", low=1)
     precision: Precision = option("fp32", "exported variant to measure")
     runtime: str = option("auto", "runtime to measure; auto measures all", choices=("auto", *RUNTIMES))
-    max_batch: int = option(Batching.max_batch, "images in the largest batch", low=1)
+    max_batch: int = option(Batching.max_batch, "images in the largest batch", low=1, high=65_536)
     again: bool = option(False, "measure again, even if a result is cached")
 
     def __post_init__(self) -> None:

@@ -46,7 +46,7 @@ class InputDecoder:
         self._limits, self._budget = limits, PixelBudget(limits.max_unpacked_pixels)
 
     def decode(self, files: Sequence[bytes], model: Model) -> Images:
-        """Decode images, and resize them to what the model takes.
+        """Decode images, and resize them to what the model takes, by the rule in its manifest.
 
         Args:
             files: The encoded images.
@@ -59,16 +59,15 @@ class InputDecoder:
             InvalidRequest: There are none or too many, one is no image, or they have too many pixels.
         """
         self._check_count(len(files))
-        height, width, _ = model.image_shape
         admit = self._count_pixels()
-        return np.stack([self._decode(data, index, (height, width), admit) for index, data in enumerate(files)])
+        return np.stack([self._decode(data, index, model, admit) for index, data in enumerate(files)])
 
     def expect(self, shape: Sequence[int], dtype: str, model: Model) -> TensorLayout:
         """Return the layout of a tensor that `read` takes.
 
         Args:
             shape: [n, height, width, 3], as the model takes it.
-            dtype: NumPy's name of its type: `uint8`, or `float32` for pixels of 0 to 255, which are rounded.
+            dtype: NumPy's name: `uint8`, or `float32` for pixels of 0 to 255, which are rounded (halves to even).
             model: The model.
 
         Raises:
@@ -77,7 +76,7 @@ class InputDecoder:
         if len(shape) != 4 or tuple(shape[1:]) != model.image_shape:
             expected = ", ".join(map(str, model.image_shape))
             raise InvalidRequest(
-                f"the tensor's shape is {list(shape)}, model {model.name!r} takes [images, {expected}]"
+                f"the tensor's shape is {list(shape)}, model {model.name!r} takes [images, {expected}]", image=0
             )
         self._check_count(shape[0])
         values = np.dtype(dtype).newbyteorder("<")
@@ -99,9 +98,16 @@ class InputDecoder:
         values = np.frombuffer(data, dtype).reshape(shape)
         if dtype == np.uint8:
             return values
-        if not (values.min() >= 0 and values.max() <= 255):  # false for NaN
-            raise InvalidRequest("the tensor's values are not pixels: they must be from 0 to 255")
+        low, high = values.min(), values.max()
+        if not (low >= 0 and high <= 255):  # false for NaN
+            raise InvalidRequest(
+                f"the tensor's values are {low:g} to {high:g}; pixels must be from 0 to 255, not normalised"
+            )
         pixels: Images = np.rint(values).astype(np.uint8)
+        if high <= 1 and not np.array_equal(pixels, values):
+            raise InvalidRequest(
+                f"the tensor's values are {low:g} to {high:g}; pixels must be from 0 to 255: multiply them by 255"
+            )
         return pixels
 
     def _check_count(self, count: int) -> None:
@@ -123,9 +129,10 @@ class InputDecoder:
 
         return admit
 
-    def _decode(self, data: bytes, index: int, size: tuple[int, int], admit: Admit) -> Images:
+    def _decode(self, data: bytes, index: int, model: Model, admit: Admit) -> Images:
+        (height, width, _), resize = model.image_shape, model.manifest.preprocessing.resize
         try:
-            return decode(data, size, max_pixels=self._limits.max_image_pixels, admit=admit)
+            return decode(data, (height, width), resize, max_pixels=self._limits.max_image_pixels, admit=admit)
         except InvalidImage as error:
             raise InvalidRequest(f"image {index} {error}", image=index) from None
 

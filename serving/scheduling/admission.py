@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from serving.errors import DeadlineExceeded, Overloaded, ServingError
+from serving.errors import DeadlineExceeded, Overloaded, ServingError, TooLarge
 from serving.runtimes.cost import CostCurve
 
 # Safety factor on the predicted latency. Without it, a request predicted to finish exactly at its deadline is late half
@@ -93,6 +93,8 @@ def find_refusal(state: QueueState, images: int, remaining_ns: float, limits: Qu
         remaining_ns: Time until its deadline, in nanoseconds; infinity without a deadline.
         limits: Limits of the queue.
     """
+    if images > limits.images:
+        return TooLarge(f"the request has {images} images, more than the {limits.images} that may wait; split it")
     queue_ns = predict_queue_ns(state, state.ahead)
     retry_ms = 1 + int(queue_ns / 1e6)
     if state.queued + images > limits.images:

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from resnet import BadInput
+from resnet.files import read_file
 from serving.errors import PermissionDenied, ServingError, Unauthenticated
 from serving.logs import RateLimitedLog
 from serving.transports.call import Call
 from serving.transports.choice import is_local
-from serving.transports.files import FollowedFiles, read_file
+from serving.transports.files import FollowedFiles
 from serving.transports.tls import ServerTls
 
 OPEN = "/grpc.health.v1.Health/"  # health probes have no token

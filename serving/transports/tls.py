@@ -12,7 +12,8 @@ from typing import NamedTuple
 import grpc
 
 from resnet import BadInput
-from serving.transports.files import FollowedFiles, read_file
+from resnet.files import read_file
+from serving.transports.files import FollowedFiles
 
 SOON = timedelta(days=14)
 DAY_SECONDS = 86400

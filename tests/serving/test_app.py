@@ -48,7 +48,7 @@ print([name for name in ("tensorflow", "keras", "onnx", "matplotlib", "sklearn")
     [
         (["nowhere"], "nowhere does not exist"),
         (["{models}", "--port", "70000"], "--port must be from 0 to 65535"),
-        (["{models}", "--max-batch", "0"], "--max-batch must be at least 1"),
+        (["{models}", "--max-batch", "0"], "--max-batch must be from 1 to 65536"),
         (["{models}", "--port", "{used}"], "the port is in use"),
         (["{models}", "--host", "256.0.0.1", "--port", "0"], "the server cannot listen on 256.0.0.1:0"),
         (["{models}", "--device", "cuda"], "--device cuda"),
@@ -115,10 +115,10 @@ def test_classify_answers_what_it_can(address: str, files: list[Path], capsys: p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no.png"], "no.png cannot be read: No such file"),
+        (["no.png"], "no.png cannot be read (No such file"),
         (["{good}", "--model", "cats"], "the server refused: there is no model 'cats'"),
         (["{good}", "--top-k", "99"], "the server refused: top_k is 99"),
-        (["{good}", "--timeout", "nan"], "--timeout must be above 0"),
+        (["{good}", "--timeout", "nan"], "--timeout must be from 0.001 to 86400"),
         (["{good}", "--server", "localhost:1"], "--server: 'localhost:1' is not IP:PORT; give several servers"),
     ],
 )

@@ -71,7 +71,7 @@ def test_an_empty_variable_is_none() -> None:
         ("m", "", "max-batch = true", "max-batch in {file} must be a whole number, not True"),
         ("m", "", "host = ['a']", "host in {file} must be a text"),
         ("m --trust ''", "", "", "--trust must be a path, not ''"),
-        ("m --max-batch 0", "", "", "--max-batch must be at least 1, not 0"),
+        ("m --max-batch 0", "", "", "--max-batch must be from 1 to 65536, not 0"),
         ("m --device tpu", "", "", "--device must be one of auto, cuda, tensorrt, cpu, not 'tpu'"),
         ("m", "RESNET_LOG_LEVEL=loud", "", "RESNET_LOG_LEVEL must be one of debug, info, warning, error, not 'loud'"),
         ("m --tls-cert c", "", "", "--tls-cert and --tls-key belong together, and --tls-client-ca needs both"),

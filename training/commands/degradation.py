@@ -16,7 +16,7 @@ import json
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-from resnet.options import add_options, check, option, read
+from resnet.options import COUNT, add_options, check, option, read
 from training.backend import start_tensorflow
 from training.recipes import RECIPES
 
@@ -27,9 +27,9 @@ class DegradationOptions:
 
     data: str = option("digits", "data set, as for `resnet train`", metavar="DATA")
     recipe: str = option("quick", "recipe, as for `resnet train`", choices=tuple(RECIPES))
-    epochs: int | None = option(None, "passes over the training images (default: the recipe's)", low=1)
+    epochs: int | None = option(None, "passes over the training images (default: the recipe's)", low=1, high=1_000_000)
     images: int | None = option(None, "number of training images to use (default: all)", low=1)
-    image_size: int | None = option(None, "resize the images of a folder to N by N pixels", low=8)
+    image_size: int | None = option(None, "resize the images of a folder to N by N pixels", low=8, high=16_384)
     seed: int = option(0, "random seed of initial weights and image order", low=0, high=2**32 - 1)
     out: Path = option(MISSING, "folder for the four runs and degradation.png", metavar="FOLDER", required=True)
     resume: bool = option(False, "continue after the last finished epoch of an interrupted command")
@@ -42,7 +42,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `resnet degradation`."""
     add_options(parser, DegradationOptions)
     parser.add_argument(
-        "--depths", type=int, nargs=2, default=(20, 56), metavar="N", help="layers of the two depths (default: 20 56)"
+        "--depths",
+        type=COUNT,
+        nargs=2,
+        default=(20, 56),
+        metavar="N",
+        help="layers of the two depths (default: 20 56)",
     )
 
 

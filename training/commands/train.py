@@ -29,7 +29,7 @@ class TrainOptions:
     model: str = option("resnet18", "network architecture; `resnet family` lists all", metavar="NAME")
     recipe: str = option("notebook", "hyperparameters to start from", choices=tuple(RECIPES))
     seed: int = option(0, "random seed of initial weights and image order", low=0, high=2**32 - 1)
-    image_size: int | None = option(None, "resize the images of a folder to N by N pixels", low=8)
+    image_size: int | None = option(None, "resize the images of a folder to N by N pixels", low=8, high=16_384)
     images: int | None = option(None, "number of training images to use (default: all)", low=1)
     out: Path = option(MISSING, "run folder to write", metavar="FOLDER", required=True)
     resume: bool = option(False, "continue the run in --out after its last finished epoch")

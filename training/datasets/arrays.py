@@ -10,9 +10,10 @@ import numpy as np
 from resnet import BadInput
 from training.data import Dataset, Split
 from training.datasets import cifar10
+from training.images import Resize
 
 
-def load(source: str, size: tuple[int, int] | None = None) -> Dataset:  # noqa: ARG001
+def load(source: str, size: tuple[int, int] | None = None, resize: Resize = "bilinear") -> Dataset:  # noqa: ARG001
     """Load the arrays `x_train`, `y_train`, `x_test` and `y_test`, and the class names in `classes` if it is there.
 
     Images are RGB or grey. Without `classes` the names are the numbers; a file called cifar10.npz has the classes of

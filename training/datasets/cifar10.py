@@ -10,13 +10,14 @@ import numpy as np
 
 from resnet import BadInput
 from training.data import Dataset, Split
+from training.images import Resize
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 TRAINING_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 TEST_BATCH = "test_batch"
 
 
-def load(source: str, size: tuple[int, int] | None = None) -> Dataset:  # noqa: ARG001
+def load(source: str, size: tuple[int, int] | None = None, resize: Resize = "bilinear") -> Dataset:  # noqa: ARG001
     """Load CIFAR-10 from a folder of its original batches, or with the name `cifar10` through Keras.
 
     Raises:

@@ -6,9 +6,10 @@ import numpy as np
 from PIL import Image
 
 from training.data import Dataset, Split
+from training.images import Resize
 
 
-def load(source: str, size: tuple[int, int] | None = None) -> Dataset:  # noqa: ARG001
+def load(source: str, size: tuple[int, int] | None = None, resize: Resize = "bilinear") -> Dataset:  # noqa: ARG001
     """Load the 1,797 digits, enlarged from 8x8 grey to 32x32 RGB pixels; every fifth image is a test image."""
     from sklearn.datasets import load_digits
 

@@ -9,9 +9,10 @@ import numpy as np
 
 from resnet import BadInput
 from training.data import Dataset, FileImages, Split
+from training.images import Resize
 
 
-def load(source: str, size: tuple[int, int] | None = None) -> Dataset:
+def load(source: str, size: tuple[int, int] | None = None, resize: Resize = "bilinear") -> Dataset:
     """Load a folder of images; the folders in `train` are the classes, in alphabetical order.
 
     Raises:
@@ -27,13 +28,13 @@ def load(source: str, size: tuple[int, int] | None = None) -> Dataset:
     unknown = {path.name for path in _list_visible(folder / "test") if path.is_dir()} - set(classes)
     if unknown:
         raise BadInput(f"{folder / 'test'} has the class {min(unknown)!r}, which {folder / 'train'} does not have")
-    train, test = (_read_split(folder / split, classes, size) for split in ("train", "test"))
+    train, test = (_read_split(folder / split, classes, size, resize) for split in ("train", "test"))
     if train.images.shape[1:] != test.images.shape[1:]:
         raise BadInput(f"the images of {folder / 'train'} and {folder / 'test'} differ in size; pass --image-size N")
     return Dataset(folder.resolve().name, classes, train, test)
 
 
-def _read_split(folder: Path, classes: Sequence[str], size: tuple[int, int] | None) -> Split:
+def _read_split(folder: Path, classes: Sequence[str], size: tuple[int, int] | None, resize: Resize) -> Split:
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -42,7 +43,7 @@ def _read_split(folder: Path, classes: Sequence[str], size: tuple[int, int] | No
             raise BadInput(f"{folder / name} holds no images")
         paths += files
         labels += [label] * len(files)
-    return Split(FileImages(paths, size), np.array(labels, np.int32))
+    return Split(FileImages(paths, size, resize), np.array(labels, np.int32))
 
 
 def _find_files(folder: Path) -> Iterator[Path]:

@@ -41,6 +41,7 @@ from typing import NamedTuple
 from benchmarks.studies.gpu import report
 from benchmarks.studies.gpu.files import PRECISIONS, list_files, make_parser
 from resnet import BadInput, CheckFailed, cli
+from resnet.options import AMOUNT
 
 
 class Part(NamedTuple):
@@ -68,7 +69,11 @@ def main() -> None:
         "--parts", default=",".join(part.name for part in PARTS), help="parts to run, with commas (default: all)"
     )
     parser.add_argument(
-        "--seconds", type=float, default=600, metavar="S", help="time limit of the whole run (default: 600)"
+        "--seconds",
+        type=AMOUNT,
+        default=600,
+        metavar="S",
+        help="time limit of the whole run (default: 600)",
     )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -18,6 +18,7 @@ from export import manifest as manifests
 from export.files import compute_hash
 from export.manifest import Budget, Certificate, Cost, Manifest, Preprocessing, TensorSpec, Variant
 from resnet import BadInput
+from resnet.options import COUNT
 from serving.runtimes.base import Engine
 from serving.runtimes.gpu import cuda
 from serving.runtimes.onnx import OnnxEngine
@@ -42,7 +43,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
         "--device", choices=("cuda", "cpu"), default="cuda", help="device of the computation (default: cuda)"
     )
     parser.add_argument("--data", default="digits", help="training images (default: digits)")
-    parser.add_argument("--epochs", type=int, default=60, metavar="N", help="training epochs (default: 60)")
+    parser.add_argument("--epochs", type=COUNT, default=60, metavar="N", help="training epochs (default: 60)")
     parser.add_argument("--tiny", action="store_true", help="shortest run that tests every part")
     parser.add_argument(
         "--out", type=Path, default=Path("gpu"), help="folder of the results, which are appended (default: gpu)"

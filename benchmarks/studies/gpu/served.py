@@ -25,6 +25,7 @@ from benchmarks.studies.gpu.files import Results, describe, list_batches, list_f
 from benchmarks.studies.gpu.loops import make_batch
 from export.manifest import Manifest
 from resnet import CheckFailed
+from resnet.options import COUNT
 from serving import memory
 from serving.config import Batching, Limits
 from serving.models import loader, registry
@@ -139,7 +140,7 @@ def main() -> None:
         parser.add_argument("--serve", action="store_true")
         parser.add_argument("--device", default="cuda")
         parser.add_argument("--transport", default="native")
-        parser.add_argument("--max-batch", type=int, default=256)
+        parser.add_argument("--max-batch", type=COUNT, default=256)
         parser.add_argument("--free", action="store_true")
         serve(parser.parse_args())
         return

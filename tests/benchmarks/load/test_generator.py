@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import select
+import signal
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 
 import grpc
 import numpy as np
 import pytest
 
 from benchmarks.load.endpoints import Endpoint, Input
-from benchmarks.load.generator import ClosedLoop, OpenLoop, generate, keep_in_flight, send_at
+from benchmarks.load.generator import NOT_SENT, ClosedLoop, OpenLoop, generate, keep_in_flight, send_at
 from benchmarks.load.processes import LoadProcesses
-from benchmarks.load.senders import GrpcSender
+from benchmarks.load.senders import PENDING, GrpcSender
 from resnet import BadInput, CheckFailed
 
 OK = grpc.StatusCode.OK.value[0]
@@ -85,6 +91,55 @@ def test_what_is_due_in_the_past_is_sent_all_the_same() -> None:
     assert sorted(trace.due) == [-5, -4]
     assert set(trace.codes) == {OK}
     assert (trace.done - trace.due > 4).all()
+
+
+def test_no_more_are_in_flight_than_memory_holds() -> None:
+    """What finds too many is recorded as not sent, without waiting, and the others are answered."""
+    opened = threading.Event()
+
+    def answer(message: bytes, _: grpc.ServicerContext) -> bytes:
+        opened.wait(10)
+        return message
+
+    with serve(answer) as endpoint:
+        sender = GrpcSender(endpoint)
+        sender.limit = 5
+        with ThreadPoolExecutor() as pool:
+            trace = pool.submit(send_at, sender, [0.0] * 10_000)
+            opened.set()
+        codes = Counter(trace.result().codes.tolist())
+    assert codes.keys() == {OK, NOT_SENT}
+    assert codes.total() == 10_000
+    assert codes[OK] >= 5
+
+
+def test_a_large_request_takes_more_of_the_memory() -> None:
+    """The limit is of bytes, too."""
+    with serve(lambda message, _: message) as endpoint:
+        assert GrpcSender(endpoint).limit == PENDING
+        assert GrpcSender(replace(endpoint, requests=(bytes(2**20),))).limit == 256
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_processes_end_with_their_parent(number: int) -> None:
+    """However it ends, and whatever they do: here they wait for a command."""
+    code = """
+from benchmarks.load.processes import LoadProcesses
+if __name__ == "__main__":
+    with LoadProcesses(2) as processes:
+        print(*(process.pid for process in processes.processes), flush=True)
+        input()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        pids = [int(word) for word in parent.stdout.readline().split()]
+        descriptors = [os.pidfd_open(pid) for pid in pids]
+        parent.send_signal(number)
+        for descriptor in descriptors:
+            assert select.select([descriptor], [], [], 30)[0]
+            os.close(descriptor)
 
 
 def test_refusals_are_noted_with_their_status() -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import queue
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -31,6 +35,7 @@ from serving.errors import (
     NotFound,
     Overloaded,
     ServingError,
+    TooLarge,
     Unavailable,
     to_failure,
     to_trailers,
@@ -52,9 +57,9 @@ def start(repository: Path, transport: str) -> Iterator[Callable[..., tuple[Serv
     """Starts servers of the digits, and stops them in the end."""
     servers: list[Server] = []
 
-    def begin(max_queue: int = 1024) -> tuple[Server, Model]:
+    def begin(max_queue: int = 1024, **limits: int) -> tuple[Server, Model]:
         model = loader.load(repository / "digits" / "1", "cpu", Batching(max_queue=max_queue))
-        servers.append(Server(registry.ModelRegistry([model]), "127.0.0.1", 0, Limits(), transport=transport))
+        servers.append(Server(registry.ModelRegistry([model]), "127.0.0.1", 0, Limits(**limits), transport=transport))
         return servers[-1], model
 
     yield begin
@@ -170,19 +175,15 @@ def test_an_image_at_fault_takes_only_its_own_place(address: str, heldout: Heldo
 
 
 def test_what_is_wrong_with_the_question_is_raised(address: str) -> None:
-    """Before any answer, or instead of one; as is what the source itself raises."""
+    """Before any answer, or instead of one."""
     images = pixels(*range(40))
     with Client(address) as client:
         with pytest.raises(NotFound, match="no model 'cats'"):
             next(client.classify_each(images, model="cats"))
         with pytest.raises(InvalidRequest, match="top_k is 99"):
             next(client.classify_each(images, top_k=99))
-        with pytest.raises(InvalidRequest, match="shape is"):
-            next(client.classify_each(images[:, :5]))
         with pytest.raises(TypeError, match="must be uint8"):
             next(client.classify_each(images.astype(float)))  # type: ignore[arg-type]
-        with pytest.raises(KeyError):
-            next(client.classify_each({}[number] for number in range(3)))
 
 
 def test_a_stream_is_as_fast_as_a_queue_that_holds_less(
@@ -192,6 +193,205 @@ def test_a_stream_is_as_fast_as_a_queue_that_holds_less(
     server, _ = start(max_queue=CHUNK_IMAGES)
     with Client(server.address, retries=0) as client:
         check(client.classify(np.concatenate([heldout[0]] * 3), top_k=10), np.concatenate([probabilities] * 3))
+
+
+async def list_async(results: AsyncIterator[Result]) -> list[Result]:
+    """Return all results."""
+    return [result async for result in results]
+
+
+# Sources
+
+
+def test_a_source_may_wait_for_the_answers_so_far(address: str) -> None:
+    """Each image is sent as it comes, so that neither side waits for the other."""
+    answers: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def ask_again() -> Iterator[NDArray[np.uint8]]:
+        yield pixels(0)[0]
+        for number in range(1, 40):
+            assert answers.get() == number - 1
+            yield pixels(number)[0]
+
+    with Client(address) as client:
+        for number, result in enumerate(client.classify_each(ask_again())):
+            assert expect(result).images
+            answers.put(number)
+    assert number == 39
+
+    async def ask() -> int:
+        found: asyncio.Queue[int] = asyncio.Queue()
+
+        async def ask_again() -> AsyncIterator[NDArray[np.uint8]]:
+            yield pixels(0)[0]
+            for number in range(1, 40):
+                assert await found.get() == number - 1
+                yield pixels(number)[0]
+
+        count = 0
+        async with AsyncClient(address) as client:
+            async for result in client.classify_each(ask_again()):
+                assert expect(result).images
+                found.put_nowait(count)
+                count += 1
+        return count
+
+    assert asyncio.run(ask()) == 40
+
+
+def test_the_timeout_holds_while_the_source_waits() -> None:
+    """For an answer that is due."""
+    over = threading.Event()
+
+    def wait() -> Iterator[NDArray[np.uint8]]:
+        yield pixels(0)[0]
+        over.wait()
+
+    async def ask(address: str) -> None:
+        async def wait_async() -> AsyncIterator[NDArray[np.uint8]]:
+            yield pixels(0)[0]
+            await asyncio.Event().wait()
+
+        async with AsyncClient(address) as client:
+            with pytest.raises(DeadlineExceeded, match="no answer for 0.1 seconds"):
+                await anext(client.classify_each(wait_async(), timeout=0.1))
+
+    with play(*[DeadlineExceeded("silent")] * 2) as (address, _), Client(address) as client:
+        with pytest.raises(DeadlineExceeded, match="no answer for 0.1 seconds"):
+            next(client.classify_each(wait(), timeout=0.1))
+        over.set()
+        asyncio.run(ask(address))
+
+
+def test_what_a_source_raises_comes_after_the_results_before_it(address: str) -> None:
+    """In its place among them; a sequence may raise too."""
+
+    def fail() -> Iterator[NDArray[np.uint8]]:
+        yield from pixels(*range(40))
+        raise KeyError("lost")
+
+    class Failing(list[NDArray[np.uint8]]):
+        def __iter__(self) -> Iterator[NDArray[np.uint8]]:
+            return fail()
+
+    async def ask(images: Iterator[NDArray[np.uint8]]) -> int:
+        async with AsyncClient(address) as client:
+            results = client.classify_each(images)
+            count = len([await anext(results) for _ in range(40)])
+            with pytest.raises(KeyError, match="lost"):
+                await anext(results)
+        return count
+
+    with Client(address) as client:
+        for source in (fail(), Failing()):
+            results = client.classify_each(source)
+            assert len(list(itertools.islice(results, 40))) == 40
+            with pytest.raises(KeyError, match="lost"):
+                next(results)
+    assert asyncio.run(ask(fail())) == 40
+
+
+# Servers of other limits
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        pytest.param({"max_images": 3}, id="images"),
+        pytest.param({"max_request_pixels": 5 * 32 * 32}, id="pixels"),
+        pytest.param({"max_message_bytes": 8192}, id="bytes"),
+        pytest.param({"max_queue": 3}, id="queue"),
+    ],
+)
+def test_a_server_of_small_limits_gets_small_requests(
+    limits: dict[str, int],
+    start: Callable[..., tuple[Server, Model]],
+    heldout: Heldout,
+    probabilities: NDArray[np.float32],
+    png: Encode,
+) -> None:
+    """All images are answered, by both clients, whatever the server accepts at a time."""
+    server, _ = start(**limits)
+    files = [png(image) for image in heldout[0][:70]]
+
+    async def ask(images: Sequence[bytes] | NDArray[np.uint8]) -> tuple[Answer, list[Result]]:
+        async with AsyncClient(server.address) as client:
+            return await client.classify(images, top_k=10), await list_async(client.classify_each(images, top_k=10))
+
+    with Client(server.address) as client:
+        for images in (files, heldout[0][:70]):
+            each = client.classify_each(iter(images), top_k=10)
+            for answer, results in (
+                (client.classify(images, top_k=10), list(each)),
+                asyncio.run(ask(images)),
+            ):
+                check(answer, probabilities[:70])
+                check(Answer.join([expect(result) for result in results]), probabilities[:70])
+
+
+def test_a_file_that_is_too_large_takes_only_its_own_place(
+    start: Callable[..., tuple[Server, Model]], heldout: Heldout, png: Encode
+) -> None:
+    """It is not sent again, and the reason is told."""
+    server, model = start(max_message_bytes=100_000)
+    files = [png(image) for image in heldout[0][:40]]
+    files[7] = png(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8))
+    with Client(server.address) as client:
+        with pytest.raises(TooLarge, match=r"(larger than max|more than the) .*100,?000"):
+            client.classify([files[7]])
+        results = list(client.classify_each(files))
+    assert [place for place, result in enumerate(results) if isinstance(result, InvalidRequest)] == [7]
+    assert re.match(r"image 7 has 120,\d+ bytes, more than the server accepts", str(results[7]))
+    assert model.statistics.counts().images >= 39
+
+
+def test_an_array_of_another_size_takes_only_its_own_place(address: str) -> None:
+    """Whatever the order: the first one, too."""
+    images = [*pixels(*range(40))]
+    images[0], images[20] = images[0][:5], images[20][:, :, :1]
+
+    async def ask() -> list[Result]:
+        async with AsyncClient(address) as client:
+            return await list_async(client.classify_each(images))
+
+    with Client(address) as client:
+        for results in (list(client.classify_each(images)), asyncio.run(ask())):
+            assert [place for place, result in enumerate(results) if isinstance(result, InvalidRequest)] == [0, 20]
+            assert str(results[20]).startswith("image 20 is refused: the tensor's shape is [1, 32, 32, 1], model")
+
+
+@pytest.mark.parametrize("images", [b"file", "cat.jpg", ["cat.jpg"], [None], [Path("cat.jpg")], 7, iter([b"file"])])
+def test_what_is_no_image_is_a_type_error(images: Any) -> None:
+    """In one sentence, before any call; classify_each reads any iterable, so for it the items count."""
+    with Client() as client:
+        with pytest.raises(TypeError, match=r"images must be a list of files|an image is the bytes of a file"):
+            client.classify(images)
+        if isinstance(images, list):
+            with pytest.raises(TypeError, match="an image is the bytes of a file"):
+                next(client.classify_each(images))
+
+
+@pytest.mark.parametrize("value", [-1, 2**31, 10**30, float("nan"), float("inf"), -float("inf")])
+def test_numbers_of_a_call_are_in_range(value: Any) -> None:
+    """Otherwise it is a ValueError with the name of the number."""
+
+    async def ask() -> None:
+        async with AsyncClient() as client:
+            with pytest.raises(ValueError, match="top_k must be"):
+                await client.classify([b"x"], top_k=value)
+
+    with Client() as client:
+        for call in (client.classify, client.classify_each):
+            with pytest.raises(ValueError, match="top_k must be"):
+                call([b"x"], top_k=value)
+            if value != 2**31:
+                with pytest.raises(ValueError, match="version must be"):
+                    call([b"x"], version=value)
+                with pytest.raises(ValueError, match="timeout must be a number of seconds"):
+                    call([b"x"], timeout=value)
+        with pytest.raises(ValueError, match="retries must be 0 to 4"):
+            Client(retries=value)
+    asyncio.run(ask())
 
 
 # Full queues

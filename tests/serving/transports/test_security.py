@@ -73,6 +73,24 @@ def test_an_encrypted_server_is_reached_by_those_who_trust_it(serve: Callable[..
         assert reaches(second)  # a certificate that cannot be read does not replace a good one
 
 
+@pytest.mark.slow
+def test_the_load_tool_reaches_a_server_that_asks_for_a_certificate_and_a_token(
+    serve: Callable[..., Server], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the options of `resnet classify`; without the token it says so."""
+    authority = issue("authority")
+    root, _ = authority.write(tmp_path, "authority")
+    certificate, key = issue("client", authority).write(tmp_path, "client")
+    (tmp_path / "token").write_text("sesame\n")
+    short = ["--in-flight=1", "--seconds=0.05", "--warm-up=0.01", "--rounds=1"]
+    tls = [f"--tls-ca={root}", f"--tls-cert={certificate}", f"--tls-key={key}"]
+    with serve(ServerTls(*issue("server", authority).write(tmp_path, "server"), root), "sesame") as server:
+        assert cli.main(["load", server.address, *short, *tls, f"--token-file={tmp_path / 'token'}"]) == 0
+        assert '"answered": 0' not in capsys.readouterr().out
+        assert cli.main(["load", server.address, *short, *tls]) == 2
+        assert "UNAUTHENTICATED" in capsys.readouterr().err
+
+
 def test_several_encrypted_servers_have_one_name(
     serve: Callable[..., Server], tmp_path: Path, png: Callable[[Images], bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
