@@ -52,7 +52,7 @@ class Watcher:
 
         Raises:
             BadInput: The folder is missing, or is no repository.
-            CheckFailed: With `strict`, something cannot be served.
+            CheckFailed: With `strict`, something cannot be served, or there is nothing to serve.
         """
         mistake = repository.find_mistake(self._folder)
         if mistake:
@@ -62,6 +62,8 @@ class Watcher:
             for reason in self._list_refusals():
                 raise CheckFailed(f"--strict: {reason}")
         if not self._models.serves_any():
+            if strict:
+                raise CheckFailed(f"--strict: {self._folder} holds no model that can be served")
             log.warning("no model is served until %s holds one that can be", self._folder)
 
     def scan(self, retry: bool = False) -> None:
