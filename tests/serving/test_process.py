@@ -166,3 +166,16 @@ def test_no_command_leaves_telemetry_on_disk(repository: Path, tmp_path: Path) -
     command = [sys.executable, "-m", "resnet", "tune", str(repository / "digits")]
     subprocess.run(command, env=variables, capture_output=True, check=True)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["resnet"]
+
+
+def test_a_server_may_open_as_many_files_as_the_system_allows() -> None:
+    """Not only the usual 1024, which silent connections could use up."""
+    code = """
+import resource
+from serving import process
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, most))
+process.prepare()
+print(resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most))
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "True\n"
