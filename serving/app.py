@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from export import signature
-from serving import logs, memory
+from serving import logs, process
 from serving.config import Config
 from serving.models import loader, version_policy
 from serving.models.model import Model
@@ -34,7 +34,7 @@ def serve(config: Config) -> None:
     Raises:
         BadInput: An option cannot be used; no model can be loaded; the port cannot be bound.
     """
-    memory.prepare()
+    process.prepare()
     # A request that the queue can never hold is too large: trying again would not help.
     config = dataclasses.replace(config, max_images=min(config.max_images, config.max_queue))
     with Signals() as signals:

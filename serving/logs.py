@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import os
+import select
 import sys
 import threading
 import time
@@ -63,9 +64,10 @@ def _log_exception(hook: threading.ExceptHookArgs) -> None:
 
 
 class LineHandler(logging.Handler):
-    """Writes each record at once; a line that cannot be written is dropped.
+    """Writes each record at once; a line that cannot be written at once is dropped.
 
-    A closed terminal or a full disk stops no request that way, nor the end of the process: no text is left in a buffer.
+    A closed or stopped terminal, a full pipe or disk holds up no request that way, nor the end of the process: no text
+    is left in a buffer.
     """
 
     def __init__(self, descriptor: int, formatter: logging.Formatter, encoding: str) -> None:
@@ -73,6 +75,8 @@ class LineHandler(logging.Handler):
         super().__init__()
         self.setFormatter(formatter)
         self._descriptor, self._encoding = descriptor, encoding
+        self._writable = select.poll()
+        self._writable.register(descriptor, select.POLLOUT)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""
@@ -82,8 +86,8 @@ class LineHandler(logging.Handler):
             self.handleError(record)
             return
         with suppress(OSError):
-            while rest:
-                rest = rest[os.write(self._descriptor, rest) :]
+            while rest and self._writable.poll(0):  # a pipe that is writable has room for so many bytes
+                rest = rest[os.write(self._descriptor, rest[: select.PIPE_BUF]) :]
 
 
 class _LoggedStream(io.TextIOBase):

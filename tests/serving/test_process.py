@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ import pytest
 from resnet import cli
 from serving import app, logs
 from serving.client import Client
-from serving.errors import NotFound
+from serving.errors import NotFound, Unavailable
 from tests.conftest import edit_manifest
 from tests.serving.test_app import SERVE
+from tests.serving.test_logs import STUCK as HANGING
 
 IMAGE = np.zeros((1, 32, 32, 3), np.uint8)
 PIPES: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -89,19 +91,20 @@ def test_a_closed_terminal_changes_nothing(own_repository: Path) -> None:
 
 
 class _Watched:
-    """A repository that another request to look at reaches during the first look, which fails."""
+    """A repository whose next look is asked for during the first and the second one; the second fails."""
 
     def __init__(self) -> None:
-        self.wake, self.twice = threading.Event(), threading.Event()
+        self.wake, self.looked = threading.Event(), threading.Semaphore(0)
         self.scans = 0
 
     def scan(self) -> None:
         """Count."""
         self.scans += 1
-        if self.scans == 1:
+        self.looked.release()
+        if self.scans < 3:
             self.wake.set()
+        if self.scans == 2:
             raise OSError("stale file handle")
-        self.twice.set()
 
 
 def test_what_is_asked_for_during_a_scan_is_done_after_it() -> None:
@@ -109,7 +112,7 @@ def test_what_is_asked_for_during_a_scan_is_done_after_it() -> None:
     watched: Any = _Watched()
     threading.Thread(target=app._follow, args=(watched, watched.wake, 0), daemon=True).start()
     watched.wake.set()
-    assert watched.twice.wait(30)
+    assert all(watched.looked.acquire(timeout=10) for _ in range(3))
 
 
 @pytest.mark.parametrize("style", ["human", "json"])
@@ -136,17 +139,50 @@ def test_what_a_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch)
     assert r'repository = "n\xef"' in stream.read()
 
 
+def make_record(message: str) -> logging.LogRecord:
+    """Return a record to log."""
+    return logging.makeLogRecord({"levelname": "INFO", "name": "n", "msg": message, "exc_info": None})
+
+
 def test_a_line_that_cannot_be_written_is_dropped() -> None:
     """Its handler raises nothing, says nothing, and keeps nothing for later."""
     reading, writing = os.pipe()
-    handler = logs.LineHandler(writing, logs.JsonFormatter(), "ascii")
-    record = {"levelname": "INFO", "name": "n", "msg": "é", "args": (), "created": 0.0, "exc_info": None}
-    handler.handle(logging.makeLogRecord(record))
-    assert json.loads(os.read(reading, 1000).decode("ascii").replace(r"\xe9", "e"))["message"] == "e"
+    handler = logs.LineHandler(writing, logging.Formatter(), "ascii")
+    handler.handle(make_record("é"))
+    assert os.read(reading, 1000) == rb"\xe9" + b"\n"
     os.close(reading)
-    handler.handle(logging.makeLogRecord(record))
+    handler.handle(make_record("to nobody"))
     os.close(writing)
-    handler.handle(logging.makeLogRecord(record))
+    handler.handle(make_record("to nowhere"))
+
+
+def test_nobody_waits_for_who_does_not_read() -> None:
+    """A full pipe takes no line; once it is read, it takes the next ones, long ones too."""
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb", 0) as reader, os.fdopen(writing, "wb", 0):
+        handler = logs.LineHandler(writing, logging.Formatter(), "ascii")
+        for _ in range(1000):
+            handler.handle(make_record("x" * 999))
+        assert set(reader.read(2**20).splitlines()) == {b"x" * 999}
+        handler.handle(make_record("y" * 9999))
+        assert reader.read(2**20) == b"y" * 9999 + b"\n"
+
+
+def test_a_stop_does_not_wait_for_an_engine_that_hangs(repository: Path) -> None:
+    """Longer than the grace: its caller is told to go elsewhere, and the process ends with 0."""
+    code = HANGING.replace("--grace=600", "--grace=0.2")
+    process = subprocess.Popen([sys.executable, "-c", code, str(repository)], **PIPES)
+    assert process.stdout is not None
+    process.stdout.readline()
+    address = process.stdout.readline().removeprefix("serving on ").strip()
+    with Client(address, retries=0) as client, ThreadPoolExecutor() as pool:
+        calling = pool.submit(client.classify, IMAGE)
+        assert process.stdout.readline() == "computing\n"
+        process.terminate()
+        with pytest.raises(Unavailable):
+            calling.result(30)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
 
 
 def test_telemetry_of_libraries_is_off_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,3 +202,16 @@ def test_no_command_leaves_telemetry_on_disk(repository: Path, tmp_path: Path) -
     command = [sys.executable, "-m", "resnet", "tune", str(repository / "digits")]
     subprocess.run(command, env=variables, capture_output=True, check=True)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["resnet"]
+
+
+def test_a_server_may_open_as_many_files_as_the_system_allows() -> None:
+    """Not only the usual 1024, which silent connections could use up."""
+    code = """
+import resource
+from serving import process
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, most))
+process.prepare()
+print(resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most))
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "True\n"

@@ -26,7 +26,7 @@ from benchmarks.studies.gpu.loops import make_batch
 from export.manifest import Manifest
 from resnet import CheckFailed
 from resnet.options import COUNT
-from serving import memory
+from serving import process
 from serving.config import Batching, Limits
 from serving.models import loader, registry
 from serving.runtimes.base import Images
@@ -117,7 +117,7 @@ class Service:
 
 def serve(args: argparse.Namespace) -> None:
     """Serve one file until the process is ended."""
-    memory.prepare()
+    process.prepare()
     manifest = describe(args.file)
     engine = FreeEngine(manifest) if args.free else open_engine(args.file, manifest, args.device, args.max_batch)
     batching = Batching(max_batch=args.max_batch, max_queue=MAX_QUEUE, max_queue_ms=1e9)

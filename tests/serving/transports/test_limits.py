@@ -238,6 +238,13 @@ def test_a_connection_without_calls_is_closed(serve: Callable[..., str]) -> None
         assert "idle" in find_goaway(connection)
 
 
+@pytest.mark.parametrize("transport", ["grpcio"], indirect=True)
+def test_a_connection_has_an_age(serve: Callable[..., str]) -> None:
+    """After it the client is told to make a new one."""
+    with Http2Connection(serve(max_connection_age=0.2)) as connection:
+        assert "max_age" in find_goaway(connection)
+
+
 METHODS: list[MethodDescriptor] = [
     method
     for service in (

@@ -1,10 +1,12 @@
-"""Memory settings for a long-running server process: garbage collection and glibc's malloc."""
+"""Settings of a long-running server process: garbage collection, glibc's malloc, and open files."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import resource
 import sys
+from contextlib import suppress
 
 # By default Python collects the youngest generation after 700 allocations. With hundreds of active calls that finds
 # almost nothing, and it lowered a server's throughput by an eighth.
@@ -16,10 +18,17 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 
 
 def prepare() -> None:
-    """Collect garbage less often, and keep freed memory for later requests."""
+    """Collect garbage less often, keep freed memory for later requests, and open as many files as the system allows.
+
+    Each connection is an open file. Usually 1024 are allowed, for programs that call `select`, and a process may allow
+    itself more: without that, silent connections could keep callers out and new versions from being read.
+    """
     gc.set_threshold(GC_THRESHOLD, GC_OLDER_THRESHOLD, GC_OLDER_THRESHOLD)
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):  # musl has no mallopt
             libc.mallopt(M_TRIM_THRESHOLD, RETAINED_BYTES)
             libc.mallopt(M_MMAP_THRESHOLD, RETAINED_BYTES)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS refuses its own unlimited number
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
