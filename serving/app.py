@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import signal
 import threading
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from export import signature
-from serving import logs, memory
+from serving import logs, memory, threads
 from serving.config import Config
 from serving.models import loader, version_policy
 from serving.models.model import Model
@@ -22,6 +23,8 @@ from serving.transports.tls import ServerTls
 
 if TYPE_CHECKING:
     from serving.observability.tracing import Tracing
+
+log = logging.getLogger(__name__)
 
 
 def serve(config: Config) -> None:
@@ -43,6 +46,7 @@ def serve(config: Config) -> None:
     watcher = Watcher(config.repository, registry, load, policies)
     watcher.start()
     server = Server(registry, config.host, config.port, config, *access, watcher, tracing, config.transport)
+    server.watch(threads.end_process if config.exit_when_stuck else log.critical)
     serve_metrics(config, registry, server.transport)
     print(f"serving on {server.address}", flush=True)
     while not stop.is_set():

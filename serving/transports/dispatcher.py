@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 from serving.config import Limits
-from serving.errors import Overloaded, ServingError, TooLarge
+from serving.errors import Overloaded, ServingError, TooLarge, Unavailable
 from serving.transports.auth import Tokens
 from serving.transports.call import MAX_SEPARATE, Call, Methods, Streaming, Unary, refuse
 
@@ -40,7 +41,7 @@ class Dispatcher:
         except Exception as error:
             try:
                 refuse(call, error)
-            except Exception:
+            except BaseException:  # also that of a library that is written in Rust, which is no Exception
                 log.exception("a call could not be answered")
 
     def stream(self, call: Call, method: Streaming, requests: Iterator[bytes]) -> Iterator[bytes]:
@@ -54,10 +55,13 @@ class Dispatcher:
             call.leave()
 
     def drain(self, seconds: float) -> None:
-        """Wait until every active call is answered, for `seconds` at most."""
+        """Wait until every active call is answered, for `seconds` at most; then refuse the others."""
         end = time.monotonic() + seconds
         while self.active and time.monotonic() < end:
             time.sleep(0.01)
+        for call in self.active.copy():
+            with suppress(NotImplementedError):  # a stream ends by itself
+                call.fail(Unavailable("the server is shutting down, and had no time for this request"))
 
     def _admit(self, call: Call, separate: bool = False) -> ServingError | None:
         """Count a call as active, or return why it is refused."""
