@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from export import signature
-from serving import logs, process
+from serving import logs, process, threads
 from serving.config import Config
 from serving.models import loader, version_policy
 from serving.models.model import Model
@@ -47,6 +47,7 @@ def serve(config: Config) -> None:
         if not signals.run(lambda: watcher.start(config.strict)):
             return
         server = Server(registry, config.host, config.port, config, *access, watcher, tracing, config.transport)
+        server.watch(threads.end_process if config.exit_when_stuck else log.critical)
         serve_metrics(config, registry, server)
         logs.announce(f"serving on {server.address}")
         wake = threading.Event()

@@ -127,7 +127,9 @@ class Batching:
     """Options of a batcher; `resnet serve --help` explains each."""
 
     max_batch: int = option(32, "maximum images in one batch", low=1, high=COUNT, group="batching")
-    max_queue: int = option(1024, "maximum images in the queue; requests that exceed it are refused", low=1)
+    max_queue: int = option(
+        1024, "maximum images in the queue before a request, itself included; others are refused", low=1
+    )
     # After 5 s most callers have given up, and work for them delays the others.
     max_queue_ms: float = option(
         5000.0, "maximum milliseconds of queued work; above it new requests are refused", low=0
@@ -178,6 +180,11 @@ class ServeOptions:
         None, "port for Prometheus metrics over HTTP; 0 picks a free one", low=0, high=65535
     )
     grace: float = option(30.0, "seconds to finish active requests after SIGTERM", low=0, high=threading.TIMEOUT_MAX)
+    exit_when_stuck: bool = option(
+        True,
+        "exit with code 70 when no request gets through any more, so that the server can be restarted; the log says "
+        "where each thread stands",
+    )
     tls_cert: Path | None = option(None, "server certificate in PEM; enables TLS", group="security")
     tls_key: Path | None = option(None, "private key of the certificate, in PEM")
     tls_client_ca: Path | None = option(None, "CA certificate in PEM; require client certificates signed by it")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -16,6 +15,7 @@ from serving.protocols.health import Health
 from serving.protocols.inputs import InputDecoder
 from serving.protocols.stream import Streams
 from serving.runtimes.cores import count_cores
+from serving.threads import WorkerPool
 from serving.transports import unix
 from serving.transports.auth import Tokens
 from serving.transports.call import Methods
@@ -24,12 +24,14 @@ from serving.transports.dispatcher import Dispatcher
 from serving.transports.grpcio import GrpcioTransport
 from serving.transports.native import NativeTransport
 from serving.transports.tls import ServerTls
+from serving.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from serving.observability.tracing import Tracing
 
 # Those of the models; gRPC's own services, health and reflection, have no status of their own.
 SERVICES = tuple(name for name in list_services() if not name.startswith("grpc."))
+CONTROL_THREADS = 4  # some for what takes microseconds while others load models
 CLOSE_SECONDS = 0.5  # for clients to hear that the server ends
 
 log = logging.getLogger(__name__)
@@ -75,8 +77,12 @@ class Server:
         """Whether requests are taken."""
         self.transport = kind
         """The transport that receives calls."""
-        self._workers = ThreadPoolExecutor(count_cores(), thread_name_prefix="decode")
-        methods = self._find_methods(InputDecoder(limits), repository)
+        self.live = True
+        """Whether requests get through; if not, only a restart helps."""
+        self._workers, self._control = WorkerPool(count_cores(), "decode"), WorkerPool(CONTROL_THREADS, "control")
+        self._decoder = InputDecoder(limits)
+        self._watchdog: Watchdog | None = None
+        methods = self._find_methods(repository)
         traced = tracing.follow_calls(methods) if tracing else methods
         dispatcher = Dispatcher(traced, limits, Tokens(host, token, admin_token))
         self.refusals: Mapping[str, int] = dispatcher.refusals
@@ -103,6 +109,23 @@ class Server:
         self._health.set(name, served)
         self._health.set("", self._models.serves_any())
 
+    def watch(self, on_stuck: Callable[[str], None] = log.critical) -> None:
+        """Find out from now on whether requests get through, for liveness checks.
+
+        Args:
+            on_stuck: Called with a report when none does.
+        """
+
+        def set_live(live: bool, report: str) -> None:
+            self.live = live
+            self._health.set_live(live)
+            self.announce(live)
+            if not live:
+                on_stuck(report)
+
+        self._watchdog = Watchdog(self._models, self._decoder, self._workers, set_live)
+        self._watchdog.start()
+
     def stop(self, grace_seconds: float) -> None:
         """Refuse new requests, answer the active ones, and close.
 
@@ -111,6 +134,8 @@ class Server:
         """
         end = time.monotonic() + grace_seconds
         self.ready = False
+        if self._watchdog:
+            self._watchdog.stop()
         self._health.close()
         # While requests are active, new ones on open connections are refused as UNAVAILABLE, which clients send
         # elsewhere; gRPC's own stop would cancel some of them.
@@ -119,9 +144,11 @@ class Server:
         self._models.close()
         self._models.drain(grace_seconds)
         self._transport.dispatcher.drain(max(0.0, end - time.monotonic()))
+        self._streams.abort()
         # What is left needs no answer: calls whose request never came.
         self._transport.stop(min(CLOSE_SECONDS, max(0.0, end - time.monotonic())))
-        self._workers.shutdown(wait=False)
+        self._workers.close()
+        self._control.close()
         if self._socket:
             self._socket.unlink(missing_ok=True)
 
@@ -131,12 +158,13 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.stop(grace_seconds=10)
 
-    def _find_methods(self, decoder: InputDecoder, repository: RepositoryControl | None) -> Methods:
+    def _find_methods(self, repository: RepositoryControl | None) -> Methods:
         """Return the methods of all protocols, by path."""
         context = ServerContext(
             models=self._models,
-            decoder=decoder,
+            decoder=self._decoder,
             workers=self._workers,
+            control=self._control,
             streams=self._streams,
             health=self._health,
             server=self,

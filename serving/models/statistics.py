@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 import time
 from bisect import bisect_left
@@ -19,6 +20,8 @@ from serving.scheduling.queue import BatchResult
 # Upper bounds of the histogram buckets: from 0.1 ms to 10 s, three in each decade.
 BOUNDS_NS = (*(digit * 10**power for power in range(5, 10) for digit in (1, 2, 5)), 10**10)
 FLUSH_SIZE = 512  # answered requests that are counted together: one by one, each costs as much as checking a request
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -153,7 +156,7 @@ class Statistics:
             with self._lock:
                 self._flush()
         if self.observer:
-            self.observer.end(request)
+            self._notify(request, self.observer)
 
     def count_failed(self, request: TrackedRequest, error: Exception) -> None:
         """Count a failed request, and notify the observer."""
@@ -163,7 +166,14 @@ class Statistics:
         if isinstance(error, ServingError):
             error.model, error.version = self.model, self.version
         if self.observer:
-            self.observer.end(request)
+            self._notify(request, self.observer)
+
+    def _notify(self, request: TrackedRequest, observer: Observer) -> None:
+        """Notify the observer; what it fails on concerns no caller."""
+        try:
+            observer.end(request)
+        except Exception:
+            log.exception("an observer of requests failed")
 
     def count_refused(self, error: ServingError) -> None:
         """Count a request that was refused on arrival."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -17,16 +16,20 @@ from serving.protocols import PROTOCOLS
 from serving.protocols.handler import parse_message
 from serving.protocols.inputs import InputDecoder
 from serving.protocols.stream import Streams
+from serving.threads import WorkerPool
 from serving.transports.call import Call, Methods, Unary, log_answered, refuse
 
 if TYPE_CHECKING:
     from serving.protocols.health import Health
 
 
-class Readiness(Protocol):
-    """Knows whether the server takes requests."""
+class ServerState(Protocol):
+    """Knows how the server is."""
 
     ready: bool
+    """Whether it takes requests."""
+    live: bool
+    """Whether requests get through it."""
 
 
 class RepositoryControl(Protocol):
@@ -46,20 +49,22 @@ class ServerContext:
     Attributes:
         models: The served models.
         decoder: Decodes and validates images.
-        workers: Threads for what takes milliseconds.
+        workers: Threads that read requests with images, for milliseconds each.
+        control: Threads for all other methods; loading a model takes one for minutes.
         streams: The open streams.
         health: Knows what is served.
-        server: Knows whether requests are taken.
+        server: Knows how the server is.
         repository: Loads and unloads models; None on a server without a repository.
         transport: Name of the transport, for people.
     """
 
     models: ModelRegistry
     decoder: InputDecoder
-    workers: ThreadPoolExecutor
+    workers: WorkerPool
+    control: WorkerPool
     streams: Streams
     health: Health
-    server: Readiness
+    server: ServerState
     repository: RepositoryControl | None
     transport: str
 
@@ -93,7 +98,7 @@ def services_of(file: Any) -> tuple[str, ...]:
 def reply(
     function: Callable[[Any], Message],
     request_type: type[Message],
-    workers: ThreadPoolExecutor | None = None,
+    workers: WorkerPool | None = None,
     limited: bool = True,
 ) -> Unary:
     """Return a method that maps a request message to a response message.
@@ -124,7 +129,7 @@ def reply(
 def reply_methods(
     file: Any,
     servicer: object,
-    workers: ThreadPoolExecutor,
+    workers: WorkerPool,
     skip: Collection[str] = (),
     probes: Collection[str] = (),
 ) -> Methods:

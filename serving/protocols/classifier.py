@@ -12,7 +12,7 @@ from serving.models.model import Model
 from serving.models.registry import ModelRegistry
 from serving.protocols.base import ServerContext, services_of
 from serving.protocols.handler import InferenceHandler, ParsedRequest, parse_message
-from serving.protocols.inputs import InputDecoder, to_priority
+from serving.protocols.inputs import Check, InputDecoder, to_priority
 from serving.protocols.outputs import find_top
 from serving.protocols.stream import StreamItem
 from serving.runtimes.base import Images
@@ -44,15 +44,16 @@ class Classifier:
         """Return the model that the request names."""
         return self._models.find(request.model, request.version, request.version_label)
 
-    def read(self, request: pb.ClassifyRequest, model: Model) -> ParsedRequest:
+    def read(self, request: pb.ClassifyRequest, model: Model, check: Check) -> ParsedRequest:
         """Return what the request asks of the model."""
         top_k, priority = _find_top_k(request, model), to_priority(request.priority)
-        return ParsedRequest(self._read_images(request, model), partial(_respond, model, top_k), priority=priority)
+        images = self._read_images(request, model, check)
+        return ParsedRequest(images, partial(_respond, model, top_k), priority=priority)
 
-    def _read_images(self, request: pb.ClassifyRequest, model: Model) -> Images:
+    def _read_images(self, request: pb.ClassifyRequest, model: Model, check: Check) -> Images:
         match request.WhichOneof("input"):
             case "encoded":
-                return self._decoder.decode(request.encoded.images, model)
+                return self._decoder.decode(request.encoded.images, model, check)
             case "tensor":
                 tensor = request.tensor
                 if tensor.data_type != pb.DATA_TYPE_UINT8:

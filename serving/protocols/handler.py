@@ -6,7 +6,6 @@ import copy
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -17,6 +16,7 @@ from serving.models.model import Model
 from serving.models.registry import ModelRegistry
 from serving.runtimes.base import Images
 from serving.scheduling.queue import DEFAULT_PRIORITY, BatchResult, Outcome
+from serving.threads import WorkerPool
 from serving.transports.call import OVERLOADS, Call, log, log_answered, refuse
 
 RequestT = TypeVar("RequestT")
@@ -57,15 +57,15 @@ class RequestReader(Protocol[RequestT]):
         """Return the model that the request names."""
         ...
 
-    def read(self, request: RequestT, model: Model, /) -> ParsedRequest:
-        """Return what the request asks of the model."""
+    def read(self, request: RequestT, model: Model, check: Callable[[], None], /) -> ParsedRequest:
+        """Return what the request asks of the model; `check`, called between images, raises if nobody waits for it."""
         ...
 
 
 class InferenceHandler(Generic[RequestT]):
     """Answers the calls of a method that computes, with the batcher of the model that each call names."""
 
-    def __init__(self, reader: RequestReader[RequestT], models: ModelRegistry, workers: ThreadPoolExecutor) -> None:
+    def __init__(self, reader: RequestReader[RequestT], models: ModelRegistry, workers: WorkerPool) -> None:
         """Answer from `models`; `reader` reads requests, and slow ones are read by `workers`."""
         self._reader, self._models, self._workers = reader, models, workers
 
@@ -100,7 +100,8 @@ class InferenceHandler(Generic[RequestT]):
             return
         tracked = model.statistics.begin(call.span)
         try:
-            parsed = self._reader.read(request, model)
+            call.check()
+            parsed = self._reader.read(request, model, call.check)
             tracked.decoded()
             deadline = min(call.deadline, time.monotonic() + parsed.timeout) if parsed.timeout else call.deadline
 

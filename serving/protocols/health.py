@@ -1,9 +1,9 @@
-"""`grpc.health.v1.Health`: whether the server, its services and its models take requests."""
+"""`grpc.health.v1.Health`: whether the server, its services and its models take requests, and whether it lives."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from grpc_health.v1 import health_pb2 as pb
 
@@ -13,6 +13,7 @@ from serving.protocols.handler import parse_message
 from serving.transports.call import Call, Methods, Streaming
 
 SERVICES = services_of(pb.DESCRIPTOR)
+LIVENESS = "liveness"  # the name of what only a restart can help; a model of this name is not reported
 POLL_SECONDS = 1.0  # between a watch's looks whether its client is still there
 
 
@@ -20,21 +21,27 @@ class Health:
     """What is served, by name; threads may share it."""
 
     def __init__(self) -> None:
-        self._serving: dict[str, bool] = {}
+        self._serving: dict[str, bool] = {LIVENESS: True}
         self._changed = threading.Condition()
         self._closed = False
 
     def set(self, name: str, serving: bool) -> None:
         """Set whether a service, a model or, by the empty name, the server takes requests."""
-        with self._changed:
-            self._serving[name] = serving and not self._closed
-            self._changed.notify_all()
+        if name != LIVENESS:
+            self._set({name: serving and not self._closed})
+
+    def set_live(self, live: bool) -> None:
+        """Set whether requests get through the server."""
+        self._set({LIVENESS: live})
 
     def close(self) -> None:
-        """Set everything to not serving, for good."""
+        """Set everything to not serving, for good, except that the server lives."""
+        self._closed = True
+        self._set({name: False for name in self._serving if name != LIVENESS})
+
+    def _set(self, serving: Mapping[str, bool]) -> None:
         with self._changed:
-            self._closed = True
-            self._serving = dict.fromkeys(self._serving, False)
+            self._serving = {**self._serving, **serving}
             self._changed.notify_all()
 
     def Check(self, request: pb.HealthCheckRequest) -> pb.HealthCheckResponse:
@@ -69,5 +76,5 @@ class Health:
 
 def find_methods(context: ServerContext) -> Methods:
     """Return the methods of the service, by path."""
-    methods = reply_methods(pb.DESCRIPTOR, context.health, context.workers, skip=("Watch",), probes=("Check",))
+    methods = reply_methods(pb.DESCRIPTOR, context.health, context.control, skip=("Watch",), probes=("Check",))
     return methods | {f"/{SERVICES[0]}/Watch": Streaming(context.health.watch, separate=True)}

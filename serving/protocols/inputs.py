@@ -20,7 +20,11 @@ from training.images import InvalidImage, decode
 SMALL_PIXELS = 2**18  # of 512x512: a few MB while decoded, which every call may have at the same time
 MAX_DIGITS = 19  # of a version: Python refuses to parse 4301
 
+BUDGET_SECONDS = 0.1  # between two looks whether somebody still waits for an image that waits for its pixels
+
 Admit = Callable[[int], AbstractContextManager[object]]
+Check = Callable[[], None]
+"""Raises an error if nobody waits for the request any more."""
 
 
 class TensorLayout(NamedTuple):
@@ -38,19 +42,25 @@ class TensorLayout(NamedTuple):
 
 
 class InputDecoder:
-    """Decodes and validates the images of requests."""
+    """Decodes and validates the images of requests.
+
+    Attributes:
+        max_images: Most images of a request.
+        decoded: Images that were decoded so far, nearly: threads that count at the same time may count one.
+    """
 
     def __init__(self, limits: Limits) -> None:
         """Decode within `limits`."""
-        self.max_images = limits.max_images
+        self.max_images, self.decoded = limits.max_images, 0
         self._limits, self._budget = limits, PixelBudget(limits.max_unpacked_pixels)
 
-    def decode(self, files: Sequence[bytes], model: Model) -> Images:
+    def decode(self, files: Sequence[bytes], model: Model, check: Check = lambda: None) -> Images:
         """Decode images, and resize them to what the model takes, by the rule in its manifest.
 
         Args:
             files: The encoded images.
             model: The model.
+            check: Called before each image, and while it waits.
 
         Returns:
             Pixels, uint8 [n, height, width, 3].
@@ -59,7 +69,7 @@ class InputDecoder:
             InvalidRequest: There are none or too many, one is no image, or they have too many pixels.
         """
         self._check_count(len(files))
-        admit = self._count_pixels()
+        admit = self._count_pixels(check)
         return np.stack([self._decode(data, index, model, admit) for index, data in enumerate(files)])
 
     def expect(self, shape: Sequence[int], dtype: str, model: Model) -> TensorLayout:
@@ -116,20 +126,22 @@ class InputDecoder:
         if count > self.max_images:
             raise InvalidRequest(f"the request holds {count} images, more than the {self.max_images} allowed; split it")
 
-    def _count_pixels(self) -> Admit:
+    def _count_pixels(self, check: Check) -> Admit:
         """Return a function that admits the images of one request, each before it is decoded."""
         allowed = left = self._limits.max_request_pixels
 
         def admit(pixels: int) -> AbstractContextManager[object]:
             nonlocal left
+            check()
             left -= pixels
             if left < 0:
                 raise InvalidRequest(f"the request's images have more than the {allowed:,} pixels allowed; split it")
-            return self._budget.take(pixels) if pixels > SMALL_PIXELS else nullcontext()
+            return self._budget.take(pixels, check) if pixels > SMALL_PIXELS else nullcontext()
 
         return admit
 
     def _decode(self, data: bytes, index: int, model: Model, admit: Admit) -> Images:
+        self.decoded += 1
         (height, width, _), resize = model.image_shape, model.manifest.preprocessing.resize
         try:
             return decode(data, (height, width), resize, max_pixels=self._limits.max_image_pixels, admit=admit)
@@ -145,11 +157,15 @@ class PixelBudget:
         self._changed = threading.Condition()
 
     @contextmanager
-    def take(self, pixels: int) -> Iterator[None]:
-        """Hold a share of the budget; an image larger than the whole budget takes all of it."""
+    def take(self, pixels: int, check: Check = lambda: None) -> Iterator[None]:
+        """Hold a share of the budget; an image larger than the whole budget takes all of it.
+
+        While it waits, `check` is called again and again.
+        """
         share = min(pixels, self._pixels)
         with self._changed:
-            self._changed.wait_for(lambda: self._free >= share)
+            while not self._changed.wait_for(lambda: self._free >= share, BUDGET_SECONDS):
+                check()
             self._free -= share
         try:
             yield

@@ -21,7 +21,7 @@ from serving.errors import InvalidRequest, ServingError, Unsupported
 from serving.models.model import Model
 from serving.protocols.base import ServerContext, reply_methods, services_of
 from serving.protocols.handler import InferenceHandler, ParsedRequest
-from serving.protocols.inputs import TensorLayout, to_bytes, to_priority
+from serving.protocols.inputs import Check, TensorLayout, to_bytes, to_priority
 from serving.protocols.kserve_control import DATATYPES, KServeControl, find_model
 from serving.protocols.kserve_request import ENCODED, InferRequest, RequestParser
 from serving.protocols.outputs import find_top
@@ -75,10 +75,10 @@ class KServe:
         """Return the model that the request names."""
         return find_model(self._models, self._server, request.head.name, request.head.version)
 
-    def read(self, request: InferRequest, model: Model) -> ParsedRequest:
+    def read(self, request: InferRequest, model: Model, check: Check) -> ParsedRequest:
         """Return what the request asks of the model."""
         terms = request.head.resolve(model, self._derive_terms)
-        images = self._read_images(request, terms, model)
+        images = self._read_images(request, terms, model, check)
         return ParsedRequest(images, partial(_respond, terms, model), terms.timeout, terms.priority)
 
     def _derive_terms(self, request: pb.ModelInferRequest, model: Model) -> RequestTerms:
@@ -103,7 +103,7 @@ class KServe:
             pb.ModelInferResponse(id=request.id).SerializeToString(),
         )
 
-    def _read_images(self, request: InferRequest, terms: RequestTerms, model: Model) -> Images:
+    def _read_images(self, request: InferRequest, terms: RequestTerms, model: Model, check: Check) -> Images:
         """Return the pixels of the one input, in whichever form they came."""
         raw, name = request.raw, model.manifest.input.name
         if raw and terms.inline:
@@ -117,7 +117,7 @@ class KServe:
             files, shape = _unpack(bytes(raw[0])) if raw else list(tensor.contents.bytes_contents), list(tensor.shape)
             if shape not in ([len(files)], [len(files), 1]):
                 raise InvalidRequest(f"input {name!r} has the shape {shape}, but {len(files)} encoded images")
-            return self._decoder.decode(files, model)
+            return self._decoder.decode(files, model, check)
         values = tensor.contents
         is_uint8 = terms.layout.dtype == np.uint8
         data = to_bytes(values.uint_contents) if is_uint8 else np.array(values.fp32_contents, "<f4").tobytes()
@@ -166,7 +166,7 @@ def find_methods(context: ServerContext) -> Methods:
     handler = InferenceHandler(KServe(context), context.models, context.workers)
     stream = partial(context.streams.answer, partial(ModelStreamInfer, handler))
     skip = [path.rpartition("/")[2] for path in (INFER, STREAM_INFER)]
-    methods = reply_methods(pb.DESCRIPTOR, KServeControl(context), context.workers, skip, PROBES)
+    methods = reply_methods(pb.DESCRIPTOR, KServeControl(context), context.control, skip, PROBES)
     return methods | {INFER: Unary(handler.answer), STREAM_INFER: Streaming(stream)}
 
 

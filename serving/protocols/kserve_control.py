@@ -14,7 +14,7 @@ from serving.models.model import Model
 from serving.models.registry import ModelRegistry
 from serving.models.statistics import Counts, Duration
 from serving.models.version_policy import ALL, VersionPolicy
-from serving.protocols.base import Readiness, RepositoryControl, ServerContext
+from serving.protocols.base import RepositoryControl, ServerContext, ServerState
 from serving.protocols.inputs import to_version
 from serving.scheduling.queue import DEFAULT_PRIORITY, PRIORITIES
 
@@ -40,8 +40,8 @@ class KServeControl:
         self._transport, self._max_images = context.transport, context.decoder.max_images
 
     def ServerLive(self, _: pb.ServerLiveRequest) -> pb.ServerLiveResponse:
-        """Return that the server runs."""
-        return pb.ServerLiveResponse(live=True)
+        """Return whether requests get through the server; if not, only a restart helps."""
+        return pb.ServerLiveResponse(live=self._server.live)
 
     def ServerReady(self, _: pb.ServerReadyRequest) -> pb.ServerReadyResponse:
         """Return whether the server takes requests, and has a model for them."""
@@ -138,7 +138,7 @@ class KServeControl:
         return find_model(self._models, self._server, name, version)
 
 
-def find_model(models: ModelRegistry, server: Readiness, name: str, version: str) -> Model:
+def find_model(models: ModelRegistry, server: ServerState, name: str, version: str) -> Model:
     """Return a model.
 
     Args:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Protocol
 
-from serving.errors import Malformed, ServingError, Trailers, Unavailable
+from serving.errors import Malformed, Overloaded, ServingError, Trailers, Unavailable
 from serving.transports.call import Call, report
 
 READ_AHEAD = 64  # requests that are read and not answered; the .proto documents it
@@ -46,8 +46,13 @@ class StreamItem(Call):
         self._stream.complete(self, self._stream.protocol.respond(self, response))
 
     def _send_error(self, error: ServingError) -> None:
-        ends = isinstance(error, Malformed)  # the requests after it cannot be trusted either
-        self._stream.complete(self, error if ends else self._stream.protocol.refuse(self, error))
+        answer: bytes | ServingError = error
+        if not isinstance(error, Malformed):  # else the requests after it cannot be trusted either
+            try:
+                answer = self._stream.protocol.refuse(self, error)
+            except Exception as bug:
+                answer = report(self, bug)  # which ends the stream: a request without an answer would hold it for ever
+        self._stream.complete(self, answer)
 
 
 class StreamProtocol(Protocol):
@@ -93,6 +98,11 @@ class Streams:
         for stream in self._open.copy():
             stream.close()
 
+    def abort(self) -> None:
+        """End all streams at once."""
+        for stream in self._open.copy():
+            stream.abort()
+
 
 class Stream:
     """An open stream."""
@@ -103,11 +113,14 @@ class Stream:
         self._items: deque[StreamItem] = deque()  # in order of arrival, if they are answered in that order
         self._ready: SimpleQueue[StreamItem | None] = SimpleQueue()  # None: no further request is read
         self._read = 0  # counted by the reader only
-        self._closing = self._left = False
+        self._closing = self._aborted = self._left = False
 
     def answer(self, requests: Iterator[bytes]) -> Iterator[bytes]:
         """Yield the responses, until the client has half-closed and has them all, or the server shuts down."""
-        threading.Thread(target=self._read_all, args=(requests,), name="stream", daemon=True).start()
+        try:
+            threading.Thread(target=self._read_all, args=(requests,), name="stream", daemon=True).start()
+        except RuntimeError:
+            raise Overloaded("the server cannot start a further thread, which each stream needs") from None
         answered, ending = 0, False
         fatal: ServingError | None = None
         try:
@@ -115,6 +128,8 @@ class Stream:
                 item = self._ready.get()
                 if item is None:
                     ending = True
+                    if self._aborted:
+                        break
                     continue
                 for ready in self._in_order() if self.protocol.ordered else (item,):
                     if isinstance(ready.answer, ServingError):
@@ -141,6 +156,11 @@ class Stream:
         """Answer the requests that were read, then end the call as UNAVAILABLE."""
         self._closing = True
         self._ready.put(None)
+
+    def abort(self) -> None:
+        """End the call as UNAVAILABLE, whatever was read."""
+        self._aborted = True
+        self.close()
 
     def _in_order(self) -> Iterator[StreamItem]:
         while self._items and self._items[0].answer is not None:

@@ -20,7 +20,7 @@ from serving.models.model import Model
 from serving.models.registry import ModelRegistry
 from serving.protocols.base import ServerContext, reply_methods, services_of
 from serving.protocols.handler import InferenceHandler, ParsedRequest
-from serving.protocols.inputs import InputDecoder, to_bytes, to_version
+from serving.protocols.inputs import Check, InputDecoder, to_bytes, to_version
 from serving.runtimes.base import Images
 from serving.scheduling.queue import BatchResult
 from serving.transports.call import Methods, Unary
@@ -50,12 +50,12 @@ class TfServing:
         """Return the model that the request names."""
         return _find(self._models, request.model_spec)
 
-    def read(self, request: pb.PredictRequest, model: Model) -> ParsedRequest:
+    def read(self, request: pb.PredictRequest, model: Model, check: Check) -> ParsedRequest:
         """Return what the request asks of the model."""
         output = model.manifest.output.name
         if list(request.output_filter) not in ([], [output]):
             raise InvalidRequest(f"model {model.name!r} has one output, {output!r}; output_filter names others")
-        return ParsedRequest(self._read_images(request, model), partial(_respond, model))
+        return ParsedRequest(self._read_images(request, model, check), partial(_respond, model))
 
     def GetModelMetadata(self, request: pb.GetModelMetadataRequest) -> pb.GetModelMetadataResponse:
         """Describe the signature of a model."""
@@ -98,7 +98,7 @@ class TfServing:
             model_version_status=[_to_status(number, served.refusals.get(number)) for number in sorted(chosen)]
         )
 
-    def _read_images(self, request: pb.PredictRequest, model: Model) -> Images:
+    def _read_images(self, request: pb.PredictRequest, model: Model, check: Check) -> Images:
         """Return the pixels of the one input, in whichever form they came."""
         name = model.manifest.input.name
         if list(request.inputs) != [name]:
@@ -115,7 +115,7 @@ class TfServing:
                 files = list(tensor.string_val)
                 if shape != [len(files)]:
                     raise InvalidRequest(f"input {name!r} has the shape {shape}, but {len(files)} encoded images")
-                return self._decoder.decode(files, model)
+                return self._decoder.decode(files, model, check)
             case tf.DT_UINT8:
                 data = tensor.tensor_content or _repeat(to_bytes(tensor.int_val), 1, size)
                 return self._decoder.read(data, self._decoder.expect(shape, "uint8", model))
@@ -131,7 +131,7 @@ def find_methods(context: ServerContext) -> Methods:
     """Return the methods of both services, by path."""
     protocol = TfServing(context.models, context.decoder)
     handler = InferenceHandler(protocol, context.models, context.workers)
-    methods = reply_methods(pb.DESCRIPTOR, protocol, context.workers, skip=("Predict",))
+    methods = reply_methods(pb.DESCRIPTOR, protocol, context.control, skip=("Predict",))
     return methods | {PREDICT: Unary(handler.answer)}
 
 

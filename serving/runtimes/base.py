@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export.parity import Probabilities
+from serving.threads import WorkerPool
 
 __all__ = ["Concatenator", "Engine", "EngineThreads", "Images", "Probabilities", "ThreadPool"]
 
@@ -38,7 +38,7 @@ class EngineThreads(Protocol):
     """Whether the next full batch is concatenated while one is computed; only possible with one instance."""
 
     def submit(self, work: Callable[[], object], /) -> object:
-        """Run `work` on one of the threads, as soon as one is free."""
+        """Run `work` on one of the threads, as soon as one is free; this never fails."""
         ...
 
     def concatenator(self) -> Concatenator:
@@ -46,7 +46,7 @@ class EngineThreads(Protocol):
         ...
 
 
-class ThreadPool(ThreadPoolExecutor):
+class ThreadPool(WorkerPool):
     """Threads for an engine that any thread may call."""
 
     prefetch = False

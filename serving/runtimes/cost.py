@@ -1,4 +1,8 @@
-"""The cost of a batch: the time to compute it by its size, measured once and updated by every batch."""
+"""The cost of a batch: the time to compute it by its size, measured at the start and updated by every batch.
+
+An estimate must not run away, whatever noise there is. Each follows what batches of its size took, and the others
+follow at a fixed share of its steps: these cancel out, so that a slow batch, followed by usual ones, leaves no trace.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,26 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
 NOISE = 1.05  # costs within this factor of each other count as equal
+MIN_SIZES = 3  # whose costs are compared, to find the best
 WEIGHT = 0.2  # of the newest batch; after five further batches a third of that is left
-OTHER_SIZES_WEIGHT = 0.1  # of the newest batch, for batches of other sizes
-MAX_FACTOR = 4.0  # an observation further from the prediction is clipped: something else may have delayed the batch
+SHARED = 0.5  # exponent of a step of one size for all others: what made a batch slow or fast affects them, too
+# Something else may have delayed a batch: what is further above the prediction is clipped. Nothing makes a batch faster
+# than it is: a prediction further above what a batch took is wrong, and is corrected at once.
+MAX_FACTOR = 4.0
+MIN_NS, MAX_NS = 1.0, 1e15  # no batch takes less, or eleven days
 
 
 class CostCurve:
     """Nanoseconds of a batch by its number of images. Threads may share one."""
 
     def __init__(self, measured: Mapping[int, float] | None = None) -> None:
-        """Begin with measured nanoseconds by number of images; None if nothing was measured."""
+        """Begin with measured nanoseconds by number of images; None if nothing was measured.
+
+        A time that no batch can take, such as 0 or infinity, counts as not measured.
+        """
+        usable = sorted((size, ns) for size, ns in (measured or {}).items() if MIN_NS <= ns <= MAX_NS)
         # Replaced as a whole, never changed, so that reading needs no lock. Sizes ascend; each has its time.
-        sizes = sorted(measured or ())
-        self._points: tuple[Sequence[int], Sequence[float]] = sizes, [(measured or {})[size] for size in sizes]
+        self._points: tuple[Sequence[int], Sequence[float]] = [size for size, _ in usable], [ns for _, ns in usable]
         self._lock = threading.Lock()
 
     def points(self) -> dict[int, float]:
@@ -45,29 +56,30 @@ class CostCurve:
     def find_best_batch(self, max_batch: int) -> int:
         """Return the smallest known batch size with nearly the lowest cost per image: larger batches only add latency.
 
-        It is `max_batch` while no size up to `max_batch` is known.
+        It is `max_batch` unless enough sizes up to `max_batch` are known: a warm-up knows two, which are no comparison.
         """
         ns_per_image = {size: ns / size for size, ns in self.points().items() if size <= max_batch}
-        return min(
-            (size for size, ns in ns_per_image.items() if ns <= NOISE * min(ns_per_image.values())), default=max_batch
-        )
+        if len(ns_per_image) < MIN_SIZES:
+            return max_batch
+        return min(size for size, ns in ns_per_image.items() if ns <= NOISE * min(ns_per_image.values()))
 
     def update(self, images: int, ns: float) -> None:
-        """Move the curve towards the time that a batch took: what made it slow or fast affects other sizes, too.
-
-        All sizes are multiplied by powers of the observed factor. Powers cancel out: a slow batch, followed by usual
-        ones, leaves the other sizes as they were.
-        """
+        """Move the curve towards the time that a batch took."""
+        if not ns <= MAX_NS:
+            return  # no time
+        ns = max(ns, MIN_NS)
         with self._lock:
             sizes, times = self._points
-            at = bisect_left(sizes, images)
-            if expected := self.ns(images):
-                ns = min(max(ns, expected / MAX_FACTOR), expected * MAX_FACTOR)
-            if at < len(sizes) and sizes[at] == images:
-                factor = ns / times[at]
-                shared = factor**OTHER_SIZES_WEIGHT
-                updated = [time * shared for time in times]
-                updated[at] = times[at] * factor**WEIGHT
-                self._points = sizes, updated
-            else:
-                self._points = [*sizes[:at], images, *sizes[at:]], [*times[:at], max(ns, 1.0), *times[at:]]
+            if not sizes:
+                self._points = [images], [ns]
+                return
+            expected = self.ns(images)
+            at = min(bisect_left(sizes, images), len(sizes) - 1)  # a larger batch tells about the largest size
+            if images < sizes[at]:
+                sizes, times = [*sizes[:at], images, *sizes[at:]], [*times[:at], expected, *times[at:]]
+            factor = min(ns / expected, MAX_FACTOR)
+            step = min(factor**WEIGHT, MAX_FACTOR * factor)
+            shared = step**SHARED
+            updated = [time * shared for time in times]
+            updated[at] = times[at] * step
+            self._points = sizes, updated

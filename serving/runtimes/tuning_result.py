@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -14,10 +15,13 @@ from serving.runtimes import cache
 from serving.runtimes.base import Engine
 from serving.runtimes.composite import ConcurrentEngine, SizedEngine
 from serving.runtimes.cores import count_cores
-from serving.runtimes.cost import CostCurve
+from serving.runtimes.cost import MAX_NS, CostCurve
 from serving.runtimes.plan import ExecutionPlan, describe, find_overflow_plan
 
 FORMAT = 4  # of the cached file
+
+Size = Annotated[int, msgspec.Meta(ge=1)]
+Nanoseconds = Annotated[int, msgspec.Meta(ge=1, le=int(MAX_NS))]
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +57,9 @@ class TuningKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Tuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Measured times, and the plans chosen by them.
 
+    Raises:
+        ValueError: They do not belong together; for `msgspec` this is a `ValidationError`.
+
     Attributes:
         key: What they depend on.
         candidates: The plans that could be loaded, the simplest first.
@@ -63,9 +70,16 @@ class Tuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     key: TuningKey
     candidates: list[ExecutionPlan]
-    ns: dict[int, list[int]]
-    plans: dict[int, ExecutionPlan]
+    ns: dict[Size, list[Nanoseconds]]
+    plans: dict[Size, ExecutionPlan]
     refusals: dict[str, str]
+
+    def __post_init__(self) -> None:
+        chosen = list(self.plans.values())
+        if not chosen or self.plans.keys() != self.ns.keys() or any(plan not in self.candidates for plan in chosen):
+            raise ValueError("each size has one plan, of the candidates")
+        if any(len(row) != len(self.candidates) for row in self.ns.values()):
+            raise ValueError("each size has one time for each candidate")
 
     def __str__(self) -> str:
         return describe(self.plans)

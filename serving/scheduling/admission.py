@@ -2,21 +2,30 @@
 
 The queue is bounded in images and in milliseconds of work. Refusing early costs nothing; computing a late response
 costs as much as computing one in time. All functions are pure: they depend only on the state of the queue, the costs of
-batches, and the deadline.
+batches, and the deadline. `Admission` adds what later requests need to know of earlier ones.
 """
 
 from __future__ import annotations
 
+import copy
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from serving.errors import DeadlineExceeded, Overloaded, ServingError, TooLarge
 from serving.runtimes.cost import CostCurve
+from serving.scheduling.latency_target import LatencyTarget
+from serving.scheduling.queue import DEFAULT_PRIORITY, Entry
 
 # Safety factor on the predicted latency. Without it, a request predicted to finish exactly at its deadline is late half
 # of the time, and its computation is wasted. At five times the server's capacity, 2 % of the responses took longer than
 # this factor times the prediction.
 SAFETY_FACTOR = 1.35
+REFUSAL_TTL_NS = 1_000_000  # how long a refusal also holds for later requests
+# A size that costs too much for all its requests is never computed, and its cost never corrected. So now and then one
+# is computed in spite of its cost, for a tenth of the time at most, unless it costs many seconds.
+TRIAL_INTERVAL, MAX_TRIAL_INTERVAL_NS = 10, 60e9  # times the predicted cost
+NO_REFUSAL = 0, 0.0, 0.0, None
 
 
 class QueueState(NamedTuple):
@@ -48,7 +57,7 @@ class QueueLimits(NamedTuple):
     """Limits of the queue.
 
     Attributes:
-        images: Most images that may wait.
+        images: Most images that may wait before a request, it included.
         queue_ns: Longest queueing time, in nanoseconds.
         latency_ns: Longest predicted latency of an admitted request, in nanoseconds.
     """
@@ -56,14 +65,6 @@ class QueueLimits(NamedTuple):
     images: int
     queue_ns: float
     latency_ns: float = float("inf")
-
-
-RecentRefusal = tuple[int, float, ServingError | None]
-"""A refusal that for a moment also holds for later requests.
-
-It has the time until which it holds, on the clock of `time.perf_counter_ns`; the latest deadline for which it holds;
-and the error, None before the first refusal. It is a plain tuple, because every request reads it.
-"""
 
 
 def predict_queue_ns(state: QueueState, images: int) -> float:
@@ -76,12 +77,13 @@ def predict_queue_ns(state: QueueState, images: int) -> float:
 def predict_latency_ns(state: QueueState, images: int) -> float:
     """Return the time until a request of `images` further images is answered, in nanoseconds.
 
-    The request shares its batch with the last images ahead of it, as far as they fit. If more than a batch is ahead,
-    its batch counts as full, because later requests fill it. The batch shares its cores with other batches, and a
-    request is answered when its whole batch is computed.
+    The request shares its batch with the last images ahead of it and those that wait behind it, as far as they fit. If
+    more than a batch waits, its batch counts as full, because later requests fill it. The batch shares its cores with
+    other batches, and a request is answered when its whole batch is computed.
     """
-    batch = max(images, min(state.ahead + images, state.max_batch))
-    return predict_queue_ns(state, state.ahead + images - batch) + state.contention * state.curve.ns(batch)
+    batch = max(images, min(state.queued + images, state.max_batch))
+    queue_ns = predict_queue_ns(state, max(0, state.ahead + images - batch))
+    return queue_ns + state.contention * state.curve.ns(batch)
 
 
 def find_refusal(state: QueueState, images: int, remaining_ns: float, limits: QueueLimits) -> ServingError | None:
@@ -97,9 +99,9 @@ def find_refusal(state: QueueState, images: int, remaining_ns: float, limits: Qu
         return TooLarge(f"the request has {images} images, more than the {limits.images} that may wait; split it")
     queue_ns = predict_queue_ns(state, state.ahead)
     retry_ms = 1 + int(queue_ns / 1e6)
-    if state.queued + images > limits.images:
+    if state.ahead + images > limits.images:
         return Overloaded(
-            f"{state.queued} images are waiting, {images} more would exceed the {limits.images} allowed", retry_ms
+            f"{state.ahead} images are waiting, {images} more would exceed the {limits.images} allowed", retry_ms
         )
     if queue_ns > limits.queue_ns:
         allowed = f"{limits.queue_ns / 1e6:g} ms"
@@ -129,3 +131,55 @@ def _next_free_ns(state: QueueState) -> float:
         return 0.0
     contention = len(state.running) / state.instances
     return max(0.0, min(start + contention * expected for start, expected in state.running) - state.now_ns)
+
+
+class Admission:
+    """Decides on the requests of a batcher, whose lock is held, and remembers its refusals.
+
+    Attributes:
+        limits: Limits of the queue.
+    """
+
+    def __init__(self, limits: QueueLimits, target: LatencyTarget | None) -> None:
+        """Admit within `limits`, and what meets a target, if there is one."""
+        self.limits, self._target = limits, target
+        # One tuple, because every request reads it without the lock: the time until which it holds, the earliest and
+        # the latest deadline for which it holds, and the error.
+        self._recent: tuple[int, float, float, ServingError | None] = NO_REFUSAL
+        self._has_priorities = False  # once a request had another priority, a refusal may not hold for others
+        self._next_trial_ns = 0
+
+    def find_refusal(self, entry: Entry, state: QueueState) -> ServingError | None:
+        """Return why a request is refused; None if it is admitted."""
+        images, deadline = len(entry.images), entry.deadline
+        self._has_priorities = self._has_priorities or entry.priority != DEFAULT_PRIORITY
+        remaining_ns = deadline if entry.is_patient else (deadline - time.monotonic()) * 1e9
+        limits = self.limits._replace(latency_ns=self._target.limit_ns) if self._target else self.limits
+        refusal = find_refusal(state, images, remaining_ns, limits)
+        if refusal and self._is_trial(state, images, min(remaining_ns, limits.latency_ns)):
+            return None
+        if refusal and images == 1 and not self._has_priorities:
+            # Those without a deadline stand behind those with one, who may be admitted.
+            earliest, latest = (deadline, deadline) if entry.is_patient else (0.0, deadline + REFUSAL_TTL_NS / 1e9)
+            # A copy, because the error that is raised will carry the id of its own call.
+            self._recent = state.now_ns + REFUSAL_TTL_NS, earliest, latest, copy.copy(refusal)
+        return refusal
+
+    def recall_refusal(self, deadline: float) -> ServingError | None:
+        """Return the error of a recent refusal that also holds for a request with this deadline; None without one."""
+        expires_ns, earliest, latest, error = self._recent
+        return error if error and earliest <= deadline <= latest and time.perf_counter_ns() < expires_ns else None
+
+    def forget_refusal(self) -> None:
+        """Let the recent refusal hold for no further request."""
+        self._recent = NO_REFUSAL
+
+    def _is_trial(self, state: QueueState, images: int, allowed_ns: float) -> bool:
+        """Return whether a request is computed although its size alone costs too much."""
+        cost_ns = SAFETY_FACTOR * state.curve.ns(images)
+        if not 0 < allowed_ns < cost_ns or state.ahead + images > self.limits.images:
+            return False
+        is_first, is_due = not self._next_trial_ns, state.now_ns >= self._next_trial_ns
+        if is_first or is_due:
+            self._next_trial_ns = state.now_ns + int(min(TRIAL_INTERVAL * cost_ns, MAX_TRIAL_INTERVAL_NS))
+        return is_due and not is_first

@@ -8,6 +8,7 @@ from serving.runtimes.cost import CostCurve
 
 WINDOW = 200  # requests between two adjustments: two of them may be slower than the target
 DECREASE, INCREASE = 0.9, 1.02  # of the limit: down quickly if requests are too slow, up slowly if they are not
+MIN_SHARE = 0.1  # of the target: a limit far below it lets nothing in, and would take hours to come back
 
 
 class LatencyTarget:
@@ -39,7 +40,7 @@ class LatencyTarget:
             if self._requests < WINDOW:
                 return
             factor = DECREASE if self._slow > WINDOW // 100 else INCREASE
-            self.limit_ns = min(self._target_ns, self.limit_ns * factor)
+            self.limit_ns = min(max(self.limit_ns * factor, MIN_SHARE * self._target_ns), self._target_ns)
             self.max_batch = self._find_max_batch()
             self._requests = self._slow = 0
 

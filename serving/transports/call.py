@@ -10,7 +10,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from serving.errors import REQUEST_ID, Cancelled, InternalError, Malformed, Overloaded, ServingError, Trailers
+from serving.errors import (
+    REQUEST_ID,
+    Cancelled,
+    DeadlineExceeded,
+    InternalError,
+    Malformed,
+    Overloaded,
+    ServingError,
+    Trailers,
+)
 from serving.logs import LineBudget, RateLimitedLog, log_fields
 
 MAX_ID = 128  # characters
@@ -66,7 +75,10 @@ class Call(ABC):
             trailers: Trailing metadata.
         """
         if self._take_turn():
-            self._send(response, trailers)
+            try:
+                self._send(response, trailers)
+            except Exception as error:
+                self._send_error(report(self, error))  # else the caller would wait for ever
             if self.ended:
                 self.ended(None)
 
@@ -81,6 +93,18 @@ class Call(ABC):
     def is_active(self) -> bool:
         """Return whether the caller still waits."""
         return not self.cancelled
+
+    def check(self) -> None:
+        """Raise an error if nobody waits for the answer, so that nothing more is done for it.
+
+        Raises:
+            Cancelled: The caller is gone.
+            DeadlineExceeded: The deadline has passed.
+        """
+        if not self.is_active():
+            raise Cancelled("the caller went away")
+        if time.monotonic() > self.deadline:
+            raise DeadlineExceeded("the deadline passed before the images were decoded")
 
     @property
     def name(self) -> str:

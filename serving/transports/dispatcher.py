@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 
 from serving.config import Limits
 from serving.errors import Overloaded, ServingError, TooLarge, Unavailable
@@ -47,7 +48,7 @@ class Dispatcher:
         except Exception as error:
             try:
                 refuse(call, error)
-            except Exception:
+            except BaseException:  # also that of a library that is written in Rust, which is no Exception
                 log.exception("a call could not be answered")
 
     def stream(self, call: Call, method: Streaming, requests: Iterator[bytes]) -> Iterator[bytes]:
@@ -68,10 +69,13 @@ class Dispatcher:
         self._closed = True
 
     def drain(self, seconds: float) -> None:
-        """Wait until every active call is answered, for `seconds` at most."""
+        """Wait until every active call is answered, for `seconds` at most; then refuse the others."""
         end = time.monotonic() + seconds
         while self.active and time.monotonic() < end:
             time.sleep(0.01)
+        for call in self.active.copy():
+            with suppress(NotImplementedError):  # a stream ends by itself
+                call.fail(Unavailable("the server is shutting down, and had no time for this request"))
 
     def _find_refusal(self, call: Call, active: set[Call] | None, limit: int) -> ServingError | None:
         """Return why a call is refused; None counts it among the `active` calls."""

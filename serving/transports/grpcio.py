@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -62,7 +62,7 @@ class GrpcioTransport:
         self.dispatcher = dispatcher
         limits = dispatcher.limits
         self._server = grpc.server(
-            ThreadPoolExecutor(limits.max_calls + MAX_SEPARATE + PROBE_THREADS, thread_name_prefix="call"),
+            _CallPool(limits.max_calls + MAX_SEPARATE + PROBE_THREADS, thread_name_prefix="call"),
             options=[("grpc.so_reuseport", 0), ("grpc.max_send_message_length", -1), *limits.to_options()],
         )
         self._address = ""
@@ -107,7 +107,9 @@ class GrpcioTransport:
             time.sleep(POLL_SECONDS)
         if self._address:
             disconnect(self._address)
-        self._server.stop(0).wait(STOP_SECONDS)
+        with suppress(RuntimeError):  # no thread can be started to wait for the calls
+            # The event is set when every call has ended, which one whose thread is stuck never does.
+            self._server.stop(0).wait(STOP_SECONDS)
 
 
 @functools.cache
@@ -229,7 +231,30 @@ class _ThreadCall(_ContextCall):
         self._answered.set()
 
 
-class _PollingPool(ThreadPoolExecutor):
+class _CallPool(ThreadPoolExecutor):
+    """Threads for calls, which start when they are needed."""
+
+    def submit(self, run: Any, respond: Any, event: Any, state: Any, *rest: Any) -> Any:  # type: ignore[override]
+        """Answer a call on a thread; without a thread, refuse it. This runs on gRPC's polling thread.
+
+        Args:
+            run: Runs the other arguments in the context of the call.
+            respond: Answers the call.
+            event: The incoming call.
+            state: grpcio's state of it; locked.
+            rest: Further arguments of `respond`.
+        """
+        try:
+            return super().submit(run, respond, event, state, *rest)
+        except RuntimeError:  # raised here, it would end gRPC's polling thread and every call
+            log.exception("a call is refused: no thread can be started for it")
+            with suppress(Exception):
+                code, reason = cygrpc.StatusCode.resource_exhausted, b"the server cannot start a thread for this call"
+                _server._abort(state, event.call, code, reason)
+            return Future()  # which counts active calls, if there were a limit
+
+
+class _PollingPool(_CallPool):
     """Receives calls on gRPC's polling thread, instead of a pool with a thread for each call."""
 
     def __init__(self) -> None:

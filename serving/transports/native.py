@@ -13,13 +13,13 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-import threading
 import time
 from contextlib import suppress
 from typing import Any
 
 from resnet import BadInput
 from serving.errors import ServingError, Trailers, to_trailers
+from serving.threads import start_vital
 from serving.transports.address import cannot_listen
 from serving.transports.call import Call, Metadata, Unary
 from serving.transports.dispatcher import Dispatcher
@@ -94,7 +94,7 @@ class NativeTransport:
         """Receive calls."""
         self._fallback.start()
         self._front.start()
-        threading.Thread(target=self._receive, name="receive", daemon=True).start()
+        start_vital(self._receive, "receive")
 
     def stop(self, grace_seconds: float) -> None:
         """Close; streams have `grace_seconds` to finish, unary calls without an answer fail."""

@@ -17,6 +17,7 @@ from serving.config import Batching, Limits, Transport
 from serving.models import loader, registry
 from serving.models.model import Model
 from serving.runtimes.base import Images, Probabilities
+from serving.runtimes.cost import CostCurve
 from serving.server import Server
 from tests.serving.scheduling.test_batcher import GatedEngine
 
@@ -68,7 +69,7 @@ def start(
     digits = manifest.read(repository / "digits" / "1")
     # The queue has no limit in milliseconds: a batch takes as long as the test holds it, which predicts nothing.
     batching = Batching(max_batch=max_batch, max_queue=max_queue, max_queue_ms=math.inf)
-    model = loader.start(digits, WideEngine(engine), batching)
+    model = loader.start(digits, WideEngine(engine), batching, curve=CostCurve())
     for _ in range(2):
         engine.entered.acquire()
     engine.batches.clear()

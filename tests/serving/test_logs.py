@@ -31,6 +31,7 @@ from serving.logs import HumanFormatter, JsonFormatter, LineBudget, RateLimitedL
 from serving.models import loader, registry
 from serving.protocols import handler
 from serving.runtimes.base import Images, Probabilities
+from serving.runtimes.cost import CostCurve
 from serving.server import Server
 from serving.transports import call
 from tests.serving import gated
@@ -173,7 +174,7 @@ def test_a_bug_leaves_its_traceback_in_the_log_and_only_an_id_with_the_caller(
     repository: Path, lines: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once, whichever module it is in."""
-    model = loader.start(loader.read_checked(repository / "digits" / "1"), Broken())
+    model = loader.start(loader.read_checked(repository / "digits" / "1"), Broken(), curve=CostCurve())
     with Server(registry.ModelRegistry([model]), "127.0.0.1", 0, Limits()) as server, Client(server.address) as client:
         with pytest.raises(InternalError, match="the engine failed"):
             client.classify(IMAGE)
@@ -311,16 +312,20 @@ def test_a_server_that_logs_json_writes_nothing_else(
 
 # The third call of the engine, after the two that warm it up, says so and never ends.
 STUCK = """
-import itertools, sys, threading
+import sys, threading
 from resnet import cli
+from serving import server
 from serving.runtimes import onnx
-run, calls = onnx.OnnxEngine.run, itertools.count()
+run, start, serving = onnx.OnnxEngine.run, server.Server.__init__, threading.Event()
 def stuck(self, images):
-    if next(calls) > 1:
+    if serving.is_set():
         print("computing", flush=True)
         threading.Event().wait()
     return run(self, images)
-onnx.OnnxEngine.run = stuck
+def start_serving(*args, **options):
+    serving.set()
+    start(*args, **options)
+onnx.OnnxEngine.run, server.Server.__init__ = stuck, start_serving
 sys.exit(cli.main(["serve", sys.argv[1], "--port=0", "--grace=600", "--no-tune"]))
 """
 

@@ -27,6 +27,7 @@ from serving.models import loader, registry
 from serving.models.model import Model
 from serving.protocols.classifier import SERVICE
 from serving.runtimes.base import Images, Probabilities
+from serving.runtimes.cost import CostCurve
 from serving.server import Server
 from tests.conftest import edit_manifest
 from tests.heldout import Heldout
@@ -182,7 +183,7 @@ def gated(repository: Path, transport: str) -> Iterator[tuple[GatedEngine, Model
             return np.repeat(engine.run(images), 10, axis=1)
 
     engine.gate.release(2)
-    model = loader.start(about, Wide(), Batching(max_batch=2, max_queue=2))
+    model = loader.start(about, Wide(), Batching(max_batch=2, max_queue=2), curve=CostCurve())
     for _ in range(2):
         engine.entered.acquire()
     engine.batches.clear()
@@ -222,7 +223,7 @@ def test_a_request_that_was_given_up_is_never_computed(gated: tuple[GatedEngine,
             pass
         cancelled.cancel()
         assert late.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        while any(entry.drop_reason() is None for _, _, entry in model.batcher._heap):
+        while any(entry.drop_reason() is None for entry in model.batcher._queue):
             pass  # the server has not noticed yet
         engine.gate.release(1)
         running.result()

@@ -96,7 +96,10 @@ class MultiGpuEngine:
                 self._failed.discard(engine)
                 cooldown = threading.Timer(COOLDOWN_SECONDS, self._release, [engine])
                 cooldown.daemon = True
-                cooldown.start()
+                try:
+                    cooldown.start()
+                except RuntimeError:  # no thread can be started: better no pause than one GPU less
+                    self._release(engine)
             else:
                 self._release(engine)
 

@@ -6,7 +6,7 @@ from serving.models.model import Model
 from serving.models.registry import ModelRegistry
 from serving.protocols.base import ServerContext
 from serving.protocols.handler import InferenceHandler, ParsedRequest
-from serving.protocols.inputs import InputDecoder
+from serving.protocols.inputs import Check, InputDecoder
 from serving.protocols.outputs import find_top
 from serving.scheduling.queue import BatchResult
 from serving.transports.call import Methods, Unary
@@ -32,7 +32,7 @@ class Toy:
         """Return the only model."""
         return self._models.find("")
 
-    def read(self, request: bytes, model: Model) -> ParsedRequest:
+    def read(self, request: bytes, model: Model, _: Check) -> ParsedRequest:
         """Return the image, and what makes a label of its probabilities."""
         layout = self._decoder.expect((1, *model.image_shape), "uint8", model)
 

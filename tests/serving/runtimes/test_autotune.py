@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -23,7 +27,8 @@ from serving.runtimes.base import Images, Probabilities
 from serving.runtimes.onnx import OnnxEngine
 from serving.runtimes.openvino import OpenvinoEngine
 from serving.runtimes.plan import ExecutionPlan, describe, list_plans
-from serving.runtimes.tuning_result import TuningKey
+from serving.runtimes.tuning_result import FORMAT, Tuning, TuningKey, read_cached
+from tests.serving.runtimes.test_cuda import make_manifest
 
 ONE, TWO = ExecutionPlan("onnxruntime", 1), ExecutionPlan("onnxruntime", 2)
 OTHER = ExecutionPlan("openvino", 2)
@@ -170,6 +175,76 @@ def test_what_was_measured_is_not_measured_again(version: Path, cache: Path, mon
     assert not find(version, again=True).cached
 
 
+def write_tuning(change: Callable[[dict[str, Any]], object]) -> TuningKey:
+    """Write a tuning with a change to the cache, and return its key."""
+    key = TuningKey(FORMAT, "model", Budget(max_difference=1e-5), "cpu", [ONE, TWO], 4, {})
+    tuning = Tuning(key, [ONE, TWO], {1: [100, 200], 4: [400, 300]}, {1: ONE, 4: TWO}, {})
+    content = json.loads(msgspec.json.encode(tuning))
+    change(content)
+    key.path.parent.mkdir(parents=True, exist_ok=True)
+    key.path.write_text(json.dumps(content))
+    return key
+
+
+def test_a_cache_that_holds_is_believed(cache: Path) -> None:  # noqa: ARG001
+    """Its curve has the times of the chosen plans."""
+    tuning = read_cached(write_tuning(lambda content: None))  # noqa: ARG005
+    assert tuning
+    assert tuning.curve().points() == {1: 100, 4: 300}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            lambda content, ns=ns: content["ns"].update({"1": [ns, 200]})
+            for ns in (0, -5, 1e300, math.inf, math.nan, 2**60, "1", None)
+        ),
+        lambda content: content["ns"].update({"0": [100, 200]}),
+        lambda content: content["ns"].update({"1": [100]}),
+        lambda content: content["ns"].pop("1"),
+        lambda content: content["plans"].pop("1"),
+        lambda content: content.update(candidates=content["candidates"][:1]),
+        lambda content: content.update(ns={}, plans={}),
+    ],
+)
+def test_a_cache_with_nonsense_is_measured_again(
+    change: Callable[[dict[str, Any]], object],
+    cache: Path,  # noqa: ARG001
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whoever wrote it: no batch takes no time."""
+    path = write_tuning(change).path
+    assert read_cached(write_tuning(change)) is None
+    assert [line.partition(" (")[0] for line in read_warnings(caplog)] == [f"{path} cannot be used"]
+
+
+def test_without_a_measurement_the_warm_up_is_the_curve() -> None:
+    """Its least times: what held up a single run, and the first batch of callers, predicts nothing."""
+
+    class Slow:
+        """Is held up in its first run."""
+
+        provider = "test"
+
+        def __init__(self) -> None:
+            self.sizes: list[int] = []
+
+        def run(self, images: Images) -> Probabilities:
+            """Compute zeros."""
+            if not self.sizes:
+                threading.Event().wait(0.05)
+            self.sizes.append(len(images))
+            return np.zeros((len(images), 5), np.float32)
+
+    engine = Slow()
+    model = loader.start(make_manifest(), engine, Batching(max_batch=4))
+    assert engine.sizes == [1, 1, 1, 4, 4, 4]
+    points = model.batcher.curve.points()
+    assert list(points) == [1, 4]
+    assert 0 < points[1] < 0.05e9
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"{}", b'{"key": 1}', b"\xff"])
 def test_a_cache_that_is_broken_is_measured_again(
     content: bytes, version: Path, caplog: pytest.LogCaptureFixture
@@ -217,7 +292,7 @@ def test_users_without_a_home_have_no_cache(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_tuned_model_computes_what_a_plain_one_does(version: Path) -> None:
-    """It knows its costs and says how it computes; a plain one learns the costs later."""
+    """It knows its costs and says how it computes; a plain one knows what its warm-up took."""
     model = loader.load(version, "cpu", Batching(max_batch=8), tune=True)
     plain = loader.load(version, "cpu", Batching(max_batch=8))
     for count in (1, 3, 8, 20):
@@ -226,7 +301,7 @@ def test_a_tuned_model_computes_what_a_plain_one_does(version: Path) -> None:
     assert list(model.batcher.curve.points()) == [1, 2, 4, 8]
     assert model.batcher.curve.ns(8) > 0
     assert "thread" in model.plan
-    assert (plain.batcher.curve.points(), plain.plan) == ({}, "")
+    assert (list(plain.batcher.curve.points()), plain.plan) == ([1, 8], "")
 
 
 class FakeOpenvino:

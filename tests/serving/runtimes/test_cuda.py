@@ -221,7 +221,10 @@ def test_prefetched_batches_get_their_own_answers(
     calls, send = itertools.count(), buffers.Buffers.send
 
     def send_last(self: buffers.Buffers, images: NDArray[np.uint8]) -> None:
-        model.batcher._prefetch_thread.submit(lambda: None).result(10)  # the prefetched batch is there
+        if thread := model.batcher._prefetch_thread:
+            is_there = threading.Event()
+            thread.submit(is_there.set)
+            assert is_there.wait(10)  # the prefetched batch
         send(self, images)
 
     monkeypatch.setattr(buffers.Buffers, "send", send_last)

@@ -65,8 +65,38 @@ def test_a_container_counts_the_cores_of_its_quota(
     """A part of one is one; those that the process is not bound to do not count, nor does a quota that is none."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
     (tmp_path / "cpu.max").write_text(content)
-    assert count_cores(tmp_path / "cpu.max") == cores
-    assert count_cores(tmp_path / "nowhere") == 4
+    assert count_cores(tmp_path, tmp_path / "nowhere") == cores
+    assert count_cores(tmp_path / "nowhere", tmp_path / "nowhere") == 4
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "cores"),
+    [
+        ("0::/a/b", {"a/cpu.max": "100000 100000", "a/b/cpu.max": "max 100000"}, 1),
+        ("0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "200000 100000"}, 2),
+        ("0::/a/b", {"b/cpu.max": "100000 100000"}, 4),  # that of another
+        ("0::/../a", {"cpu.max": "200000 100000"}, 2),  # the mount begins below
+        (
+            "3:cpu,cpuacct:/a/b\n2:memory:/c",
+            {"cpu/a/cpu.cfs_quota_us": "200000", "cpu/a/cpu.cfs_period_us": "100000"},
+            2,
+        ),
+        ("3:cpu,cpuacct:/a", {"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 1),
+        ("3:cpu,cpuacct:/a", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, 4),
+        ("3:cpuset:/a\n0::/", {"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 4),
+    ],
+)
+def test_the_smallest_quota_counts_of_a_cgroup_and_all_above_it(
+    own: str, files: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of version 2, and of the CPU controller of version 1."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    (tmp_path / "own").write_text(own + "\n")
+    for name, content in files.items():
+        path = tmp_path / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    assert count_cores(tmp_path / "cgroup", tmp_path / "own") == cores
 
 
 def test_beside_others_a_batch_has_an_engine_of_its_own() -> None:

@@ -17,7 +17,7 @@ from serving.config import Batching
 from serving.errors import Cancelled, DeadlineExceeded, InternalError, Overloaded, Unavailable
 from serving.runtimes.base import Concatenator, Images, Probabilities
 from serving.runtimes.cost import CostCurve
-from serving.scheduling import batcher
+from serving.scheduling import admission, batcher
 from serving.scheduling.batcher import Batcher
 from serving.scheduling.queue import DEFAULT_PRIORITY, BatchResult, Outcome
 from tests.serving.waiting import submit
@@ -66,6 +66,13 @@ class PrefetchThread(ThreadPoolExecutor):
             return batch
 
         return concatenate
+
+
+class KnownCurve(CostCurve):
+    """The costs that a test says, whatever its batches take."""
+
+    def update(self, images: int, ns: float) -> None:
+        """Learn nothing."""
 
 
 class Bench:
@@ -207,14 +214,199 @@ def test_a_prefetched_batch_is_given_up_for_who_goes_first(
         left.result(10)
 
 
-def test_a_thread_that_cannot_be_had_ends_nothing(pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then batches are concatenated when they begin."""
+def test_no_thread_is_needed_that_was_not_there_at_the_start(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other processes may have taken all that the machine has."""
     monkeypatch.setattr(batcher, "MIN_PREFETCH_BYTES", 24)
-    bench = Bench(pool, threads=PrefetchThread(), max_queue=20)
-    bench.batcher._prefetch_thread.shutdown()
-    futures = [bench.start(1), *(bench.wait(value, 100 + value) for value in range(2, 8))]
+    threads = PrefetchThread()
+    threads.submit(lambda: None).result(10)  # an executor starts its thread with its first work
+    bench = Bench(pool, threads=threads, max_queue=20)
+    futures = [bench.enqueue(1)]
+    assert bench.engine.entered.acquire(timeout=10)
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    futures += [bench.enqueue(value, 100 + value) for value in range(2, 8)]
     bench.compute(4)
-    assert [future.result(10).batch_size for future in futures] == [1, 4, 4, 4, 4, 4, 4]
+    outcomes = [future.result(10) for future in futures]
+    assert [outcome.batch_size for outcome in outcomes if isinstance(outcome, BatchResult)] == [1, 4, 4, 4, 4, 4, 4]
+
+
+def test_whatever_fails_each_request_gets_an_answer(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also outside of the engine, and also if it is no Exception; the next request is computed as ever."""
+
+    class Panic(BaseException):
+        """As libraries in Rust raise it."""
+
+    bench = Bench(pool)
+    first = bench.start(1)
+    second = bench.wait(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.batcher.curve, "update", lambda *_: (_ for _ in ()).throw(Panic))
+        bench.engine.failure = None
+        bench.compute(2)
+        for future in (first, second):
+            with pytest.raises(InternalError):
+                future.result(10)
+    assert "a batch failed outside of the engine" in caplog.text
+    third = bench.start(3)
+    bench.compute()
+    assert third.result(10).probabilities[0, 0] == 3
+    assert bench.batcher.drain(10)
+
+
+def test_a_request_of_which_nobody_knows_whether_its_caller_waits_is_dropped(pool: ThreadPoolExecutor) -> None:
+    """With an error; the others are computed."""
+
+    def is_active() -> bool:
+        raise ValueError
+
+    bench = Bench(pool)
+    futures = [bench.enqueue(1), bench.enqueue(2, is_active=is_active), bench.enqueue(3)]
+    bench.compute(3)
+    outcomes = [future.result(10) for future in futures]
+    assert [type(outcome) for outcome in outcomes] == [BatchResult, InternalError, BatchResult]
+
+
+def test_a_probe_is_computed_alone_and_counts_for_nothing() -> None:
+    """Callers go before it; a busy batcher needs none."""
+    counted: list[int] = []
+    engine = GatedEngine()
+    curve = CostCurve({1: HOUR_NS})
+    bench = Batcher(engine.run, curve=curve, count=lambda size, _: counted.append(size))
+    bench.probe(images(7))
+    assert engine.entered.acquire(timeout=10)
+    assert bench.is_busy
+    bench.probe(images(8))  # there is one
+    future: Future[Outcome] = Future()
+    bench.enqueue(images(1), future.set_result, time.monotonic() + 10)  # less than an hour: beside a probe it is idle
+    with pytest.raises(Overloaded):
+        bench.enqueue(images(2), future.set_result, time.monotonic() + 10)
+    engine.gate.release(2)
+    assert isinstance(future.result(10), BatchResult)
+    assert bench.drain(10)
+    assert (engine.batches, counted, bench.answered, bench.is_busy) == ([[7], [1]], [1], 2, False)
+    bench.close()
+    bench.probe(images(9))
+    assert not bench.is_busy
+
+
+class HeldThreads:
+    """Threads that begin when the test says so."""
+
+    prefetch = False
+
+    def __init__(self) -> None:
+        self.work: list[Callable[[], object]] = []
+
+    def submit(self, work: Callable[[], object]) -> None:
+        """Hold the work."""
+        self.work.append(work)
+
+    def concatenator(self) -> Concatenator:
+        """Return NumPy's."""
+        return np.concatenate
+
+
+def test_a_probe_shares_no_batch() -> None:
+    """Whoever comes just after it is computed before it, and alone."""
+    engine, threads = GatedEngine(), HeldThreads()
+    engine.gate.release(2)
+    bench = Batcher(engine.run, threads=threads)
+    bench.probe(images(7))
+    future: Future[Outcome] = Future()
+    bench.enqueue(images(1), future.set_result)
+    (work,) = threads.work
+    work()
+    assert isinstance(future.result(10), BatchResult)
+    assert engine.batches == [[1], [7]]
+
+
+def test_callers_without_a_deadline_let_those_with_one_go_first(pool: ThreadPoolExecutor) -> None:
+    """In order of arrival among themselves; the batch is filled with those that wait."""
+    bench = Bench(pool, max_queue=100)
+    far = time.monotonic() + 1000
+    futures = [bench.start(1), bench.wait(2), bench.wait(3), bench.wait(4), bench.wait(5)]
+    futures += [bench.wait(11, deadline=far), bench.wait(12, deadline=far - 500)]
+    bench.compute(3)
+    for future in futures:
+        future.result(10)
+    assert bench.engine.batches == [[1], [11, 12, 2, 3], [4, 5]]
+
+
+def test_callers_without_a_deadline_wait_only_so_long(pool: ThreadPoolExecutor) -> None:
+    """As long as they may wait anyway: after that, those with a deadline go behind them."""
+    bench = Bench(pool, max_queue_ms=0.001, max_batch=2)
+    futures = [bench.enqueue(1), bench.enqueue(2), bench.enqueue(3)]
+    future: Future[Outcome] = Future()
+    futures.append(future)
+    bench.batcher.enqueue(images(11), future.set_result, time.monotonic() + 1000)
+    bench.compute(4)
+    for each in futures:
+        each.result(10)
+    assert [value for batch in bench.engine.batches for value in batch] == [1, 2, 3, 11]
+
+
+def test_a_queue_full_of_patient_callers_keeps_no_other_out(pool: ThreadPoolExecutor) -> None:
+    """Nor does what they are told; they themselves are kept out."""
+    bench = Bench(pool, CostCurve({1: 1e9, 4: 1e9}), max_queue=4, max_queue_ms=10_000)
+    futures = [bench.start(1), bench.wait(2, 3, 4, 5)]
+    with pytest.raises(Overloaded):
+        submit(bench.batcher, images(6))
+    soon = time.monotonic() + 100
+    assert bench.batcher.refusal(float("inf"))
+    assert bench.batcher.refusal(soon) is None
+    futures.append(bench.wait(11, deadline=soon))
+    with pytest.raises(Overloaded, match="may take"):
+        submit(bench.batcher, images(12), time.monotonic() + 2)
+    bench.compute(4)
+    for future in futures:
+        future.result(10)
+
+
+def test_a_size_that_costs_too_much_is_tried_now_and_then(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a cost that is wrong would keep it out for ever, while smaller requests are computed."""
+    bench = Bench(pool, CostCurve({1: 1.0, 4: 3600e9}), max_queue=100)
+    monkeypatch.setattr(admission, "TRIAL_INTERVAL", 0)
+    first = bench.start(1)
+    with pytest.raises(DeadlineExceeded):
+        submit(bench.batcher, images(2, 3, 4, 5), time.monotonic() + 100)
+    with monkeypatch.context() as patch:
+        patch.setattr(admission, "TRIAL_INTERVAL", 1e9)
+        tried = bench.wait(2, 3, 4, 5, deadline=time.monotonic() + 100)
+    with pytest.raises(DeadlineExceeded):
+        submit(bench.batcher, images(2, 3, 4, 5), time.monotonic() + 100)
+    with pytest.raises(DeadlineExceeded):
+        submit(bench.batcher, images(2, 3, 4, 5), time.monotonic() - 1)
+    bench.compute(2)
+    assert [first.result(10).batch_size, tried.result(10).batch_size] == [1, 4]
+    assert bench.batcher.drain(10)
+    again = bench.start(1)
+    right = bench.wait(2, 3, 4, 5, deadline=time.monotonic() + 100)
+    bench.compute(2)
+    assert [again.result(10).batch_size, right.result(10).batch_size] == [1, 4]
+
+
+def test_a_refusal_does_not_outlive_the_load(pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An idle server refuses nothing for what it costs."""
+    monkeypatch.setattr(admission, "REFUSAL_TTL_NS", 10**15)
+    bench = Bench(pool, CostCurve({1: HOUR_NS}), max_queue_ms=1.5 * HOUR_MS)
+    futures = [bench.start(1), bench.wait(2)]
+    with pytest.raises(Overloaded):
+        submit(bench.batcher, images(3))
+    assert bench.batcher.refusal(float("inf"))
+    bench.compute(2)
+    for future in futures:
+        future.result(10)
+    assert bench.batcher.drain(10)
+    assert bench.batcher.refusal(float("inf")) is None
 
 
 def test_a_request_that_arrives_during_a_batch_is_in_the_next(pool: ThreadPoolExecutor) -> None:
@@ -399,7 +591,7 @@ def test_a_refusal_holds_for_a_moment_for_those_who_can_wait_no_longer(
     found = bench.batcher.refusal(float("inf"))
     assert isinstance(found, Overloaded)
     assert (str(found), found.retry_ms, found.request_id) == (str(caught.value), caught.value.retry_ms, "")
-    now += batcher.REFUSAL_TTL_NS
+    now += admission.REFUSAL_TTL_NS
     assert bench.batcher.refusal(float("inf")) is None
     bench.compute(2)
 
@@ -481,7 +673,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once(pool: ThreadPoolExecut
     """As DeadlineExceeded where the computation alone would take too long; as Overloaded where the others are to blame,
     which another server may not have.
     """
-    bench = Bench(pool, CostCurve({1: HOUR_NS, 2: 1.8 * HOUR_NS, 4: 3 * HOUR_NS}))
+    bench = Bench(pool, KnownCurve({1: HOUR_NS, 2: 1.8 * HOUR_NS, 4: 3 * HOUR_NS}))
     futures = [bench.start(1), bench.wait(2, 3)]
     with pytest.raises(DeadlineExceeded, match="computing takes 10800000 ms, [89]...... ms are left"):
         submit(bench.batcher, images(4, 5, 6, 7), deadline=time.monotonic() + 2.5 * HOUR)
@@ -495,7 +687,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once(pool: ThreadPoolExecut
 
 def test_a_batch_is_done_by_the_deadline_of_each_in_it(pool: ThreadPoolExecutor) -> None:
     """Whoever would make it too late for another waits for the next one."""
-    bench = Bench(pool, CostCurve({1: HOUR_NS, 2: 1.8 * HOUR_NS, 4: 3.4 * HOUR_NS}))
+    bench = Bench(pool, KnownCurve({1: HOUR_NS, 2: 1.8 * HOUR_NS, 4: 3.4 * HOUR_NS}))
     futures = [bench.start(1), bench.wait(2, deadline=time.monotonic() + 2.8 * HOUR), *map(bench.wait, (3, 4, 5))]
     bench.compute(3)
     assert [future.result(10).batch_size for future in futures] == [1, 3, 3, 3, 1]

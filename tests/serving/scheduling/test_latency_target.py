@@ -23,3 +23,14 @@ def test_a_missed_target_lets_less_in_and_later_more_again() -> None:
     for _ in range(30 * WINDOW):
         target.record(50 * MS)
     assert target.limit_ns == 100 * MS
+
+
+def test_a_bad_hour_does_not_close_the_server() -> None:
+    """However long all requests are too slow, a tenth of the target is let in, and some windows later all of it."""
+    target = LatencyTarget(100, CostCurve({1: 10 * MS}))
+    for _ in range(100 * WINDOW):
+        target.record(10_000 * MS)
+    assert target.limit_ns == 10 * MS
+    for _ in range(120 * WINDOW):
+        target.record(50 * MS)
+    assert target.limit_ns == 100 * MS

@@ -16,7 +16,7 @@ from serving.protocols import handler
 from serving.protocols.inputs import InputDecoder
 from serving.transports import grpcio
 from serving.transports.auth import Tokens
-from serving.transports.call import Call, Unary
+from serving.transports.call import Call, Streaming, Unary
 from serving.transports.dispatcher import Dispatcher
 from serving.transports.grpcio import GrpcioTransport, works
 from tests.serving import gated
@@ -39,8 +39,9 @@ def test_waiting_calls_hold_no_thread(repository: Path) -> None:
         gated.start(repository, max_batch=8, max_queue=100) as server,
         grpc.insecure_channel(server.address) as channel,
     ):
-        waiting = [ClassifierStub(channel).Classify.future(ask(value)) for value in range(100)]
+        waiting = [ClassifierStub(channel).Classify.future(ask(0))]
         server.engine.entered.acquire()
+        waiting += [ClassifierStub(channel).Classify.future(ask(value)) for value in range(1, 100)]
         server.await_queued(99)
         assert name_threads() == before
         server.engine.gate.release(100)
@@ -140,4 +141,32 @@ def test_a_call_is_answered_once() -> None:
         method: Any = channel.unary_unary("/a.B/C")
         assert [method(b"", timeout=10) for _ in range(2)] == [b"first"] * 2
     assert not server.dispatcher.active
+    server.stop(0)
+
+
+def test_a_call_without_a_thread_is_refused_and_the_server_lives_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process may have no further thread, for a moment."""
+    dispatcher = Dispatcher(
+        {"/a.B/S": Streaming(lambda _, requests: requests)}, Limits(), Tokens("localhost", None, None)
+    )
+    server = GrpcioTransport(dispatcher, polled=True)
+    address = f"127.0.0.1:{server.listen('127.0.0.1:0')}"
+    server.start()
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("call"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with grpc.insecure_channel(address) as channel:
+        method: Any = channel.stream_stream("/a.B/S")
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            for _ in range(3):
+                with pytest.raises(grpc.RpcError) as refusal:
+                    list(method(iter([b"1"]), timeout=10))
+                assert refusal.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                assert refusal.value.details() == "the server cannot start a thread for this call"
+        assert list(method(iter([b"1", b"2"]), timeout=10)) == [b"1", b"2"]
     server.stop(0)

@@ -51,8 +51,9 @@ def test_a_refusal_says_when_to_try_again(repository: Path) -> None:
         gated.start(repository, transport="native") as server,
         grpc.insecure_channel(server.address) as channel,
     ):
-        calls = [ClassifierStub(channel).Classify.future(ask(1)) for _ in range(3)]
+        calls = [ClassifierStub(channel).Classify.future(ask(1))]
         server.engine.entered.acquire()
+        calls += [ClassifierStub(channel).Classify.future(ask(1)) for _ in range(2)]
         server.await_queued(2)
         with pytest.raises(grpc.RpcError) as failure:
             ClassifierStub(channel).Classify(ask(1))
@@ -72,8 +73,9 @@ def test_calls_and_messages_are_bounded(repository: Path) -> None:
         stub = ClassifierStub(channel)
         with pytest.raises(grpc.RpcError, match="the request has .* bytes, more than the 10,000 allowed"):
             stub.Classify(ask(1, 2, 3, 4))
-        calls = [stub.Classify.future(ask(1)) for _ in range(2)]
+        calls = [stub.Classify.future(ask(1))]
         server.engine.entered.acquire()
+        calls.append(stub.Classify.future(ask(1)))
         server.await_queued(1)
         with pytest.raises(grpc.RpcError, match="the server has 2 calls under way") as failure:
             stub.Classify(ask(1))

@@ -96,8 +96,9 @@ def test_health_waits_for_nobody(repository: Path, transport: Transport) -> None
         gated.start(repository, max_queue=10, max_calls=2, transport=transport) as server,
         grpc.insecure_channel(server.address) as channel,
     ):
-        waiting = [ClassifierStub(channel).Classify.future(gated.ask(0, value).request) for value in (1, 2)]
+        waiting = [ClassifierStub(channel).Classify.future(gated.ask(0, 1).request)]
         server.engine.entered.acquire()
+        waiting.append(ClassifierStub(channel).Classify.future(gated.ask(0, 2).request))
         server.await_queued(1)
         with pytest.raises(grpc.RpcError, match="the server has 2 calls under way") as refused:
             ClassifierStub(channel).Classify(gated.ask(0, 3).request, timeout=10)
