@@ -106,7 +106,10 @@ def _work(pipe: Connection, worker: int, workers: int) -> None:
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     sender: GrpcSender | None = None
     while True:
-        command = pipe.recv()
+        try:
+            command = pipe.recv()
+        except EOFError:  # the parent process ends
+            return
         result: Trace | BadInput | None = None
         if isinstance(command, _Connect):
             if sender:

@@ -33,7 +33,7 @@ def test_bench_measures_every_way_to_run_a_model(
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["nothing"], "nothing does not exist"), (["nothing", "--rounds=0"], "--rounds must be at least 1")],
+    [(["nothing"], "nothing does not exist"), (["nothing", "--rounds=0"], "--rounds must be from 1 to 10000")],
 )
 def test_bench_refuses_what_it_cannot_measure(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]

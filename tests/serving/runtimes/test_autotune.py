@@ -492,7 +492,7 @@ def test_the_command_says_what_is_not_used(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--max-batch=0"], "--max-batch must be at least 1, not 0"),
+        (["--max-batch=0"], "--max-batch must be from 1 to 65536, not 0"),
         (["--precision=int8"], "has no int8 variant; export it again with --precision fp32,int8"),
         (["--version=7"], "has no version 7"),
         (["--runtime=openvino"], "--runtime openvino: it is not installed; install resnet with its extra 'openvino'"),
