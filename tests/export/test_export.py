@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from export import manifest, original, precision, repository, source
+from export import formats, manifest, original, precision, repository, source
 from export.export import export
 from export.formats import OPSET
 from export.formats import onnx as onnx_format
@@ -111,7 +112,7 @@ def test_variants_of_lower_precision_are_proved_too(
         assert len(kernels) == 6
         expected = onnx.TensorProto.FLOAT16 if variant.precision == "fp16" else onnx.TensorProto.INT8
         assert {kernel.data_type for kernel in kernels} == {expected}
-        answers = onnx_format.load(path)(images)
+        answers = formats.load(model / "1", variant)(images)
         assert answers.dtype == np.float32
         assert np.mean(answers.argmax(axis=1) == labels) == variant.rows[-1].accuracy
         assert certificate.accuracy - variant.rows[-1].accuracy <= (variant.budget.accuracy_drop or 0) + 1e-9
@@ -212,6 +213,40 @@ def test_a_model_that_computes_something_else_is_not_published(
     assert not list((tmp_path / "models" / "digits").iterdir())
     assert cli.main(["export", str(run), "--to", str(tmp_path / "models" / "digits")]) == 1
     assert "gives other answers than the original" in capsys.readouterr().err
+
+
+def test_an_export_needs_tensorflow_whatever_the_shell_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that was set for a training is not that of the formats."""
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    assert cli.main(["export", str(tmp_path / "nowhere"), "--to", str(tmp_path / "models" / "m")]) == 2
+    assert os.environ["KERAS_BACKEND"] == "tensorflow"
+
+
+def test_a_model_that_its_libraries_cannot_convert_is_one_sentence(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the reason, but without a traceback of theirs; a file that they cannot load is another."""
+
+    def crash(*_: Any) -> Cost:
+        raise KeyError("shape\nand the rest of a trace")
+
+    write = onnx_format.write
+    monkeypatch.setattr(onnx_format, "write", crash)
+    arguments = ["export", str(run), "--to", str(tmp_path / "models" / "digits")]
+    assert cli.main(arguments) == 2
+    assert "the model cannot be converted to onnx (KeyError: 'shape" in capsys.readouterr().err
+
+    def write_nonsense(*arguments: Any) -> Cost:
+        cost = write(*arguments)
+        arguments[2].write_bytes(b"nonsense")
+        return cost
+
+    monkeypatch.setattr(onnx_format, "write", write_nonsense)
+    assert cli.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "onnx cannot be loaded: " in error
+    assert "Traceback" not in error
+    assert not list((tmp_path / "models" / "digits").iterdir())
 
 
 def test_two_exports_at_once_get_two_versions(tmp_path: Path) -> None:

@@ -91,6 +91,29 @@ def test_a_broken_budget_is_named(changes: dict[str, float], message: str) -> No
         parity.check(certificate(**changes))
 
 
+def test_a_figure_is_named_once_at_its_worst() -> None:
+    """Not once for each batch size: the sentence would say the same many times."""
+    row = certificate().variants[0].rows[0]
+    rows = [msgspec.structs.replace(row, batch_size=size, max_difference=size * 1e-3) for size in (1, 64, 3)]
+    variant = Variant("onnx", "model.onnx", "fp32", "", BUDGET, rows, {})
+    assert list(variant.violations(10, 0.9)) == [
+        "the largest difference of onnx at batch size 64 is 0.064, above 1e-05"
+    ]
+
+
+def test_answers_that_are_no_numbers_are_within_no_budget() -> None:
+    """Also where only the accuracy counts: the first class may be right by chance."""
+    with pytest.raises(BudgetError, match="some answers of saved_model at batch size 3 are not numbers"):
+        parity.check(certificate(Budget(accuracy_drop=0.5), max_difference=float("nan")))
+
+
+def test_a_certificate_of_an_earlier_release_keeps_its_digest() -> None:
+    """It names no arithmetic, and a field that was not there is not written."""
+    variant = certificate().variants[0]
+    assert b"arithmetic" not in msgspec.json.encode(variant)
+    assert b"arithmetic" in msgspec.json.encode(msgspec.structs.replace(variant, arithmetic="float16"))
+
+
 def test_a_budget_of_accuracy_allows_other_answers_but_not_worse_ones() -> None:
     """Half a point: 0.2 points less is within it, a point less is not, and what is no number is not. A loss of exactly
     the budget is within it too, though 0.9 - 0.899 is more than 0.001 to a computer.

@@ -96,10 +96,12 @@ class _Watched:
     def __init__(self) -> None:
         self.wake, self.looked = threading.Event(), threading.Semaphore(0)
         self.scans = 0
+        self.retries: list[bool] = []
 
-    def scan(self) -> None:
+    def scan(self, retry: bool) -> None:
         """Count."""
         self.scans += 1
+        self.retries.append(retry)
         self.looked.release()
         if self.scans < 3:
             self.wake.set()
@@ -113,6 +115,7 @@ def test_what_is_asked_for_during_a_scan_is_done_after_it() -> None:
     threading.Thread(target=app._follow, args=(watched, watched.wake, 0), daemon=True).start()
     watched.wake.set()
     assert all(watched.looked.acquire(timeout=10) for _ in range(3))
+    assert watched.retries == [True, True, True]
 
 
 @pytest.mark.parametrize("style", ["human", "json"])
@@ -127,7 +130,7 @@ def test_a_sentence_is_written_in_any_locale(style: str, tmp_path: Path) -> None
         (line,) = ended.stderr.decode().splitlines()
         sentence = json.loads(line)["message"] if style == "json" else line
         assert sentence.startswith("resnet serve: ")
-        assert f"{shown} holds no models" in sentence
+        assert f"{shown} does not exist" in sentence
 
 
 def test_what_a_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def test_weight_decay_is_an_l2_penalty_on_kernels_alone() -> None:
         ({"epochs": 0}, "--epochs must be from 1 to 1000000, not 0"),
         ({"learning_rate": -1.0}, r"--learning-rate must be from 0 to 1e\+30"),
         ({"learning_rate": float("nan")}, r"--learning-rate must be from 0 to 1e\+30, not nan"),
-        ({"validation": 1.0}, "--validation must be from 0 to 0.9, not 1"),
+        ({"validation": 1.0}, "--validation must be from 0.001 to 0.9, not 1"),
         ({"label_smoothing": 2.0}, "--label-smoothing must be from 0 to 0.9"),
         ({"weight_average": 1.0}, "--weight-average must be from 0 to 0.9999"),
     ],

@@ -117,7 +117,7 @@ def test_who_says_nothing_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) 
         before = threading.active_count()
         silent = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(3 * MAX_CONNECTIONS)]
         assert read(server.address)["resnet_build_info", ""] == 1
-        assert threading.active_count() == before
+        assert threading.active_count() <= before  # those of other tests may end meanwhile
         for connection in silent[:MAX_CONNECTIONS]:
             with suppress(ConnectionResetError):
                 assert connection.recv(1) == b""
