@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import io
 import os
 import sys
 import tempfile
@@ -94,9 +93,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"resnet: there is no command {name!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     set_variables()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a label that the terminal cannot show is escaped
-            stream.reconfigure(errors="backslashreplace")
     command = COMMANDS[name]
 
     def run() -> None:

@@ -106,7 +106,7 @@ class GrpcioTransport:
         while getattr(state, "rpc_states", True) and time.monotonic() < end:
             time.sleep(POLL_SECONDS)
         if self._address:
-            disconnect(self._address)
+            disconnect(self._address, max(0.0, end - time.monotonic()))
         with suppress(RuntimeError):  # no thread can be started to wait for the calls
             # The event is set when every call has ended, which one whose thread is stuck never does.
             self._server.stop(0).wait(STOP_SECONDS)

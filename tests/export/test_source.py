@@ -235,7 +235,7 @@ def test_only_the_images_that_an_export_uses_are_decoded(tmp_path: Path, monkeyp
     monkeypatch.setattr("training.run_folder.CALIBRATION_IMAGES", 3)
     decoded: list[bytes] = []
     decode = decoder.decode
-    monkeypatch.setattr("training.data.decode", lambda file, size: decoded.append(file) or decode(file, size))
+    monkeypatch.setattr("training.data.decode", lambda file, *rest: decoded.append(file) or decode(file, *rest))
     model((8, 8, 3), outputs=2).save(tmp_path / "mine.keras")
     evidence = source.load(tmp_path / "mine.keras", str(tmp_path / "data")).evidence
     assert (len(evidence.images), len(evidence.targets)) == (5, 5)

@@ -353,7 +353,7 @@ def test_openvino_is_not_chosen_where_it_answers_otherwise(
     found = find(version, candidates=[ONE, TWO, OTHER]).tuning
     assert describe(found.plans) == "1 thread"
     assert found.refusals["openvino"].startswith(
-        "the largest difference of onnx at batch size 1 is 0.001, above 1e-05;"
+        "the largest difference of onnx at batch size 1 is 0.001, above 1e-05"
     )
     assert loader.load(version, "cpu", Batching(max_batch=4), tune=True).engine.provider == "CPUExecutionProvider"
     assert "digits/1 is not computed by openvino: the largest difference" in caplog.text
@@ -441,7 +441,7 @@ class Table:
 
 @pytest.mark.parametrize(
     ("right", "clause"),
-    [(3, None), (2, None), (1, "the accuracy of onnx-int8 at batch size 3 is 25.00%, 75.00 points below")],
+    [(3, None), (2, None), (1, "the accuracy of onnx-int8 at batch size 1 is 25.00%, 75.00 points below")],
 )
 def test_another_runtime_may_lose_what_the_certificate_leaves(
     right: int, clause: str | None, manifest: Manifest
@@ -458,7 +458,7 @@ def test_another_runtime_may_lose_what_the_certificate_leaves(
     reference = Table([good, good, good, bad])
     engine = Table([good] * right + [bad] * (4 - right))
     found = find_violations(engine, reference, (images, labels), certificate, variant, [1, 3])
-    assert [violation.startswith(clause or "") for violation in found[1:]] == ([] if clause is None else [True])
+    assert [violation.startswith(clause or "") for violation in found] == ([] if clause is None else [True])
 
 
 def command(*arguments: object) -> int:

@@ -43,7 +43,7 @@ def test_waiting_calls_hold_no_thread(repository: Path) -> None:
         server.engine.entered.acquire()
         waiting += [ClassifierStub(channel).Classify.future(ask(value)) for value in range(1, 100)]
         server.await_queued(99)
-        assert name_threads() == before
+        assert name_threads() <= before  # those of earlier servers may end meanwhile
         server.engine.gate.release(100)
         found = [call.result(10).classifications[0].classes[0].probability for call in waiting]
     assert found == list(range(100))

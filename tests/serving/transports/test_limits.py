@@ -490,7 +490,7 @@ class Fuzz:
 
 @pytest.mark.slow
 def test_thousands_of_bad_requests_do_no_harm(address: str, transport: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Each has a code that tells whose fault it was, the log stays empty, and good requests are answered as before."""
+    """Each has a code that tells whose fault it was, the log stays short, and good requests are answered as before."""
     fuzz = Fuzz(seed=0)
     allowed = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "FAILED_PRECONDITION", "PERMISSION_DENIED"}
     seen = set()
@@ -506,4 +506,5 @@ def test_thousands_of_bad_requests_do_no_harm(address: str, transport: str, capl
             if number % 100 == 0:
                 assert finish(channel, CLASSIFY, GOOD)[0] == "OK"
     assert seen >= {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "FAILED_PRECONDITION"}
-    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+    assert not [record for record in caplog.records if record.levelno > logging.WARNING]
+    assert sum(record.levelno == logging.WARNING for record in caplog.records) <= 1  # says how many there were

@@ -336,7 +336,7 @@ def test_the_command_line_classifies_with_certificates_and_token(
         (["--tls-cert={crt}", "--tls-key={key}", "--tls-client-ca={key}"], "server.key holds no certificate in PEM"),
         (["--tls-client-ca=x"], "--tls-client-ca needs both"),
         (["--token-file=nowhere"], "nowhere cannot be read"),
-        (["--token-file=/dev/null"], "/dev/null holds no token"),
+        (["--token-file=/dev/null"], "/dev/null cannot be read"),
     ],
 )
 def test_what_cannot_be_used_is_one_sentence(
