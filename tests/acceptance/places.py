@@ -33,7 +33,7 @@ from tests.acceptance.arguments import expect
 from tests.acceptance.messages import ModelUnderTest
 from tests.acceptance.users import NOBODY, without_privileges
 from tests.acceptance.versions import publish
-from tests.acceptance.witness import Witness
+from tests.acceptance.witness import Witness, is_serving
 
 RESNET = [sys.executable, "-m", "resnet"]
 MINUTES = 5.0  # for a command
@@ -213,9 +213,14 @@ def _serve_private_files(work: _Work) -> str:
     for path in (models, *models.rglob("*")):
         os.chown(path, NOBODY, NOBODY)
     models.chmod(0o755)
-    outcome = work.serve(models, "--no-tune", prefix=without_privileges())
-    expect(outcome.startswith("refused"), f"{outcome}, although only the owner may read the files")
-    return outcome
+    with serve(models, "--no-tune", prefix=without_privileges()) as server:
+        try:
+            expect(not is_serving(server.address), "it serves files that only their owner may read")
+        except BadInput:  # it ended
+            pass
+    reason = "".join(server.errors)
+    expect("Permission denied" in reason and "Traceback" not in reason, f"the reason is missing: {reason[-300:]}")
+    return f"not served: {next(line for line in server.errors if 'Permission denied' in line)}"
 
 
 def _list_in_ascii(work: _Work) -> str:

@@ -36,7 +36,7 @@ from tests.acceptance.callers import LOCAL, Callers
 from tests.acceptance.footprint import MIB, Footprint
 from tests.acceptance.messages import ModelUnderTest, ValidRequest
 from tests.acceptance.users import as_nobody, give_to_nobody
-from tests.acceptance.witness import HEALTH, describe
+from tests.acceptance.witness import describe, is_serving
 
 GRACE_SECONDS = 5
 PATIENCE_SECONDS = 20.0  # for a call
@@ -124,7 +124,7 @@ def _starve(repository: Path, model: ModelUnderTest, scarcity: Scarcity, options
             _check_end(process, scarcity)
             return f"did not start: {_read_last(process)}"
         outcomes = _load(address, model)
-        if process.alive and _is_serving(address):
+        if process.alive and is_serving(address):
             _call(address, model)
         if process.alive:
             process.signal(signal.SIGTERM)
@@ -169,18 +169,6 @@ def _load(address: str, model: ModelUnderTest) -> str:
         codes = callers.outcomes + Counter(call.code().name for call in calls)
     expect(not {"DEADLINE_EXCEEDED", "CANCELLED"} & set(codes), f"calls are open for ever: {dict(codes)}")
     return ", ".join(f"{count} {code}" for code, count in codes.items())
-
-
-def _is_serving(address: str) -> bool:
-    """Return whether a server says that it serves; a connection that is refused says that it does not."""
-    with grpc.insecure_channel(address, LOCAL) as channel:
-        method: Any = channel.unary_unary(HEALTH)
-        try:
-            answer: bytes = method(b"", timeout=PATIENCE_SECONDS)
-        except grpc.RpcError as error:
-            expect(error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED, "a health check is open for ever")
-            return False
-        return answer == b"\x08\x01"
 
 
 def _call(address: str, model: ModelUnderTest) -> None:

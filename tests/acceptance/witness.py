@@ -119,6 +119,23 @@ class Witness:
         self.answered += 1
 
 
+def is_serving(address: str) -> bool:
+    """Return whether a server says that it serves; one that refuses the connection does not.
+
+    Raises:
+        CheckFailed: It says nothing.
+    """
+    with grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        health: Any = channel.unary_unary(HEALTH)
+        try:
+            answer = health_pb2.HealthCheckResponse.FromString(health(b"", timeout=PATIENCE_SECONDS))
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise CheckFailed(f"a health check was not answered within {PATIENCE_SECONDS:.0f} s") from None
+            return False
+    return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
 def read_probabilities(response: pb.ClassifyResponse) -> NDArray[np.float32]:
     """Return the probabilities of a response with all classes, [images, classes], in the order of the classes."""
     rows = [sorted((item.index, item.probability) for item in image.classes) for image in response.classifications]
