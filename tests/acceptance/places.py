@@ -21,7 +21,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -214,10 +214,8 @@ def _serve_private_files(work: _Work) -> str:
         os.chown(path, NOBODY, NOBODY)
     models.chmod(0o755)
     with serve(models, "--no-tune", prefix=without_privileges()) as server:
-        try:
+        with suppress(BadInput):  # it may have ended
             expect(not is_serving(server.address), "it serves files that only their owner may read")
-        except BadInput:  # it ended
-            pass
     reason = "".join(server.errors)
     expect("Permission denied" in reason and "Traceback" not in reason, f"the reason is missing: {reason[-300:]}")
     return f"not served: {next(line for line in server.errors if 'Permission denied' in line)}"
