@@ -1,6 +1,6 @@
 """Cancel calls at random moments: the server computes little for nobody, keeps nothing, and its queue empties.
 
-The calls carry 8 images each, arrive faster than the server answers, and are cancelled within 50 ms. At most a few
+The calls carry 16 images each, arrive faster than the server answers, and are cancelled within 50 ms. At most a few
 batches may have been computed for cancelled calls; memory, threads and descriptors return to what they were. The last
 line of the output is one JSON object.
 
@@ -31,8 +31,8 @@ from tests.acceptance.footprint import Footprint
 from tests.acceptance.messages import ModelUnderTest, ValidRequest
 from tests.acceptance.metrics import OPTION, ServerMetrics
 
-IMAGES = 8  # in a call
-IN_FLIGHT = 16
+IMAGES = 16  # in a call
+IN_FLIGHT = 32
 CONNECTIONS = 8  # the native transport closes a connection whose client cancels dozens of calls at once
 MAX_SECONDS = 0.05  # until a call is cancelled
 MAX_DEAD_SHARE = 0.2  # of the images that were sent: those in the batch that is being computed are too late

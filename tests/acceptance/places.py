@@ -213,9 +213,8 @@ def _serve_private_files(work: _Work) -> str:
     for path in (models, *models.rglob("*")):
         os.chown(path, NOBODY, NOBODY)
     models.chmod(0o755)
-    with serve(models, "--no-tune", prefix=without_privileges()) as server:
-        with suppress(BadInput):  # it may have ended
-            expect(not is_serving(server.address), "it serves files that only their owner may read")
+    with serve(models, "--no-tune", prefix=without_privileges()) as server, suppress(BadInput):  # it may have ended
+        expect(not is_serving(server.address), "it serves files that only their owner may read")
     reason = "".join(server.errors)
     expect("Permission denied" in reason and "Traceback" not in reason, f"the reason is missing: {reason[-300:]}")
     return f"not served: {next(line for line in server.errors if 'Permission denied' in line)}"
