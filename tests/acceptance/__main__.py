@@ -5,7 +5,7 @@ A model is trained on the handwritten digits and exported in fp32 first, in a te
 is printed if it fails, and which is ended after half an hour. What this user or machine cannot do is
 named as SKIPPED in the line of its check. The exit code is 1 if a check fails.
 
-All checks take about an hour and a half; with --scale 0.05, each does a twentieth of its work.
+All checks take an hour or two; with --scale 0.05, each does a twentieth of its work.
 
 Examples:
   python -m tests.acceptance
