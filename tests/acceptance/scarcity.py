@@ -42,6 +42,7 @@ GRACE_SECONDS = 5
 PATIENCE_SECONDS = 20.0  # for a call
 START_SECONDS = 60.0
 CALLS, STREAMS, CONNECTIONS = 12, 12, 300
+THREADS_UNDER_LOAD, DESCRIPTORS_UNDER_LOAD = 2.5, 5  # multiples of what an idle server has; the load needs more
 HEADER = ("limit", "outcome")
 
 
@@ -101,9 +102,9 @@ def _list_scarcities(idle: Footprint, address_space: int, nobody: Sequence[str],
     for step in range(steps):
         share = 0.6 + 0.8 * step / max(1, steps - 1)  # 0.6 to 1.4
         if nobody:
-            threads = max(2, round(idle.threads * share))
+            threads = round(idle.threads * share * THREADS_UNDER_LOAD)
             yield Scarcity(f"{threads} threads", [*nobody, "prlimit", f"--nproc={threads}"])
-        descriptors = max(8, round(idle.descriptors * share * 1.5))
+        descriptors = round(idle.descriptors * share * DESCRIPTORS_UNDER_LOAD)
         yield Scarcity(f"{descriptors} descriptors", ["prlimit", f"--nofile={descriptors}"])
         memory = round(address_space * share)
         yield Scarcity(f"{memory / MIB:.0f} MB of addresses", ["prlimit", f"--as={memory}"], tidy=False)
