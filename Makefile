@@ -25,7 +25,7 @@ quick: install
 test: install
 	$(BIN)/pytest
 
-# Real servers in processes of their own: unmodified clients, limits, reloads, kills.
+# Real servers in processes of their own: unmodified clients, limits, overload, signals, restarts, bad places, a soak.
 acceptance: install
 	$(BIN)/python -m tests.acceptance
 

@@ -2,12 +2,15 @@
 
 A model is trained on the handwritten digits and exported in fp32 first, in a temporary folder, unless --repository and
 --run name what the checks need. Every check is a module of this package and runs in a process of its own, whose output
-is printed if it fails. The exit code is 1 if a check fails.
+is printed if it fails, and which is ended after half an hour. What this user or machine cannot do is
+named as SKIPPED in the line of its check. The exit code is 1 if a check fails.
+
+All checks take an hour or two; with --scale 0.05, each does a twentieth of its work.
 
 Examples:
   python -m tests.acceptance
   python -m tests.acceptance conformance limits --repository demo/models
-  python -m tests.acceptance reloads kills --reloads 5 --kills 5
+  python -m tests.acceptance --scale 0.05
 """
 
 from __future__ import annotations
@@ -17,11 +20,14 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
+from benchmarks.harness.tree import ProcessTree
 from export import repository
 from resnet import BadInput, CheckFailed, cli
 
@@ -35,20 +41,34 @@ class AcceptanceCheck(NamedTuple):
 
     Attributes:
         module: Name of the module, and of the check.
-        arguments: Its arguments, with `{repository}`, `{model}`, `{run}`, `{reloads}` and `{kills}` filled in.
+        arguments: Its arguments, with `{repository}`, `{model}` and `{run}` filled in.
+        lengths: For each option that says how much the check does, its usual value.
         transports: Transports of the server that the check runs on, one run each; empty is one run without a choice.
+        minutes: Time after which a run is ended.
     """
 
     module: str
     arguments: tuple[str, ...]
+    lengths: Mapping[str, int] = MappingProxyType({})
     transports: tuple[str, ...] = ()
+    minutes: float = 30
 
 
+MODELS = ("{repository}",)
 CHECKS = (
-    AcceptanceCheck("conformance", ("{repository}",), TRANSPORTS),
-    AcceptanceCheck("limits", ("{repository}",), TRANSPORTS),
-    AcceptanceCheck("reloads", ("{model}", "--reloads={reloads}")),
-    AcceptanceCheck("kills", ("{run}", "--kills={kills}")),
+    AcceptanceCheck("conformance", MODELS, transports=TRANSPORTS),
+    AcceptanceCheck("limits", MODELS, transports=TRANSPORTS),
+    AcceptanceCheck("mutations", MODELS, {"messages": 200_000, "images": 20_000}, TRANSPORTS),
+    AcceptanceCheck("cancellations", MODELS, {"calls": 50_000}, TRANSPORTS),
+    AcceptanceCheck("overload", MODELS, {"seconds": 60}, TRANSPORTS),
+    AcceptanceCheck("signals", MODELS, {"rounds": 20}, TRANSPORTS),
+    AcceptanceCheck("restarts", MODELS, {"requests": 5000, "restarts": 14}, TRANSPORTS),
+    AcceptanceCheck("reloads", MODELS, {"reloads": 100}),
+    AcceptanceCheck("churn", MODELS, {"seconds": 60}),
+    AcceptanceCheck("scarcity", MODELS, {"steps": 5}, TRANSPORTS),
+    AcceptanceCheck("places", (*MODELS, "--run={run}")),
+    AcceptanceCheck("kills", ("{run}",), {"kills": 50}),
+    AcceptanceCheck("soak", MODELS, {"seconds": 600}, TRANSPORTS),
 )
 
 
@@ -66,16 +86,20 @@ def main() -> None:
     parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"checks to run: {', '.join(names)} (default: all)")
     parser.add_argument("--repository", type=Path, help="model repository to serve (default: a new one)")
     parser.add_argument("--run", type=Path, help="run folder to export (default: a new one)")
-    parser.add_argument("--reloads", type=int, default=100, help="reloads of a model (default: 100)")
-    parser.add_argument("--kills", type=int, default=50, help="exports to kill (default: 50)")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the usual work of each check (default: 1)")
     args = parser.parse_args()
     chosen = args.checks or names
     if unknown := [name for name in chosen if name not in names]:
         raise BadInput(f"there is no check {unknown[0]!r}; choose from {', '.join(names)}")
     with tempfile.TemporaryDirectory() as folder:
         checks = [check for check in CHECKS if check.module in chosen]
-        values = {"reloads": args.reloads, "kills": args.kills, **_prepare(args, checks, Path(folder))}
-        failed = [title for title, command in _list_runs(checks, values) if not _run(title, command)]
+        values = _prepare(args, checks, Path(folder))
+        failed = [
+            title
+            for check in checks
+            for title, command in _list_runs(check, values, args.scale)
+            if not _run(title, command, check.minutes)
+        ]
     if failed:
         raise CheckFailed(f"failed: {', '.join(failed)}")
 
@@ -84,30 +108,27 @@ def _prepare(args: argparse.Namespace, checks: Sequence[AcceptanceCheck], folder
     """Train and export what the checks need and the arguments do not name; return where all of it is."""
     needed = "".join(argument for check in checks for argument in check.arguments)
     run, models = args.run, args.repository
-    needs_models = models is None and ("{repository}" in needed or "{model}" in needed)
+    needs_models = models is None and "{repository}" in needed
     if run is None and ("{run}" in needed or needs_models):
         run = folder / "runs" / NAME
         _make("training", "train", *TRAINING, "--out", str(run))
     if needs_models:
         models = folder / "models"
         _make("export", "export", str(run), "--to", str(models / NAME))
-    if models is None:
-        return {"run": run}
-    names = list(repository.models(models))
-    if not names:
+    if models is not None and not repository.models(models):
         raise BadInput(f"--repository {models} has no model; `resnet export` makes one")
-    return {"run": run, "repository": models, "model": names[0]}
+    return {"run": run, "repository": models}
 
 
-def _list_runs(checks: Sequence[AcceptanceCheck], values: dict[str, object]) -> Iterator[tuple[str, list[str]]]:
+def _list_runs(check: AcceptanceCheck, values: Mapping[str, object], scale: float) -> Iterator[tuple[str, list[str]]]:
     """Yield the title and the command of each run of a check."""
-    for check in checks:
-        command = [sys.executable, "-m", f"tests.acceptance.{check.module}"]
-        command += [argument.format(**values) for argument in check.arguments]
-        for transport in check.transports:
-            yield f"{check.module} {transport}", [*command, f"--transport={transport}"]
-        if not check.transports:
-            yield check.module, command
+    command = [sys.executable, "-m", f"tests.acceptance.{check.module}"]
+    command += [argument.format(**values) for argument in check.arguments]
+    command += [f"--{name}={max(1, round(scale * usual))}" for name, usual in check.lengths.items()]
+    for transport in check.transports:
+        yield f"{check.module} {transport}", [*command, f"--transport={transport}"]
+    if not check.transports:
+        yield check.module, command
 
 
 def _make(title: str, *arguments: str) -> None:
@@ -116,15 +137,22 @@ def _make(title: str, *arguments: str) -> None:
         raise CheckFailed(f"there is no model to check, since `resnet {arguments[0]}` failed")
 
 
-def _run(title: str, command: Sequence[str]) -> bool:
-    """Run a command, print one line of figures, and return whether it succeeded."""
+def _run(title: str, command: Sequence[str], minutes: float = 30) -> bool:
+    """Run a command, print one line of figures, and return whether it succeeded; it fails if it takes longer."""
     started = time.monotonic()
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    # A session of its own, so that the servers of a check can be ended with it.
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        timer = threading.Timer(60 * minutes, ProcessTree(process.pid).end, (0,))
+        timer.start()
+        output, _ = process.communicate()
+        timer.cancel()
     seconds = time.monotonic() - started
     passed = process.returncode == 0
     if not passed:
-        print(f"{process.stdout}{process.stderr}".rstrip())
-    figures = _read_figures(process.stdout) if passed else "see its output above"
+        print(output.rstrip())
+    figures = _read_figures(output) if passed else "see its output above"
     line = f"{title:<20} {'pass' if passed else 'FAIL'} {seconds:7.1f} s  {figures}"
     print(line.rstrip(), flush=True)
     return passed

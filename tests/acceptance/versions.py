@@ -1,0 +1,81 @@
+"""Versions of one model that compute different answers, each complete and with its hashes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from export import manifest
+
+MODEL = "model.onnx"
+
+
+def publish(source: Path, folder: Path, labels: Sequence[str] = ()) -> NDArray[np.float32]:
+    """Copy a version, give its classes other biases by the number that it gets, and return its answers.
+
+    The files that stay the same are links. The certificate is the original's, which is right for tests only.
+
+    Args:
+        source: Folder of a version.
+        folder: REPOSITORY/NAME/VERSION to make; it appears complete, by a rename.
+        labels: Other names of the classes.
+
+    Returns:
+        The probabilities of the held-out images, [images, classes].
+    """
+    staged = folder.with_name(f".{folder.name}")
+    shutil.copytree(source, staged, copy_function=link)
+    for name in (MODEL, manifest.NAME):
+        (staged / name).unlink()  # a link to the original, which must not change
+    onnx.save(_shift(onnx.load(source / MODEL), int(folder.name)), staged / MODEL)
+    original = manifest.read(source)
+    files = {name: digest for name, digest in manifest.hash_files(staged).items() if name in original.files}
+    msgspec.structs.replace(
+        original,
+        model=folder.parent.name,
+        version=int(folder.name),
+        files=files,
+        labels=list(labels) or original.labels,
+    ).write(staged)
+    answers = compute(staged)
+    staged.rename(folder)
+    return answers
+
+
+def link(source: str, target: str) -> None:
+    """Link a file; copy it to another file system."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def compute(version: Path) -> NDArray[np.float32]:
+    """Return the probabilities that a version computes for its held-out images, [images, classes]."""
+    session = onnxruntime.InferenceSession(str(version / MODEL), providers=["CPUExecutionProvider"])
+    with np.load(version / "heldout.npz") as arrays:
+        images = arrays["images"]
+    answers: NDArray[np.float32] = session.run(None, {session.get_inputs()[0].name: images})[0]
+    return answers
+
+
+def _shift(model: onnx.ModelProto, number: int) -> onnx.ModelProto:
+    """Add `number`, modulo 7, to the logit of each class in turn: the answers differ, and stay probabilities."""
+    classes = model.graph.output[0].type.tensor_type.shape.dim[-1].dim_value
+    biases = [tensor for tensor in model.graph.initializer if list(tensor.dims) == [classes]]
+    if not biases:
+        raise ValueError("the model has no bias of its classes to change")
+    bias = biases[-1]
+    values = numpy_helper.to_array(bias).copy()
+    values[number % classes] += 1 + number % 7
+    bias.CopyFrom(numpy_helper.from_array(values, bias.name))
+    return model
