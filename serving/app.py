@@ -35,6 +35,7 @@ def serve(config: Config) -> None:
         BadInput: An option cannot be used; no model can be loaded; the port cannot be bound.
     """
     process.prepare()
+    threads.check_room()
     # A request that the queue can never hold is too large: trying again would not help.
     config = dataclasses.replace(config, max_images=min(config.max_images, config.max_queue))
     with Signals() as signals:

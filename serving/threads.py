@@ -16,6 +16,7 @@ from queue import SimpleQueue
 from resnet import BadInput
 
 EXIT_CODE = 70  # of a process that cannot go on: EX_SOFTWARE of sysexits.h
+NEEDED = 48  # threads of a server that starts; on two cores it has 23, those of its libraries included
 LOG_SECONDS = 5.0  # for the last line: whoever reads the log may be stuck, too
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,20 @@ class WorkerPool:
 _Work = tuple[Callable[..., object], tuple[object, ...]]
 
 
+def check_room(count: int = NEEDED) -> None:
+    """Check that this process may have `count` threads more: a library that cannot start one ends it without a word.
+
+    Raises:
+        BadInput: It may not.
+    """
+    checked = threading.Event()
+    try:
+        for _ in range(count):
+            _start(threading.Thread(target=checked.wait, daemon=True))
+    finally:
+        checked.set()
+
+
 def start_vital(run: Callable[[], object], name: str) -> None:
     """Run a function on a thread of its own; if it fails, end the process: it can do nothing without.
 
@@ -97,7 +112,8 @@ def _start(thread: threading.Thread) -> None:
         thread.start()
     except RuntimeError:
         raise BadInput(
-            "the server cannot start its threads: raise the limit on them, of the user (ulimit -u) or the container"
+            "the server cannot start its threads: raise the limit on them, of the user (ulimit -u) or the container, "
+            "or that on memory"
         ) from None
 
 

@@ -14,6 +14,7 @@ from serving.errors import ServingError, from_status
 
 CallMetadata = tuple[tuple[str, str], ...]
 
+RECONNECT_MS, MAX_RECONNECT_MS = 100, 500  # between attempts to connect
 UNLIMITED: tuple[tuple[str, str | int], ...] = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -73,7 +74,13 @@ def to_options(servers: str | Sequence[str], tls: Tls | None) -> list[tuple[str,
     """
     # No retry policy: gRPC's retries know neither our hint when to come again, nor requests that are too large for it.
     config: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
-    options: list[tuple[str, str | int]] = [*UNLIMITED, ("grpc.service_config", json.dumps(config))]
+    options: list[tuple[str, str | int]] = [
+        *UNLIMITED,
+        ("grpc.service_config", json.dumps(config)),
+        # By default up to two minutes: a server that is back must be found before the retries of a request end.
+        ("grpc.initial_reconnect_backoff_ms", RECONNECT_MS),
+        ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_MS),
+    ]
     if not isinstance(servers, str) and len(servers) > 1:
         # gRPC would send the whole list as the :authority header, and strict servers refuse that.
         options.append(("grpc.default_authority", servers[0]))

@@ -11,7 +11,7 @@ from queue import SimpleQueue
 import pytest
 
 from resnet import BadInput
-from serving.threads import EXIT_CODE, WorkerPool
+from serving.threads import EXIT_CODE, WorkerPool, check_room
 
 
 class Panic(BaseException):
@@ -74,6 +74,26 @@ def test_a_pool_that_cannot_have_its_threads_leaves_none(monkeypatch: pytest.Mon
     gc.collect()
     started[0].join(10)
     assert not started[0].is_alive()
+
+
+def test_a_process_that_may_not_have_enough_threads_is_told_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a library needs one and ends the process; those that were started end."""
+    start, started = threading.Thread.start, []
+
+    def limited(thread: threading.Thread) -> None:
+        if len(started) == 5:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(BadInput, match="the server cannot start its threads: raise the limit"):
+        check_room(6)
+    for thread in started:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in started)
+    started.clear()
+    check_room(5)
 
 
 FAILS = """
