@@ -8,6 +8,9 @@ import resource
 import sys
 from contextlib import suppress
 
+from resnet import BadInput
+
+MIN_FILES = 64  # an idle server has 20, those of its libraries included; each connection is one more
 # By default Python collects the youngest generation after 700 allocations. With hundreds of active calls that finds
 # almost nothing, and it lowered a server's throughput by an eighth.
 GC_THRESHOLD, GC_OLDER_THRESHOLD = 10_000, 50
@@ -22,6 +25,9 @@ def prepare() -> None:
 
     Each connection is an open file. Usually 1024 are allowed, for programs that call `select`, and a process may allow
     itself more: without that, silent connections could keep callers out and new versions from being read.
+
+    Raises:
+        BadInput: The system allows too few for a server.
     """
     gc.set_threshold(GC_THRESHOLD, GC_OLDER_THRESHOLD, GC_OLDER_THRESHOLD)
     if sys.platform == "linux":
@@ -30,5 +36,7 @@ def prepare() -> None:
             libc.mallopt(M_TRIM_THRESHOLD, RETAINED_BYTES)
             libc.mallopt(M_MMAP_THRESHOLD, RETAINED_BYTES)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY and most < MIN_FILES:
+        raise BadInput(f"the server may open only {most} files; allow at least {MIN_FILES}, with ulimit -n")
     with suppress(ValueError, OSError):  # macOS refuses its own unlimited number
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -21,7 +21,7 @@ ALLOWED = {
     "export": {"resnet", "training"},
     "serving.errors": {"protos"},
     "serving.logs": set(),
-    "serving.process": set(),
+    "serving.process": {"resnet"},
     "serving.signals": set(),
     "serving.threads": {"resnet"},
     "serving.runtimes": {"resnet", "export", "serving.threads"},

@@ -218,3 +218,17 @@ process.prepare()
 print(resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most))
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "True\n"
+
+
+def test_a_server_that_may_open_too_few_files_is_told_at_the_start(repository: Path) -> None:
+    """Before a library fails that needs one."""
+    code = """
+import resource, sys
+from resnet import cli
+resource.setrlimit(resource.RLIMIT_NOFILE, (63, 63))
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    command = [sys.executable, "-c", code, "serve", str(repository), "--port=0"]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert process.returncode == 2
+    assert process.stderr == "resnet serve: the server may open only 63 files; allow at least 64, with ulimit -n\n"
