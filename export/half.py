@@ -7,6 +7,7 @@ that is float16 in the graph is rounded to float16. Sums inside an operator are 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import onnx
@@ -24,12 +25,12 @@ class RangeError(ParityError):
     """A value is too large for half precision."""
 
 
-def load(path: Path) -> Predict:
+def load(file: Path | IO[bytes]) -> Predict:
     """Return an ONNX file in half precision, computed as such, as a function of a batch.
 
     The function raises `RangeError` if a value is too large for float16.
     """
-    model = onnx.load(path)
+    model = onnx.load(file)
     image, answers = model.graph.input[0].name, model.graph.output[0].name
     largest = _round_values(model)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])

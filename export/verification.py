@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 from collections.abc import Iterator
@@ -94,6 +95,10 @@ def _certify_onnx(folder: Path, recorded: Manifest) -> Certificate:
 def _load_onnx(folder: Path, variant: Variant, recorded: Manifest) -> Predict:
     content = manifest.read_file(folder, variant.path, recorded)
     try:
+        if variant.arithmetic:
+            from export import half
+
+            return half.load(io.BytesIO(content))
         loaded = session.open_session(content)
     except Exception as error:  # onnxruntime's exceptions have no common base below Exception
         raise BadInput(f"{folder / variant.path} cannot be loaded by onnxruntime: {error}") from None

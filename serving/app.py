@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from export import signature
+from resnet.tokens import read_tokens
 from serving import logs, process, threads
 from serving.config import Config
 from serving.models import loader, version_policy
@@ -93,7 +94,7 @@ def read_access(config: Config) -> Access:
         tls.read()
     for path in (config.token_file, config.admin_token_file):
         if path:
-            auth.read_tokens(path)
+            read_tokens(path)
     return Access(tls, config.token_file, config.admin_token_file)
 
 

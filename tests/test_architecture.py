@@ -83,6 +83,7 @@ ALLOWED = {
         "serving.watchdog",
     },
     "serving.app": {
+        "resnet",
         "export",
         "serving.config",
         "serving.logs",

@@ -12,6 +12,7 @@ import grpc
 from resnet import BadInput
 from resnet.files import read_file
 from resnet.options import option
+from resnet.tokens import read_tokens
 from serving.client.channel import CallMetadata, Tls
 
 
@@ -68,13 +69,4 @@ class AccessOptions:
             None if path is None else read_file(path) for path in (self.tls_ca, self.tls_cert, self.tls_key)
         )
         tls = None if authority is None else Tls(authority, certificate, key, self.tls_name)
-        return CallerAccess(tls, None if self.token_file is None else _read_token(self.token_file))
-
-
-def _read_token(path: Path) -> str:
-    """Return the first token in a file of tokens, one per line."""
-    words = read_file(path).decode("ascii", "replace").split("\n")
-    token = next((word.strip() for word in words if word.strip()), "")
-    if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise BadInput(f"{path} holds no token: each is one line of printable ASCII without spaces")
-    return token
+        return CallerAccess(tls, None if self.token_file is None else read_tokens(self.token_file)[0])

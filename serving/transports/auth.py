@@ -8,8 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from resnet import BadInput
-from resnet.files import read_file
+from resnet.tokens import read_tokens
 from serving.errors import PermissionDenied, ServingError, Unauthenticated
 from serving.logs import RateLimitedLog
 from serving.transports.call import Call
@@ -89,7 +88,7 @@ class _AcceptedTokens:
         if isinstance(tokens, Path):
             self._file = FollowedFiles(f"the token file {tokens}", [tokens], lambda: _to_headers(read_tokens(tokens)))
         elif tokens:
-            self._headers = _to_headers(tokens)
+            self._headers = _to_headers(tokens.splitlines())
 
     def find(self) -> Sequence[bytes]:
         """Return the headers that give one of the tokens; a changed file counts within `REFRESH_SECONDS`."""
@@ -101,25 +100,12 @@ class _AcceptedTokens:
         return self._file.content
 
 
-def _to_headers(tokens: str) -> Sequence[bytes]:
-    return [f"Bearer {token}".encode() for token in tokens.splitlines()]
+def _to_headers(tokens: Sequence[str]) -> Sequence[bytes]:
+    return [f"Bearer {token}".encode() for token in tokens]
 
 
 def _contains(headers: Sequence[bytes], given: bytes) -> bool:
     return any(hmac.compare_digest(given, header) for header in headers)
-
-
-def read_tokens(path: Path) -> str:
-    """Return the tokens in a file, one per line.
-
-    Raises:
-        BadInput: The file cannot be read, or holds no token.
-    """
-    lines = [line.strip() for line in read_file(path).decode("ascii", "replace").splitlines()]
-    tokens = [line for line in lines if line]
-    if not tokens or not all(token.isascii() and token.isprintable() and " " not in token for token in tokens):
-        raise BadInput(f"{path} holds no token: each is one line of printable ASCII without spaces")
-    return "\n".join(tokens)
 
 
 def warn_if_open(host: str, tls: ServerTls | None, token: Path | None) -> None:

@@ -352,9 +352,7 @@ def test_openvino_is_not_chosen_where_it_answers_otherwise(
     fake.error = 1e-3
     found = find(version, candidates=[ONE, TWO, OTHER]).tuning
     assert describe(found.plans) == "1 thread"
-    assert found.refusals["openvino"].startswith(
-        "the largest difference of onnx at batch size 1 is 0.001, above 1e-05"
-    )
+    assert found.refusals["openvino"].startswith("the largest difference of onnx at batch size 1 is 0.001, above 1e-05")
     assert loader.load(version, "cpu", Batching(max_batch=4), tune=True).engine.provider == "CPUExecutionProvider"
     assert "digits/1 is not computed by openvino: the largest difference" in caplog.text
     with pytest.raises(BadInput, match="choose another --runtime: the largest difference of onnx"):
