@@ -76,20 +76,21 @@ class InferenceHandler(Generic[RequestT]):
             if (model := self._models.only) and (refusal := model.batcher.refusal(call.deadline)):
                 _refuse_unread(call, model, refusal)
             elif len(call.payload) > QUICK_BYTES:
-                self._workers.submit(self.begin, call)
+                self._workers.submit(self.begin, call, None, True)
             elif self._reader.is_encoded(request := parse_message(self._reader.parse, call.payload)):
-                self._workers.submit(self.begin, call, request)
+                self._workers.submit(self.begin, call, request, True)
             else:
                 self.begin(call, request)
         except Exception as error:
             refuse(call, error)
 
-    def begin(self, call: Call, request: RequestT | None = None) -> None:
+    def begin(self, call: Call, request: RequestT | None = None, waited: bool = False) -> None:
         """Enqueue the images of a call; any error becomes its answer.
 
         Args:
             call: The call to answer.
             request: Its parsed payload; None parses it here.
+            waited: Whether it waited for this thread, so that its caller may be gone.
         """
         try:
             if request is None:
@@ -100,7 +101,8 @@ class InferenceHandler(Generic[RequestT]):
             return
         tracked = model.statistics.begin(call.span)
         try:
-            call.check()
+            if waited:
+                call.check()
             parsed = self._reader.read(request, model, call.check)
             tracked.decoded()
             deadline = min(call.deadline, time.monotonic() + parsed.timeout) if parsed.timeout else call.deadline

@@ -142,6 +142,8 @@ class RequestQueue:
     def peek(self) -> Entry | None:
         """Return the first entry."""
         first: Entry | None = None
+        if not self.images:
+            return first
         for line in self._lines.values():
             if line and (first is None or line[0].order < first.order):
                 first = line[0]
