@@ -10,6 +10,7 @@ from typing import Any
 import h5py
 import keras
 
+FUNCTIONS = ("TFOpLambda", "SlicingOpLambda")  # what tf.keras 2 makes of `x + 1`; Keras 3 has nothing like them
 WITHOUT_GROUPS = ("DepthwiseConv2D", "SeparableConv2D", "Conv2DTranspose")
 
 
@@ -48,6 +49,8 @@ def _translate(value: Any) -> Any:
         return value
     value = {key: _translate(item) for key, item in value.items() if key != "compile_config"}
     kind, config = value.get("class_name"), value.get("config")
+    if kind in FUNCTIONS:
+        raise ValueError(f"{value['name']!r} is a {kind}: a function of TensorFlow between the layers")
     if kind == "Policy":
         return "float32"
     if kind in ("Model", "Functional"):

@@ -8,6 +8,7 @@ traceback, and the exit code is 70. `--debug` prints the traceback of any of the
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -144,7 +145,9 @@ def _explain(error: Exception, extra: str) -> tuple[str, int]:
             return str(error), 1
         case ModuleNotFoundError(name=str(module)) if module.partition(".")[0] not in PACKAGES:
             return f"{module} is not installed; install resnet with its extra {extra!r}", 2
-        case OSError():  # a full disk, a folder without permissions: a traceback would not help
+        case OSError(errno=errno.ENOSPC):
+            return f"{error.strerror}; free some, or write to another place", 2
+        case OSError():  # a folder without permissions: a traceback would not help
             return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else str(error), 2
         case MemoryError():
             return "there is not enough memory; smaller images, batches or numbers need less", 2

@@ -76,7 +76,7 @@ def test_debug_shows_the_traceback(
     [
         (MemoryError(), 2, "there is not enough memory"),
         (PermissionError(13, "Permission denied", "models"), 2, "models: Permission denied"),
-        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (OSError(28, "No space left on device"), 2, "No space left on device; free some, or write to another place"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -166,6 +168,17 @@ def test_a_file_of_tf_keras_2_is_read(tmp_path: Path) -> None:
     answers = loaded.model.predict(np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3), verbose=0)
     expected = [[0.0345, 0.4086, 0.0490, 0.0340], [0.0716, 0.4481, 0.0437, 0.0285]]
     np.testing.assert_allclose(answers[:, :4], expected, atol=1e-3)
+
+
+def test_a_function_between_the_layers_of_tf_keras_2_is_named(tmp_path: Path) -> None:
+    """Keras 3 has nothing like it."""
+    path = Path(shutil.copy(Path(__file__).parent / "files" / "keras2.h5", tmp_path))
+    with h5py.File(path, "r+") as store:
+        description = json.loads(store.attrs["model_config"])
+        description["config"]["layers"][1] |= {"class_name": "TFOpLambda", "name": "tf.math.add"}
+        store.attrs["model_config"] = json.dumps(description)
+    with pytest.raises(BadInput, match=r"'tf.math.add' is a TFOpLambda: .*; only the built-in layers"):
+        source.load(path, "digits", preprocess="identity")
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "linear"])
