@@ -47,6 +47,7 @@ def make_state(
         (make_state(running=((-5 * MS, 2 * MS),)), 0, 0),  # later than expected: any time now
         (make_state(running=((-MS, 2 * MS),), instances=2), 0, 0),  # there is another instance
         (make_state(running=((0, 2 * MS), (0, 2 * MS))), 0, 4),  # two share the cores of one
+        (make_state(running=((0, 2 * MS),) * 4, instances=2), 0, 4),  # and four those of two
     ],
 )
 def test_the_wait_is_what_is_under_way_and_what_is_before(state: QueueState, images: int, ms: float) -> None:
@@ -151,11 +152,14 @@ def test_whoever_goes_before_others_waits_for_fewer() -> None:
     ],
 )
 def test_a_refusal_says_how_long_it_would_take(remaining_ms: float, limits: QueueLimits, sentence: str) -> None:
-    """In whole milliseconds, all digits of them."""
+    """In whole milliseconds, all digits of them; and when to try again, if that helps."""
     curve = CostCurve({1: 1e13, 4: 2e13})
     state = make_state(queued=12, running=((0, 2e13),))._replace(curve=curve)
     images = 10 if limits.images == 9 else 6
-    assert sentence in str(find_refusal(state, images, remaining_ms * MS, limits))
+    refusal = find_refusal(state, images, remaining_ms * MS, limits)
+    assert sentence in str(refusal)
+    if isinstance(refusal, Overloaded):
+        assert refusal.retry_ms == 1 + 80_000_000
 
 
 def test_what_just_meets_a_limit_is_admitted() -> None:

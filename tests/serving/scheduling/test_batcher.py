@@ -6,7 +6,7 @@ import gc
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 
@@ -69,10 +69,15 @@ class PrefetchThread(ThreadPoolExecutor):
 
 
 class KnownCurve(CostCurve):
-    """The costs that a test says, whatever its batches take."""
+    """The costs that a test says, whatever its batches take, which are noted."""
+
+    def __init__(self, measured: Mapping[int, float]) -> None:
+        super().__init__(measured)
+        self.updates: list[tuple[int, float]] = []
 
     def update(self, images: int, ns: float) -> None:
         """Learn nothing."""
+        self.updates.append((images, ns))
 
 
 class Bench:
@@ -120,6 +125,14 @@ class Bench:
     def compute(self, batches: int = 1) -> None:
         """Open the gate for so many batches."""
         self.engine.gate.release(batches)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the time in nanoseconds, which stands still unless the test changes it."""
+    now = [time.perf_counter_ns()]
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: now[0])
+    return now
 
 
 @pytest.fixture
@@ -233,6 +246,7 @@ def test_no_thread_is_needed_that_was_not_there_at_the_start(
     bench.compute(4)
     outcomes = [future.result(10) for future in futures]
     assert [outcome.batch_size for outcome in outcomes if isinstance(outcome, BatchResult)] == [1, 4, 4, 4, 4, 4, 4]
+    assert threads.concatenated.qsize() == 3  # each batch once
 
 
 def test_whatever_fails_each_request_gets_an_answer(
@@ -573,6 +587,24 @@ def test_whoever_is_gone_makes_room_in_a_full_queue(pool: ThreadPoolExecutor) ->
     assert bench.engine.batches == [[1], [5, 6, 7]]
 
 
+def test_a_full_queue_is_searched_only_now_and_then(clock: list[int]) -> None:
+    """A flood of requests that are refused costs no more than one."""
+    bench, here = Batcher(GatedEngine().run, Batching(max_queue=2), threads=HeldThreads()), True
+    gone: list[Future[Outcome]] = [Future(), Future()]
+    for future in gone:
+        bench.enqueue(images(1), future.set_result, is_active=lambda: here)
+    with pytest.raises(Overloaded):
+        bench.enqueue(images(2), print)
+    here = False
+    clock[0] += batcher.SWEEP_INTERVAL_NS - 1
+    with pytest.raises(Overloaded):
+        bench.enqueue(images(2), print)
+    clock[0] += 1
+    bench.enqueue(images(2), print)
+    assert all(isinstance(future.result(10), Cancelled) for future in gone)
+    assert bench.queued == 1
+
+
 def test_a_refusal_holds_for_a_moment_for_those_who_can_wait_no_longer(
     pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -742,6 +774,70 @@ def test_several_instances_run_at_a_time() -> None:
         batcher.enqueue(images(1), future.set_result)
     assert all(isinstance(future.result(10), BatchResult) for future in futures)
     assert batcher.drain(10)
+
+
+def test_who_lingers_waits_no_longer_than_the_oldest_request_may(clock: list[int]) -> None:
+    """Even if others go before it."""
+    engine, threads = GatedEngine(), HeldThreads()
+    engine.gate.release()
+    bench = Batcher(engine.run, Batching(linger_ms=5), threads=threads)
+    bench.enqueue(images(1), print)
+    clock[0] += 4_000_000
+    bench.enqueue(images(2), print, priority=1)
+    clock[0] += 1_000_000
+    threads.work[0]()
+    assert engine.batches == [[2, 1]]
+
+
+def test_batches_that_share_cores_are_measured_as_if_they_did_not(clock: list[int]) -> None:
+    """The second begins and ends while the first one runs; what is counted is the time that passed."""
+    curve, threads = KnownCurve({1: 1.0, 4: 4.0}), HeldThreads()
+    counted: list[tuple[int, int]] = []
+
+    def run(batch: Images) -> Probabilities:
+        if len(threads.work) > 1:
+            threads.work.pop()()
+        clock[0] += 100
+        return batch[:, 0, 0, :1].astype(np.float32)
+
+    bench = Batcher(
+        run, Batching(max_batch=4), curve, overflow=1, threads=threads, count=lambda *batch: counted.append(batch)
+    )
+    bench.enqueue(images(1, 2, 3, 4), print)
+    bench.enqueue(images(5, 6, 7, 8), print)
+    threads.work[0]()
+    assert curve.updates == [(4, 50), (4, 200)]
+    assert counted == [(4, 100), (4, 200)]
+    assert bench.drain(10)
+    assert bench.answered == 2
+
+
+def test_a_batch_that_shares_cores_is_done_by_its_deadlines(pool: ThreadPoolExecutor) -> None:
+    """It takes twice as long beside another one."""
+    bench = Bench(pool, KnownCurve({1: HOUR_NS, 2: 1.8 * HOUR_NS, 4: 3 * HOUR_NS}), overflow=1)
+    futures = [bench.start(1), bench.wait(2, deadline=time.monotonic() + 3 * HOUR), bench.wait(3), bench.wait(4)]
+    futures.append(bench.start(5))
+    assert bench.engine.batches == [[1], [2]]
+    bench.compute(4)
+    assert [future.result(10).batch_size for future in futures[:2]] == [1, 1]
+    assert bench.batcher.drain(10)
+
+
+def test_the_longest_time_until_an_answer_is_that_of_the_largest_batch() -> None:
+    """Of those that may come and those that run, after the wait for more."""
+    curve, threads, expected = KnownCurve({1: 10e6, 4: 40e6}), HeldThreads(), list[float]()
+
+    def run(batch: Images) -> Probabilities:
+        expected.append(bench.expected_ns)
+        return batch[:, 0, 0, :1].astype(np.float32)
+
+    bench = Batcher(run, Batching(max_batch=4, linger_ms=5), curve, threads=threads)
+    assert bench.expected_ns == 45e6
+    for request in (images(1, 2, 3, 4), images(*range(8))):
+        bench.enqueue(request, print)
+    threads.work[0]()
+    assert expected == [45e6, 85e6]
+    assert bench.expected_ns == 45e6
 
 
 def test_an_overflow_batch_begins_when_it_is_full(pool: ThreadPoolExecutor) -> None:
