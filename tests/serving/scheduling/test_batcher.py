@@ -19,6 +19,7 @@ from serving.runtimes.base import Concatenator, Images, Probabilities
 from serving.runtimes.cost import CostCurve
 from serving.scheduling import admission, batcher
 from serving.scheduling.batcher import Batcher
+from serving.scheduling.latency_target import LatencyTarget
 from serving.scheduling.queue import DEFAULT_PRIORITY, BatchResult, Outcome
 from tests.serving.waiting import submit
 
@@ -48,6 +49,10 @@ def images(*values: int) -> Images:
     return np.array(values, np.uint8).reshape(-1, 1, 1, 1) * np.ones((1, 2, 2, 3), np.uint8)
 
 
+def ignore(_: Outcome) -> None:
+    """Take an outcome that the test does not look at."""
+
+
 class PrefetchThread(ThreadPoolExecutor):
     """An engine thread for which batches are prefetched."""
 
@@ -56,12 +61,14 @@ class PrefetchThread(ThreadPoolExecutor):
     def __init__(self) -> None:
         super().__init__(1)
         self.concatenated: queue.Queue[int] = queue.Queue()
+        self.names: set[str] = set()
 
     def concatenator(self) -> Concatenator:
         """Return what notes the size of each batch."""
 
         def concatenate(parts: Sequence[Images]) -> Images:
             batch = np.concatenate(parts)
+            self.names.add(threading.current_thread().name)
             self.concatenated.put(len(batch))
             return batch
 
@@ -190,6 +197,8 @@ def test_a_full_batch_is_concatenated_while_another_is_computed(
     assert bench.engine.entered.acquire(timeout=10)
     assert [thread.concatenated.get(timeout=10) for _ in range(2)] == [4, 4]
     assert bench.batcher.queued == 8
+    with pytest.raises(Overloaded, match="8 images are waiting, 13 more would exceed the 20 allowed"):
+        bench.enqueue(*range(13))
     futures.append(bench.wait(9))
     bench.engine.failure = RuntimeError("out of memory")
     bench.compute()
@@ -204,6 +213,22 @@ def test_a_full_batch_is_concatenated_while_another_is_computed(
     assert [answer.probabilities[0, 0] for answer in answers] == [1, 4, 5, 6, 7, 9]
     assert bench.batcher.drain(10)
     assert bench.batcher.queued == 0
+
+
+@pytest.mark.parametrize(("min_bytes", "requests", "is_prefetched"), [(24, 4, True), (25, 4, False), (24, 3, False)])
+def test_only_full_batches_of_large_requests_are_prefetched(
+    min_bytes: int, requests: int, is_prefetched: bool, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small ones take longer to hand over than to copy, and a part of a batch may still grow."""
+    monkeypatch.setattr(batcher, "MIN_PREFETCH_BYTES", min_bytes)
+    thread = PrefetchThread()
+    bench = Bench(pool, threads=thread)
+    bench.start(1)
+    for value in range(requests):
+        bench.enqueue(value, value)
+    bench.compute(3)
+    assert bench.batcher.drain(10)
+    assert ("prefetch-0" in thread.names) == is_prefetched
 
 
 def test_a_prefetched_batch_is_given_up_for_who_goes_first(
@@ -339,6 +364,80 @@ def test_a_probe_shares_no_batch() -> None:
     work()
     assert isinstance(future.result(10), BatchResult)
     assert engine.batches == [[1], [7]]
+
+
+def test_answers_come_in_the_order_of_batches() -> None:
+    """The engine goes on while one is given, and nothing overtakes it."""
+    engine, threads, answered, may_end = GatedEngine(), HeldThreads(), list[int](), threading.Event()
+
+    def answer(_: Outcome) -> None:
+        assert may_end.wait(10)
+        answered.append(1)
+
+    engine.gate.release(2)
+    bench = Batcher(engine.run, Batching(max_batch=1), threads=threads)
+    bench.enqueue(images(1), answer)
+    bench.enqueue(images(2), lambda _: answered.append(2))
+    threads.work[0]()
+    assert engine.batches == [[1], [2]]
+    assert answered == []
+    may_end.set()
+    assert bench.drain(10)
+    assert answered == [1, 2]
+
+
+def test_a_worker_that_cannot_form_a_batch_is_busy_for_good() -> None:
+    """A watchdog then finds that nothing is answered."""
+
+    class Threads(HeldThreads):
+        """Without memory."""
+
+        def concatenator(self) -> Concatenator:
+            raise MemoryError
+
+    threads = Threads()
+    bench = Batcher(GatedEngine().run, threads=threads)
+    bench.enqueue(images(1), ignore)
+    threads.work.pop()()
+    assert threads.work == []
+    assert bench.is_busy
+    assert not bench.drain(0)
+
+
+def test_a_prediction_knows_that_full_batches_will_share_cores() -> None:
+    """On two instances with two further ones, batches of three hours take six."""
+    curve = KnownCurve({1: HOUR_NS, 2: 1.8 * HOUR_NS, 4: 3 * HOUR_NS})
+    batching = Batching(max_batch=4, max_queue_ms=float("inf"))
+    bench = Batcher(GatedEngine().run, batching, curve, instances=2, overflow=2, threads=HeldThreads())
+    bench.enqueue(images(1, 2, 3, 4), ignore)
+    with pytest.raises(Overloaded, match="may take"):
+        bench.enqueue(images(5), ignore, time.monotonic() + 5.9 * admission.SAFETY_FACTOR * HOUR)
+    bench.enqueue(images(5), ignore, time.monotonic() + 6.1 * admission.SAFETY_FACTOR * HOUR)
+
+
+def test_a_latency_target_learns_what_callers_waited(clock: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From arrival to the end of the computation; nothing of probes and failures."""
+    recorded, threads = list[float](), HeldThreads()
+    monkeypatch.setattr(LatencyTarget, "record", lambda _, ns: recorded.append(ns))
+
+    def run(batch: Images) -> Probabilities:
+        clock[0] += 100
+        if batch[0, 0, 0, 0] == 2:
+            raise RuntimeError("out of memory")
+        return batch[:, 0, 0, :1].astype(np.float32)
+
+    bench = Batcher(run, Batching(target_p99_ms=1000), threads=threads)
+    bench.enqueue(images(1), ignore)
+    clock[0] += 30
+    threads.work.pop()()
+    bench.enqueue(images(2), ignore)
+    threads.work.pop(0)()
+    threads.work.pop()()
+    bench.probe(images(3))
+    threads.work.pop()()
+    assert bench.drain(10)
+    assert recorded == [130]
+    assert bench.answered == 3
 
 
 def test_callers_without_a_deadline_let_those_with_one_go_first(pool: ThreadPoolExecutor) -> None:
@@ -594,13 +693,13 @@ def test_a_full_queue_is_searched_only_now_and_then(clock: list[int]) -> None:
     for future in gone:
         bench.enqueue(images(1), future.set_result, is_active=lambda: here)
     with pytest.raises(Overloaded):
-        bench.enqueue(images(2), print)
+        bench.enqueue(images(2), ignore)
     here = False
     clock[0] += batcher.SWEEP_INTERVAL_NS - 1
     with pytest.raises(Overloaded):
-        bench.enqueue(images(2), print)
+        bench.enqueue(images(2), ignore)
     clock[0] += 1
-    bench.enqueue(images(2), print)
+    bench.enqueue(images(2), ignore)
     assert all(isinstance(future.result(10), Cancelled) for future in gone)
     assert bench.queued == 1
 
@@ -781,9 +880,9 @@ def test_who_lingers_waits_no_longer_than_the_oldest_request_may(clock: list[int
     engine, threads = GatedEngine(), HeldThreads()
     engine.gate.release()
     bench = Batcher(engine.run, Batching(linger_ms=5), threads=threads)
-    bench.enqueue(images(1), print)
+    bench.enqueue(images(1), ignore)
     clock[0] += 4_000_000
-    bench.enqueue(images(2), print, priority=1)
+    bench.enqueue(images(2), ignore, priority=1)
     clock[0] += 1_000_000
     threads.work[0]()
     assert engine.batches == [[2, 1]]
@@ -803,8 +902,8 @@ def test_batches_that_share_cores_are_measured_as_if_they_did_not(clock: list[in
     bench = Batcher(
         run, Batching(max_batch=4), curve, overflow=1, threads=threads, count=lambda *batch: counted.append(batch)
     )
-    bench.enqueue(images(1, 2, 3, 4), print)
-    bench.enqueue(images(5, 6, 7, 8), print)
+    bench.enqueue(images(1, 2, 3, 4), ignore)
+    bench.enqueue(images(5, 6, 7, 8), ignore)
     threads.work[0]()
     assert curve.updates == [(4, 50), (4, 200)]
     assert counted == [(4, 100), (4, 200)]
@@ -834,7 +933,7 @@ def test_the_longest_time_until_an_answer_is_that_of_the_largest_batch() -> None
     bench = Batcher(run, Batching(max_batch=4, linger_ms=5), curve, threads=threads)
     assert bench.expected_ns == 45e6
     for request in (images(1, 2, 3, 4), images(*range(8))):
-        bench.enqueue(request, print)
+        bench.enqueue(request, ignore)
     threads.work[0]()
     assert expected == [45e6, 85e6]
     assert bench.expected_ns == 45e6
