@@ -69,11 +69,12 @@ def test_images_are_concatenated_in_the_order_of_requests(is_prefetched: bool) -
     assert images[:, 0, 0, 0].tolist() == [1, 2, 3]
 
 
-def test_one_request_is_computed_without_a_copy() -> None:
-    """And none gives no images."""
+def test_one_request_is_computed_without_a_copy(caplog: pytest.LogCaptureFixture) -> None:
+    """And none gives no images, which is no error."""
     caller = Caller(1, 2)
     assert Batch([caller.entry]).concatenate(concatenate) is caller.entry.images
     assert Batch().concatenate(concatenate) is None
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("is_prefetched", [False, True])

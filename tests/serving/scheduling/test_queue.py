@@ -67,6 +67,8 @@ def test_a_request_without_a_deadline_lets_others_go_first_only_while_it_is_pati
     """Those that arrive within its patience; who arrives later, or without a deadline, waits for it."""
     patient, within, later, another = make_entry(), make_soon(9), make_soon(10), make_entry()
     assert empty(fill([patient, another, within, later])) == [within, patient, another, later]
+    queue = fill([patient, another])
+    assert [queue.count_ahead(entry) for entry in (within, later)] == [0, 2]
 
 
 def test_patience_ends_after_a_minute() -> None:
