@@ -172,7 +172,7 @@ def test_what_just_meets_a_limit_is_admitted() -> None:
 
 
 @dataclass
-class Clock:
+class StillClock:
     """The clocks of the process, which stand still."""
 
     ns: int = 1_000_000_000_000
@@ -183,9 +183,9 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def clock(monkeypatch: pytest.MonkeyPatch) -> StillClock:
     """The time is that of the test."""
-    clock = Clock()
+    clock = StillClock()
     monkeypatch.setattr(time, "perf_counter_ns", lambda: clock.ns)
     monkeypatch.setattr(time, "monotonic", lambda: clock.ns / 1e9)
     return clock
@@ -196,12 +196,12 @@ def make_entry(deadline: float = FOREVER, images: int = 1, priority: int = 2) ->
     return Entry(np.zeros((images, 2, 2, 3), np.uint8), deadline, lambda: True, lambda _: None, priority)
 
 
-def make_busy(clock: Clock) -> QueueState:
+def make_busy(clock: StillClock) -> QueueState:
     """Return the state of a batcher in which 8 images wait, and a full batch begins now."""
     return make_state(queued=8, running=((clock.ns, 2 * MS),))._replace(now_ns=clock.ns)
 
 
-def test_a_refusal_holds_for_whoever_has_no_more_time(clock: Clock) -> None:
+def test_a_refusal_holds_for_whoever_has_no_more_time(clock: StillClock) -> None:
     """Not for those with more, nor for those without a deadline; for a millisecond."""
     admission = Admission(QueueLimits(100, FOREVER), None)
     assert admission.recall_refusal(0) is None
@@ -219,7 +219,7 @@ def test_a_refusal_holds_for_whoever_has_no_more_time(clock: Clock) -> None:
     assert admission.recall_refusal(0) is None
 
 
-def test_a_refusal_of_one_without_a_deadline_holds_for_its_like(clock: Clock) -> None:
+def test_a_refusal_of_one_without_a_deadline_holds_for_its_like(clock: StillClock) -> None:
     """Until it is forgotten; who has a deadline goes first, and may be admitted."""
     admission = Admission(QueueLimits(8, FOREVER), None)
     assert admission.find_refusal(make_entry(), make_busy(clock))
@@ -229,7 +229,7 @@ def test_a_refusal_of_one_without_a_deadline_holds_for_its_like(clock: Clock) ->
     assert admission.recall_refusal(FOREVER) is None
 
 
-def test_a_refusal_that_may_not_be_right_for_others_is_forgotten(clock: Clock) -> None:
+def test_a_refusal_that_may_not_be_right_for_others_is_forgotten(clock: StillClock) -> None:
     """Of many images; and of one image, as soon as any request has had a priority of its own."""
     limits = QueueLimits(9, FOREVER)
     admission, busy = Admission(limits, None), make_busy(clock)
@@ -242,7 +242,7 @@ def test_a_refusal_that_may_not_be_right_for_others_is_forgotten(clock: Clock) -
         assert admission.recall_refusal(FOREVER) is None
 
 
-def test_a_latency_target_limits_whatever_has_no_deadline(clock: Clock) -> None:
+def test_a_latency_target_limits_whatever_has_no_deadline(clock: StillClock) -> None:
     """It is that of the moment, not that of the start."""
     target = LatencyTarget(20, CURVE)
     admission = Admission(QueueLimits(100, FOREVER), target)
@@ -251,7 +251,7 @@ def test_a_latency_target_limits_whatever_has_no_deadline(clock: Clock) -> None:
     assert "latency target" in str(admission.find_refusal(make_entry(), make_busy(clock)))
 
 
-def test_a_request_whose_size_costs_too_much_is_tried_for_a_tenth_of_the_time(clock: Clock) -> None:
+def test_a_request_whose_size_costs_too_much_is_tried_for_a_tenth_of_the_time(clock: StillClock) -> None:
     """The first time it is refused; later it is computed once in ten times its cost, if it may wait at all."""
     curve = CostCurve({1: 1.0, 4: 100 * MS})
     admission = Admission(QueueLimits(8, FOREVER), None)
@@ -273,7 +273,7 @@ def test_a_request_whose_size_costs_too_much_is_tried_for_a_tenth_of_the_time(cl
     assert not refuses()
 
 
-def test_a_request_that_costs_hours_is_tried_every_minute(clock: Clock) -> None:
+def test_a_request_that_costs_hours_is_tried_every_minute(clock: StillClock) -> None:
     """Else a cost that is wrong by so much would be so for days."""
     state = make_state()._replace(curve=CostCurve({1: 3600e9}))
     admission = Admission(QueueLimits(8, FOREVER), None)

@@ -18,6 +18,7 @@ from serving.errors import Cancelled, DeadlineExceeded, InternalError, Overloade
 from serving.runtimes.base import Concatenator, Images, Probabilities
 from serving.runtimes.cost import CostCurve
 from serving.scheduling import admission, batcher
+from serving.scheduling.batch import Batch
 from serving.scheduling.batcher import Batcher
 from serving.scheduling.latency_target import LatencyTarget
 from serving.scheduling.queue import DEFAULT_PRIORITY, BatchResult, Outcome
@@ -38,7 +39,7 @@ class GatedEngine:
         """Record the batch, and compute it once the gate is open."""
         self.batches.append(images[:, 0, 0, 0].tolist())
         self.entered.release()
-        assert self.gate.acquire(timeout=10)
+        assert self.gate.acquire(timeout=20)  # longer than a test waits for anything: it must not go on by itself
         if self.failure is not None:
             raise self.failure
         return images[: len(images) - self.dropped_rows, 0, 0, :1].astype(np.float32)
@@ -312,7 +313,7 @@ def test_a_request_of_which_nobody_knows_whether_its_caller_waits_is_dropped(poo
     assert [type(outcome) for outcome in outcomes] == [BatchResult, InternalError, BatchResult]
 
 
-def test_a_probe_is_computed_alone_and_counts_for_nothing() -> None:
+def test_a_probe_is_computed_alone_and_counts_for_nothing(caplog: pytest.LogCaptureFixture) -> None:
     """Callers go before it; a busy batcher needs none."""
     counted: list[int] = []
     engine = GatedEngine()
@@ -330,6 +331,7 @@ def test_a_probe_is_computed_alone_and_counts_for_nothing() -> None:
     assert isinstance(future.result(10), BatchResult)
     assert bench.drain(10)
     assert (engine.batches, counted, bench.answered, bench.is_busy) == ([[7], [1]], [1], 2, False)
+    assert not caplog.records
     bench.close()
     bench.probe(images(9))
     assert not bench.is_busy
@@ -402,6 +404,20 @@ def test_a_worker_that_cannot_form_a_batch_is_busy_for_good() -> None:
     assert threads.work == []
     assert bench.is_busy
     assert not bench.drain(0)
+
+
+def test_a_batch_that_was_answered_is_not_answered_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the one after it cannot be formed."""
+    batches, outcomes, threads = [Batch()], list[Outcome](), HeldThreads()
+    monkeypatch.setattr(batcher, "Batch", batches.pop)
+    engine = GatedEngine()
+    engine.gate.release()
+    bench = Batcher(engine.run, threads=threads)
+    bench.enqueue(images(1), outcomes.append)
+    threads.work.pop()()
+    assert [type(outcome) for outcome in outcomes] == [BatchResult]
+    assert threads.work == []
+    assert bench.is_busy
 
 
 def test_a_prediction_knows_that_full_batches_will_share_cores() -> None:
