@@ -65,6 +65,9 @@ def test_the_best_size_is_the_smallest_at_which_an_image_costs_nearly_the_least(
     assert CostCurve({1: 100, 2: 180, 4: 330, 8: 500}).find_best_batch(4) == 4
     assert CostCurve({1: 100, 2: 180, 4: 330, 8: 500}).find_best_batch(8) == 8
     assert CostCurve().find_best_batch(8) == 8
+    assert CostCurve({1: 100, 8: 8000}).find_best_batch(8) == 8  # two are no comparison
+    assert CostCurve({1: 100, 2: 100, 4: 400}).find_best_batch(4) == 2  # three are
+    assert CostCurve({1: 100, 2: 150, 3: 200, 4: 100}).find_best_batch(4) == 4
 
 
 TRUE = {1: 1e6, 2: 1.6e6, 4: 3e6, 8: 5e6, 16: 9e6, 32: 17e6}  # what batches take, in nanoseconds
