@@ -184,6 +184,7 @@ def test_what_waits_becomes_the_next_batch_in_order_of_arrival(pool: ThreadPoolE
     assert [answer.probabilities[:, 0].tolist() for answer in answers] == [[1], [2], [3, 4], [5, 6], [7]]
     assert [answer.batch_size for answer in answers] == [1, 3, 3, 3, 3]
     assert answers[1].queue_ns > 0
+    assert all(answer.compute_ns > 0 for answer in answers)
 
 
 def test_a_full_batch_is_concatenated_while_another_is_computed(
@@ -902,6 +903,49 @@ def test_who_lingers_waits_no_longer_than_the_oldest_request_may(clock: list[int
     clock[0] += 1_000_000
     threads.work[0]()
     assert engine.batches == [[2, 1]]
+
+
+def test_a_lone_request_lingers_for_the_rest_of_its_time(clock: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then it is computed without company."""
+    engine, threads, waits = GatedEngine(), HeldThreads(), list[float]()
+
+    def wait(_: threading.Condition, seconds: float) -> None:
+        waits.append(seconds)
+        clock[0] += round(seconds * 1e9)
+
+    engine.gate.release()
+    bench = Batcher(engine.run, Batching(linger_ms=5), threads=threads)
+    bench.enqueue(images(1), ignore)
+    clock[0] += 2_000_000
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Condition, "wait", wait)
+        threads.work[0]()
+    assert waits == [0.003]
+    assert engine.batches == [[1]]
+
+
+def test_no_more_workers_begin_than_batches_may_run() -> None:
+    """The further ones only for full batches."""
+    threads = HeldThreads()
+    bench = Batcher(GatedEngine().run, Batching(max_batch=4), overflow=1, threads=threads)
+    workers = []
+    for request in (images(1), images(2), images(3, 4), images(*range(4)), images(*range(4))):
+        bench.enqueue(request, ignore)
+        workers.append(len(threads.work))
+    assert workers == [1, 1, 2, 2, 2]
+
+
+def test_batches_of_instances_share_no_cores() -> None:
+    """Two of them take as long as one: a deadline leaves time for both requests in a batch."""
+    engine, threads = GatedEngine(), HeldThreads()
+    engine.gate.release()
+    curve = KnownCurve({1: HOUR_NS, 2: 1.8 * HOUR_NS, 4: 3 * HOUR_NS})
+    batching = Batching(max_batch=4, max_queue_ms=float("inf"))
+    bench = Batcher(engine.run, batching, curve, instances=2, threads=threads)
+    for value in (1, 2):
+        bench.enqueue(images(value), ignore, time.monotonic() + 2.7 * HOUR)
+    threads.work[0]()
+    assert engine.batches == [[1, 2]]
 
 
 def test_batches_that_share_cores_are_measured_as_if_they_did_not(clock: list[int]) -> None:
