@@ -37,6 +37,7 @@ PACKAGES = ("resnet", "training", "export", "serving", "protos", "benchmarks")
 TESTS = {
     "serving/runtimes/cost.py": ["tests/serving/runtimes/test_cost.py", "tests/serving/scheduling"],
     "serving/scheduling/admission.py": ["tests/serving/scheduling"],
+    "serving/scheduling/batch.py": ["tests/serving/scheduling"],
     "serving/scheduling/batcher.py": ["tests/serving/scheduling"],
     "serving/scheduling/queue.py": ["tests/serving/scheduling"],
     "serving/models/registry.py": ["tests/serving/models"],

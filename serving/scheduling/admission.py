@@ -153,7 +153,7 @@ class Admission:
         """Return why a request is refused; None if it is admitted."""
         images, deadline = len(entry.images), entry.deadline
         self._has_priorities = self._has_priorities or entry.priority != DEFAULT_PRIORITY
-        remaining_ns = deadline if entry.is_patient else (deadline - time.monotonic()) * 1e9
+        remaining_ns = (deadline - time.monotonic()) * 1e9
         limits = self.limits._replace(latency_ns=self._target.limit_ns) if self._target else self.limits
         refusal = find_refusal(state, images, remaining_ns, limits)
         if refusal and self._is_trial(state, images, min(remaining_ns, limits.latency_ns)):

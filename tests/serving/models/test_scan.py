@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -19,10 +20,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from export import repository as repositories
 from resnet import BadInput, CheckFailed
 from serving.config import Batching, Limits
-from serving.errors import FailedPrecondition
-from serving.models import loader
+from serving.errors import FailedPrecondition, NotFound
+from serving.models import loader, version_policy
 from serving.models.model import Model
 from serving.models.registry import ModelRegistry
+from serving.models.version_policy import VersionPolicy
 from serving.models.watcher import Watcher
 from serving.server import Server
 from tests.versions import list_file, make_graph, write_version
@@ -31,9 +33,9 @@ from tests.versions import list_file, make_graph, write_version
 class Repository:
     """A repository and its watcher, which counts what it loads."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, policies: str = "") -> None:
         self.folder, self.models, self.loads = folder, ModelRegistry(), list[str]()
-        self.watcher = Watcher(folder, self.models, self._load)
+        self.watcher = Watcher(folder, self.models, self._load, version_policy.parse(policies))
 
     def _load(self, version: Path) -> Model:
         self.loads.append(f"{version.parent.name}/{version.name}")
@@ -337,3 +339,153 @@ def test_a_graph_that_is_exchanged_after_the_check_is_not_loaded(
     repository.watcher.start()
     assert not repository.served()
     assert "model.onnx is not the file that was exported" in repository.models.get("colors").refusals[1]
+
+
+def test_an_unloaded_model_stays_so_until_it_is_loaded_or_comes_anew(repository: Repository) -> None:
+    """No scan loads it, not even for a new version; other models are not concerned."""
+    write_version(repository.folder / "others" / "1")
+    repository.watcher.start()
+    repository.watcher.unload("colors")
+    with pytest.raises(NotFound, match="model 'colors' is not served"):
+        repository.watcher.unload("colors")
+    write_version(repository.folder / "colors" / "2")
+    loads = [*repository.loads]
+    for retry in (False, True):
+        repository.watcher.scan(retry)
+        assert repository.served() == ["others/1"]
+    assert repository.loads == loads
+    assert repository.models.get("colors").refusals == {1: "unloaded by request"}
+    repository.watcher.load("colors")
+    repository.watcher.scan()
+    assert repository.served() == ["colors/2", "others/1"]
+    assert not repository.models.get("colors").refusals
+    repository.watcher.unload("colors")
+    for folder in (repository.folder / "colors", repository.folder / "away"):
+        folder.rename(repository.folder / "away" if folder.name == "colors" else repository.folder / "colors")
+        repository.watcher.scan()
+    assert repository.served() == ["colors/2", "others/1"]
+
+
+def test_a_policy_of_a_load_holds_until_the_next(repository: Repository) -> None:
+    """One that chooses nothing changes nothing; versions are loaded from the newest to the oldest."""
+    colors = repository.folder / "colors"
+    for number in (2, 3):
+        write_version(colors / str(number))
+    repository.watcher.start()
+    assert repository.served() == ["colors/3"]
+    repository.watcher.load("colors", VersionPolicy(listed=(1, 2)))
+    with pytest.raises(FailedPrecondition, match=r"chooses none of the versions of model 'colors': \[1, 2, 3\]"):
+        repository.watcher.load("colors", VersionPolicy(listed=(7,)))
+    with pytest.raises(NotFound, match="the repository has no model 'cats'; it has colors"):
+        repository.watcher.load("cats")
+    write_version(colors / "4")
+    for act in (repository.watcher.scan, lambda: repository.watcher.load("colors")):
+        act()
+        assert repository.served() == ["colors/1", "colors/2"]
+    assert repository.loads == ["colors/3", "colors/2", "colors/1"]
+
+
+def test_a_load_says_what_it_cannot_serve(repository: Repository) -> None:
+    """Each time, also if nothing has changed; what was served stays."""
+    add_broken(repository.folder)
+    (repository.folder / "a#b" / "1").mkdir(parents=True)
+    (repository.folder / "empty").mkdir()
+    repository.watcher.start()
+    for _ in range(2):
+        with pytest.raises(FailedPrecondition, match="version 2 of model 'colors' is not served: .*exported"):
+            repository.watcher.load("colors")
+    with pytest.raises(FailedPrecondition, match="'a#b' is not served: a model is named by"):
+        repository.watcher.load("a#b")
+    with pytest.raises(NotFound, match="no model 'empty'"):
+        repository.watcher.load("empty")
+    assert repository.loads == ["colors/2", "colors/1", "colors/2", "colors/2"]
+    assert repository.served() == ["colors/1"]
+
+
+def test_policies_of_the_start_choose_versions(repository: Repository) -> None:
+    """Each for its model, one for all others; labels choose further ones, and lead to served versions alone."""
+    for number in ("2", "3"):
+        write_version(repository.folder / "colors" / number)
+        write_version(repository.folder / "others" / number)
+    break_version(write_version(repository.folder / "others" / "4"))
+    for label, number in (("stable", "2"), ("newest", "4")):
+        (repository.folder / "others" / label).symlink_to(number)
+    chosen = Repository(repository.folder, "latest colors=1,3")
+    chosen.watcher.start()
+    assert chosen.served() == ["colors/1", "colors/3", "others/2", "others/3"]
+    assert chosen.models.get("others").labels == {"stable": 2}
+    assert list(chosen.models.get("others").refusals) == [4]
+
+
+def test_a_policy_that_chooses_no_version_is_said(repository: Repository, caplog: pytest.LogCaptureFixture) -> None:
+    """Once; the other models are served."""
+    write_version(repository.folder / "others" / "1")
+    chosen = Repository(repository.folder, "latest colors=7")
+    for _ in range(2):
+        chosen.watcher.start()
+    assert chosen.served() == ["others/1"]
+    sentence = "colors is not served: --versions chooses none of its versions, which are [1]"
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR] == [sentence]
+    with pytest.raises(CheckFailed, match=re.escape(f"--strict: {sentence}")):
+        chosen.watcher.start(strict=True)
+
+
+def test_the_last_served_version_stays_if_no_other_can_be_loaded(repository: Repository) -> None:
+    """Even if its files are gone; not beside one that can."""
+    repository.watcher.start()
+    add_broken(repository.folder)
+    shutil.rmtree(repository.folder / "colors" / "1")
+    repository.watcher.scan()
+    assert repository.served() == ["colors/1"]
+    assert list(repository.models.get("colors").refusals) == [2]
+    write_version(repository.folder / "colors" / "3")
+    repository.watcher.scan()
+    assert repository.served() == ["colors/3"]
+    assert list(repository.models.get("colors").refusals) == [2]
+    shutil.rmtree(repository.folder / "colors" / "2")
+    repository.watcher.scan()
+    assert not repository.models.get("colors").refusals
+
+
+def test_a_model_without_versions_is_no_longer_served(repository: Repository) -> None:
+    """As one whose folder is gone."""
+    write_version(repository.folder / "others" / "1")
+    repository.watcher.start()
+    shutil.rmtree(repository.folder / "colors" / "1")
+    repository.watcher.scan()
+    assert repository.served() == ["others/1"]
+    assert repository.models.names() == ["others"]
+
+
+def test_what_was_removed_is_remembered_no_longer(repository: Repository, caplog: pytest.LogCaptureFixture) -> None:
+    """The same files are looked at again, and what prevents them is said again; others are not."""
+    break_version(write_version(repository.folder / "others" / "2"))
+    (repository.folder / "a#b" / "1").mkdir(parents=True)
+    add_broken(repository.folder)
+    repository.watcher.start()
+    repository.loads.clear()
+    caplog.clear()
+    away = repository.folder.with_name("away")
+    away.mkdir()
+    for names in ("others", "a#b"):
+        (repository.folder / names).rename(away / names)
+    repository.watcher.scan()
+    assert repository.models.names() == ["colors"]
+    for names in ("others", "a#b"):
+        (away / names).rename(repository.folder / names)
+    repository.watcher.scan()
+    assert repository.loads == ["others/2"]
+    assert list(repository.models.get("others").refusals) == [2]
+    messages = sorted(record.getMessage() for record in caplog.records if record.levelno == logging.ERROR)
+    assert [message.partition(" is not served")[0] for message in messages] == ["'a#b'", "others/2"]
+
+
+def test_strict_does_not_start_without_a_model(tmp_path: Path) -> None:
+    """It starts with one, and says nothing of an empty model beside it."""
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckFailed, match=f"--strict: {tmp_path} holds no model that can be served"):
+        Repository(tmp_path).watcher.start(strict=True)
+    write_version(tmp_path / "colors" / "1")
+    repository = Repository(tmp_path)
+    repository.watcher.start(strict=True)
+    assert repository.served() == ["colors/1"]

@@ -65,6 +65,11 @@ def test_the_best_size_is_the_smallest_at_which_an_image_costs_nearly_the_least(
     assert CostCurve({1: 100, 2: 180, 4: 330, 8: 500}).find_best_batch(4) == 4
     assert CostCurve({1: 100, 2: 180, 4: 330, 8: 500}).find_best_batch(8) == 8
     assert CostCurve().find_best_batch(8) == 8
+    assert CostCurve({1: 105, 2: 200, 4: 400}).find_best_batch(4) == 1
+    assert CostCurve({1: 106, 2: 200, 4: 400}).find_best_batch(4) == 2
+    assert CostCurve({1: 100, 8: 8000}).find_best_batch(8) == 8  # two are no comparison
+    assert CostCurve({1: 100, 2: 100, 4: 400}).find_best_batch(4) == 2  # three are
+    assert CostCurve({1: 100, 2: 150, 3: 200, 4: 100}).find_best_batch(4) == 4
 
 
 TRUE = {1: 1e6, 2: 1.6e6, 4: 3e6, 8: 5e6, 16: 9e6, 32: 17e6}  # what batches take, in nanoseconds
@@ -129,6 +134,11 @@ def test_a_time_that_is_none_breaks_nothing(ns: float) -> None:
     for _ in range(100):
         curve.update(4, 3e6)
     assert curve.points()[4] == pytest.approx(3e6, rel=0.01)
+
+
+def test_a_measurement_is_believed_from_a_nanosecond_to_eleven_days() -> None:
+    """Others count as not measured."""
+    assert CostCurve({1: 1, 2: 0.9, 4: 1.1e15, 8: 1e15}).points() == {1: 1, 8: 1e15}
 
 
 def test_a_batch_beyond_the_largest_size_tells_about_that_size() -> None:

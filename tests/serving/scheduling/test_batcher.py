@@ -6,7 +6,7 @@ import gc
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 
@@ -18,7 +18,9 @@ from serving.errors import Cancelled, DeadlineExceeded, InternalError, Overloade
 from serving.runtimes.base import Concatenator, Images, Probabilities
 from serving.runtimes.cost import CostCurve
 from serving.scheduling import admission, batcher
+from serving.scheduling.batch import Batch
 from serving.scheduling.batcher import Batcher
+from serving.scheduling.latency_target import LatencyTarget
 from serving.scheduling.queue import DEFAULT_PRIORITY, BatchResult, Outcome
 from tests.serving.waiting import submit
 
@@ -37,7 +39,7 @@ class GatedEngine:
         """Record the batch, and compute it once the gate is open."""
         self.batches.append(images[:, 0, 0, 0].tolist())
         self.entered.release()
-        assert self.gate.acquire(timeout=10)
+        assert self.gate.acquire(timeout=20)  # longer than a test waits for anything: it must not go on by itself
         if self.failure is not None:
             raise self.failure
         return images[: len(images) - self.dropped_rows, 0, 0, :1].astype(np.float32)
@@ -48,6 +50,10 @@ def images(*values: int) -> Images:
     return np.array(values, np.uint8).reshape(-1, 1, 1, 1) * np.ones((1, 2, 2, 3), np.uint8)
 
 
+def ignore(_: Outcome) -> None:
+    """Take an outcome that the test does not look at."""
+
+
 class PrefetchThread(ThreadPoolExecutor):
     """An engine thread for which batches are prefetched."""
 
@@ -56,12 +62,14 @@ class PrefetchThread(ThreadPoolExecutor):
     def __init__(self) -> None:
         super().__init__(1)
         self.concatenated: queue.Queue[int] = queue.Queue()
+        self.names: set[str] = set()
 
     def concatenator(self) -> Concatenator:
         """Return what notes the size of each batch."""
 
         def concatenate(parts: Sequence[Images]) -> Images:
             batch = np.concatenate(parts)
+            self.names.add(threading.current_thread().name)
             self.concatenated.put(len(batch))
             return batch
 
@@ -69,10 +77,15 @@ class PrefetchThread(ThreadPoolExecutor):
 
 
 class KnownCurve(CostCurve):
-    """The costs that a test says, whatever its batches take."""
+    """The costs that a test says, whatever its batches take, which are noted."""
+
+    def __init__(self, measured: Mapping[int, float]) -> None:
+        super().__init__(measured)
+        self.updates: list[tuple[int, float]] = []
 
     def update(self, images: int, ns: float) -> None:
         """Learn nothing."""
+        self.updates.append((images, ns))
 
 
 class Bench:
@@ -123,6 +136,14 @@ class Bench:
 
 
 @pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the time in nanoseconds, which stands still unless the test changes it."""
+    now = [time.perf_counter_ns()]
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: now[0])
+    return now
+
+
+@pytest.fixture
 def pool() -> Iterator[ThreadPoolExecutor]:
     """Threads for requests."""
     with ThreadPoolExecutor(16) as threads:
@@ -163,6 +184,7 @@ def test_what_waits_becomes_the_next_batch_in_order_of_arrival(pool: ThreadPoolE
     assert [answer.probabilities[:, 0].tolist() for answer in answers] == [[1], [2], [3, 4], [5, 6], [7]]
     assert [answer.batch_size for answer in answers] == [1, 3, 3, 3, 3]
     assert answers[1].queue_ns > 0
+    assert all(answer.compute_ns > 0 for answer in answers)
 
 
 def test_a_full_batch_is_concatenated_while_another_is_computed(
@@ -177,6 +199,8 @@ def test_a_full_batch_is_concatenated_while_another_is_computed(
     assert bench.engine.entered.acquire(timeout=10)
     assert [thread.concatenated.get(timeout=10) for _ in range(2)] == [4, 4]
     assert bench.batcher.queued == 8
+    with pytest.raises(Overloaded, match="8 images are waiting, 13 more would exceed the 20 allowed"):
+        bench.enqueue(*range(13))
     futures.append(bench.wait(9))
     bench.engine.failure = RuntimeError("out of memory")
     bench.compute()
@@ -191,6 +215,22 @@ def test_a_full_batch_is_concatenated_while_another_is_computed(
     assert [answer.probabilities[0, 0] for answer in answers] == [1, 4, 5, 6, 7, 9]
     assert bench.batcher.drain(10)
     assert bench.batcher.queued == 0
+
+
+@pytest.mark.parametrize(("min_bytes", "requests", "is_prefetched"), [(24, 4, True), (25, 4, False), (24, 3, False)])
+def test_only_full_batches_of_large_requests_are_prefetched(
+    min_bytes: int, requests: int, is_prefetched: bool, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small ones take longer to hand over than to copy, and a part of a batch may still grow."""
+    monkeypatch.setattr(batcher, "MIN_PREFETCH_BYTES", min_bytes)
+    thread = PrefetchThread()
+    bench = Bench(pool, threads=thread)
+    bench.start(1)
+    for value in range(requests):
+        bench.enqueue(value, value)
+    bench.compute(3)
+    assert bench.batcher.drain(10)
+    assert ("prefetch-0" in thread.names) == is_prefetched
 
 
 def test_a_prefetched_batch_is_given_up_for_who_goes_first(
@@ -233,6 +273,7 @@ def test_no_thread_is_needed_that_was_not_there_at_the_start(
     bench.compute(4)
     outcomes = [future.result(10) for future in futures]
     assert [outcome.batch_size for outcome in outcomes if isinstance(outcome, BatchResult)] == [1, 4, 4, 4, 4, 4, 4]
+    assert threads.concatenated.qsize() == 3  # each batch once
 
 
 def test_whatever_fails_each_request_gets_an_answer(
@@ -273,7 +314,7 @@ def test_a_request_of_which_nobody_knows_whether_its_caller_waits_is_dropped(poo
     assert [type(outcome) for outcome in outcomes] == [BatchResult, InternalError, BatchResult]
 
 
-def test_a_probe_is_computed_alone_and_counts_for_nothing() -> None:
+def test_a_probe_is_computed_alone_and_counts_for_nothing(caplog: pytest.LogCaptureFixture) -> None:
     """Callers go before it; a busy batcher needs none."""
     counted: list[int] = []
     engine = GatedEngine()
@@ -291,6 +332,7 @@ def test_a_probe_is_computed_alone_and_counts_for_nothing() -> None:
     assert isinstance(future.result(10), BatchResult)
     assert bench.drain(10)
     assert (engine.batches, counted, bench.answered, bench.is_busy) == ([[7], [1]], [1], 2, False)
+    assert not caplog.records
     bench.close()
     bench.probe(images(9))
     assert not bench.is_busy
@@ -325,6 +367,94 @@ def test_a_probe_shares_no_batch() -> None:
     work()
     assert isinstance(future.result(10), BatchResult)
     assert engine.batches == [[1], [7]]
+
+
+def test_answers_come_in_the_order_of_batches() -> None:
+    """The engine goes on while one is given, and nothing overtakes it."""
+    engine, threads, answered, may_end = GatedEngine(), HeldThreads(), list[int](), threading.Event()
+
+    def answer(_: Outcome) -> None:
+        assert may_end.wait(10)
+        answered.append(1)
+
+    engine.gate.release(2)
+    bench = Batcher(engine.run, Batching(max_batch=1), threads=threads)
+    bench.enqueue(images(1), answer)
+    bench.enqueue(images(2), lambda _: answered.append(2))
+    threads.work[0]()
+    assert engine.batches == [[1], [2]]
+    assert answered == []
+    may_end.set()
+    assert bench.drain(10)
+    assert answered == [1, 2]
+
+
+def test_a_worker_that_cannot_form_a_batch_is_busy_for_good() -> None:
+    """A watchdog then finds that nothing is answered."""
+
+    class Threads(HeldThreads):
+        """Without memory."""
+
+        def concatenator(self) -> Concatenator:
+            raise MemoryError
+
+    threads = Threads()
+    bench = Batcher(GatedEngine().run, threads=threads)
+    bench.enqueue(images(1), ignore)
+    threads.work.pop()()
+    assert threads.work == []
+    assert bench.is_busy
+    assert not bench.drain(0)
+
+
+def test_a_batch_that_was_answered_is_not_answered_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the one after it cannot be formed."""
+    batches, outcomes, threads = [Batch()], list[Outcome](), HeldThreads()
+    monkeypatch.setattr(batcher, "Batch", batches.pop)
+    engine = GatedEngine()
+    engine.gate.release()
+    bench = Batcher(engine.run, threads=threads)
+    bench.enqueue(images(1), outcomes.append)
+    threads.work.pop()()
+    assert [type(outcome) for outcome in outcomes] == [BatchResult]
+    assert threads.work == []
+    assert bench.is_busy
+
+
+def test_a_prediction_knows_that_full_batches_will_share_cores() -> None:
+    """On two instances with two further ones, batches of three hours take six."""
+    curve = KnownCurve({1: HOUR_NS, 2: 1.8 * HOUR_NS, 4: 3 * HOUR_NS})
+    batching = Batching(max_batch=4, max_queue_ms=float("inf"))
+    bench = Batcher(GatedEngine().run, batching, curve, instances=2, overflow=2, threads=HeldThreads())
+    bench.enqueue(images(1, 2, 3, 4), ignore)
+    with pytest.raises(Overloaded, match="may take"):
+        bench.enqueue(images(5), ignore, time.monotonic() + 5.9 * admission.SAFETY_FACTOR * HOUR)
+    bench.enqueue(images(5), ignore, time.monotonic() + 6.1 * admission.SAFETY_FACTOR * HOUR)
+
+
+def test_a_latency_target_learns_what_callers_waited(clock: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From arrival to the end of the computation; nothing of probes and failures."""
+    recorded, threads = list[float](), HeldThreads()
+    monkeypatch.setattr(LatencyTarget, "record", lambda _, ns: recorded.append(ns))
+
+    def run(batch: Images) -> Probabilities:
+        clock[0] += 100
+        if batch[0, 0, 0, 0] == 2:
+            raise RuntimeError("out of memory")
+        return batch[:, 0, 0, :1].astype(np.float32)
+
+    bench = Batcher(run, Batching(target_p99_ms=1000), threads=threads)
+    bench.enqueue(images(1), ignore)
+    clock[0] += 30
+    threads.work.pop()()
+    bench.enqueue(images(2), ignore)
+    threads.work.pop(0)()
+    threads.work.pop()()
+    bench.probe(images(3))
+    threads.work.pop()()
+    assert bench.drain(10)
+    assert recorded == [130]
+    assert bench.answered == 3
 
 
 def test_callers_without_a_deadline_let_those_with_one_go_first(pool: ThreadPoolExecutor) -> None:
@@ -573,6 +703,24 @@ def test_whoever_is_gone_makes_room_in_a_full_queue(pool: ThreadPoolExecutor) ->
     assert bench.engine.batches == [[1], [5, 6, 7]]
 
 
+def test_a_full_queue_is_searched_only_now_and_then(clock: list[int]) -> None:
+    """A flood of requests that are refused costs no more than one."""
+    bench, here = Batcher(GatedEngine().run, Batching(max_queue=2), threads=HeldThreads()), True
+    gone: list[Future[Outcome]] = [Future(), Future()]
+    for future in gone:
+        bench.enqueue(images(1), future.set_result, is_active=lambda: here)
+    with pytest.raises(Overloaded):
+        bench.enqueue(images(2), ignore)
+    here = False
+    clock[0] += batcher.SWEEP_INTERVAL_NS - 1
+    with pytest.raises(Overloaded):
+        bench.enqueue(images(2), ignore)
+    clock[0] += 1
+    bench.enqueue(images(2), ignore)
+    assert all(isinstance(future.result(10), Cancelled) for future in gone)
+    assert bench.queued == 1
+
+
 def test_a_refusal_holds_for_a_moment_for_those_who_can_wait_no_longer(
     pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -742,6 +890,113 @@ def test_several_instances_run_at_a_time() -> None:
         batcher.enqueue(images(1), future.set_result)
     assert all(isinstance(future.result(10), BatchResult) for future in futures)
     assert batcher.drain(10)
+
+
+def test_who_lingers_waits_no_longer_than_the_oldest_request_may(clock: list[int]) -> None:
+    """Even if others go before it."""
+    engine, threads = GatedEngine(), HeldThreads()
+    engine.gate.release()
+    bench = Batcher(engine.run, Batching(linger_ms=5), threads=threads)
+    bench.enqueue(images(1), ignore)
+    clock[0] += 4_000_000
+    bench.enqueue(images(2), ignore, priority=1)
+    clock[0] += 1_000_000
+    threads.work[0]()
+    assert engine.batches == [[2, 1]]
+
+
+def test_a_lone_request_lingers_for_the_rest_of_its_time(clock: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then it is computed without company."""
+    engine, threads, waits = GatedEngine(), HeldThreads(), list[float]()
+
+    def wait(_: threading.Condition, seconds: float) -> None:
+        waits.append(seconds)
+        clock[0] += round(seconds * 1e9)
+
+    engine.gate.release()
+    bench = Batcher(engine.run, Batching(linger_ms=5), threads=threads)
+    bench.enqueue(images(1), ignore)
+    clock[0] += 2_000_000
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Condition, "wait", wait)
+        threads.work[0]()
+    assert waits == [0.003]
+    assert engine.batches == [[1]]
+
+
+def test_no_more_workers_begin_than_batches_may_run() -> None:
+    """The further ones only for full batches."""
+    threads = HeldThreads()
+    bench = Batcher(GatedEngine().run, Batching(max_batch=4), overflow=1, threads=threads)
+    workers = []
+    for request in (images(1), images(2), images(3, 4), images(*range(4)), images(*range(4))):
+        bench.enqueue(request, ignore)
+        workers.append(len(threads.work))
+    assert workers == [1, 1, 2, 2, 2]
+
+
+def test_batches_of_instances_share_no_cores() -> None:
+    """Two of them take as long as one: a deadline leaves time for both requests in a batch."""
+    engine, threads = GatedEngine(), HeldThreads()
+    engine.gate.release()
+    curve = KnownCurve({1: HOUR_NS, 2: 1.8 * HOUR_NS, 4: 3 * HOUR_NS})
+    batching = Batching(max_batch=4, max_queue_ms=float("inf"))
+    bench = Batcher(engine.run, batching, curve, instances=2, threads=threads)
+    for value in (1, 2):
+        bench.enqueue(images(value), ignore, time.monotonic() + 2.7 * HOUR)
+    threads.work[0]()
+    assert engine.batches == [[1, 2]]
+
+
+def test_batches_that_share_cores_are_measured_as_if_they_did_not(clock: list[int]) -> None:
+    """The second begins and ends while the first one runs; what is counted is the time that passed."""
+    curve, threads = KnownCurve({1: 1.0, 4: 4.0}), HeldThreads()
+    counted: list[tuple[int, int]] = []
+
+    def run(batch: Images) -> Probabilities:
+        if len(threads.work) > 1:
+            threads.work.pop()()
+        clock[0] += 100
+        return batch[:, 0, 0, :1].astype(np.float32)
+
+    bench = Batcher(
+        run, Batching(max_batch=4), curve, overflow=1, threads=threads, count=lambda *batch: counted.append(batch)
+    )
+    bench.enqueue(images(1, 2, 3, 4), ignore)
+    bench.enqueue(images(5, 6, 7, 8), ignore)
+    threads.work[0]()
+    assert curve.updates == [(4, 50), (4, 200)]
+    assert counted == [(4, 100), (4, 200)]
+    assert bench.drain(10)
+    assert bench.answered == 2
+
+
+def test_a_batch_that_shares_cores_is_done_by_its_deadlines(pool: ThreadPoolExecutor) -> None:
+    """It takes twice as long beside another one."""
+    bench = Bench(pool, KnownCurve({1: HOUR_NS, 2: 1.8 * HOUR_NS, 4: 3 * HOUR_NS}), overflow=1)
+    futures = [bench.start(1), bench.wait(2, deadline=time.monotonic() + 3 * HOUR), bench.wait(3), bench.wait(4)]
+    futures.append(bench.start(5))
+    assert bench.engine.batches == [[1], [2]]
+    bench.compute(4)
+    assert [future.result(10).batch_size for future in futures[:2]] == [1, 1]
+    assert bench.batcher.drain(10)
+
+
+def test_the_longest_time_until_an_answer_is_that_of_the_largest_batch() -> None:
+    """Of those that may come and those that run, after the wait for more."""
+    curve, threads, expected = KnownCurve({1: 10e6, 4: 40e6}), HeldThreads(), list[float]()
+
+    def run(batch: Images) -> Probabilities:
+        expected.append(bench.expected_ns)
+        return batch[:, 0, 0, :1].astype(np.float32)
+
+    bench = Batcher(run, Batching(max_batch=4, linger_ms=5), curve, threads=threads)
+    assert bench.expected_ns == 45e6
+    for request in (images(1, 2, 3, 4), images(*range(8))):
+        bench.enqueue(request, ignore)
+    threads.work[0]()
+    assert expected == [45e6, 85e6]
+    assert bench.expected_ns == 45e6
 
 
 def test_an_overflow_batch_begins_when_it_is_full(pool: ThreadPoolExecutor) -> None:
