@@ -21,7 +21,7 @@ C = CHUNK_IMAGES
 def start(images: int = 0, retries: int = 4) -> StreamState:
     """Return a stream in its first call, with images that are not yet sent; more may follow."""
     state = StreamState(ClassifyOptions(), retries)
-    state.start_call()
+    assert not state.broken
     for number in range(images):
         state.add(file(number))
     return state
@@ -247,6 +247,31 @@ def test_an_odd_chunk_is_halved_to_single_images() -> None:
     assert sent == [[0, 1, 2], [0], [1, 2], [1], [2]]
     assert take(state) == [0, "image 1 has 4 bytes, more than the server accepts (more than the 3 allowed)", 2]
     assert state.done
+
+
+@pytest.mark.parametrize("is_item", [True, False])
+def test_after_an_odd_chunk_later_ones_are_of_its_smaller_half(is_item: bool) -> None:
+    """More images might be too many again."""
+    state = start(3)
+    state.hurry()
+    (request,) = send(state)
+    if is_item:
+        refuse(state, request, TooLarge("too large"))
+    else:
+        state.handle(TooLarge("larger than max"))
+        state.start_call()
+    state.add(file(3))
+    assert [read(request) for request in state.pop_requests()] == [[0], [1, 2], [3]]
+
+
+@pytest.mark.parametrize("count", [C - 1, C + 1])
+def test_an_answer_for_another_number_of_images_is_an_error(count: int) -> None:
+    """Otherwise results would be lost."""
+    state = start(C)
+    (request,) = send(state)
+    request.request.encoded.images[:] = [file(0)] * count
+    with pytest.raises(ValueError, match=r"zip\(\) argument 2"):
+        answer(state, request)
 
 
 def test_results_move_with_their_half() -> None:

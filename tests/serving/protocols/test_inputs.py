@@ -6,10 +6,12 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from export.manifest import Preprocessing
 from serving.config import Limits
 from serving.errors import InvalidRequest
 from serving.models import loader
@@ -26,6 +28,8 @@ from serving.protocols.inputs import (
 from serving.runtimes.base import Images
 from tests.serving.protocols.test_handler import ZeroEngine
 from tests.serving.runtimes.test_cuda import make_manifest, pixels
+from training import images
+from training.images import RESIZES, Resize
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +48,25 @@ def refuse(message: str) -> Any:
 
 def test_files_are_decoded_in_order_and_counted(model: Model, png: Callable[[Images], bytes]) -> None:
     """Each is resized to what the model takes."""
-    decoder, images = InputDecoder(Limits()), pixels(3)
+    decoder, small = InputDecoder(Limits()), pixels(3)
     height, width, _ = model.image_shape
     plain = np.full((2 * height, 3 * width, 3), 7, np.uint8)
-    found = decoder.decode([*map(png, images), png(plain)], model)
-    np.testing.assert_array_equal(found, [*images, np.full(model.image_shape, 7)])
+    found = decoder.decode([*map(png, small), png(plain)], model)
+    np.testing.assert_array_equal(found, [*small, np.full(model.image_shape, 7)])
     assert (found.dtype, decoder.decoded) == (np.uint8, 4)
     decoder.decode([png(plain)], model)
     assert decoder.decoded == 5
+
+
+@pytest.mark.parametrize("rule", RESIZES)
+def test_files_are_resized_by_the_rule_of_the_manifest(rule: Resize, png: Callable[[Images], bytes]) -> None:
+    """As training and export did."""
+    manifest = msgspec.structs.replace(make_manifest(), preprocessing=Preprocessing(resize=rule))
+    model = loader.start(manifest, ZeroEngine())
+    file = png(np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8))
+    height, width, _ = model.image_shape
+    expected = images.decode(file, (height, width), rule)
+    np.testing.assert_array_equal(InputDecoder(Limits()).decode([file], model), expected[None])
 
 
 def test_a_request_holds_so_many_images(model: Model, png: Callable[[Images], bytes]) -> None:

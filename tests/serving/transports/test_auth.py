@@ -133,7 +133,9 @@ def test_calls_without_a_token_are_logged_with_their_address(caplog: pytest.LogC
     assert caplog.messages == ["refused calls without the right token: 1 more, the last from 192.0.2.7"]
 
 
-def test_a_changed_file_counts_within_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_file_counts_within_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """And is looked at no more often: that would cost each call a system call."""
     now, file = SimpleNamespace(value=50.0), tmp_path / "tokens"
     monkeypatch.setattr(auth, "time", SimpleNamespace(monotonic=lambda: now.value))
@@ -147,6 +149,7 @@ def test_a_changed_file_counts_within_a_second(tmp_path: Path, monkeypatch: pyte
     file.write_text("new token\n")  # which is none
     now.value += 1
     assert opens("old")
+    assert caplog.messages[-1].startswith(f"the token file {file} could not be renewed, the old one stays: ")
     file.write_text("new\n")
     now.value += 0.99
     assert (opens("old"), opens("new")) == (True, False)
