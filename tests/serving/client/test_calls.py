@@ -220,7 +220,7 @@ def test_a_stream_ends_as_its_caller_does() -> None:
 
     with play(*[1] * 10_000) as (address, script), Client(address) as client:
         assert len(list(client.classify_each(pixels(1)))) == 1
-        assert script.ends.get(timeout=20) == "done"
+        assert script.ends.get(timeout=20) == "complete"
         results = client.classify_each(flow())
         next(results)
         results.close()  # type: ignore[attr-defined]

@@ -516,7 +516,9 @@ class Scripted(ClassifierServicer):
         self, request_iterator: Iterator[pb.ClassifyStreamRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.ClassifyStreamResponse]:
         """Answer each as the script says; Unavailable ends the call, DeadlineExceeded is no answer at all."""
-        for item in self._read(request_iterator):
+        is_complete = threading.Event()
+        context.add_callback(lambda: self.ends.put("complete" if is_complete.is_set() else "cancelled"))
+        for item in request_iterator:
             self.requests += 1
             self._record(item.request, context)
             match next(self._replies):
@@ -528,14 +530,7 @@ class Scripted(ClassifierServicer):
                     yield pb.ClassifyStreamResponse(id=item.id, failure=to_failure(error))
                 case int(version):
                     yield pb.ClassifyStreamResponse(id=item.id, response=answer(item.request, version))
-
-    def _read(self, requests: Iterator[pb.ClassifyStreamRequest]) -> Iterator[pb.ClassifyStreamRequest]:
-        try:
-            yield from requests
-        except Exception:
-            self.ends.put("cancelled")
-            raise
-        self.ends.put("done")
+        is_complete.set()
 
     def _record(self, request: pb.ClassifyRequest, context: grpc.ServicerContext) -> None:
         metadata = dict(context.invocation_metadata())
