@@ -16,6 +16,10 @@ from serving.client.types import ImageInput
 if TYPE_CHECKING:
     from protos.classifier_pb2_grpc import ClassifierAsyncStub  # exists in the stub file only
 
+# gRPC's words for a write that failed because the server had ended the call. They replace the server's own status:
+# https://github.com/grpc/grpc/issues/36066.
+FAILED_WRITE = "Internal error from Core"
+
 AsyncInbox = asyncio.Queue[tuple[object, Any]]
 """Images from the source and responses from the calls, each with its sender."""
 
@@ -94,7 +98,8 @@ class AsyncStreamCall:
             while isinstance(response := await self._call.read(), pb.ClassifyStreamResponse):
                 self._inbox.put_nowait((self, response))
         except grpc.RpcError as error:
-            self._inbox.put_nowait((self, from_rpc(error)))
+            failure = from_rpc(error)
+            self._inbox.put_nowait((self, stream_ended() if str(failure) == FAILED_WRITE else failure))
         except asyncio.CancelledError:  # by `close`
             return
         else:

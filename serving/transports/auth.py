@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from resnet.tokens import read_tokens
+from resnet.tokens import parse_tokens, read_tokens
 from serving.errors import PermissionDenied, ServingError, Unauthenticated
 from serving.logs import RateLimitedLog
 from serving.transports.call import Call
@@ -41,7 +41,7 @@ class Tokens:
             admin_token: The administrators', likewise.
 
         Raises:
-            BadInput: A file cannot be read, or holds no token.
+            BadInput: A file cannot be read, or a file or text holds no token.
         """
         self._callers, self._admins = _AcceptedTokens(token), _AcceptedTokens(admin_token)
         self._refused = RateLimitedLog(log, "refused calls without the right token: %d more, the last from %s")
@@ -87,8 +87,8 @@ class _AcceptedTokens:
         self._next = 0.0
         if isinstance(tokens, Path):
             self._file = FollowedFiles(f"the token file {tokens}", [tokens], lambda: _to_headers(read_tokens(tokens)))
-        elif tokens:
-            self._headers = _to_headers(tokens.splitlines())
+        elif tokens is not None:  # an empty text must not mean that none is needed
+            self._headers = _to_headers(parse_tokens(tokens, "the given text"))
 
     def find(self) -> Sequence[bytes]:
         """Return the headers that give one of the tokens; a changed file counts within `REFRESH_SECONDS`."""

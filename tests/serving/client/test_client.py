@@ -45,6 +45,7 @@ from serving.models.model import Model
 from serving.runtimes.cost import CostCurve
 from serving.server import Server
 from serving.transports.grpcio import CODES
+from tests.acceptance.certificates import Pair
 from tests.heldout import Heldout
 from tests.serving import gated
 from tests.serving.gated import pixels
@@ -483,16 +484,29 @@ Reply = ServingError | int
 
 
 class Scripted(ClassifierServicer):
-    """Gives the replies of a script, one for each request."""
+    """Gives the replies of a script, one for each request.
+
+    Attributes:
+        requests: How many there were.
+        calls: Each request, with the token of its call.
+        ends: Puts here how each stream ended.
+    """
 
     def __init__(self, replies: list[Reply]) -> None:
         self._replies = iter(replies)
         self.requests = 0
+        self.calls: list[tuple[str | None, pb.ClassifyRequest]] = []
+        self.ends: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def Classify(self, request: pb.ClassifyRequest, context: grpc.ServicerContext) -> pb.ClassifyResponse:
-        """Answer as the script says."""
+        """Answer as the script says; DeadlineExceeded is no answer until the caller gives up."""
         self.requests += 1
+        self._record(request, context)
         reply = next(self._replies)
+        if isinstance(reply, DeadlineExceeded):
+            gone = threading.Event()
+            if context.add_callback(gone.set):
+                gone.wait()
         if isinstance(reply, ServingError):
             context.set_trailing_metadata(to_trailers(reply))
             context.abort(CODES[reply.status.code], str(reply))
@@ -502,8 +516,11 @@ class Scripted(ClassifierServicer):
         self, request_iterator: Iterator[pb.ClassifyStreamRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.ClassifyStreamResponse]:
         """Answer each as the script says; Unavailable ends the call, DeadlineExceeded is no answer at all."""
+        is_complete = threading.Event()
+        context.add_callback(lambda: self.ends.put("complete" if is_complete.is_set() else "cancelled"))
         for item in request_iterator:
             self.requests += 1
+            self._record(item.request, context)
             match next(self._replies):
                 case Unavailable():
                     context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
@@ -513,6 +530,11 @@ class Scripted(ClassifierServicer):
                     yield pb.ClassifyStreamResponse(id=item.id, failure=to_failure(error))
                 case int(version):
                     yield pb.ClassifyStreamResponse(id=item.id, response=answer(item.request, version))
+        is_complete.set()
+
+    def _record(self, request: pb.ClassifyRequest, context: grpc.ServicerContext) -> None:
+        metadata = dict(context.invocation_metadata())
+        self.calls.append((metadata.get("authorization"), request))
 
 
 def answer(request: pb.ClassifyRequest, version: int) -> pb.ClassifyResponse:
@@ -529,12 +551,16 @@ def answer(request: pb.ClassifyRequest, version: int) -> pb.ClassifyResponse:
 
 
 @contextmanager
-def play(*replies: Reply) -> Iterator[tuple[str, Scripted]]:
-    """Serve a script on a free port."""
+def play(*replies: Reply, own: Pair | None = None) -> Iterator[tuple[str, Scripted]]:
+    """Serve a script on a free port, encrypted if the server has a certificate of its own."""
     server = grpc.server(ThreadPoolExecutor(4), options=[("grpc.max_receive_message_length", -1)])
     script = Scripted(list(replies))
     add_ClassifierServicer_to_server(script, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    if own is None:
+        port = server.add_insecure_port("127.0.0.1:0")
+    else:
+        certificate, key = own.pem()
+        port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(key, certificate)]))
     server.start()
     try:
         yield f"127.0.0.1:{port}", script
