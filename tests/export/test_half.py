@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import keras
 import numpy as np
 import onnx
 import onnxruntime
@@ -12,10 +11,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from export import half, manifest
-from export.export import export
-from export.parity import VariantError
-from tests.export.sources import classifier, make_source
+from export import half
+
+
+@pytest.fixture
+def small_network() -> None:
+    """Nothing is trained here."""
 
 
 def write_graph(path: Path, factor: float) -> onnx.ModelProto:
@@ -62,27 +63,14 @@ def test_a_value_above_the_largest_of_half_precision_is_an_error(tmp_path: Path)
         predict(PIXELS)
 
 
-def difference() -> keras.Model:
-    """Return a classifier by the difference of two convolutions with weights of 1, which are equal, after a scale."""
-    image = keras.Input((8, 8, 3), dtype="uint8")
-    x = keras.layers.Rescaling(400.0)(image)
-    sums = [keras.layers.Conv2D(4, 3, kernel_initializer="ones", use_bias=False)(x) for _ in range(2)]
-    pooled = keras.layers.GlobalAveragePooling2D()(keras.layers.Subtract()(sums))
-    return keras.Model(image, keras.layers.Dense(3, activation="softmax")(pooled))
-
-
-def test_a_model_whose_values_overflow_is_published_without_fp16(tmp_path: Path) -> None:
-    """fp32 is, because it is right."""
-    with pytest.raises(VariantError, match="1 is published without fp16: the value .* exceeds 65,504"):
-        export(make_source(difference()), tmp_path / "models" / "wide", ["fp16"])
-    version = tmp_path / "models" / "wide" / "1"
-    assert [variant.name for variant in manifest.read(version).certificate.variants] == ["onnx", "saved_model"]
-    assert not (version / "model.fp16.onnx").exists()
-
-
-def test_the_certificate_names_the_arithmetic(tmp_path: Path) -> None:
-    """Of the variant in half precision: the others are computed by the library that serves them."""
-    version = export(make_source(classifier()), tmp_path / "models" / "narrow", ["fp16"])
-    variants = manifest.read(version).certificate.variants
-    assert [variant.arithmetic for variant in variants] == ["", "", half.ARITHMETIC]
-    assert 0 < variants[2].rows[0].max_difference < 0.01
+@pytest.mark.parametrize(("factor", "fits"), [(65504.0, True), (-65504.0, True), (np.inf, False), (np.nan, False)])
+def test_the_largest_number_of_half_precision_is_within_it(factor: float, fits: bool, tmp_path: Path) -> None:
+    """On either side of zero; what is infinite or no number is not."""
+    write_graph(tmp_path / "half.onnx", factor)
+    predict = half.load(tmp_path / "half.onnx")
+    ones = np.ones((2, 4), np.uint8)
+    if fits:
+        np.testing.assert_array_equal(predict(ones), np.zeros((2, 4)))
+    else:
+        with pytest.raises(half.RangeError, match="the value 'product' exceeds"):
+            predict(ones)

@@ -15,6 +15,11 @@ BUDGET = Budget(max_difference=1e-5)
 LABELS = np.array([0, 1, 1], np.int32)
 
 
+@pytest.fixture
+def small_network() -> None:
+    """Nothing is trained here."""
+
+
 def compare(actual: np.ndarray, tie: float = 1e-3) -> Parity:
     """Compare with `EXPECTED` at batch size 3."""
     return parity.compare(EXPECTED, actual, LABELS, 3, tie)
