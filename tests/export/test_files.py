@@ -145,3 +145,35 @@ def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path, mon
         files.write(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_was_never_begun_is_the_error_of_its_folder(tmp_path: Path) -> None:
+    """There is nothing to remove then, which is no error of its own."""
+    with pytest.raises(FileNotFoundError, match=r"nowhere/.labels.txt.*part"):
+        files.write(tmp_path / "nowhere" / "labels.txt", b"new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fingerprint_is_that_of_the_folder_too(version: Path) -> None:
+    """Its own times count, though nothing in it has changed."""
+    before = files.fingerprint(version)
+    os.utime(version, ns=(0, 0))
+    assert files.fingerprint(version) != before
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that nobody sees are not files that are not there."""
+    (version / "variables").mkdir()
+    scan = os.scandir
+
+    def refuse(path: str | Path) -> object:
+        if Path(path).name == "variables":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="variables"):
+        files.list_entries(version)
+    assert files.fingerprint(version) == 13
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        files.list_entries(version / "nowhere")
