@@ -49,7 +49,7 @@ TESTS = {
     "serving/client/stream.py": ["tests/serving/client"],
     "serving/client/channel.py": ["tests/serving/client"],
     "export/parity.py": ["--quick", "tests/export/test_parity.py", "tests/export/test_verification.py"],
-    "export/manifest.py": ["--quick", "tests/export"],
+    "export/manifest.py": ["--quick", "tests/export/test_manifest.py", "tests/export/test_files.py"],
     "export/files.py": ["--quick", "tests/export/test_files.py", "tests/serving/models/test_scan.py"],
     "export/signature.py": ["--quick", "tests/export/test_signature.py", "tests/export/test_verification.py"],
     "export/verification.py": [

@@ -7,6 +7,7 @@ import hashlib
 import msgspec
 import numpy as np
 import pytest
+from rich.progress import Progress
 
 from export import parity
 from export.manifest import Budget, Certificate, Parity, Variant
@@ -219,6 +220,16 @@ def test_a_model_that_cannot_be_run_is_named(broken: str, title: dict[str, str],
         parity.certify(original, [(VARIANT, variant)], NUMBERS, COLORS, **title)
     assert str(caught.value) == f"{subject}: the model cannot be run: no kernel"
     assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_a_comparison_that_fails_ends_its_progress_display(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though its traceback is kept: if the display were left to the garbage collector, both could wait for ever."""
+    ended: list[Progress] = []
+    monkeypatch.setattr(Progress, "stop", lambda self, stop=Progress.stop: [stop(self), ended.append(self)])
+    with pytest.raises(RunError) as caught:
+        parity.certify(Model(error=ValueError), [], NUMBERS, COLORS)
+    assert caught.tb is not None
+    assert len(ended) == 1
 
 
 def test_a_failed_comparison_keeps_its_kind() -> None:
