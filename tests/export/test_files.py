@@ -71,9 +71,9 @@ def test_whatever_was_added_is_named(kind: str, version: Path) -> None:
 def test_hidden_files_and_empty_folders_do_no_harm(version: Path) -> None:
     """As file managers leave them."""
     (version / ".DS_Store").touch()
-    (version / "assets").mkdir()
-    (version / ".idea").mkdir()
-    (version / ".idea" / "workspace.xml").touch()
+    for folder in (version / ".idea", version / "assets" / ".idea"):
+        folder.mkdir(parents=True)
+        (folder / "workspace.xml").touch()
     assert not list(manifest.changed_files(version, manifest.read(version)))
 
 
