@@ -74,3 +74,19 @@ def test_the_largest_number_of_half_precision_is_within_it(factor: float, fits: 
     else:
         with pytest.raises(half.RangeError, match="the value 'product' exceeds"):
             predict(ones)
+
+
+def test_constants_and_other_types_of_a_graph_are_kept(tmp_path: Path) -> None:
+    """A constant in half precision is one wherever it stands; an integer stays an integer."""
+    nodes = [
+        helper.make_node("Cast", ["image"], ["pixels"], to=TensorProto.FLOAT16),
+        helper.make_node("Constant", [], ["factor"], value=numpy_helper.from_array(np.float16(0.5))),
+        helper.make_node("Mul", ["pixels", "factor"], ["product"]),
+        helper.make_node("Cast", ["product"], ["whole"], to=TensorProto.INT32),
+        helper.make_node("Cast", ["whole"], ["answer"], to=TensorProto.FLOAT),
+    ]
+    image = helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", 4])
+    answer = helper.make_tensor_value_info("answer", TensorProto.FLOAT, ["batch", 4])
+    graph = helper.make_graph(nodes, "half", [image], [answer])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), tmp_path / "a")
+    np.testing.assert_array_equal(half.load(tmp_path / "a")(PIXELS), [[0, 0, 50, 127]])
