@@ -148,7 +148,7 @@ def test_missing_evidence_does_not_hold() -> None:
     assert [text.rpartition(" ")[2] for text in bare.violations()] == ["onnx", "budget", "saved_model", "budget"]
 
 
-class Model:
+class ColorModel:
     """Answers with the mean of each colour, and remembers the sizes of its batches."""
 
     def __init__(self, factor: float = 1.0, error: type[Exception] | None = None) -> None:
@@ -177,7 +177,7 @@ def test_a_certificate_compares_all_images_at_every_batch_size() -> None:
     """In their order, and with the last batch, which may be short. The largest answer of the last image differs by 65,
     so that the other class wins; the original's two best are 100 apart, which is no tie.
     """
-    original, onnx, saved_model = Model(), Model(4.0), Model()
+    original, onnx, saved_model = ColorModel(), ColorModel(4.0), ColorModel()
     rows = certificate().variants[0].rows  # of an earlier certificate
     variants = [(msgspec.structs.replace(VARIANT, rows=rows), onnx), (certificate().variants[1], saved_model)]
     done = parity.certify(original, variants, NUMBERS, COLORS)
@@ -215,7 +215,7 @@ def test_a_difference_that_is_exactly_a_tie_decides_the_class() -> None:
 )
 def test_a_model_that_cannot_be_run_is_named(broken: str, title: dict[str, str], subject: str) -> None:
     """With its batch size, and what its library says."""
-    original, variant = (Model(error=ValueError if broken == name else None) for name in ("original", "variant"))
+    original, variant = (ColorModel(error=ValueError if broken == name else None) for name in ("original", "variant"))
     with pytest.raises(RunError) as caught:
         parity.certify(original, [(VARIANT, variant)], NUMBERS, COLORS, **title)
     assert str(caught.value) == f"{subject}: the model cannot be run: no kernel"
@@ -227,7 +227,7 @@ def test_a_comparison_that_fails_ends_its_progress_display(monkeypatch: pytest.M
     ended: list[Progress] = []
     monkeypatch.setattr(Progress, "stop", lambda self, stop=Progress.stop: [stop(self), ended.append(self)])
     with pytest.raises(RunError) as caught:
-        parity.certify(Model(error=ValueError), [], NUMBERS, COLORS)
+        parity.certify(ColorModel(error=ValueError), [], NUMBERS, COLORS)
     assert caught.tb is not None
     assert len(ended) == 1
 
@@ -235,7 +235,7 @@ def test_a_comparison_that_fails_ends_its_progress_display(monkeypatch: pytest.M
 def test_a_failed_comparison_keeps_its_kind() -> None:
     """As a value too large for half precision; it is not said twice that the model cannot be run."""
     with pytest.raises(ShapeError, match="^no kernel$"):
-        parity.certify(Model(), [(VARIANT, Model(error=ShapeError))], NUMBERS, COLORS)
+        parity.certify(ColorModel(), [(VARIANT, ColorModel(error=ShapeError))], NUMBERS, COLORS)
 
 
 def test_images_are_known_by_their_pixels_shape_and_classes() -> None:

@@ -194,7 +194,7 @@ def test_half_precision_is_run_in_the_arithmetic_of_its_certificate(version: Pat
         verify(version)
 
 
-class Loader:
+class OnnxLoader:
     """Loads each format by its ONNX file, and remembers what was in the folder that it was given."""
 
     def __init__(self, other: bytes = b"") -> None:
@@ -224,7 +224,7 @@ class Loader:
 
         return predict
 
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> Loader:
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> OnnxLoader:
         """Load with this in place of TensorFlow, until the end of the test."""
         monkeypatch.setattr(export, "original", SimpleNamespace(load=self.load_original), raising=False)
         monkeypatch.setattr(formats, "load", self.load)
@@ -235,7 +235,7 @@ def test_full_runs_every_format_from_a_copy_of_what_was_hashed(
     version: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The copy is outside of the repository, and gone afterwards. Code of a stranger runs only after a warning."""
-    loader = Loader().install(monkeypatch)
+    loader = OnnxLoader().install(monkeypatch)
     recorded = verify(version, full=True)
     files = {name: (version / name).read_bytes() for name in recorded.files}
     assert loader.seen == [files] * 3  # the original and two formats
@@ -253,7 +253,7 @@ def test_full_runs_every_format_from_a_copy_of_what_was_hashed(
 
 def test_full_finds_a_format_that_answers_otherwise(version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though nobody runs it without --full."""
-    Loader(invert().SerializeToString()).install(monkeypatch)
+    OnnxLoader(invert().SerializeToString()).install(monkeypatch)
     verify(version)
     with pytest.raises(BudgetError, match="6 of 6 predictions of saved_model at batch size 1 name another class"):
         verify(version, full=True)
@@ -271,7 +271,7 @@ def test_a_model_that_cannot_be_loaded_is_one_sentence(
     error: Exception, message: str, version: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the first line of the library's error, or the kind of it."""
-    loader = Loader().install(monkeypatch)
+    loader = OnnxLoader().install(monkeypatch)
 
     def fail(_: Path) -> Predict:
         raise error
@@ -286,7 +286,7 @@ def test_an_original_that_unpacks_to_more_than_the_memory_is_not_loaded(
     version: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its size is looked at first; so is whether it is an archive."""
-    loader = Loader().install(monkeypatch)
+    loader = OnnxLoader().install(monkeypatch)
     list_file(version, "model.keras", b"no archive")
     with pytest.raises(BadInput, match=r"cannot be loaded \(File is not a zip file\)"):
         verify(version, full=True)
