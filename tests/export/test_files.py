@@ -147,10 +147,15 @@ def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_that_was_never_begun_is_the_error_of_its_folder(tmp_path: Path) -> None:
-    """There is nothing to remove then, which is no error of its own."""
-    with pytest.raises(FileNotFoundError, match=r"nowhere/.labels.txt.*part"):
-        files.write(tmp_path / "nowhere" / "labels.txt", b"new")
+def test_a_file_that_was_never_begun_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no file can be made any more: there is nothing to remove then, which is no error of its own."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        files.write(tmp_path / "labels.txt", b"new")
     assert not list(tmp_path.iterdir())
 
 
