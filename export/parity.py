@@ -161,13 +161,13 @@ def describe(certificate: Certificate) -> str:
 
 
 def _predict(predict: Predict, images: NDArray[np.uint8], batch_size: int, title: str) -> Probabilities:
-    from rich.progress import track  # here, because a server compares models without it
+    from rich.progress import Progress  # here, because a server compares models without it
 
     starts = range(0, len(images), batch_size)
     try:
-        return np.concatenate(
-            [predict(images[start : start + batch_size]) for start in track(starts, f"  {title:<28}")]
-        )
+        with Progress() as progress:  # which ends its display even if a model fails
+            batches = progress.track(starts, description=f"  {title:<28}")
+            return np.concatenate([predict(images[start : start + batch_size]) for start in batches])
     except ParityError:
         raise
     except Exception as error:  # each library has its own exceptions

@@ -53,10 +53,18 @@ TESTS = {
     "serving/client/stream.py": ["tests/serving/client"],
     "serving/client/retries.py": ["tests/serving/client"],
     "serving/client/channel.py": ["tests/serving/client"],
-    "export/parity.py": ["tests/export/test_parity.py", "tests/export/test_artifacts.py"],
-    "export/manifest.py": ["tests/export/test_faults.py", "tests/export/test_repository.py"],
-    "export/signature.py": ["tests/export/test_signature.py"],
-    "export/precision.py": ["tests/export/test_export.py"],
+    "export/parity.py": ["--quick", "tests/export/test_parity.py", "tests/export/test_verification.py"],
+    "export/manifest.py": ["--quick", "tests/export/test_manifest.py", "tests/export/test_files.py"],
+    "export/files.py": ["--quick", "tests/export/test_files.py", "tests/serving/models/test_scan.py"],
+    "export/signature.py": ["--quick", "tests/export/test_signature.py", "tests/export/test_verification.py"],
+    "export/verification.py": [
+        "--quick",
+        "tests/export/test_verification.py",
+        "tests/export/test_recomputation.py",
+    ],
+    "export/heldout.py": ["--quick", "tests/export/test_heldout.py", "tests/export/test_verification.py"],
+    "export/half.py": ["--quick", "tests/export/test_half.py"],
+    "export/precision.py": ["tests/export/test_precision.py"],
 }
 # A mutant that hangs waits for this, so that no test of a module may take as long.
 TIMEOUT_SECONDS = 60

@@ -61,7 +61,7 @@ class FileImages:
 
     def decode(self) -> Pixels | FileImages:
         """Return all images as an array if they fit into memory, else as they are."""
-        from rich.progress import track
+        from rich.progress import Progress
 
         folder, total = os.path.commonpath(self._paths), math.prod(self.shape)
         if total > CACHE_BYTES:
@@ -69,9 +69,10 @@ class FileImages:
             return self
         pixels = np.empty(self.shape, np.uint8)
         starts = range(0, len(self), CHUNK)
-        for start in track(starts, f"reading {folder}"):
-            end = min(start + CHUNK, len(self))
-            pixels[start:end] = self[np.arange(start, end)]
+        with Progress() as progress:  # which ends its display even at an unreadable image
+            for start in progress.track(starts, description=f"reading {folder}"):
+                end = min(start + CHUNK, len(self))
+                pixels[start:end] = self[np.arange(start, end)]
         return pixels
 
     def _read(self, path: Path) -> Pixels:

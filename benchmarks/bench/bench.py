@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
-from rich.progress import track
+from rich.progress import Progress
 
 from benchmarks.bench.keras_server import UNBATCHED
 from benchmarks.harness import environment
@@ -101,7 +101,8 @@ def bench(folder: Path, seconds: float, rounds: int) -> tuple[list[BenchRow], di
             for workload in WORKLOADS:
                 row.target.measure(workload, min(seconds, 0.5))
         schedule = [(row, workload) for _ in range(rounds) for workload in WORKLOADS for row in rows]
-        for row, workload in track(schedule, "measuring"):
+        progress = stack.enter_context(Progress())
+        for row, workload in progress.track(schedule, description="measuring"):
             row.samples[workload].append(row.target.measure(workload, seconds))
     return rows, _describe(version, seconds, rounds)
 

@@ -71,9 +71,9 @@ def test_whatever_was_added_is_named(kind: str, version: Path) -> None:
 def test_hidden_files_and_empty_folders_do_no_harm(version: Path) -> None:
     """As file managers leave them."""
     (version / ".DS_Store").touch()
-    (version / "assets").mkdir()
-    (version / ".idea").mkdir()
-    (version / ".idea" / "workspace.xml").touch()
+    for folder in (version / ".idea", version / "assets" / ".idea"):
+        folder.mkdir(parents=True)
+        (folder / "workspace.xml").touch()
     assert not list(manifest.changed_files(version, manifest.read(version)))
 
 
@@ -145,3 +145,40 @@ def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path, mon
         files.write(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_was_never_begun_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no file can be made any more: there is nothing to remove then, which is no error of its own."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        files.write(tmp_path / "labels.txt", b"new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fingerprint_is_that_of_the_folder_too(version: Path) -> None:
+    """Its own times count, though nothing in it has changed."""
+    before = files.fingerprint(version)
+    os.utime(version, ns=(0, 0))
+    assert files.fingerprint(version) != before
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that nobody sees are not files that are not there."""
+    (version / "variables").mkdir()
+    scan = os.scandir
+
+    def refuse(path: str | Path) -> object:
+        if Path(path).name == "variables":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="variables"):
+        files.list_entries(version)
+    assert files.fingerprint(version) == 13
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        files.list_entries(version / "nowhere")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import keras
 import numpy as np
 import onnx
 import onnxruntime
@@ -12,10 +11,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from export import half, manifest
-from export.export import export
-from export.parity import VariantError
-from tests.export.sources import classifier, make_source
+from export import half
+
+
+@pytest.fixture
+def small_network() -> None:
+    """Nothing is trained here."""
 
 
 def write_graph(path: Path, factor: float) -> onnx.ModelProto:
@@ -62,27 +63,30 @@ def test_a_value_above_the_largest_of_half_precision_is_an_error(tmp_path: Path)
         predict(PIXELS)
 
 
-def difference() -> keras.Model:
-    """Return a classifier by the difference of two convolutions with weights of 1, which are equal, after a scale."""
-    image = keras.Input((8, 8, 3), dtype="uint8")
-    x = keras.layers.Rescaling(400.0)(image)
-    sums = [keras.layers.Conv2D(4, 3, kernel_initializer="ones", use_bias=False)(x) for _ in range(2)]
-    pooled = keras.layers.GlobalAveragePooling2D()(keras.layers.Subtract()(sums))
-    return keras.Model(image, keras.layers.Dense(3, activation="softmax")(pooled))
+@pytest.mark.parametrize(("factor", "fits"), [(65504.0, True), (-65504.0, True), (np.inf, False), (np.nan, False)])
+def test_the_largest_number_of_half_precision_is_within_it(factor: float, fits: bool, tmp_path: Path) -> None:
+    """On either side of zero; what is infinite or no number is not."""
+    write_graph(tmp_path / "half.onnx", factor)
+    predict = half.load(tmp_path / "half.onnx")
+    ones = np.ones((2, 4), np.uint8)
+    if fits:
+        np.testing.assert_array_equal(predict(ones), np.zeros((2, 4)))
+    else:
+        with pytest.raises(half.RangeError, match="the value 'product' exceeds"):
+            predict(ones)
 
 
-def test_a_model_whose_values_overflow_is_published_without_fp16(tmp_path: Path) -> None:
-    """fp32 is, because it is right."""
-    with pytest.raises(VariantError, match="1 is published without fp16: the value .* exceeds 65,504"):
-        export(make_source(difference()), tmp_path / "models" / "wide", ["fp16"])
-    version = tmp_path / "models" / "wide" / "1"
-    assert [variant.name for variant in manifest.read(version).certificate.variants] == ["onnx", "saved_model"]
-    assert not (version / "model.fp16.onnx").exists()
-
-
-def test_the_certificate_names_the_arithmetic(tmp_path: Path) -> None:
-    """Of the variant in half precision: the others are computed by the library that serves them."""
-    version = export(make_source(classifier()), tmp_path / "models" / "narrow", ["fp16"])
-    variants = manifest.read(version).certificate.variants
-    assert [variant.arithmetic for variant in variants] == ["", "", half.ARITHMETIC]
-    assert 0 < variants[2].rows[0].max_difference < 0.01
+def test_constants_and_other_types_of_a_graph_are_kept(tmp_path: Path) -> None:
+    """A constant in half precision is one wherever it stands; an integer stays an integer."""
+    nodes = [
+        helper.make_node("Cast", ["image"], ["pixels"], to=TensorProto.FLOAT16),
+        helper.make_node("Constant", [], ["factor"], value=numpy_helper.from_array(np.float16(0.5))),
+        helper.make_node("Mul", ["pixels", "factor"], ["product"]),
+        helper.make_node("Cast", ["product"], ["whole"], to=TensorProto.INT32),
+        helper.make_node("Cast", ["whole"], ["answer"], to=TensorProto.FLOAT),
+    ]
+    image = helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", 4])
+    answer = helper.make_tensor_value_info("answer", TensorProto.FLOAT, ["batch", 4])
+    graph = helper.make_graph(nodes, "half", [image], [answer])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), tmp_path / "a")
+    np.testing.assert_array_equal(half.load(tmp_path / "a")(PIXELS), [[0, 0, 50, 127]])

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import msgspec
 import numpy as np
 import pytest
+from rich.progress import Progress
 
 from export import parity
 from export.manifest import Budget, Certificate, Parity, Variant
-from export.parity import BudgetError, ShapeError
+from export.parity import BudgetError, RunError, ShapeError
 
 EXPECTED = np.array([[0.7, 0.2, 0.1], [0.1, 0.5, 0.4], [0.30000, 0.34999, 0.35001]], np.float32)
 BUDGET = Budget(max_difference=1e-5)
 LABELS = np.array([0, 1, 1], np.int32)
+
+
+@pytest.fixture
+def small_network() -> None:
+    """Nothing is trained here."""
 
 
 def compare(actual: np.ndarray, tie: float = 1e-3) -> Parity:
@@ -138,3 +146,138 @@ def test_missing_evidence_does_not_hold() -> None:
         1, "hash", 0.9, [Variant(name, "", "", "", Budget(), [], {}) for name in ("onnx", "saved_model")]
     )
     assert [text.rpartition(" ")[2] for text in bare.violations()] == ["onnx", "budget", "saved_model", "budget"]
+
+
+class ColorModel:
+    """Answers with the mean of each colour, and remembers the sizes of its batches."""
+
+    def __init__(self, factor: float = 1.0, error: type[Exception] | None = None) -> None:
+        """With a factor of the last answer, or the kind of an error to raise."""
+        self.factor = factor
+        self.error = error
+        self.sizes: list[int] = []
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Return float32 [n, 3]."""
+        self.sizes.append(len(images))
+        if self.error:
+            raise self.error("no kernel")
+        means: np.ndarray = images.mean(axis=(1, 2), dtype=np.float32)
+        means[images[:, 0, 0, 0] == 65, 2] *= self.factor
+        return means
+
+
+NUMBERS = np.repeat(np.arange(66, dtype=np.uint8), 2 * 2 * 3).reshape(66, 2, 2, 3)
+NUMBERS[..., 1] += 100  # the second class has the largest answer
+COLORS = np.full(66, 1, np.int32)
+VARIANT = Variant("onnx", "model.onnx", "fp32", "method", Budget(max_difference=1e-5, tie=90.0), [], {1: 2.0})
+
+
+def test_a_certificate_compares_all_images_at_every_batch_size() -> None:
+    """In their order, and with the last batch, which may be short. The largest answer of the last image differs by 65,
+    so that the other class wins; the original's two best are 100 apart, which is no tie.
+    """
+    original, onnx, saved_model = ColorModel(), ColorModel(4.0), ColorModel()
+    rows = certificate().variants[0].rows  # of an earlier certificate
+    variants = [(msgspec.structs.replace(VARIANT, rows=rows), onnx), (certificate().variants[1], saved_model)]
+    done = parity.certify(original, variants, NUMBERS, COLORS)
+    assert original.sizes == [64, 2]
+    assert onnx.sizes == saved_model.sizes == [1] * 66 + [3] * 22 + [64, 2]
+    assert (done.images, done.accuracy) == (66, 1.0)
+    assert done.images_sha256 == parity.hash_images(NUMBERS, COLORS)
+    first, second = done.variants
+    assert msgspec.structs.replace(first, rows=[]) == VARIANT
+    assert [row.batch_size for row in first.rows] == [row.batch_size for row in second.rows] == [1, 3, 64]
+    for row in first.rows:
+        assert (row.max_difference, row.top1_disagreements, row.worst[0]) == (195.0, 1, 65)
+        assert row.accuracy == row.top1_agreement == pytest.approx(65 / 66)
+    assert {row.max_difference for row in second.rows} == {0.0}
+    lenient = msgspec.structs.replace(VARIANT, budget=Budget(max_difference=1e-5, tie=101.0))
+    ties = parity.certify(original, [(lenient, onnx)], NUMBERS, COLORS).variants[0].rows
+    assert [row.top1_disagreements for row in ties] == [0, 0, 0]
+
+
+def test_a_difference_that_is_exactly_a_tie_decides_the_class() -> None:
+    """A tie is closer than that."""
+    expected = np.array([[0.5, 0.25, 0.25]], np.float32)
+    actual = np.array([[0.25, 0.5, 0.25]], np.float32)
+    for tie, count in ((0.25, 1), (0.2500001, 0)):
+        assert parity.compare(expected, actual, np.zeros(1, np.int32), 1, tie).top1_disagreements == count
+
+
+@pytest.mark.parametrize(
+    ("broken", "title", "subject"),
+    [
+        ("original", {}, "Keras"),
+        ("original", {"title": "onnx"}, "onnx"),
+        ("variant", {}, "onnx, batch size 1"),
+    ],
+)
+def test_a_model_that_cannot_be_run_is_named(broken: str, title: dict[str, str], subject: str) -> None:
+    """With its batch size, and what its library says."""
+    original, variant = (ColorModel(error=ValueError if broken == name else None) for name in ("original", "variant"))
+    with pytest.raises(RunError) as caught:
+        parity.certify(original, [(VARIANT, variant)], NUMBERS, COLORS, **title)
+    assert str(caught.value) == f"{subject}: the model cannot be run: no kernel"
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_a_comparison_that_fails_ends_its_progress_display(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though its traceback is kept: if the display were left to the garbage collector, both could wait for ever."""
+    ended: list[Progress] = []
+    monkeypatch.setattr(Progress, "stop", lambda self, stop=Progress.stop: [stop(self), ended.append(self)])
+    with pytest.raises(RunError) as caught:
+        parity.certify(ColorModel(error=ValueError), [], NUMBERS, COLORS)
+    assert caught.tb is not None
+    assert len(ended) == 1
+
+
+def test_a_failed_comparison_keeps_its_kind() -> None:
+    """As a value too large for half precision; it is not said twice that the model cannot be run."""
+    with pytest.raises(ShapeError, match="^no kernel$"):
+        parity.certify(ColorModel(), [(VARIANT, ColorModel(error=ShapeError))], NUMBERS, COLORS)
+
+
+def test_images_are_known_by_their_pixels_shape_and_classes() -> None:
+    """However they lie in memory: SHA-256 of the shape as Python writes it, the bytes, and classes in 32 bits."""
+    content = b"(66, 2, 2, 3)" + NUMBERS.tobytes() + COLORS.astype("<i4").tobytes()
+    digest = parity.hash_images(NUMBERS, COLORS)
+    assert digest == hashlib.sha256(content).hexdigest()
+    assert parity.hash_images(np.asfortranarray(NUMBERS), COLORS.astype(np.int64)) == digest
+    assert parity.hash_images(np.repeat(NUMBERS, 2, axis=0)[::2], np.repeat(COLORS, 2)[::2]) == digest
+    other, labels = NUMBERS.copy(), COLORS.copy()
+    other[65, 1, 1, 2] += 1
+    labels[65] = 2
+    for changed in ((other, COLORS), (NUMBERS, labels), (NUMBERS.reshape(66, 1, 4, 3), COLORS)):
+        assert parity.hash_images(*changed) != digest
+
+
+def test_a_certificate_is_printed_as_a_table() -> None:
+    """Its figures, and for each variant the budget, how it was made and compared, its speed and the worst images."""
+    row = Parity(64, 1.26e-7, 1e-8, 0.5, 1, 0.25, [None], [5, 4, 3, 2])
+    onnx = Variant("onnx", "model.onnx", "fp32", "", Budget(max_difference=1e-5), [row], {})
+    loss = Budget(accuracy_drop=0.005)
+    half = Variant("onnx-fp16", "model.fp16.onnx", "fp16", "softmax in fp32", loss, [row], {1: 1.25, 64: 2.0}, "halves")
+    bare = msgspec.structs.replace(onnx, name="saved_model", rows=[])
+    assert parity.describe(Certificate(1234, "hash", 0.9, [onnx, half, bare])).splitlines() == [
+        "               batch  max difference      mean  same class  accuracy",
+        "  keras                                                       90.00%",
+        "  onnx            64         1.3e-07   1.0e-08      50.00%    25.00%",
+        "  onnx-fp16       64         1.3e-07   1.0e-08      50.00%    25.00%",
+        "  on 1,234 held-out images",
+        "  onnx         fp32, allowed a difference of 1e-05; largest differences on images 5, 4, 3",
+        "  onnx-fp16    fp16, allowed 0.5 points less accuracy; softmax in fp32; compared with halves; "
+        "speed 1.2x at batch size 1, 2.0x at batch size 64; largest differences on images 5, 4, 3",
+        "  saved_model  fp32, allowed a difference of 1e-05",
+    ]
+
+
+def test_all_broken_budgets_are_in_one_sentence() -> None:
+    """Separated by semicolons, after what they mean."""
+    with pytest.raises(BudgetError) as caught:
+        parity.check(certificate(max_difference=1.0, top1_disagreements=2))
+    assert str(caught.value) == (
+        "the converted model gives other answers than the original: "
+        "the largest difference of saved_model at batch size 3 is 1, above 1e-05; "
+        "2 of 10 predictions of saved_model at batch size 3 name another class than Keras"
+    )

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from export import manifest, precision
+from export import half, manifest, precision
 from export.export import export
 from export.formats import ONNX, OPSET
 from export.parity import VariantError
@@ -66,3 +66,29 @@ def test_the_next_reduction_is_tried_after_a_crash(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(precision, "list_reductions", lambda *_: [Reduction("crash", crash), copy])
     version = export(make_source(classifier(), calibration=9), tmp_path / "models" / "mine", ["int8"])
     assert manifest.read(version).certificate.variants[-1].method == "copy"
+
+
+def difference() -> keras.Model:
+    """Return a classifier by the difference of two convolutions with weights of 1, which are equal, after a scale."""
+    image = keras.Input((8, 8, 3), dtype="uint8")
+    x = keras.layers.Rescaling(400.0)(image)
+    sums = [keras.layers.Conv2D(4, 3, kernel_initializer="ones", use_bias=False)(x) for _ in range(2)]
+    pooled = keras.layers.GlobalAveragePooling2D()(keras.layers.Subtract()(sums))
+    return keras.Model(image, keras.layers.Dense(3, activation="softmax")(pooled))
+
+
+def test_a_model_whose_values_overflow_is_published_without_fp16(tmp_path: Path) -> None:
+    """fp32 is, because it is right."""
+    with pytest.raises(VariantError, match="1 is published without fp16: the value .* exceeds 65,504"):
+        export(make_source(difference()), tmp_path / "models" / "wide", ["fp16"])
+    version = tmp_path / "models" / "wide" / "1"
+    assert [variant.name for variant in manifest.read(version).certificate.variants] == ["onnx", "saved_model"]
+    assert not (version / "model.fp16.onnx").exists()
+
+
+def test_the_certificate_names_the_arithmetic(tmp_path: Path) -> None:
+    """Of the variant in half precision: the others are computed by the library that serves them."""
+    version = export(make_source(classifier()), tmp_path / "models" / "narrow", ["fp16"])
+    variants = manifest.read(version).certificate.variants
+    assert [variant.arithmetic for variant in variants] == ["", "", half.ARITHMETIC]
+    assert 0 < variants[2].rows[0].max_difference < 0.01

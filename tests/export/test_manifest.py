@@ -1,0 +1,219 @@
+"""manifest.json: what it must hold to be believed, and each way in which a version differs from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from export import manifest
+from export.manifest import Budget, Certificate, Parity, Variant
+from resnet import BadInput
+from tests.conftest import edit_manifest
+from tests.versions import write_version
+
+ROW = Parity(1, 1e-7, 1e-8, 1.0, 0, 0.9, [1.0], [0])
+
+
+@pytest.fixture
+def small_network() -> None:
+    """Nothing is trained here."""
+
+
+@pytest.fixture
+def version(tmp_path: Path) -> Path:
+    """The folder of a version."""
+    return write_version(tmp_path / "models" / "colors" / "1")
+
+
+def test_what_was_written_is_read(version: Path) -> None:
+    """Each field, as JSON for people that ends with a line; the digest is one that other languages can compute."""
+    recorded = manifest.read(version)
+    text = (version / "manifest.json").read_text()
+    assert text.startswith('{\n  "format": 2,\n  "model": "colors",\n')
+    assert text.endswith("}\n")
+    content = json.loads(text)
+    assert content["output"] == {"name": "probabilities", "dtype": "float32", "shape": [-1, 3]}
+    assert content["preprocessing"] == {"color": "RGB", "resize": "bilinear"}
+    assert recorded.labels == ["red", "green", "blue"]
+    plain = json.dumps(content | {"digest": ""}, sort_keys=True, separators=(",", ":")).replace("1e-05", "0.00001")
+    assert content["digest"] == recorded.digest == hashlib.sha256(plain.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 1}, "has format 1, this version of resnet reads 2; export again"),
+        ({"format": 3, "unknown": 1}, "has format 3, this version of resnet reads 2; export again"),
+        ({"unknown": 1}, "is not a valid manifest (Object contains unknown field `unknown`); export the model again"),
+        ({"version": 2}, "belongs to colors/2, not to colors/1; a version keeps its name"),
+        ({"model": "shapes"}, "belongs to shapes/1, not to colors/1; a version keeps its name"),
+        ({"labels": ["a", "b"]}, "names 2 labels for 3 outputs; export again"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_refused(change: dict[str, Any], message: str, version: Path) -> None:
+    """Even with the right digest; the sentence says what does not fit, and what to do."""
+    edit_manifest(version, lambda content: content.update(change))
+    with pytest.raises(BadInput) as caught:
+        manifest.read(version)
+    assert str(caught.value).startswith(f"{version / 'manifest.json'} {message}")
+
+
+@pytest.mark.parametrize("change", [{"cpu": "another"}, {"digest": ""}, {"certificate": {"images": 7}}])
+def test_an_edit_of_the_manifest_is_found(change: dict[str, Any], version: Path) -> None:
+    """Whatever was edited, be it the digest itself."""
+
+    def edit(content: dict[str, Any]) -> None:
+        for name, value in change.items():
+            content[name] = content[name] | value if isinstance(value, dict) else value
+
+    edit_manifest(version, edit, forge=False)
+    with pytest.raises(BadInput, match="manifest.json was edited: its digest differs from that of its content"):
+        manifest.read(version)
+
+
+def test_a_version_without_a_manifest_is_one_sentence(version: Path) -> None:
+    """It names the file."""
+    (version / "manifest.json").unlink()
+    with pytest.raises(BadInput, match=r"1/manifest.json cannot be read \(No such file or directory\); export"):
+        manifest.read(version)
+
+
+@pytest.mark.parametrize("shape", [(5, 2), (5, 3, 1), (5,), ()])
+def test_an_output_of_another_shape_is_refused(shape: tuple[int, ...], version: Path) -> None:
+    """Three classes need three probabilities for each image, however many images there are."""
+    recorded = manifest.read(version)
+    recorded.check_output((1, 3))
+    recorded.check_output((5, 3))
+    with pytest.raises(BadInput) as caught:
+        recorded.check_output(shape)
+    assert str(caught.value) == (f"colors/1 has 3 labels for an output of shape {list(shape)}; export the model again")
+
+
+def test_every_file_is_hashed_but_the_manifest_and_its_signature(version: Path) -> None:
+    """Also those of folders inside; the hash is the SHA-256 of the content."""
+    (version / "variables").mkdir()
+    (version / "variables" / "data").write_bytes(b"weights")
+    (version / "manifest.sig").touch()
+    hashes = manifest.hash_files(version)
+    assert list(hashes) == ["heldout.npz", "model.onnx", "saved_model.pb", "variables/data"]
+    assert hashes["variables/data"] == hashlib.sha256(b"weights").hexdigest()
+    assert hashes["saved_model.pb"] == hashlib.sha256(b"").hexdigest()
+
+
+@pytest.mark.parametrize("name", ["heldout.npz", "model.onnx", "saved_model.pb"])
+def test_each_difference_of_the_files_is_named(name: str, version: Path) -> None:
+    """One clause for each file that was changed, added or removed; a file that was not touched has none."""
+    recorded = manifest.read(version)
+    assert list(manifest.changed_files(version, recorded)) == []
+    path = version / name
+    path.write_bytes(path.read_bytes() + b"x")
+    changed = f"{path} is not the file that was exported (its SHA-256 differs)"
+    assert list(manifest.changed_files(version, recorded)) == [changed]
+    with pytest.raises(BadInput) as caught:
+        manifest.read_file(version, name, recorded)
+    assert str(caught.value) == f"{changed}; export the model again"
+    (version / "extra").mkdir()
+    (version / "extra" / "file").touch()
+    path.unlink()
+    assert list(manifest.changed_files(version, recorded)) == [
+        f"{path} is missing",
+        f"'{version / 'extra' / 'file'}' was added after the export, remove it",
+    ]
+    with pytest.raises(BadInput, match=rf"{name} cannot be read \(No such file or directory\); export the model again"):
+        manifest.read_file(version, name, recorded)
+
+
+def test_files_that_the_manifest_lists_may_be_hidden_and_others_are_never_read(version: Path) -> None:
+    """A hidden file is ignored only where the manifest does not name it; what it does not name has no hash to hold."""
+    (version / ".hidden").write_bytes(b"x")
+    recorded = manifest.read(version)
+    with pytest.raises(BadInput, match=r"\.hidden is not the file that was exported"):
+        manifest.read_file(version, ".hidden", recorded)
+    recorded.files[".hidden"] = hashlib.sha256(b"y").hexdigest()
+    assert len(list(manifest.changed_files(version, recorded))) == 1
+
+
+def test_a_folder_that_cannot_be_read_is_a_clause(version: Path) -> None:
+    """It names what cannot be read, and why."""
+    recorded = manifest.read(version)
+    gone = version.with_name("2")
+    assert list(manifest.changed_files(gone, recorded)) == [f"{gone} cannot be read (No such file or directory)"]
+
+
+def make_variant(budget: Budget, *changes: dict[str, float]) -> Variant:
+    """Return a variant with one row for each change, at batch sizes 1, 2 and so on."""
+    rows = [msgspec.structs.replace(ROW, batch_size=size, **change) for size, change in enumerate(changes, 1)]
+    return Variant("onnx", "model.onnx", "fp32", "", budget, rows, {})
+
+
+BOTH = Budget(max_difference=1e-5, accuracy_drop=0.01)
+
+
+@pytest.mark.parametrize(
+    ("budget", "changes", "clauses"),
+    [
+        (BOTH, [{}, {"max_difference": 1e-5, "accuracy": 0.89}], []),
+        (Budget(max_difference=1.0), [{"accuracy": 0.1}], []),
+        (Budget(accuracy_drop=1.0), [{"max_difference": 1.0, "top1_disagreements": 9}], []),
+        (BOTH, [{}, {"top1_disagreements": 1}, {}], ["1 of 10 predictions of onnx at batch size 2 name another class"]),
+        (
+            BOTH,
+            [{"max_difference": 2.0}, {"max_difference": math.nan}, {"max_difference": 3.0}],
+            ["the largest difference of onnx at batch size 2 is nan, above 1e-05"],
+        ),
+        (
+            BOTH,
+            [{"max_difference": 1.0, "top1_disagreements": 2, "accuracy": 0.8}, {"accuracy": 0.7}],
+            [
+                "the largest difference of onnx at batch size 1 is 1, above 1e-05",
+                "2 of 10 predictions of onnx at batch size 1 name another class than Keras",
+                "the accuracy of onnx at batch size 2 is 70.00%, 20.00 points below Keras' 90.00%; 1 are allowed",
+            ],
+        ),
+        (Budget(accuracy_drop=0.0), [{}, {"accuracy": 0.9 - 1e-6}], ["the accuracy of onnx at batch size 2 is"]),
+        (Budget(), [{}], ["onnx has no budget"]),
+        (BOTH, [], ["there are no comparisons for onnx"]),
+        (Budget(), [], ["there are no comparisons for onnx", "onnx has no budget"]),
+    ],
+)
+def test_a_budget_is_exact(budget: Budget, changes: list[dict[str, float]], clauses: list[str]) -> None:
+    """A figure at its limit is within it, one beyond it is named at its worst batch size, one without a limit is free.
+    Of a million images, one is enough.
+    """
+    found = list(make_variant(budget, *changes).violations(10, 0.9))
+    assert len(found) == len(clauses)
+    assert all(text.startswith(clause) for text, clause in zip(found, clauses, strict=True))
+
+
+def test_a_certificate_holds_with_one_image_and_each_format() -> None:
+    """Without an image, or one of the formats, it does not; one more variant must hold too."""
+    onnx = make_variant(BOTH, {})
+    saved_model = msgspec.structs.replace(onnx, name="saved_model")
+    half = msgspec.structs.replace(make_variant(BOTH, {"accuracy": 0.5}), name="onnx-fp16")
+    assert list(Certificate(1, "hash", 0.9, [saved_model, onnx]).violations()) == []
+    assert list(Certificate(0, "hash", 0.9, [saved_model, onnx]).violations()) == ["it was made without images"]
+    assert list(Certificate(1, "hash", 0.9, [onnx]).violations()) == ["there are no comparisons for saved_model"]
+    (clause,) = Certificate(1, "hash", 0.9, [onnx, saved_model, half]).violations()
+    assert clause.startswith("the accuracy of onnx-fp16 at batch size 1 is 50.00%")
+    assert Certificate(1, "hash", 0.9, [onnx, saved_model]).find("saved_model") is saved_model
+    assert Certificate(1, "hash", 0.9, [onnx]).find("saved_model") is None
+
+
+@pytest.mark.parametrize(
+    ("budget", "text"),
+    [
+        (Budget(max_difference=1e-5), "a difference of 1e-05"),
+        (Budget(accuracy_drop=0.005), "0.5 points less accuracy"),
+        (BOTH, "a difference of 1e-05 and 1 points less accuracy"),
+        (Budget(max_difference=0.0, accuracy_drop=0.0), "a difference of 0e+00 and 0 points less accuracy"),
+    ],
+)
+def test_a_budget_is_told_in_words(budget: Budget, text: str) -> None:
+    """As the table of the certificate prints it; accuracy in points, which are hundredths."""
+    assert str(budget) == text
