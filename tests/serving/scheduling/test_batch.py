@@ -14,7 +14,7 @@ from serving.scheduling.queue import BatchResult, Entry, Outcome
 from serving.threads import WorkerPool
 
 
-class Caller:
+class WaitingCaller:
     """Its request of some images, each of one value, and what it is answered."""
 
     def __init__(self, *values: int, place: int = 0, is_active: Callable[[], bool] = lambda: True) -> None:
@@ -33,7 +33,7 @@ def concatenate(parts: Sequence[Images]) -> Images:
 
 def test_each_request_gets_its_own_rows_and_times() -> None:
     """The rows in its order; the wait from its arrival; the size of the whole batch."""
-    first, second, third = Caller(1), Caller(2, 3), Caller(4)
+    first, second, third = WaitingCaller(1), WaitingCaller(2, 3), WaitingCaller(4)
     batch = Batch([first.entry, second.entry, third.entry], size=4, start_ns=150)
     batch.respond(np.arange(4, dtype=np.float32).reshape(4, 1), 30)
     rows = []
@@ -47,7 +47,7 @@ def test_each_request_gets_its_own_rows_and_times() -> None:
 
 def test_without_probabilities_each_request_gets_an_error_of_its_own() -> None:
     """A dropped one gets its reason in either case."""
-    first, second, dropped = Caller(1), Caller(2), Caller(3)
+    first, second, dropped = WaitingCaller(1), WaitingCaller(2), WaitingCaller(3)
     reason = Cancelled("the caller went away")
     batch = Batch([first.entry, second.entry], [(dropped.entry, reason)], size=2)
     assert batch.removed == [first.entry, second.entry, dropped.entry]
@@ -61,7 +61,7 @@ def test_without_probabilities_each_request_gets_an_error_of_its_own() -> None:
 @pytest.mark.parametrize("is_prefetched", [False, True])
 def test_images_are_concatenated_in_the_order_of_requests(is_prefetched: bool) -> None:
     """On a thread beforehand, or when they are needed."""
-    batch, pool = Batch([Caller(1).entry, Caller(2, 3).entry]), WorkerPool(1, "prefetch")
+    batch, pool = Batch([WaitingCaller(1).entry, WaitingCaller(2, 3).entry]), WorkerPool(1, "prefetch")
     if is_prefetched:
         batch.prefetch(concatenate, pool)
     images = batch.concatenate(concatenate)
@@ -71,7 +71,7 @@ def test_images_are_concatenated_in_the_order_of_requests(is_prefetched: bool) -
 
 def test_one_request_is_computed_without_a_copy(caplog: pytest.LogCaptureFixture) -> None:
     """And none gives no images, which is no error."""
-    caller = Caller(1, 2)
+    caller = WaitingCaller(1, 2)
     assert Batch([caller.entry]).concatenate(concatenate) is caller.entry.images
     assert Batch().concatenate(concatenate) is None
     assert not caplog.records
@@ -87,7 +87,7 @@ def test_images_that_cannot_be_concatenated_are_none(is_prefetched: bool, caplog
     def fail(parts: Sequence[Images]) -> Images:
         raise Panic(len(parts))
 
-    batch, pool = Batch([Caller(1).entry, Caller(2).entry]), WorkerPool(1, "prefetch")
+    batch, pool = Batch([WaitingCaller(1).entry, WaitingCaller(2).entry]), WorkerPool(1, "prefetch")
     if is_prefetched:
         batch.prefetch(fail, pool)
     assert batch.concatenate(fail) is None
@@ -98,9 +98,9 @@ def test_images_that_cannot_be_concatenated_are_none(is_prefetched: bool, caplog
 def test_a_prefetched_batch_is_stale_if_a_caller_left_or_another_goes_first() -> None:
     """Before any request of it; one that waits behind it changes nothing."""
     here = True
-    batch = Batch([Caller(1, place=1).entry, Caller(2, place=3, is_active=lambda: here).entry])
+    batch = Batch([WaitingCaller(1, place=1).entry, WaitingCaller(2, place=3, is_active=lambda: here).entry])
     assert not batch.is_stale(None)
-    assert not batch.is_stale(Caller(4, place=4).entry)
-    assert batch.is_stale(Caller(3, place=2).entry)
+    assert not batch.is_stale(WaitingCaller(4, place=4).entry)
+    assert batch.is_stale(WaitingCaller(3, place=2).entry)
     here = False
     assert batch.is_stale(None)
