@@ -53,7 +53,7 @@ def serve(config: Config) -> None:
         serve_metrics(config, registry, server)
         logs.announce(f"serving on {server.address}")
         wake = threading.Event()
-        threading.Thread(target=_follow, args=(watcher, wake, config.watch), name="watch", daemon=True).start()
+        threads.start_vital(lambda: _follow(watcher, wake, config.watch), "watch")
         while signals.wait() == signal.SIGHUP:
             wake.set()
         signals.restore_stop()

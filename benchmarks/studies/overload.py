@@ -14,17 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import grpc
 import numpy as np
 from grpc_health.v1 import health_pb2
 from numpy.typing import NDArray
 
+from benchmarks.harness.background import Background
 from benchmarks.harness.process import serve
 from benchmarks.harness.tree import read_peak_bytes
 from benchmarks.load import h2load
@@ -44,7 +44,7 @@ HEADER = ("load", "deadline", "sent/s", "in time", "refused p99 ms", "health max
 
 
 @dataclass
-class Probe:
+class Probe(Background):
     """A client that checks the health of a server and sends a request, ten times a second, during a `with` block.
 
     Attributes:
@@ -61,22 +61,16 @@ class Probe:
     health_ms: list[float] = field(default_factory=list)
     refused_ms: list[float] = field(default_factory=list)
 
-    def __enter__(self) -> Self:
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="probe")
-        self._thread.start()
-        return self
+    def __post_init__(self) -> None:
+        super().__init__()
 
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Check and send."""
         with grpc.insecure_channel(self.address) as channel:
             health: Any = channel.unary_unary(HEALTH)
             infer: Any = channel.unary_unary(INFER)
             check = health_pb2.HealthCheckRequest().SerializeToString()
-            while not self._stopped.wait(1 / PROBES_PER_SECOND):
+            while not self.stopped.wait(1 / PROBES_PER_SECOND):
                 started = time.perf_counter()
                 health(check, timeout=PATIENCE_SECONDS)
                 self.health_ms.append(1e3 * (time.perf_counter() - started))

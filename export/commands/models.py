@@ -18,6 +18,7 @@ import msgspec
 from export import manifest, parity, repository
 from resnet import BadInput, CheckFailed
 from resnet.options import COUNT
+from training.backend import start_tensorflow
 
 VERBS = {
     "list": "print one line per version",
@@ -148,6 +149,8 @@ def _schema(_: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
+    if args.full:
+        start_tensorflow(required=True)
     from export.verification import verify
 
     failed = []

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from benchmarks.harness.background import Background
 
 MIB = 2**20
 PAGE_BYTES = 4096
@@ -41,7 +42,7 @@ class Footprint(NamedTuple):
         )
 
 
-class Footprints:
+class Footprints(Background):
     """Reads the footprint of a process once a second during a `with` block.
 
     Attributes:
@@ -51,26 +52,18 @@ class Footprints:
     def __init__(self, pid: int) -> None:
         """Take a process."""
         self.samples: list[tuple[float, Footprint]] = []
+        super().__init__()
         self._pid = pid
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="footprints")
 
     def growth(self, after: float) -> Footprint:
         """Return how much the process grew after some seconds, by the trend of the samples and not by the last one."""
         rows = np.array([(seconds, *footprint) for seconds, footprint in self.samples if seconds >= after])
         return Footprint(*(fit_growth(rows[:, 0], column) for column in rows[:, 1:].T))
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Take a sample each second."""
         start = time.monotonic()
-        while not self._stopped.wait(1):
+        while not self.stopped.wait(1):
             self.samples.append((time.monotonic() - start, Footprint.read(self._pid)))
 
 

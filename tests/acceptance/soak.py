@@ -17,16 +17,16 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import grpc
 
+from benchmarks.harness.background import Background
 from benchmarks.harness.process import ServerProcess, serve
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
@@ -96,7 +96,7 @@ def soak(source: Path, transport: str, seconds: float, seed: int) -> dict[str, o
     return {**outcomes, "witness": witness.answered, **growth._asdict(), "cost": factor}
 
 
-class _Loop:
+class _Loop(Background):
     """Does something again and again on a thread, until the end of a `with` block.
 
     Attributes:
@@ -107,24 +107,16 @@ class _Loop:
     def __init__(self, activity: Callable[[], Counter[str]]) -> None:
         self.outcomes: Counter[str] = Counter()
         self.problem = ""
+        super().__init__()
         self._activity = activity
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="activity")
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Do it, with a pause between."""
         try:
-            while not self._stopped.wait(0.5):
+            while not self.stopped.wait(0.5):
                 self.outcomes += self._activity()
         except Exception as error:
             self.problem = f"{type(error).__name__}: {error}"
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join()
 
 
 def _send_valid(address: str, model: ModelUnderTest) -> Counter[str]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import grpc
 import numpy as np
 from grpc_health.v1 import health_pb2
 from numpy.typing import NDArray
 
+from benchmarks.harness.background import Background
 from protos import classifier_pb2 as pb
 from resnet import CheckFailed
 from serving.errors import RETRY
@@ -22,7 +22,7 @@ PATIENCE_SECONDS = 10.0
 TOLERANCE = 1e-5  # of a probability: a batch of another size is summed in another order
 
 
-class Witness:
+class Witness(Background):
     """Checks the health of a server and sends one valid request, again and again during a `with` block.
 
     The block fails if the server is not healthy in time, or if the request is answered otherwise than before, or by a
@@ -55,6 +55,7 @@ class Witness:
             overload: Whether the server may refuse the request, with a time to retry, or miss its deadline.
             pause: Seconds between two requests.
         """
+        super().__init__()
         self.answered, self.refused = 0, 0
         self.health_ms: list[float] = []
         self._address, self._request, self._deadline, self._pause = address, request, deadline, pause
@@ -62,20 +63,14 @@ class Witness:
         self._learns = expected is None
         self._may_refuse = overload
         self._problem: BaseException | None = None
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="witness")
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
 
     def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join()
+        super().__exit__()
         if self._problem:
             raise self._problem
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Ask, at least once."""
         try:
             # A connection of its own, which others cannot fill.
             with grpc.insecure_channel(self._address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
@@ -84,7 +79,7 @@ class Witness:
                 while True:
                     self._check_health(health)
                     self._check_answer(method)
-                    if self._stopped.wait(self._pause):  # asked at least once
+                    if self.stopped.wait(self._pause):  # asked at least once
                         return
         except Exception as error:
             self._problem = error
