@@ -104,7 +104,7 @@ def to_int8(source: Path, target: Path, images: NDArray[np.uint8], quantization:
         prepared = Path(folder) / "prepared.onnx"
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         graph = onnx.load(prepared).graph
-        excluded = [node.name for node in graph.node if node.op_type in ("Softmax", "Mul", "Cast")]
+        excluded = [node.name for node in graph.node if node.op_type in ("Softmax", "Mul")]
         if quantization.outer_fp32:
             weighted = [node.name for node in graph.node if node.op_type in ("Conv", "MatMul", "Gemm")]
             excluded += [weighted[0], weighted[-1]]

@@ -8,12 +8,14 @@ import keras
 import numpy as np
 import onnx
 import pytest
+from numpy.typing import NDArray
+from onnx import numpy_helper
 
 from export import half, manifest, precision
 from export.export import export
 from export.formats import ONNX, OPSET
 from export.parity import VariantError
-from export.precision import QUANTIZATIONS, Quantization, Reduction
+from export.precision import QUANTIZATIONS, Reduction
 from tests.export.sources import classifier, make_source
 
 
@@ -26,19 +28,105 @@ def fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path / ONNX.path
 
 
-@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+METHODS = {
+    "minmax calibration, 8-bit weights": QUANTIZATIONS[0],
+    "minmax calibration, 7-bit weights": QUANTIZATIONS[1],
+    "minmax calibration, 7-bit weights, first and last layer in fp32": QUANTIZATIONS[2],
+    "percentile calibration, 7-bit weights, first and last layer in fp32": QUANTIZATIONS[3],
+    "entropy calibration, 7-bit weights, first and last layer in fp32": QUANTIZATIONS[4],
+}
+LAYERS = "Conv", "MatMul", "Gemm"
+
+
+class QuantizedGraph:
+    """A graph whose quantized values are those that come from a DequantizeLinear."""
+
+    def __init__(self, path: Path) -> None:
+        graph = onnx.load(path).graph
+        self.nodes = graph.node
+        self._constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+        dequantized = (node for node in graph.node if node.op_type == "DequantizeLinear")
+        self.quantized = {node.output[0]: tuple(node.input) for node in dequantized}
+
+    def list_layers(self) -> list[tuple[str, str]]:
+        """Return name of the input and of the weights of each layer."""
+        return [(node.input[0], node.input[1]) for node in self.nodes if node.op_type in LAYERS]
+
+    def read_weights(self, name: str) -> NDArray[np.int8]:
+        """Return quantized weights."""
+        return self._constants[self.quantized[name][0]]
+
+    def read_scale(self, name: str) -> NDArray[np.float32]:
+        """Return the scale of a quantized value: one number, or one for each channel."""
+        return self._constants[self.quantized[name][1]]
+
+    def read_zero(self, name: str) -> NDArray[np.uint8]:
+        """Return what stands for 0."""
+        return self._constants[self.quantized[name][2]]
+
+
+def make_images(count: int) -> NDArray[np.uint8]:
+    """Return dark noise, and a white image at the end."""
+    images = np.random.default_rng(0).integers(64, size=(count, 12, 12, 3), dtype=np.uint8)
+    images[-1] = 255
+    return images
+
+
+def quantize(source: Path, target: Path, method: str, count: int = precision.CALIBRATION_BATCH + 3) -> QuantizedGraph:
+    """Write a file with the reduction of this name, and return its graph."""
+    (row,) = (row for row in precision.list_reductions("int8", make_images(count)) if row.method == method)
+    row.write(source, target)
+    return QuantizedGraph(target)
+
+
+def test_the_methods_are_tried_from_the_fastest_on() -> None:
+    """Each is said in words; none has an arithmetic of its own."""
+    rows = precision.list_reductions("int8", make_images(1))
+    assert [row.method for row in rows] == list(METHODS)
+    assert {row.arithmetic for row in rows} == {""}
+
+
 @pytest.mark.parametrize("count", [1, precision.CALIBRATION_BATCH + 3])
-def test_any_number_of_images_calibrates(fp32: Path, tmp_path: Path, quantization: Quantization, count: int) -> None:
-    """Also one that leaves a short last batch. Weights are 8-bit, except those of the layers that the method names."""
-    images = np.random.default_rng(0).integers(256, size=(count, 12, 12, 3), dtype=np.uint8)
-    precision.to_int8(fp32, tmp_path / "int8.onnx", images, quantization)
-    graph = onnx.load(tmp_path / "int8.onnx").graph
-    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
-    dequantized = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
-    weights = [node.input[1] for node in graph.node if node.op_type in ("Conv", "MatMul", "Gemm")]
-    first, middle, last = (types[dequantized.get(name, name)] for name in weights)
-    outer = onnx.TensorProto.FLOAT if quantization.outer_fp32 else onnx.TensorProto.INT8
-    assert (first, middle, last) == (outer, onnx.TensorProto.INT8, outer)
+@pytest.mark.parametrize("method", METHODS)
+def test_any_number_of_images_calibrates(fp32: Path, tmp_path: Path, method: str, count: int) -> None:
+    """Also one that leaves a short last batch."""
+    assert quantize(fp32, tmp_path / "int8.onnx", method, count).quantized
+
+
+@pytest.mark.parametrize("dense", ["MatMul", "Gemm"])
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_have_the_weights_that_the_method_names(fp32: Path, tmp_path: Path, method: str, dense: str) -> None:
+    """Each channel has a scale of its own; what comes before the first layer and the probabilities keep their type."""
+    model, settings = onnx.load(fp32), METHODS[method]
+    for node in model.graph.node:
+        node.op_type = dense if node.op_type == "MatMul" else node.op_type
+    onnx.save(model, tmp_path / "fp32.onnx")
+    graph = quantize(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", method)
+    layers = graph.list_layers()
+    assert [weights in graph.quantized for _, weights in layers] == (
+        [False, True, False] if settings.outer_fp32 else [True] * 3
+    )
+    for data, name in layers:
+        if name in graph.quantized:
+            weights = graph.read_weights(name)
+            assert (weights.dtype, abs(weights).max()) == (np.int8, 64 if settings.reduce_range else 127)
+            assert graph.read_scale(name).shape == ((weights.shape[0],) if weights.ndim == 4 else (weights.shape[1],))
+            assert (graph.read_zero(data).dtype, graph.read_scale(data).shape) == (np.uint8, ())
+    kept = [node for node in graph.nodes if node.op_type in ("Cast", "Mul")]
+    assert [node.op_type for node in kept] == ["Cast", "Mul"]
+    assert not any(name in graph.quantized for node in kept for name in node.input)
+    assert graph.nodes[-1].op_type == "Softmax"
+
+
+def test_each_calibration_finds_ranges_of_its_own(fp32: Path, tmp_path: Path) -> None:
+    """One bright image widens the range from the smallest to the largest value."""
+    scales = []
+    for method in list(METHODS)[2:]:
+        graph = quantize(fp32, tmp_path / "int8.onnx", method)
+        scales += [float(graph.read_scale(data)) for data, name in graph.list_layers() if name in graph.quantized]
+    minmax, percentile, entropy = scales
+    assert minmax > percentile
+    assert len({minmax, percentile, entropy}) == 3
 
 
 def crash(*_: Path) -> None:
