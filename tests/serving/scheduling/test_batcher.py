@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from serving.config import Batching
-from serving.errors import Cancelled, DeadlineExceeded, InternalError, Overloaded, Unavailable
+from serving.errors import Cancelled, DeadlineExceeded, InternalError, Overloaded, TooLarge, Unavailable
 from serving.runtimes.base import Concatenator, Images, Probabilities
 from serving.runtimes.cost import CostCurve
 from serving.scheduling import admission, batcher
@@ -719,6 +719,22 @@ def test_a_full_queue_is_searched_only_now_and_then(clock: list[int]) -> None:
     bench.enqueue(images(2), ignore)
     assert all(isinstance(future.result(10), Cancelled) for future in gone)
     assert bench.queued == 1
+
+
+def test_all_answers_to_those_who_are_gone_are_waited_for(pool: ThreadPoolExecutor, clock: list[int]) -> None:
+    """Also if a full queue is searched again before the first of them are out."""
+    bench, may_answer = Bench(pool, max_queue=1), threading.Event()
+    bench.enqueue(1)
+    assert bench.engine.entered.acquire(timeout=10)
+    for _ in range(2):
+        bench.batcher.enqueue(images(2), lambda _: may_answer.wait(10), is_active=lambda: False)
+        clock[0] += batcher.SWEEP_INTERVAL_NS
+        with pytest.raises(TooLarge):
+            bench.enqueue(3, 4)  # room is searched for, though even an empty queue has none
+    bench.compute()
+    assert not bench.batcher.drain(0)
+    may_answer.set()
+    assert bench.batcher.drain(10)
 
 
 def test_a_refusal_holds_for_a_moment_for_those_who_can_wait_no_longer(
