@@ -93,7 +93,8 @@ class Client:
         retries, request = Retries(self._retries), options.to_request(images) if fits_one_request(images) else None
         while request is not None:
             try:
-                return to_answer(self._stub.Classify(request, timeout=patience.left, metadata=self._metadata))
+                response = self._stub.Classify(request, timeout=patience.left, metadata=self._metadata)
+                return to_answer(response, len(images))
             except grpc.RpcError as error:
                 failure = from_rpc(error)
             if _asks_to_split(failure, images):
@@ -169,9 +170,9 @@ class Client:
                         if sender is source:
                             source.take(event, state)
                         elif sender is call:
-                            patience.restart()
                             pause = state.handle(event)
                             yield from state.pop_results()
+                            patience.restart()  # the caller's own time does not count
                             time.sleep(patience.check_pause(pause))
                 finally:
                     call.close(cancel=not state.done)
@@ -213,7 +214,8 @@ class AsyncClient:
         retries, request = Retries(self._retries), options.to_request(images) if fits_one_request(images) else None
         while request is not None:
             try:
-                return to_answer(await self._stub.Classify(request, timeout=patience.left, metadata=self._metadata))
+                response = await self._stub.Classify(request, timeout=patience.left, metadata=self._metadata)
+                return to_answer(response, len(images))
             except grpc.RpcError as error:
                 failure = from_rpc(error)
             if _asks_to_split(failure, images):
@@ -268,16 +270,17 @@ class AsyncClient:
                         if state.done:
                             break
                         try:
-                            sender, event = await asyncio.wait_for(inbox.get(), patience.left if state.waits else None)
+                            async with asyncio.timeout(patience.left if state.waits else None):
+                                sender, event = await inbox.get()
                         except TimeoutError:
                             raise patience.give_up() from None
                         if sender is source:
                             source.take(event, state)
                         elif sender is call:
-                            patience.restart()
                             pause = state.handle(event)
                             for result in state.pop_results():
                                 yield result
+                            patience.restart()
                             await asyncio.sleep(patience.check_pause(pause))
                 finally:
                     call.close(cancel=not state.done)

@@ -86,7 +86,7 @@ class _Chunk:
 class SourceEnd(NamedTuple):
     """The end of a source of images, and the error that it raised, if any."""
 
-    error: Exception | None
+    error: BaseException | None
 
 
 class StreamState:
@@ -109,7 +109,7 @@ class StreamState:
         self._held: deque[_Chunk] = deque()  # no room in the server's queue; sent after the next answer
         self._count = 0
         self._input_ended = False
-        self._source_error: Exception | None = None
+        self._source_error: BaseException | None = None
         self.broken = False
         """Whether a new call is needed; see `start_call`."""
 
@@ -161,7 +161,7 @@ class StreamState:
         if not (self._sent or self._outgoing):
             self._flush()
 
-    def end_input(self, error: Exception | None = None) -> None:
+    def end_input(self, error: BaseException | None = None) -> None:
         """Mark the last image as added; an error of the source is raised after the results of the images before it."""
         self._input_ended, self._source_error = True, error
         self._flush()
@@ -202,7 +202,7 @@ class StreamState:
         match error:
             case None:
                 self._calls.reset()
-                chunk.accept(to_answer(event.response))
+                chunk.accept(to_answer(event.response, len(chunk.images)))
             case InvalidRequest(image=int(index)):
                 chunk.reject(index, error)
                 if chunk.images:
@@ -244,12 +244,15 @@ class StreamState:
         """Return the seconds to wait before the next call."""
         self.broken = True
         if isinstance(error, TooLarge) and self._sent:
+            # Nobody says which request it was: probably the largest, or one nearly as large.
             largest = max(self._sent.values(), key=lambda chunk: chunk.bytes)
-            if len(largest.images) > 1:
-                self._size = min(self._size, len(largest.images) // 2)
-                self._halve(largest)
-            else:
+            if len(largest.images) == 1:
                 largest.reject_size(error)
+                return 0
+            for chunk in [chunk for chunk in self._sent.values() if 2 * chunk.bytes > largest.bytes]:
+                if len(chunk.images) > 1:
+                    self._size = min(self._size, len(chunk.images) // 2)
+                    self._halve(chunk)
             return 0
         return self._calls.find_pause(error)
 

@@ -12,6 +12,7 @@ from protos import classifier_pb2 as pb
 from serving.client.channel import CallMetadata, from_rpc
 from serving.client.stream import SourceEnd, StreamState, is_ready, stream_ended
 from serving.client.types import ImageInput
+from serving.errors import Cancelled
 
 if TYPE_CHECKING:
     from protos.classifier_pb2_grpc import ClassifierAsyncStub  # exists in the stub file only
@@ -32,7 +33,7 @@ class AsyncImageSource:
         self._sequence = iter(cast(Sequence[ImageInput], images)) if is_ready(images) else None
         self._inbox = inbox
         self._demand = asyncio.Semaphore(0)
-        self._asked = False
+        self._asked = self._closed = False
         self._task = asyncio.create_task(self._read_all())
 
     def read(self, state: StreamState) -> None:
@@ -52,6 +53,7 @@ class AsyncImageSource:
 
     async def aclose(self) -> None:
         """Read no more images."""
+        self._closed = True
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
@@ -62,7 +64,9 @@ class AsyncImageSource:
                 item: ImageInput | SourceEnd = await anext(source)
             except StopAsyncIteration:
                 item = SourceEnd(None)
-            except Exception as error:
+            except BaseException as error:  # also a CancelledError of the source's own
+                if self._closed:
+                    raise
                 item = SourceEnd(error)
             self._inbox.put_nowait((self, item))
 
@@ -100,8 +104,8 @@ class AsyncStreamCall:
         except grpc.RpcError as error:
             failure = from_rpc(error)
             self._inbox.put_nowait((self, stream_ended() if str(failure) == FAILED_WRITE else failure))
-        except asyncio.CancelledError:  # by `close`
-            return
+        except asyncio.CancelledError:  # by `close`, after which nobody reads this; or with the channel
+            self._inbox.put_nowait((self, Cancelled("the client was closed")))
         else:
             self._inbox.put_nowait((self, stream_ended()))
 

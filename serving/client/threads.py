@@ -51,7 +51,11 @@ class ImageSource:
 
     def _read_all(self) -> None:
         while self._demand.get():
-            self._inbox.put((self, read_next(self._images)))
+            try:
+                item = read_next(self._images)
+            except BaseException as error:  # which would end this thread, and nobody would know
+                item = SourceEnd(error)
+            self._inbox.put((self, item))
 
 
 class StreamCall:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos import classifier_pb2 as pb
+from serving.errors import InternalError
 
 ImageInput = bytes | NDArray[np.uint8]
 """A JPEG or PNG file; or pixels, uint8 [height, width, 3], of the model's input size."""
@@ -146,8 +147,18 @@ def count_bytes(image: ImageInput) -> int:
     raise TypeError(f"an image is the bytes of a file, or an array of pixels, not {type(image).__name__}")
 
 
-def to_answer(response: pb.ClassifyResponse) -> Answer:
-    """Return a response as an answer."""
+def to_answer(response: pb.ClassifyResponse, images: int) -> Answer:
+    """Return a response as an answer.
+
+    Args:
+        response: The response.
+        images: Images of the request.
+
+    Raises:
+        InternalError: It answers for another number of images, so that nobody knows whose an answer is.
+    """
+    if len(response.classifications) != images:
+        raise InternalError(f"the server answered for {len(response.classifications)} images; the request has {images}")
     return Answer(
         model=response.model,
         version=response.version,

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -25,10 +26,11 @@ from numpy.typing import NDArray
 from benchmarks.harness.process import serve
 from protos import classifier_pb2 as pb
 from protos.classifier_pb2_grpc import ClassifierServicer, add_ClassifierServicer_to_server
-from serving.client import Answer, AsyncClient, Client, Result, Tls
+from serving.client import Answer, AsyncClient, Client, Result, Tls, retries
 from serving.client.stream import CHUNK_IMAGES, MAX_CHUNKS
 from serving.config import Batching, Limits
 from serving.errors import (
+    Cancelled,
     DeadlineExceeded,
     InternalError,
     InvalidRequest,
@@ -264,6 +266,79 @@ def test_the_timeout_holds_while_the_source_waits() -> None:
         asyncio.run(ask(address))
 
 
+def test_the_time_of_the_caller_does_not_count(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the time for which an answer is waited for."""
+    now, images = [0.0], pixels(*range(5 * CHUNK_IMAGES))
+
+    def take(_: Result) -> None:
+        now[0] += 1000
+
+    async def ask() -> int:
+        count = 0
+        async with AsyncClient(address) as client:
+            async for result in client.classify_each(images, timeout=30):
+                take(result)
+                count += 1
+        return count
+
+    monkeypatch.setattr(retries, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with Client(address) as client:
+        assert len([take(result) for result in client.classify_each(images, timeout=30)]) == len(images)
+    assert asyncio.run(ask()) == len(images)
+
+
+def test_a_stream_ends_with_its_client() -> None:
+    """Even one that waits without a timeout, which would otherwise be for ever."""
+    silent = DeadlineExceeded("silent")
+
+    async def ask(address: str, script: Scripted) -> None:
+        client = AsyncClient(address)
+        result = asyncio.ensure_future(anext(client.classify_each(pixels(1), timeout=None)))
+        while script.requests == 1:
+            await asyncio.sleep(0)
+        await client.close()
+        with pytest.raises(Cancelled):
+            await asyncio.wait_for(result, 10)
+
+    with play(silent, silent) as (address, script), ThreadPoolExecutor(1) as pool:
+        client = Client(address)
+        result = pool.submit(next, client.classify_each(pixels(1), timeout=None))
+        while script.requests == 0:
+            time.sleep(0)
+        client.close()
+        with pytest.raises(Cancelled):
+            result.result(10)
+        asyncio.run(ask(address, script))
+
+
+def test_a_source_that_was_cancelled_ends_its_stream(address: str) -> None:
+    """As with any error, also one that would end a thread or a task without a word."""
+
+    def stop() -> Iterator[NDArray[np.uint8]]:
+        yield pixels(0)[0]
+        raise SystemExit
+
+    async def wait() -> AsyncIterator[NDArray[np.uint8]]:
+        yield pixels(0)[0]
+        cancelled = asyncio.ensure_future(asyncio.Event().wait())
+        cancelled.cancel()
+        await cancelled
+
+    async def ask() -> None:
+        async with AsyncClient(address) as client:
+            results = client.classify_each(wait())
+            assert expect(await anext(results)).images
+            with pytest.raises(asyncio.CancelledError):
+                await anext(results)
+
+    with Client(address) as client:
+        results = client.classify_each(stop())
+        assert expect(next(results)).images
+        with pytest.raises(SystemExit):
+            next(results)
+    asyncio.run(ask())
+
+
 def test_what_a_source_raises_comes_after_the_results_before_it(address: str) -> None:
     """In its place among them; a sequence may raise too."""
 
@@ -480,7 +555,7 @@ def test_without_retries_a_refusal_is_raised_at_once(full: gated.Gated) -> None:
 
 
 Reply = ServingError | int
-"""An error; or the version of the model that answers."""
+"""An error; or the version of the model that answers. Version 0 forgets the last image."""
 
 
 class Scripted(ClassifierServicer):
@@ -545,7 +620,7 @@ def answer(request: pb.ClassifyRequest, version: int) -> pb.ClassifyResponse:
         version=version,
         classifications=[
             pb.Classification(classes=[pb.Class(label="x", index=int(image.flat[0]), probability=1)])
-            for image in images
+            for image in images[: len(images) - (version == 0)]
         ],
     )
 
@@ -587,6 +662,21 @@ def test_what_fails_so_often_is_raised(error: ServingError, attempts: int) -> No
             with pytest.raises(type(error), match=str(error)):
                 next(client.classify_each(pixels(1))) if stream else client.classify(pixels(1))
             assert script.requests == attempts
+
+
+def test_an_answer_that_lacks_an_image_is_an_error() -> None:
+    """Nobody knows which images the others are."""
+
+    async def ask(address: str) -> None:
+        async with AsyncClient(address) as client:
+            with pytest.raises(InternalError, match="answered for 2 images; the request has 3"):
+                await client.classify(pixels(1, 2, 3))
+
+    with play(0, 0, 0) as (address, _), Client(address) as client:
+        for results in (lambda: client.classify(pixels(1, 2, 3)), lambda: next(client.classify_each(pixels(1, 2, 3)))):
+            with pytest.raises(InternalError, match="answered for 2 images; the request has 3"):
+                results()
+        asyncio.run(ask(address))
 
 
 def test_a_stream_that_breaks_is_continued_over_another() -> None:

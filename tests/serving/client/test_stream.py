@@ -12,7 +12,16 @@ from protos import classifier_pb2 as pb
 from serving.client import Result, stream
 from serving.client.stream import CHUNK_BYTES, CHUNK_IMAGES, MAX_CHUNKS, StreamState, stream_ended
 from serving.client.types import ClassifyOptions, ImageInput
-from serving.errors import InvalidRequest, NotFound, Overloaded, ServingError, TooLarge, Unavailable, to_failure
+from serving.errors import (
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    ServingError,
+    TooLarge,
+    Unavailable,
+    to_failure,
+)
 
 Request = pb.ClassifyStreamRequest
 C = CHUNK_IMAGES
@@ -270,7 +279,7 @@ def test_an_answer_for_another_number_of_images_is_an_error(count: int) -> None:
     state = start(C)
     (request,) = send(state)
     request.request.encoded.images[:] = [file(0)] * count
-    with pytest.raises(ValueError, match=r"zip\(\) argument 2"):
+    with pytest.raises(InternalError, match=f"answered for {count} images; the request has {C}"):
         answer(state, request)
 
 
@@ -404,6 +413,19 @@ def test_a_call_that_breaks_as_a_request_is_too_large_is_made_again_with_smaller
         answer(state, request)
     sentence = "image 4 has 4,000 bytes, more than the server accepts (larger than max)"
     assert take(state) == [0, 1, 2, 3, sentence, 5, 6, 7]
+
+
+def test_what_is_nearly_as_large_as_the_largest_is_halved_with_it() -> None:
+    """It would break the next call."""
+    state = start()
+    for number, size in enumerate([8, 8, 16, 14, 6, 10, 5, 3]):
+        state.add(file(number, size))
+        if number % 2:
+            state.end_input()  # a chunk of two, of 16, 30, 16 and 8 bytes
+    send(state)
+    state.handle(TooLarge("larger than max"))
+    state.start_call()
+    assert [read(request) for request in send(state)] == [[0], [1], [2], [3], [4], [5], [6, 7]]
 
 
 def test_after_a_call_that_broke_so_later_chunks_are_smaller() -> None:
