@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +13,7 @@ from numpy.typing import NDArray
 
 from export import classifier
 from resnet import BadInput
+from resnet.archives import read_arrays
 from training import data as datasets
 from training.data import check_names
 from training.images import Resize
@@ -159,13 +158,12 @@ def _load_evidence(folder: Path) -> Evidence:
         labels = tuple((folder / "labels.txt").read_text("utf-8").splitlines())
         images, targets = load_heldout(folder)
         path = folder / "calibration.npz"
-        with np.load(path) if path.exists() else contextlib.nullcontext({"images": None}) as arrays:
-            calibration = arrays["images"]
+        calibration = read_arrays(path)["images"] if path.exists() else None
     except FileNotFoundError:
         raise BadInput(
             f"{folder} holds no labels.txt and heldout.npz for the comparison; name a data set with --data"
         ) from None
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise BadInput(
             f"the held-out images in {folder} cannot be read ({error}); name a data set with --data"
         ) from None
@@ -185,8 +183,8 @@ def _load_metrics(path: Path) -> dict[str, Any] | None:
 
 def load_heldout(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
     """Read held-out images and their labels from heldout.npz in a run folder or version folder."""
-    with np.load(folder / "heldout.npz") as arrays:
-        return arrays["images"], arrays["labels"]
+    arrays = read_arrays(folder / "heldout.npz")
+    return arrays["images"], arrays["labels"]
 
 
 def _load_data(name: str, size: tuple[int, int] | None, resize: Resize) -> Evidence:

@@ -18,6 +18,7 @@ from export.formats import ONNX
 from export.manifest import ROUNDING, Certificate, Manifest, Variant
 from export.parity import Predict, Probabilities
 from resnet import BadInput, CheckFailed
+from resnet.archives import check_size
 
 
 def verify(folder: Path, trust: Ed25519PublicKey | None = None, full: bool = False) -> Manifest:
@@ -72,7 +73,7 @@ def _certify_all(folder: Path, recorded: Manifest) -> Certificate:
             (copy / file).parent.mkdir(parents=True, exist_ok=True)
             (copy / file).write_bytes(manifest.read_file(folder, file, recorded))
         try:
-            heldout.check_size(copy / "model.keras")
+            check_size(copy / "model.keras")
             reference = original.load(copy / "model.keras")
             variants = [(variant, formats.load(copy, variant)) for variant in recorded.certificate.variants]
         except BadInput:

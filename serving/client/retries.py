@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 import time
-from threading import TIMEOUT_MAX
 
 from serving.errors import DeadlineExceeded, Overloaded, ServingError, Unavailable
 
 MAX_RETRIES = 4
+MAX_TIMEOUT_SECONDS = 1e9  # a little more, and gRPC takes it for the past
 FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.1, 1.0
 
 
@@ -55,9 +55,9 @@ class Patience:
             each: The timeout is for each answer, not for all.
 
         Raises:
-            ValueError: The timeout is not above 0, or infinite.
+            ValueError: The timeout is not above 0, or more than 31 years.
         """
-        if timeout is not None and not 0 < timeout <= TIMEOUT_MAX:
+        if timeout is not None and not 0 < timeout <= MAX_TIMEOUT_SECONDS:
             raise ValueError(f"timeout must be a number of seconds above 0, or None, not {timeout}")
         self._timeout, self._each, self._since = timeout, each, time.monotonic()
 

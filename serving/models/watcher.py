@@ -85,7 +85,7 @@ class Watcher:
             self._report("", None)
             for folder in folders:
                 if folder.name not in self._unloaded:
-                    self._report(folder.name, self._update(folder, retry))
+                    self._report(folder.name, self._update(folder, self._find_policy(folder.name), retry))
             for name in {*self._models.names(), *self._problems} - {"", *(folder.name for folder in folders)}:
                 self._forget(name)
 
@@ -98,7 +98,7 @@ class Watcher:
 
         Raises:
             NotFound: The repository has no such model.
-            FailedPrecondition: A version cannot be loaded, or the policy chooses none; the served versions stay.
+            FailedPrecondition: A version cannot be loaded, or the policy chooses none; nothing is changed.
         """
         with self._lock:
             # The name is looked up, never made into a path: no text of a request reaches the file system.
@@ -109,19 +109,15 @@ class Watcher:
                 raise FailedPrecondition(f"model {name!r} cannot be loaded: {error}") from None
             if not available:
                 raise NotFound(f"the repository has no model {name!r}; it has {', '.join(folders) or 'none'}")
-            if policy is not None:
-                if not policy.choose(available):
-                    raise FailedPrecondition(f"the policy chooses none of the versions of model {name!r}: {available}")
-                self._policies[name] = policy
-            self._unloaded.discard(name)
-            before = self._models.get(name)
-            self._models.retain(name, before.versions.keys(), before.labels)
-            problem = self._update(folders[name], retry=True)
-            self._report(name, problem)
+            if policy is not None and not policy.choose(available):
+                raise FailedPrecondition(f"the policy chooses none of the versions of model {name!r}: {available}")
+            chosen_by = policy or self._find_policy(name)
+            problem = self._update(folders[name], chosen_by, retry=True, whole=True)
             if problem:
                 raise FailedPrecondition(problem)
-            for number, reason in self._models.get(name).refusals.items():
-                raise FailedPrecondition(f"version {number} of model {name!r} is not served: {reason}")
+            self._policies[name] = chosen_by
+            self._unloaded.discard(name)
+            self._report(name, None)
 
     def unload(self, name: str) -> None:
         """Stop serving a model until it is loaded again.
@@ -139,8 +135,18 @@ class Watcher:
                 self._models.refuse(name, number, "unloaded by request")
             log.info("%s is no longer served, by request", name)
 
-    def _update(self, folder: Path, retry: bool) -> str | None:
-        """Serve the versions of a model that its policy chooses; return what prevents that, or None."""
+    def _find_policy(self, name: str) -> VersionPolicy:
+        return self._policies.get(name, self._policies[""])
+
+    def _update(self, folder: Path, policy: VersionPolicy, retry: bool, whole: bool = False) -> str | None:
+        """Serve the versions of a model that a policy chooses; return what prevents that, or None.
+
+        Args:
+            folder: Folder of the model.
+            policy: The policy.
+            retry: Load refused versions again, even if nothing in their folders has changed.
+            whole: Change nothing if a version that is chosen cannot be loaded; False chooses another in its place.
+        """
         name, is_name = folder.name, repository.MODEL_NAME.fullmatch(folder.name)
         try:
             available, labels = repository.versions(folder), repository.labels(folder)
@@ -151,25 +157,35 @@ class Watcher:
             return None
         if not is_name:
             return f"{name!r} is not served: a model is named by letters, digits, dots, dashes and underscores"
-        policy = self._policies.get(name, self._policies[""])
-        refused = set() if retry else {number for number in available if self._is_unchanged(folder, number)}
+        unchanged = {number for number in available if self._is_unchanged(folder, number)}
+        refused: set[int] = set() if retry else {*unchanged}
+        loaded: dict[int, Model] = {}
         while True:
-            served = self._models.get(name)
+            served = self._models.get(name).versions
             candidates = [number for number in available if number not in refused]
             chosen = {*policy.choose(candidates), *(number for number in labels.values() if number in candidates)}
-            missing = chosen - served.versions.keys()
+            missing = chosen - served.keys() - loaded.keys()
             if not missing:
                 break
-            if not self._load_version(folder, max(missing)):
-                refused.add(max(missing))
+            number = max(missing)
+            if model := self._load_version(folder, number):
+                loaded[number] = model
+            elif whole:
+                reason = self._models.get(name).refusals[number]
+                return f"version {number} of model {name!r} is not served: {reason}"
+            else:
+                refused.add(number)
+        for model in loaded.values():
+            self._models.add(model)
+            log.info("%s/%d is served", name, model.version)
         # If no version can be loaded, the served ones stay.
-        self._models.retain(name, chosen or served.versions.keys(), labels, keep_refusals=available)
+        self._models.retain(name, chosen or served.keys(), labels, keep_refusals=unchanged | refused)
         if not chosen and not refused:
             return f"{name} is not served: --versions chooses none of its versions, which are {available}"
         return None
 
-    def _load_version(self, folder: Path, number: int) -> bool:
-        """Load a version; return whether it is served now."""
+    def _load_version(self, folder: Path, number: int) -> Model | None:
+        """Load a version; if that fails, record why, and return None."""
         path, key = folder / str(number), (folder.name, number)
         # Taken before the files are read: what changes while they are is looked at again.
         fingerprint = files.fingerprint(path)
@@ -180,11 +196,9 @@ class Watcher:
                 log.error("%s/%d is not served: %s", folder.name, number, error)
             self._models.refuse(folder.name, number, str(error))
             self._refused[key] = fingerprint
-            return False
+            return None
         self._refused.pop(key, None)
-        self._models.add(model)
-        log.info("%s/%d is served", folder.name, number)
-        return True
+        return model
 
     def _is_unchanged(self, folder: Path, number: int) -> bool:
         """Return whether a version was refused, and nothing in its folder has changed since."""

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import grpc
 
@@ -15,7 +15,12 @@ from resnet import BadInput
 from resnet.files import read_file
 from serving.transports.files import FollowedFiles
 
+if TYPE_CHECKING:
+    from cryptography import x509
+    from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+
 SOON = timedelta(days=14)
+MIN_RSA_BITS = 1024
 DAY_SECONDS = 86400
 
 log = logging.getLogger(__name__)
@@ -81,7 +86,7 @@ class ServerTls:
         """Return the content of the files, which gRPC would refuse without a reason.
 
         Raises:
-            BadInput: A file cannot be read or used, or the key is not the certificate's.
+            BadInput: A file cannot be read or used; the key is not the certificate's, or of a kind that gRPC refuses.
         """
         from cryptography import x509
         from cryptography.exceptions import UnsupportedAlgorithm
@@ -104,8 +109,26 @@ class ServerTls:
                 x509.load_pem_x509_certificates(authority)
             except ValueError:
                 raise BadInput(f"{self.client_authority} holds no certificate in PEM") from None
+        self._check_kind(private, chain[0])
         configuration = grpc.ssl_server_certificate_configuration([(key, certificate)], authority)
         return _Pems(configuration, min(each.not_valid_after_utc for each in chain))
+
+    def _check_kind(self, key: PrivateKeyTypes, certificate: x509.Certificate) -> None:
+        """Raise an error for a key that gRPC's servers refuse or, without a word in any log, its clients."""
+        from cryptography.hazmat.primitives.asymmetric import ec, rsa
+        from cryptography.x509.oid import PublicKeyAlgorithmOID
+
+        match key:
+            case rsa.RSAPrivateKey():
+                plain = certificate.public_key_algorithm_oid == PublicKeyAlgorithmOID.RSAES_PKCS1_v1_5
+                if plain and key.key_size >= MIN_RSA_BITS:
+                    return
+            case ec.EllipticCurvePrivateKey(curve=ec.SECP256R1() | ec.SECP384R1()):
+                return
+        raise BadInput(
+            f"the key in {self.key} is of a kind that gRPC's clients refuse; make one of RSA with {MIN_RSA_BITS} bits "
+            "or more, or of the elliptic curve P-256 or P-384"
+        )
 
     def _warn_of_expiry(self, expiry: datetime) -> None:
         now = datetime.now(UTC)

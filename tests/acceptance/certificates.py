@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519
+from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPrivateKeyTypes
 from cryptography.x509.oid import NameOID
 
 
@@ -17,7 +18,7 @@ class Pair(NamedTuple):
     """A certificate and its key."""
 
     certificate: x509.Certificate
-    key: ec.EllipticCurvePrivateKey
+    key: CertificateIssuerPrivateKeyTypes
 
     def pem(self) -> tuple[bytes, bytes]:
         """Return both in PEM."""
@@ -33,9 +34,14 @@ class Pair(NamedTuple):
         return paths
 
 
-def issue(name: str, authority: Pair | None = None, days: float = 1) -> Pair:
+def issue(
+    name: str,
+    authority: Pair | None = None,
+    days: float = 1,
+    key: CertificateIssuerPrivateKeyTypes | None = None,
+) -> Pair:
     """Return a certificate for 127.0.0.1, signed by an authority or by itself, that expires in `days` days."""
-    key = ec.generate_private_key(ec.SECP256R1())
+    key = key or ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.UTC)
     builder = (
@@ -49,4 +55,6 @@ def issue(name: str, authority: Pair | None = None, days: float = 1) -> Pair:
         .add_extension(x509.BasicConstraints(ca=authority is None, path_length=None), critical=True)
         .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
     )
-    return Pair(builder.sign(authority.key if authority else key, hashes.SHA256()), key)
+    signer = authority.key if authority else key
+    digest = None if isinstance(signer, ed25519.Ed25519PrivateKey | ed448.Ed448PrivateKey) else hashes.SHA256()
+    return Pair(builder.sign(signer, digest), key)

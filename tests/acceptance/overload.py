@@ -33,7 +33,8 @@ FACTOR = 5
 DEADLINES = (None, 0.1)  # seconds
 MAX_HEALTH_MS = 2000.0  # Kubernetes' probes wait a second by default, and are repeated
 MAX_MEGABYTES = 600  # of the requests that are being read and decoded
-MIN_ANSWERED = 0.03  # of the capacity: grpcio spends most of the cores on receiving what it refuses
+# Of the capacity. grpcio receives too few calls a second: those with a deadline expire while they wait unread.
+MIN_ANSWERED = {"auto": 0.4, "native": 0.4, "grpcio": 0.05}
 RECOVERY_SECONDS = 1.0
 HEADER = ("load", "deadline", "capacity/s", "sent/s", "answered/s", "witness", "health ms", "MB")
 
@@ -52,13 +53,14 @@ def overload(repository: Path, transport: str, seconds: float) -> dict[str, floa
     """
     model = ModelUnderTest(repository)
     loads = {"one image": model.infer(1), "32 images": model.infer(32), "JPEG": model.classify_file("JPEG", 256)}
+    share = MIN_ANSWERED[transport]
     rows, figures = [], {"health ms": 0.0, "MB": 0.0, "loads": 0}
     with serve(repository, f"--transport={transport}", "--no-tune", "--log-level=error") as server:
         for title, load in loads.items():
             closed = h2load.measure(server.address, load.path, load.message, 16, 1, max(1.0, seconds / 10))
             for deadline in DEADLINES:
                 row, health_ms, megabytes = _offer(
-                    server.address, server.pid, model, load, closed.images_per_second, deadline, seconds
+                    server.address, server.pid, model, load, closed.images_per_second, deadline, seconds, share
                 )
                 rows.append([title, *row])
                 print(", ".join(rows[-1]), flush=True)
@@ -78,6 +80,7 @@ def _offer(
     capacity: float,
     deadline: float | None,
     seconds: float,
+    share: float,
 ) -> tuple[list[str], float, float]:
     """Offer one load; return its row of the table, the longest health check, and the growth of the memory in MiB."""
     reset_peak(pid)
@@ -101,9 +104,7 @@ def _offer(
     where = f"({', '.join(row)})"
     expect(slowest <= MAX_HEALTH_MS, f"a health check took {slowest:.0f} ms, more than {MAX_HEALTH_MS:.0f} {where}")
     expect(growth <= MAX_MEGABYTES, f"the memory grew by {growth:.0f} MB, more than {MAX_MEGABYTES} {where}")
-    expect(
-        answered >= MIN_ANSWERED * capacity, f"{answered:.0f} of {capacity:.0f} requests a second were answered {where}"
-    )
+    expect(answered >= share * capacity, f"{answered:.0f} of {capacity:.0f} requests a second were answered {where}")
     return row, slowest, growth
 
 

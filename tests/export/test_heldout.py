@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -76,22 +74,3 @@ def test_arrays_of_another_kind_are_one_sentence(
     with pytest.raises(BadInput) as caught:
         heldout.load(version, manifest.read(version))
     assert str(caught.value) == f"{version / heldout.NAME} holds no images with their classes"
-
-
-@pytest.mark.parametrize("members", [(600, 401), (1001,)])
-def test_an_archive_may_fill_the_memory_but_not_exceed_it(
-    members: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All its members together; here the machine has 10 pages of 100 bytes."""
-    path = tmp_path / "archive.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for index, size in enumerate(members):
-            archive.writestr(str(index), bytes(size))
-    pages = {"SC_PHYS_PAGES": 10, "SC_PAGE_SIZE": 100}
-    monkeypatch.setattr(os, "sysconf", pages.__getitem__)
-    with pytest.raises(ValueError, match="unpacks to 1e-06 GB, more than the 1e-06 GB of memory of this machine"):
-        heldout.check_size(path)
-    pages["SC_PAGE_SIZE"] = 101
-    heldout.check_size(path)  # 1,010 bytes
-    pages.update(SC_PHYS_PAGES=1001, SC_PAGE_SIZE=1)
-    heldout.check_size(path)  # exactly as many as there are

@@ -129,6 +129,18 @@ def test_each_calibration_finds_ranges_of_its_own(fp32: Path, tmp_path: Path) ->
     assert len({minmax, percentile, entropy}) == 3
 
 
+def test_half_precision_leaves_sums_and_probabilities_alone(fp32: Path, tmp_path: Path) -> None:
+    """They would overflow; layers are computed in half precision."""
+    (row,) = precision.list_reductions("fp16", None)
+    assert (row.method, row.arithmetic) == ("GlobalAveragePool, ReduceMean, Softmax in fp32", half.ARITHMETIC)
+    row.write(fp32, tmp_path / "fp16.onnx")
+    graph = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "fp16.onnx")).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in [*graph.value_info, *graph.output]}
+    found = {node.op_type: types[node.output[0]] for node in graph.node}
+    assert {found[name] for name in ("Conv", "MatMul")} == {onnx.TensorProto.FLOAT16}
+    assert {found[name] for name in ("GlobalAveragePool", "Softmax")} == {onnx.TensorProto.FLOAT}
+
+
 def crash(*_: Path) -> None:
     """Fail as a library does."""
     raise IndexError("list index out of range")

@@ -108,6 +108,8 @@ def test_arrays_are_read_from_an_npz_file(tmp_path: Path) -> None:
     assert dataset.train.labels.tolist() == [0, 1, 2, 1]
     np.savez(tmp_path / "named.npz", **arrays(classes=["cat", "dog", "emu"]))
     assert data.load(str(tmp_path / "named.npz")).classes == ("cat", "dog", "emu")
+    np.savez(tmp_path / "named.npz", **arrays(classes=["café".encode(), b"dog", b"emu"]))
+    assert data.load(str(tmp_path / "named.npz")).classes == ("café", "dog", "emu")
     np.savez(tmp_path / "cifar10.npz", **arrays())
     assert data.load(str(tmp_path / "cifar10.npz")).classes == cifar10.CLASSES
 
@@ -121,6 +123,14 @@ def test_arrays_are_read_from_an_npz_file(tmp_path: Path) -> None:
         ({"y_train": [0, 1]}, "y_train must be 4 integers"),
         ({"y_test": [0, 1, 3], "classes": ["a", "b"]}, "labels from 0 to 3 for 2 classes"),
         ({"y_train": [0] * 4, "y_test": [0] * 3}, "for 1 classes; it needs two"),
+        ({"y_train": [0, 1, 2, 2**32]}, "labels from 0 to 4294967296 for 65536 classes"),
+        ({"y_train": np.array([0, 1, 2, 2**64 - 1], np.uint64)}, "labels from 0 to 18446744073709551615 for"),
+        ({"y_train": [0, 1, 2, -1]}, "labels from -1 to 2 for 3 classes"),
+        ({"x_train": np.zeros((4, 8, 0, 3), np.uint8)}, "the images of x_train have no pixels"),
+        ({"classes": "cat"}, r"classes must be a list of names \(it is <U3 \[\]\)"),
+        ({"classes": [["cat"], ["dog"], ["emu"]]}, r"classes must be a list of names \(it is <U3 \[3, 1\]\)"),
+        ({"classes": [0.5, 1.5, 2.5]}, r"classes must be a list of names \(it is float64 \[3\]\)"),
+        ({"classes": [b"\xff", b"b", b"c"]}, "classes must be a list of names .*can't decode"),
     ],
 )
 def test_arrays_of_another_kind_are_refused(tmp_path: Path, changed: dict[str, Any], message: str) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from resnet import BadInput
+from resnet.archives import read_arrays
 from training.data import Dataset, Split
 from training.datasets import cifar10
 from training.images import Resize
+
+MAX_CLASSES = 2**16  # without names
 
 
 def load(source: str, size: tuple[int, int] | None = None, resize: Resize = "bilinear") -> Dataset:  # noqa: ARG001
@@ -24,9 +28,8 @@ def load(source: str, size: tuple[int, int] | None = None, resize: Resize = "bil
     """
     path = Path(source)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        arrays = read_arrays(path)
+    except (OSError, ValueError) as error:
         raise BadInput(f"{path} cannot be read ({error})") from None
     missing = {"x_train", "y_train", "x_test", "y_test"} - arrays.keys()
     if missing:
@@ -41,18 +44,37 @@ def load(source: str, size: tuple[int, int] | None = None, resize: Resize = "bil
                 f"{path}: x_{name} must be uint8 [n, height, width, 3], or grey without the last axis or with 1 there, "
                 f"not {images.dtype} {list(arrays[f'x_{name}'].shape)}"
             )
+        if 0 in images.shape[1:3]:
+            raise BadInput(f"{path}: the images of x_{name} have no pixels")
         images = np.broadcast_to(images, (*images.shape[:3], 3))  # grey becomes RGB without a copy
         if len(labels) != len(images) or not np.issubdtype(labels.dtype, np.integer) or not len(labels):
             raise BadInput(f"{path}: y_{name} must be {len(images) or 'some'} integers, one for each of x_{name}")
-        splits.append(Split(images, labels.astype(np.int32)))
-    train, test = splits
-    if train.images.shape[1:] != test.images.shape[1:]:
+        splits.append((images, labels))
+    (train_images, train_labels), (test_images, test_labels) = splits
+    if train_images.shape[1:] != test_images.shape[1:]:
         raise BadInput(f"{path}: the images of x_train and x_test differ in size")
-    present = np.unique(np.concatenate([train.labels, test.labels]))
-    default = cifar10.CLASSES if path.stem == "cifar10" else tuple(str(label) for label in range(present[-1] + 1))
-    classes = tuple(str(name) for name in arrays["classes"]) if "classes" in arrays else default
-    if present[0] < 0 or present[-1] >= len(classes) or len(classes) < 2:
-        raise BadInput(
-            f"{path} has labels from {present[0]} to {present[-1]} for {len(classes)} classes; it needs two or more"
-        )
+    first = min(int(train_labels.min()), int(test_labels.min()))
+    last = max(int(train_labels.max()), int(test_labels.max()))
+    classes = _name_classes(path, arrays.get("classes"), last)
+    if first < 0 or last >= len(classes) or len(classes) < 2:
+        raise BadInput(f"{path} has labels from {first} to {last} for {len(classes)} classes; it needs two or more")
+    train, test = (Split(images, labels.astype(np.int32)) for images, labels in splits)
     return Dataset(path.stem, classes, train, test)
+
+
+def _name_classes(path: Path, names: NDArray[Any] | None, last: int) -> tuple[str, ...]:
+    """Return the names of the classes.
+
+    Args:
+        path: The file.
+        names: Its array `classes`, if it has one.
+        last: The largest label.
+    """
+    if names is None:
+        return cifar10.CLASSES if path.stem == "cifar10" else tuple(map(str, range(min(last + 1, MAX_CLASSES))))
+    try:
+        if names.ndim != 1 or names.dtype.kind not in "SUiu":
+            raise ValueError(f"it is {names.dtype} {list(names.shape)}")
+        return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names.tolist())
+    except ValueError as error:
+        raise BadInput(f"{path}: classes must be a list of names ({error})") from None

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from threading import TIMEOUT_MAX
 from types import SimpleNamespace
 
 import pytest
 
 from serving.client import retries
-from serving.client.retries import MAX_RETRIES, Patience, Retries
+from serving.client.retries import MAX_RETRIES, MAX_TIMEOUT_SECONDS, Patience, Retries
 from serving.errors import DeadlineExceeded, InternalError, Overloaded, ServingError, Unavailable
 
 REFUSED = Unavailable("gone")
@@ -112,8 +111,8 @@ def test_a_pause_ends_in_time(clock: SimpleNamespace) -> None:
 
 def test_a_timeout_is_a_number_that_can_be_waited_for() -> None:
     """Otherwise it is refused in one sentence; who gave up says after how long."""
-    for timeout in (0, -1, math.nan, math.inf, 2 * TIMEOUT_MAX):
+    for timeout in (0, -1, math.nan, math.inf, 2 * MAX_TIMEOUT_SECONDS):
         with pytest.raises(ValueError, match="timeout must be a number of seconds above 0, or None"):
             Patience(timeout)
-    assert Patience(TIMEOUT_MAX).left is not None
+    assert Patience(MAX_TIMEOUT_SECONDS).left is not None
     assert str(Patience(0.5).give_up()) == "there was no answer for 0.5 seconds"

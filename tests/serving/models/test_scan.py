@@ -402,6 +402,32 @@ def test_a_load_says_what_it_cannot_serve(repository: Repository) -> None:
     assert repository.served() == ["colors/1"]
 
 
+@pytest.mark.parametrize("unloaded", [False, True])
+def test_a_load_that_fails_changes_nothing(repository: Repository, unloaded: bool) -> None:
+    """Neither what is served, not even for a moment, nor the policy, nor that the model was unloaded."""
+    colors = repository.folder / "colors"
+    break_version(write_version(colors / "2"))
+    write_version(colors / "3")
+    repository.watcher.start()
+    if unloaded:
+        repository.watcher.unload("colors")
+    served = ["colors/3"] * (not unloaded)
+    told: list[tuple[str, bool]] = []
+    repository.models.subscribe(lambda *news: told.append(news))
+    before = [*told]
+    for listed in ((2,), (1, 2)):
+        with pytest.raises(FailedPrecondition, match="version 2 of model 'colors' is not served: .*exported"):
+            repository.watcher.load("colors", VersionPolicy(listed=listed))
+        repository.watcher.scan()
+        assert repository.served() == served
+    assert told == before
+    write_version(colors / "4")
+    repository.watcher.scan()
+    assert repository.served() == (["colors/4"] if not unloaded else [])
+    repository.watcher.load("colors")
+    assert repository.served() == ["colors/4"]
+
+
 def test_policies_of_the_start_choose_versions(repository: Repository) -> None:
     """Each for its model, one for all others; labels choose further ones, and lead to served versions alone."""
     for number in ("2", "3"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPrivateKeyTypes
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from resnet import cli
+from resnet import BadInput, cli
 from serving import client
 from serving.client import Client
 from serving.config import Limits
@@ -150,6 +153,52 @@ def test_a_renewal_is_logged_once_it_counts(tmp_path: Path, caplog: pytest.LogCa
         f"the key in {files.key} is not that of the first certificate in {files.certificate}",
         "the certificate was renewed",
     ]
+
+
+def make_rsa_key(bits: int) -> rsa.RSAPrivateKey:
+    """Return a new key."""
+    return rsa.generate_private_key(65537, bits)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(make_rsa_key, 1024),
+        partial(make_rsa_key, 2048),
+        partial(ec.generate_private_key, ec.SECP256R1()),
+        partial(ec.generate_private_key, ec.SECP384R1()),
+    ],
+    ids=["RSA-1024", "RSA-2048", "P-256", "P-384"],
+)
+def test_a_key_that_is_taken_can_be_used(
+    make: Callable[[], CertificateIssuerPrivateKeyTypes], serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    """By gRPC, its server and its client."""
+    pair = issue("server", key=make())
+    files = ServerTls(*pair.write(tmp_path, "server"))
+    with serve(files) as server, Client(server.address, tls=trust(pair)) as connection:
+        assert connection.classify(IMAGE).images
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(ec.generate_private_key, ec.SECP521R1()),
+        partial(ec.generate_private_key, ec.SECP256K1()),
+        ed25519.Ed25519PrivateKey.generate,
+        ed448.Ed448PrivateKey.generate,
+        dsa.generate_private_key,
+    ],
+    ids=["P-521", "secp256k1", "Ed25519", "Ed448", "DSA"],
+)
+def test_a_key_that_grpc_refuses_is_refused_with_a_reason(
+    make: Callable[..., CertificateIssuerPrivateKeyTypes], tmp_path: Path
+) -> None:
+    """At start and as a renewal: gRPC itself gives none, and would keep the old one in silence."""
+    key = make(1024) if make is dsa.generate_private_key else make()
+    files = ServerTls(*issue("server", key=key).write(tmp_path, "server"))
+    with pytest.raises(BadInput, match="the key in .* is of a kind that gRPC's clients refuse; make one of RSA"):
+        files.read()
 
 
 @pytest.mark.parametrize(
