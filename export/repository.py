@@ -219,16 +219,23 @@ def publish(staged: Path, finish: Callable[[int], None]) -> Path:
 
     Returns:
         The folder of the version.
+
+    Raises:
+        BadInput: There is no further number.
     """
     model = staged.parent
     while True:
-        version = max(versions(model), default=0) + 1
+        # Files and links too, which are no versions, but in the way.
+        taken = [int(path.name) for path in model.iterdir() if VERSION.fullmatch(path.name)]
+        version = max(taken, default=0) + 1
+        if not VERSION.fullmatch(str(version)):
+            raise BadInput(f"{model / str(version - 1)} has the highest number that a version can have; rename it")
         finish(version)
         _sync(staged)
         try:
             staged.rename(model / str(version))
         except OSError:
-            if not (model / str(version)).exists():
+            if not os.path.lexists(model / str(version)):
                 raise
             continue  # another export took the number
         _sync_entry(model)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 
-from export import files, repository
+from export import files, manifest, repository
 from resnet import BadInput, CheckFailed
 from serving.errors import FailedPrecondition, NotFound
 from serving.models.model import Model
@@ -21,7 +21,8 @@ class Watcher:
     """Serves the models of a repository: the versions that policies choose, and those with a label.
 
     A version that cannot be loaded is refused until its files change, and the policy chooses among the others: if the
-    latest one is broken, the one before it is served. Running requests finish with the version they began with.
+    latest one is broken, the one before it is served. One whose folder holds another manifest is loaded again. Running
+    requests finish with the version they began with.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Watcher:
         self._policies = {"": VersionPolicy(), **(policies or {})}
         self._unloaded: set[str] = set()
         self._problems: dict[str, str] = {}
+        self._loaded: dict[tuple[str, int], Hashable] = {}
         self._refused: dict[tuple[str, int], Hashable] = {}
         self._lock = threading.Lock()
 
@@ -157,24 +159,31 @@ class Watcher:
             return None
         if not is_name:
             return f"{name!r} is not served: a model is named by letters, digits, dots, dashes and underscores"
+        served = self._models.get(name).versions
+        replaced = {number for number in available if number in served and self._is_replaced(folder, number, retry)}
         unchanged = {number for number in available if self._is_unchanged(folder, number)}
-        refused: set[int] = set() if retry else {*unchanged}
+        refused: set[int] = set() if retry else unchanged - served.keys()
         loaded: dict[int, Model] = {}
         while True:
-            served = self._models.get(name).versions
             candidates = [number for number in available if number not in refused]
             chosen = {*policy.choose(candidates), *(number for number in labels.values() if number in candidates)}
-            missing = chosen - served.keys() - loaded.keys()
+            missing = chosen - (served.keys() - replaced) - loaded.keys()
             if not missing:
                 break
             number = max(missing)
-            if model := self._load_version(folder, number):
-                loaded[number] = model
-            elif whole:
-                reason = self._models.get(name).refusals[number]
-                return f"version {number} of model {name!r} is not served: {reason}"
+            outcome = self._load_version(folder, number)
+            if not isinstance(outcome, str):
+                loaded[number] = outcome
+            elif number in served:
+                replaced.remove(number)
+                log.error("the served %s/%d stays, what replaced its files cannot be: %s", name, number, outcome)
             else:
+                if self._models.get(name).refusals.get(number) != outcome:
+                    log.error("%s/%d is not served: %s", name, number, outcome)
+                self._models.refuse(name, number, outcome)
                 refused.add(number)
+            if whole and isinstance(outcome, str):
+                return f"version {number} of model {name!r} is not served: {outcome}"
         for model in loaded.values():
             self._models.add(model)
             log.info("%s/%d is served", name, model.version)
@@ -184,21 +193,37 @@ class Watcher:
             return f"{name} is not served: --versions chooses none of its versions, which are {available}"
         return None
 
-    def _load_version(self, folder: Path, number: int) -> Model | None:
-        """Load a version; if that fails, record why, and return None."""
+    def _load_version(self, folder: Path, number: int) -> Model | str:
+        """Load a version; if that fails, return why."""
         path, key = folder / str(number), (folder.name, number)
         # Taken before the files are read: what changes while they are is looked at again.
         fingerprint = files.fingerprint(path)
         try:
             model = self._load(path)
         except Exception as error:  # whatever it is, the other versions stay served
-            if self._models.get(folder.name).refusals.get(number) != str(error):
-                log.error("%s/%d is not served: %s", folder.name, number, error)
-            self._models.refuse(folder.name, number, str(error))
             self._refused[key] = fingerprint
-            return None
+            return str(error)
         self._refused.pop(key, None)
+        self._loaded[key] = fingerprint
         return model
+
+    def _is_replaced(self, folder: Path, number: int, strictly: bool) -> bool:
+        """Return whether the folder of a served version holds another one.
+
+        Args:
+            folder: Folder of the model.
+            number: Number of the version.
+            strictly: Also if any file was touched; False looks whether the manifest is another one. Some file systems
+                touch files by themselves, and other changes make no version that could be served.
+        """
+        path, key = folder / str(number), (folder.name, number)
+        if files.fingerprint(path) == self._loaded.get(key) or (self._is_unchanged(folder, number) and not strictly):
+            return False
+        try:
+            digest = manifest.read(path).digest
+        except BadInput:  # it is being copied, or is none
+            return True
+        return strictly or digest != self._models.get(folder.name).versions[number].manifest.digest
 
     def _is_unchanged(self, folder: Path, number: int) -> bool:
         """Return whether a version was refused, and nothing in its folder has changed since."""
@@ -212,6 +237,7 @@ class Watcher:
         self._models.retain(name, (), {})
         self._unloaded.discard(name)
         self._problems.pop(name, None)
+        self._loaded = {key: value for key, value in self._loaded.items() if key[0] != name}
         self._refused = {key: value for key, value in self._refused.items() if key[0] != name}
 
     def _report(self, name: str, problem: str | None) -> None:

@@ -60,6 +60,27 @@ def test_a_version_with_other_classes_cannot_join(own_repository: Path) -> None:
         triton.write_files(version, model)
 
 
+def test_what_is_in_the_way_of_a_version_is_passed(tmp_path: Path) -> None:
+    """A file or a link with the name of a number is no version, and no reason to wait."""
+    model = tmp_path / "digits"
+    model.mkdir()
+    (model / "1").touch()
+    (model / "2").symlink_to("nowhere")
+    with repository.staging(model) as staged:
+        assert repository.publish(staged, lambda _: None) == model / "3"
+    assert repository.versions(model) == [3]
+
+
+def test_a_version_without_a_further_number_is_the_last(tmp_path: Path) -> None:
+    """Numbers have 64 bits in the protocols."""
+    model = tmp_path / "digits"
+    (model / ("9" * 18)).mkdir(parents=True)
+    reason = "9{18} has the highest number that a version can have; rename it"
+    with pytest.raises(BadInput, match=reason), repository.staging(model) as staged:
+        repository.publish(staged, lambda _: None)
+    assert repository.versions(model) == [int("9" * 18)]
+
+
 def test_files_of_an_export_that_was_never_published_bind_nobody(tmp_path: Path) -> None:
     """One that ended before its first version appeared; the next one may have other classes."""
     version = manifest.read(write_version(tmp_path / "elsewhere" / "colors" / "1"))

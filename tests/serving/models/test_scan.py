@@ -17,6 +17,7 @@ import pytest
 import tritonclient.grpc as triton
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from export import manifest
 from export import repository as repositories
 from resnet import BadInput, CheckFailed
 from serving.config import Batching, Limits
@@ -471,6 +472,67 @@ def test_the_last_served_version_stays_if_no_other_can_be_loaded(repository: Rep
     shutil.rmtree(repository.folder / "colors" / "2")
     repository.watcher.scan()
     assert not repository.models.get("colors").refusals
+
+
+def replace(version: Path) -> None:
+    """Put another export in the place of a version, under the same number."""
+    shutil.rmtree(version)
+    write_version(version, labels=["cyan", "magenta", "yellow"])
+
+
+def test_another_version_under_the_same_number_is_loaded(repository: Repository) -> None:
+    """Whoever removed a version and exports again expects to be served what is there."""
+    repository.watcher.start()
+    before = repository.models.find("colors").manifest.digest
+    replace(repository.folder / "colors" / "1")
+    for _ in range(2):
+        repository.watcher.scan()
+    after = repository.models.find("colors").manifest.digest
+    assert after == manifest.read(repository.folder / "colors" / "1").digest != before
+    assert repository.loads == ["colors/1", "colors/1"]
+
+
+def test_a_served_version_stays_if_what_replaced_it_cannot_be_loaded(
+    repository: Repository, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said once, and by each request to load it; a mended one takes over."""
+    repository.watcher.start()
+    write_version(repository.folder / "colors" / "2")
+    served = repository.models.find("colors")
+    version = repository.folder / "colors" / "1"
+    shutil.rmtree(repository.folder / "colors" / "2")
+    replace(version)
+    break_version(version)
+    for _ in range(3):
+        repository.watcher.scan()
+    assert repository.models.find("colors") is served
+    assert not repository.models.get("colors").refusals
+    (sentence,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert sentence.startswith("the served colors/1 stays, what replaced its files cannot be: ")
+    for _ in range(2):
+        with pytest.raises(FailedPrecondition, match="version 1 of model 'colors' is not served: .*not the file"):
+            repository.watcher.load("colors")
+    assert repository.models.find("colors") is served
+    replace(version)
+    repository.watcher.scan()
+    assert repository.models.find("colors") is not served
+
+
+def test_files_that_were_touched_are_read_again_on_request(repository: Repository) -> None:
+    """Not by a scan: some file systems touch files by themselves, and the proven version is in memory."""
+    repository.watcher.start()
+    os.utime(repository.folder / "colors" / "1" / "model.onnx", (1, 1))
+    repository.watcher.scan()
+    assert repository.loads == ["colors/1"]
+    repository.watcher.load("colors")
+    assert repository.loads == ["colors/1", "colors/1"]
+    repository.watcher.load("colors")
+    break_version(repository.folder / "colors" / "1")
+    repository.watcher.scan()
+    assert repository.loads == ["colors/1", "colors/1"]
+    with pytest.raises(FailedPrecondition, match="model.onnx is not the file that was exported"):
+        repository.watcher.load("colors")
+    assert repository.served() == ["colors/1"]
 
 
 def test_a_model_without_versions_is_no_longer_served(repository: Repository) -> None:
