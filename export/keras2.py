@@ -65,6 +65,8 @@ def _translate(value: Any) -> Any:
 
 def _translate_layer(kind: str, config: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration of a layer in the words of Keras 3."""
+    if "hard_sigmoid" in map(_name_function, config.values()):
+        raise ValueError(f"{config['name']!r} computes hard_sigmoid, whose slope is another one in Keras 3")
     shape = config.pop("batch_input_shape", None)
     if kind == "InputLayer":
         return config | {"batch_shape": shape}
@@ -75,6 +77,11 @@ def _translate_layer(kind: str, config: dict[str, Any]) -> dict[str, Any]:
     if kind in WITHOUT_GROUPS:
         config.pop("groups", None)  # always 1 there
     return config
+
+
+def _name_function(value: Any) -> Any:
+    """Return the name of a function that is written as a name or as an object."""
+    return value.get("config") if isinstance(value, dict) and value.get("class_name") == "function" else value
 
 
 def _renumber(layers: list[dict[str, Any]]) -> None:

@@ -305,7 +305,7 @@ def _read_environment(environment: Mapping[str, str]) -> Iterator[Setting]:
 def _read_file(path: Path) -> Iterator[Setting]:
     known = {_key(field.name): field.name for field in options(Config)}
     try:
-        content = tomllib.loads(read_file(path).decode())
+        content = tomllib.loads(read_file(path).decode("utf-8-sig"))
     except ValueError as error:  # not UTF-8, or not TOML
         raise BadInput(f"{path} is not a TOML file: {error}") from None
     for key, value in content.items():

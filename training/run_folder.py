@@ -78,7 +78,9 @@ class RunFolder:
         except (OSError, json.JSONDecodeError) as error:
             raise BadInput(f"--out {self.folder} cannot be used: {error}") from None
 
-    def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+    def _compare(self, before: Any, now: dict[str, Any]) -> None:
+        if not isinstance(before, dict) or not isinstance(before.get("epochs"), int):
+            raise BadInput(f"{self.folder / 'settings.json'} holds no settings of a run; choose another folder")
         # A schedule depends on the number of epochs, unless the rate is constant.
         changeable = {"epochs"} if now["schedule"] == "constant" else set()
         for key in now.keys() - changeable:
@@ -93,12 +95,19 @@ class RunFolder:
             )
 
     def read_history(self) -> list[HistoryRow]:
-        """Return the rows of history.csv, oldest first; an empty list without such a file."""
+        """Return the rows of history.csv, oldest first; an empty list without such a file.
+
+        Raises:
+            BadInput: It holds something else than numbers with a header.
+        """
         path = self.folder / "history.csv"
         if not path.exists():
             return []
-        with path.open(newline="") as file:
-            return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        try:
+            with path.open(newline="") as file:
+                return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        except (OSError, ValueError, TypeError, csv.Error) as error:  # a short row has None for a number
+            raise BadInput(f"{path} cannot be read ({error}); remove it, and the run goes on without it") from None
 
     def write_history(self, rows: list[HistoryRow]) -> None:
         """Write these rows to history.csv."""

@@ -41,13 +41,15 @@ def parse(text: str) -> Mapping[str, VersionPolicy]:
         The policy of each named model, and under the empty name the policy of all other models.
 
     Raises:
-        BadInput: A policy cannot be parsed.
+        BadInput: A policy cannot be parsed, or a model has two.
     """
-    policies = {"": VersionPolicy()}
+    named: dict[str, VersionPolicy] = {}
     for word in text.split():
         name, _, policy = word.rpartition("=")
-        policies[name] = _parse_one(policy)
-    return policies
+        if name in named:
+            raise BadInput(f"{text!r} has two policies for {name or 'all other models'}; write one")
+        named[name] = _parse_one(policy)
+    return {"": VersionPolicy(), **named}
 
 
 def _parse_one(text: str) -> VersionPolicy:

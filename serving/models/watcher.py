@@ -60,6 +60,8 @@ class Watcher:
         if mistake:
             raise BadInput(mistake)
         self.scan()
+        for name in sorted(self._policies.keys() - {"", *self._models.names(), *self._problems}):
+            log.warning("--versions names %s, which %s does not hold", name, self._folder)
         if strict:
             for reason in self._list_refusals():
                 raise CheckFailed(f"--strict: {reason}")

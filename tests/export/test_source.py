@@ -181,6 +181,18 @@ def test_a_function_between_the_layers_of_tf_keras_2_is_named(tmp_path: Path) ->
         source.load(path, "digits", preprocess="identity")
 
 
+@pytest.mark.parametrize("function", ["hard_sigmoid", {"class_name": "function", "config": "hard_sigmoid"}])
+def test_a_function_that_keras_3_computes_otherwise_is_named(tmp_path: Path, function: object) -> None:
+    """The proof compares with what Keras 3 computes, which would be another model."""
+    path = Path(shutil.copy(Path(__file__).parent / "files" / "keras2.h5", tmp_path))
+    with h5py.File(path, "r+") as store:
+        description = json.loads(store.attrs["model_config"])
+        description["config"]["layers"][-1]["config"]["activation"] = function
+        store.attrs["model_config"] = json.dumps(description)
+    with pytest.raises(BadInput, match="computes hard_sigmoid, whose slope is another one in Keras 3"):
+        source.load(path, "digits", preprocess="identity")
+
+
 @pytest.mark.parametrize("activation", ["sigmoid", "linear"])
 def test_a_single_output_is_the_probability_of_the_second_class(activation: str, tmp_path: Path) -> None:
     """Or its logit, which gets its sigmoid on request."""

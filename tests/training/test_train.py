@@ -260,6 +260,22 @@ def test_a_folder_in_use_is_not_overwritten(run: Path, tmp_path: Path) -> None:
         train(settings(), tmp_path / "file")
 
 
+@pytest.mark.parametrize("content", ["epoch,loss\n1,abc\n", "epoch,loss\n1\n", "epoch,loss\n1,2,3\n"])
+def test_a_history_that_was_spoiled_is_one_sentence(tmp_path: Path, content: str) -> None:
+    """With the way out."""
+    (tmp_path / "history.csv").write_text(content)
+    with pytest.raises(BadInput, match=r"history.csv cannot be read \(.*\); remove it, and the run goes on without it"):
+        RunFolder(tmp_path).read_history()
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "1", '{"epochs": "2"}'])
+def test_settings_that_are_none_are_one_sentence(tmp_path: Path, content: str) -> None:
+    """They cannot be compared."""
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(BadInput, match="settings.json holds no settings of a run; choose another folder"):
+        train(settings(), tmp_path, resume=True)
+
+
 def test_a_failed_write_keeps_the_file_that_was_there(tmp_path: Path) -> None:
     """Files are replaced whole."""
     path = tmp_path / "history.csv"

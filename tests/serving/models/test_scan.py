@@ -457,6 +457,18 @@ def test_a_policy_that_chooses_no_version_is_said(repository: Repository, caplog
         chosen.watcher.start(strict=True)
 
 
+def test_a_policy_of_a_model_that_is_not_there_is_said(
+    repository: Repository, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may come later, or its name is wrong; other names are no matter."""
+    chosen = Repository(repository.folder, "latest colors=1 colours=1")
+    chosen.watcher.start()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"--versions names colours, which {repository.folder} does not hold"
+    ]
+    assert chosen.served() == ["colors/1"]
+
+
 def test_the_last_served_version_stays_if_no_other_can_be_loaded(repository: Repository) -> None:
     """Even if its files are gone; not beside one that can."""
     repository.watcher.start()

@@ -143,6 +143,13 @@ def test_a_policy_that_chooses_nothing_is_one_sentence(text: str) -> None:
         version_policy.parse(text)
 
 
+@pytest.mark.parametrize(("text", "whose"), [("1 2", "all other models"), ("digits=1 all digits=2", "digits")])
+def test_a_model_has_one_policy(text: str, whose: str) -> None:
+    """Of two, nobody knows which is meant."""
+    with pytest.raises(BadInput, match=f"'{text}' has two policies for {whose}; write one"):
+        version_policy.parse(text)
+
+
 def test_several_versions_are_served_as_the_policy_says(watched: Watched, address: str, heldout: Heldout) -> None:
     """The latest of them answers where none is named, in every protocol."""
     for number in (1, 2, 3):
