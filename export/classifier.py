@@ -32,7 +32,9 @@ def load(file: Path) -> keras.Model:
         advice = (
             "; only the built-in layers of Keras can be exported" if "Lambda" in text or "locate class" in text else ""
         )
-        raise BadInput(f"{file} is not a Keras model that can be loaded ({text.splitlines()[0]}){advice}") from None
+        # Keras quotes a configuration first, and what is wrong with it last.
+        reason = text.rpartition("Exception encountered: ")[2].splitlines()[0]
+        raise BadInput(f"{file} is not a Keras model that can be loaded ({reason}){advice}") from None
     try:
         inputs, outputs = model.inputs, model.outputs
     except AttributeError:

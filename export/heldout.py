@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +23,26 @@ def load(folder: Path, manifest: Manifest) -> tuple[NDArray[np.uint8], NDArray[n
     Raises:
         BadInput: The file was changed, or holds no such arrays.
     """
-    file = io.BytesIO(read_file(folder, NAME, manifest))
     try:
-        arrays = read_arrays(file)
-        images, labels = arrays["images"], arrays["labels"]
+        return unpack(read_arrays(io.BytesIO(read_file(folder, NAME, manifest))))
     except (ValueError, KeyError) as error:
         raise BadInput(f"{folder / NAME} cannot be read ({error})") from None
-    if images.dtype != np.uint8 or images.ndim != 4 or labels.dtype.kind != "i" or labels.shape != images.shape[:1]:
-        raise BadInput(f"{folder / NAME} holds no images with their classes")
+
+
+def unpack(arrays: Mapping[str, NDArray[Any]]) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    """Return the arrays `images` and `labels`.
+
+    Raises:
+        KeyError: One is missing.
+        ValueError: There are no images, or there is not one class for each.
+    """
+    images, labels = arrays["images"], arrays["labels"]
+    if (
+        images.dtype != np.uint8
+        or images.ndim != 4
+        or not images.size
+        or labels.dtype.kind != "i"
+        or labels.shape != images.shape[:1]
+    ):
+        raise ValueError("it holds no images with their classes")
     return images, labels

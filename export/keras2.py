@@ -11,7 +11,16 @@ import h5py
 import keras
 
 FUNCTIONS = ("TFOpLambda", "SlicingOpLambda")  # what tf.keras 2 makes of `x + 1`; Keras 3 has nothing like them
-WITHOUT_GROUPS = ("DepthwiseConv2D", "SeparableConv2D", "Conv2DTranspose")
+RANDOM = tuple(f"Random{kind}" for kind in ("Flip", "Zoom", "Rotation", "Translation", "Contrast", "Brightness"))
+# What tf.keras 2 writes of a layer, and Keras 3 does not know: it changes nothing, or follows from the rest.
+UNKNOWN = {
+    "DepthwiseConv2D": ("groups",),
+    "Conv2DTranspose": ("groups",),
+    "SeparableConv2D": ("groups", "kernel_initializer", "kernel_regularizer", "kernel_constraint"),
+    "SpatialDropout2D": ("trainable", "noise_shape"),
+    **dict.fromkeys(RANDOM, ("rng_type",)),
+    **dict.fromkeys(("LSTM", "GRU", "SimpleRNN", "ConvLSTM1D", "Bidirectional"), ("time_major",)),
+}
 
 
 def load(file: Path) -> keras.Model | None:
@@ -74,8 +83,8 @@ def _translate_layer(kind: str, config: dict[str, Any]) -> dict[str, Any]:
         config["dtype"] = "float32"
     if kind == "BatchNormalization" and isinstance(config["axis"], list):
         (config["axis"],) = config["axis"]
-    if kind in WITHOUT_GROUPS:
-        config.pop("groups", None)  # always 1 there
+    for key in UNKNOWN.get(kind, ()):
+        config.pop(key, None)
     return config
 
 

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from export import classifier
+from export import classifier, heldout
 from resnet import BadInput
 from resnet.archives import read_arrays
 from training import data as datasets
@@ -159,6 +159,10 @@ def _load_evidence(folder: Path) -> Evidence:
         images, targets = load_heldout(folder)
         path = folder / "calibration.npz"
         calibration = read_arrays(path)["images"] if path.exists() else None
+        if targets.min() < 0 or targets.max() >= len(labels):
+            raise ValueError(f"they are of {targets.max() + 1} classes, labels.txt has {len(labels)}")
+        if calibration is not None and (calibration.dtype != np.uint8 or calibration.shape[1:] != images.shape[1:]):
+            raise ValueError("those of calibration.npz are of another kind")
     except FileNotFoundError:
         raise BadInput(
             f"{folder} holds no labels.txt and heldout.npz for the comparison; name a data set with --data"
@@ -173,7 +177,9 @@ def _load_evidence(folder: Path) -> Evidence:
 def _load_metrics(path: Path) -> dict[str, Any] | None:
     try:
         metrics: dict[str, Any] = json.loads(path.read_text())
-        metrics["class_accuracy"], metrics["accuracy"], metrics["images"]["test"]  # keys that `load` reads
+        classes, accuracy, count = metrics["class_accuracy"], metrics["accuracy"], metrics["images"]["test"]
+        if not (isinstance(classes, dict) and isinstance(accuracy, float | int | None) and isinstance(count, int)):
+            raise ValueError("a value is of another type")
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
@@ -183,8 +189,7 @@ def _load_metrics(path: Path) -> dict[str, Any] | None:
 
 def load_heldout(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
     """Read held-out images and their labels from heldout.npz in a run folder or version folder."""
-    arrays = read_arrays(folder / "heldout.npz")
-    return arrays["images"], arrays["labels"]
+    return heldout.unpack(read_arrays(folder / heldout.NAME))
 
 
 def _load_data(name: str, size: tuple[int, int] | None, resize: Resize) -> Evidence:

@@ -73,4 +73,4 @@ def test_arrays_of_another_kind_are_one_sentence(
     list_file(version, heldout.NAME, pack(images, labels))
     with pytest.raises(BadInput) as caught:
         heldout.load(version, manifest.read(version))
-    assert str(caught.value) == f"{version / heldout.NAME} holds no images with their classes"
+    assert str(caught.value) == f"{version / heldout.NAME} cannot be read (it holds no images with their classes)"

@@ -170,6 +170,14 @@ def test_a_file_of_tf_keras_2_is_read(tmp_path: Path) -> None:
     np.testing.assert_allclose(answers[:, :4], expected, atol=1e-3)
 
 
+def test_layers_that_tf_keras_2_describes_with_more_words_are_read(tmp_path: Path) -> None:
+    """The file was written by tf_keras 2.21, whose answers these are: flips, zoom, a separable convolution, a GRU."""
+    path = Path(__file__).parent / "files" / "keras2_layers.h5"
+    loaded = source.load(path, write_data(tmp_path / "mine.npz", 8, 8))
+    answers = loaded.model.predict(np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3), verbose=0)
+    np.testing.assert_allclose(answers, [[0.450160, 0.061199, 0.488641], [0.429554, 0.118235, 0.452211]], atol=1e-5)
+
+
 def test_a_function_between_the_layers_of_tf_keras_2_is_named(tmp_path: Path) -> None:
     """Keras 3 has nothing like it."""
     path = Path(shutil.copy(Path(__file__).parent / "files" / "keras2.h5", tmp_path))
@@ -179,6 +187,31 @@ def test_a_function_between_the_layers_of_tf_keras_2_is_named(tmp_path: Path) ->
         store.attrs["model_config"] = json.dumps(description)
     with pytest.raises(BadInput, match=r"'tf.math.add' is a TFOpLambda: .*; only the built-in layers"):
         source.load(path, "digits", preprocess="identity")
+
+
+@pytest.mark.parametrize(
+    ("name", "arrays", "reason"),
+    [
+        ("heldout", {"images": np.zeros((2, 8, 8), np.uint8), "labels": [0, 1]}, "no images with their classes"),
+        ("heldout", {"images": np.zeros((2, 8, 8, 3), np.uint8), "labels": [0]}, "no images with their classes"),
+        ("heldout", {"images": np.zeros((2, 8, 8, 3), np.uint8), "labels": [0.0, 1.0]}, "no images with their classes"),
+        ("heldout", {"images": np.zeros((0, 8, 8, 3), np.uint8), "labels": np.zeros(0, int)}, "no images with their"),
+        ("heldout", {"images": np.zeros((2, 8, 8, 3), np.uint8), "labels": [0, 7]}, "of 8 classes, labels.txt has 3"),
+        ("heldout", {"images": np.zeros((2, 8, 8, 3), np.uint8), "labels": [0, -1]}, "labels.txt has 3"),
+        ("calibration", {"images": np.zeros((2, 9, 9, 3), np.uint8)}, "those of calibration.npz are of another kind"),
+        ("calibration", {"images": np.zeros((2, 8, 8, 3))}, "those of calibration.npz are of another kind"),
+    ],
+)
+def test_evidence_of_another_kind_is_one_sentence(
+    tmp_path: Path, name: str, arrays: dict[str, Any], reason: str
+) -> None:
+    """It is beside the model, and may be anybody's."""
+    model((8, 8, 3)).save(tmp_path / "model.keras")
+    (tmp_path / "labels.txt").write_text("a\nb\nc\n")
+    np.savez(tmp_path / "heldout.npz", images=np.zeros((2, 8, 8, 3), np.uint8), labels=[0, 1])
+    np.savez(tmp_path / f"{name}.npz", **arrays)
+    with pytest.raises(BadInput, match=f"the held-out images in .* cannot be read .*{reason}.*; name a data set"):
+        source.load(tmp_path)
 
 
 @pytest.mark.parametrize("function", ["hard_sigmoid", {"class_name": "function", "config": "hard_sigmoid"}])

@@ -214,6 +214,23 @@ def test_a_broken_cifar10_batch_is_named(tmp_path: Path) -> None:
         data.load(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("batch", "reason"),
+    [
+        ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}, r"uint8 \[2, 3072\] for 1 labels"),
+        ({b"data": np.zeros((2, 3072)), b"labels": [1, 2]}, r"float64 \[2, 3072\] for 2 labels"),
+        ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1, 99]}, "labels from 1 to 99"),
+        ({b"data": np.zeros((0, 3072), np.uint8), b"labels": []}, "zero-size array"),
+        ([1, 2], "list indices"),
+    ],
+)
+def test_a_cifar10_batch_of_another_kind_is_named(tmp_path: Path, batch: object, reason: str) -> None:
+    """Before a training that would fail or learn nonsense."""
+    (tmp_path / cifar10.TRAINING_BATCHES[0]).write_bytes(pickle.dumps(batch))
+    with pytest.raises(BadInput, match=f"data_batch_1 is not a CIFAR-10 batch \\(.*{reason}.*\\); unpack"):
+        data.load(str(tmp_path))
+
+
 def _remove_test(folder: Path) -> None:
     for path in (folder / "test" / "dog").iterdir():
         path.unlink()

@@ -55,8 +55,13 @@ def _read_batches(folder: Path, names: Sequence[str]) -> Split:
     for name in names:
         try:
             batch = pickle.loads((folder / name).read_bytes(), encoding="bytes")
-            images.append(batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-            labels.append(np.array(batch[b"labels"], np.int32))
-        except (OSError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
+            pixels, classes = np.asarray(batch[b"data"]), np.array(batch[b"labels"], np.int32)
+            if pixels.dtype != np.uint8 or pixels.shape != (len(classes), 3 * 32 * 32):
+                raise ValueError(f"{pixels.dtype} {list(pixels.shape)} for {len(classes)} labels")
+            if not 0 <= classes.min() <= classes.max() < len(CLASSES):
+                raise ValueError(f"labels from {classes.min()} to {classes.max()}")
+        except Exception as error:  # a pickle can raise anything
             raise BadInput(f"{folder / name} is not a CIFAR-10 batch ({error}); unpack the archive again") from None
+        images.append(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        labels.append(classes)
     return Split(np.concatenate(images), np.concatenate(labels))
