@@ -30,13 +30,27 @@ def prepare() -> None:
         BadInput: The system allows too few for a server.
     """
     gc.set_threshold(GC_THRESHOLD, GC_OLDER_THRESHOLD, GC_OLDER_THRESHOLD)
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):  # musl has no mallopt
-            libc.mallopt(M_TRIM_THRESHOLD, RETAINED_BYTES)
-            libc.mallopt(M_MMAP_THRESHOLD, RETAINED_BYTES)
+    if glibc := _find_glibc():
+        glibc.mallopt(M_TRIM_THRESHOLD, RETAINED_BYTES)
+        glibc.mallopt(M_MMAP_THRESHOLD, RETAINED_BYTES)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most != resource.RLIM_INFINITY and most < MIN_FILES:
         raise BadInput(f"the server may open only {most} files; allow at least {MIN_FILES}, with ulimit -n")
     with suppress(ValueError, OSError):  # macOS refuses its own unlimited number
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system.
+
+    A model that is loaded needs more memory than one that is served. Kept for requests, the rest would add up: after a
+    hundred loads of a model that takes 130 MB, a server had 1.2 GB.
+    """
+    if glibc := _find_glibc():
+        glibc.malloc_trim(0)
+
+
+def _find_glibc() -> ctypes.CDLL | None:
+    """Return the C library if it is glibc: musl has none of its settings."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if hasattr(library, "malloc_trim") else None

@@ -32,6 +32,7 @@ ALLOWED = {
         "export",
         "serving.config",
         "serving.errors",
+        "serving.process",
         "serving.runtimes",
         "serving.scheduling",
     },

@@ -13,6 +13,7 @@ from serving.errors import FailedPrecondition, NotFound
 from serving.models.model import Model
 from serving.models.registry import ModelRegistry
 from serving.models.version_policy import VersionPolicy
+from serving.process import release_memory
 
 log = logging.getLogger(__name__)
 
@@ -205,6 +206,7 @@ class Watcher:
         except Exception as error:  # whatever it is, the other versions stay served
             self._refused[key] = fingerprint
             return str(error)
+        release_memory()
         self._refused.pop(key, None)
         self._loaded[key] = fingerprint
         return model

@@ -33,7 +33,7 @@ from benchmarks.harness.process import serve
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from resnet import CheckFailed, cli
-from tests.acceptance.arguments import parse
+from tests.acceptance.arguments import expect, parse
 from tests.acceptance.footprint import Footprint
 from tests.acceptance.messages import ModelUnderTest
 from tests.acceptance.users import without_privileges
@@ -44,6 +44,7 @@ GOOD = range(1, 5)  # versions that are prepared, and come and go
 KEPT = 1  # never goes
 PAUSE_SECONDS = 0.1
 SETTLE_SECONDS = 30.0
+MAX_MEGABYTES = 500  # three versions; without any pause, a hundred were loaded
 ODD_NAMES = (
     "002", "-rf", "a b", "ä", "new\nline", "\u2028", "x" * 255, "٣", "1.", ".hidden", "9" * 20, "b'", "$HOME",
 )  # fmt: skip
@@ -86,6 +87,10 @@ def churn(source: Path, seconds: float, seed: int) -> dict[str, object]:
                     changes.settle()
                     _await(lambda: _list_ready(address), {model.name: changes.find_expected()})
                 footprint = Footprint.read(server.pid)
+                expect(
+                    footprint.megabytes <= MAX_MEGABYTES,
+                    f"the server holds {footprint.megabytes:.0f} MB, more than {MAX_MEGABYTES}",
+                )
         finally:
             changes.clean()
     print(", ".join(f"{count} {name}" for name, count in sorted(counts.items())))

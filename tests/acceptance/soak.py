@@ -72,7 +72,7 @@ def soak(source: Path, transport: str, seconds: float, seed: int) -> dict[str, o
             lambda: _send_valid(address, model),
             lambda: _send_invalid(address, model, choice),
             lambda: send_cancelled(address, model.classify(4), 50, choice),
-            lambda: _reload(address, model),
+            lambda: _reload(address, model, folder),
             lambda: _hang_up(server),
         ]
         loops = [stack.enter_context(_Loop(activity)) for activity in activities]
@@ -139,8 +139,9 @@ def _send_invalid(address: str, model: ModelUnderTest, choice: random.Random) ->
     return outcomes
 
 
-def _reload(address: str, model: ModelUnderTest) -> Counter[str]:
-    """Load the model again, as Triton's clients do."""
+def _reload(address: str, model: ModelUnderTest, folder: Path) -> Counter[str]:
+    """Touch the version, and load the model again, as Triton's clients do."""
+    folder.touch()
     with grpc.insecure_channel(address, LOCAL) as channel:
         stub = GRPCInferenceServiceStub(channel)
         stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name=model.name), timeout=60)

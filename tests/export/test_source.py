@@ -173,7 +173,7 @@ def test_a_file_of_tf_keras_2_is_read(tmp_path: Path) -> None:
 def test_layers_that_tf_keras_2_describes_with_more_words_are_read(tmp_path: Path) -> None:
     """The file was written by tf_keras 2.21, whose answers these are: flips, zoom, a separable convolution, a GRU."""
     path = Path(__file__).parent / "files" / "keras2_layers.h5"
-    loaded = source.load(path, write_data(tmp_path / "mine.npz", 8, 8))
+    loaded = source.load(path, write_data(tmp_path / "mine.npz", 8, 8, classes=3))
     answers = loaded.model.predict(np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3), verbose=0)
     np.testing.assert_allclose(answers, [[0.450160, 0.061199, 0.488641], [0.429554, 0.118235, 0.452211]], atol=1e-5)
 

@@ -232,3 +232,27 @@ sys.exit(cli.main(sys.argv[1:]))
     process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert process.returncode == 2
     assert process.stderr == "resnet serve: the server may open only 63 files; allow at least 64, with ulimit -n\n"
+
+
+# Memory that is kept for requests is given back on demand.
+FREED = """
+import os
+from pathlib import Path
+import numpy as np
+from serving import process
+def read():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+process.prepare()
+arrays = [np.ones(2**17) for _ in range(200)]
+del arrays
+before = read()
+process.release_memory()
+print(before - read())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc keeps memory so")
+def test_freed_memory_is_given_back() -> None:
+    """Most of 200 MB; without that, each model that is loaded adds to what the server holds."""
+    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
+    assert float(done.stdout) > 150
