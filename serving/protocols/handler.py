@@ -90,7 +90,7 @@ class InferenceHandler(Generic[RequestT]):
         Args:
             call: The call to answer.
             request: Its parsed payload; None parses it here.
-            waited: Whether it waited for this thread, so that its caller may be gone.
+            waited: Whether it waited for this thread: its caller may be gone, or it may be too late for an answer.
         """
         try:
             if request is None:
@@ -103,6 +103,7 @@ class InferenceHandler(Generic[RequestT]):
         try:
             if waited:
                 call.check()
+                model.batcher.check(call.deadline)
             parsed = self._reader.read(request, model, call.check)
             tracked.decoded()
             deadline = min(call.deadline, time.monotonic() + parsed.timeout) if parsed.timeout else call.deadline

@@ -138,6 +138,7 @@ class Admission:
 
     Attributes:
         limits: Limits of the queue.
+        has_priorities: Whether a request had another priority than usual: a refusal may not hold for others.
     """
 
     def __init__(self, limits: QueueLimits, target: LatencyTarget | None) -> None:
@@ -146,19 +147,19 @@ class Admission:
         # One tuple, because every request reads it without the lock: the time until which it holds, the earliest and
         # the latest deadline for which it holds, and the error.
         self._recent: tuple[int, float, float, ServingError | None] = NO_REFUSAL
-        self._has_priorities = False  # once a request had another priority, a refusal may not hold for others
+        self.has_priorities = False
         self._next_trial_ns = 0
 
     def find_refusal(self, entry: Entry, state: QueueState) -> ServingError | None:
         """Return why a request is refused; None if it is admitted."""
         images, deadline = len(entry.images), entry.deadline
-        self._has_priorities = self._has_priorities or entry.priority != DEFAULT_PRIORITY
+        self.has_priorities = self.has_priorities or entry.priority != DEFAULT_PRIORITY
         remaining_ns = (deadline - time.monotonic()) * 1e9
         limits = self.limits._replace(latency_ns=self._target.limit_ns) if self._target else self.limits
         refusal = find_refusal(state, images, remaining_ns, limits)
         if refusal and self._is_trial(state, images, min(remaining_ns, limits.latency_ns)):
             return None
-        if refusal and images == 1 and not self._has_priorities:
+        if refusal and images == 1 and not self.has_priorities:
             # Those without a deadline stand behind those with one, who may be admitted.
             earliest, latest = (deadline, deadline) if entry.is_patient else (0.0, deadline + REFUSAL_TTL_NS / 1e9)
             # A copy, because the error that is raised will carry the id of its own call.

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import wait
 
+import numpy as np
+
 from serving.config import Batching
 from serving.errors import ServingError, Unavailable
 from serving.runtimes.base import Concatenator, EngineThreads, Images, Probabilities, ThreadPool
@@ -26,6 +28,8 @@ from serving.threads import WorkerPool
 # Batches of smaller requests are not prefetched: the interpreter's work for them takes longer than the copy, and there
 # is only one interpreter. Prefetching single images of 3 KB cost a server on a GPU a tenth of its throughput.
 MIN_PREFETCH_BYTES = 2**15
+
+SMALLEST = np.empty((1, 1, 1, 3), np.uint8)  # a request of one image
 
 SWEEP_INTERVAL_NS = 10_000_000  # between two searches of a full queue for requests whose caller is gone
 
@@ -133,6 +137,22 @@ class Batcher:
                 return
             self._push(entry)
         self._threads.submit(self._run_worker)
+
+    def check(self, deadline: float) -> None:
+        """Raise the error with which a request would be refused now, whatever it holds: it need not be decoded.
+
+        Args:
+            deadline: As in `Entry`.
+
+        Raises:
+            ServingError: As in `enqueue`.
+        """
+        entry = Entry(SMALLEST, deadline, lambda: True, lambda _: None)
+        with self._lock:
+            # Nobody knows the priority of a request that was not read.
+            refusal = None if self._admission.has_priorities else self._find_refusal(entry)
+        if refusal:
+            raise refusal
 
     @property
     def is_busy(self) -> bool:

@@ -19,7 +19,7 @@ from serving.models.model import Model
 from serving.runtimes.base import Images, Probabilities
 from serving.runtimes.cost import CostCurve
 from serving.server import Server
-from tests.serving.scheduling.test_batcher import GatedEngine
+from tests.serving.scheduling.bench import GatedEngine
 
 
 class WideEngine:

@@ -31,7 +31,7 @@ from serving.runtimes.cost import CostCurve
 from serving.server import Server
 from tests.conftest import edit_manifest
 from tests.heldout import Heldout
-from tests.serving.scheduling.test_batcher import GatedEngine
+from tests.serving.scheduling.bench import GatedEngine
 
 
 @pytest.fixture(scope="module")

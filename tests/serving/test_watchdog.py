@@ -29,7 +29,7 @@ from serving.server import Server
 from serving.threads import EXIT_CODE, WorkerPool
 from serving.watchdog import LOOK_SECONDS, LOOKS_PER_PROBE, STUCK_SECONDS, Watchdog
 from tests.serving.runtimes.test_cuda import CLASSES, make_manifest, pixels
-from tests.serving.scheduling.test_batcher import GatedEngine
+from tests.serving.scheduling.bench import GatedEngine
 
 STUCK_LOOKS = int(STUCK_SECONDS / LOOK_SECONDS) + LOOKS_PER_PROBE + 1  # until a probe, and then until it is late
 

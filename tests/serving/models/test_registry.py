@@ -16,7 +16,7 @@ from serving.models.model import Model
 from serving.models.registry import ModelRegistry, ServedVersions
 from serving.models.statistics import Statistics
 from serving.scheduling.batcher import Batcher
-from tests.serving.scheduling.test_batcher import GatedEngine, images
+from tests.serving.scheduling.bench import GatedEngine, images
 from tests.serving.waiting import submit
 from tests.versions import write_version
 

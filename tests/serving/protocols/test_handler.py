@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from serving.config import Limits
-from serving.errors import Cancelled, DeadlineExceeded, InternalError, ServingError, Trailers
+from serving.errors import Cancelled, DeadlineExceeded, InternalError, Overloaded, ServingError, Trailers
 from serving.models import loader
 from serving.models.model import Model
 from serving.models.registry import ModelRegistry
@@ -18,9 +19,12 @@ from serving.protocols.handler import InferenceHandler, ParsedRequest
 from serving.protocols.inputs import SMALL_PIXELS, Check, InputDecoder, PixelBudget
 from serving.protocols.stream import StreamItem
 from serving.runtimes.base import Images, Probabilities
+from serving.runtimes.cost import CostCurve
+from serving.scheduling.batcher import Batcher
 from serving.threads import WorkerPool
 from serving.transports.call import Call
 from tests.serving.runtimes.test_cuda import CLASSES, make_manifest, pixels
+from tests.serving.scheduling.bench import HOUR_NS, GatedEngine
 from tests.serving.test_watchdog import await_true
 
 
@@ -106,6 +110,19 @@ def test_a_call_that_nobody_waits_for_is_not_decoded(
     assert isinstance(answer, error)
     assert reader.read_calls == 0
     assert model.statistics.counts().codes == {answer.status.name: 1}
+
+
+def test_a_call_that_would_be_refused_is_not_decoded(model: Model) -> None:
+    """An hour of work waits: its images would be decoded for nothing."""
+    engine = GatedEngine()
+    batcher = Batcher(engine.run, curve=CostCurve({1: HOUR_NS}))
+    slow = replace(model, batcher=batcher)
+    batcher.enqueue(pixels(1), lambda _: None)
+    assert engine.entered.acquire(timeout=10)
+    call, reader = RecordedCall(), ImageReader(slow)
+    assert isinstance(handle(slow, call, reader), Overloaded)
+    assert reader.read_calls == 0
+    engine.gate.release()
 
 
 def test_a_call_that_is_given_up_while_it_is_decoded_is_decoded_no_further(model: Model) -> None:

@@ -416,6 +416,24 @@ def test_a_posted_request_is_refused_or_fails_like_others(pool: ThreadPoolExecut
     assert bench.batcher.drain(10)
 
 
+def test_a_request_that_was_not_read_is_checked_as_one_of_one_image(pool: ThreadPoolExecutor) -> None:
+    """It changes nothing; where there are priorities, its own is not known, and it is not refused."""
+    bench = Bench(pool, CostCurve({1: HOUR_NS}), max_queue=1)
+    bench.batcher.check(time.monotonic() + 1)  # nothing is refused by an idle engine
+    futures = [bench.start(1)]
+    bench.batcher.check(float("inf"))
+    with pytest.raises(DeadlineExceeded, match="computing takes"):
+        bench.batcher.check(time.monotonic() + 1)
+    futures.append(bench.wait(2))
+    assert bench.batcher.queued == 1
+    with pytest.raises(Overloaded, match="1 images are waiting"):
+        bench.batcher.check(float("inf"))
+    bench.batcher.enqueue(images(3), ignore, priority=1)
+    bench.batcher.check(float("inf"))
+    bench.compute(3)
+    assert [future.result(10).probabilities.tolist() for future in futures] == [[[1]], [[2]]]
+
+
 def test_whoever_is_gone_makes_room_in_a_full_queue(pool: ThreadPoolExecutor) -> None:
     """At once, not only when the engine comes to it."""
     bench, here = Bench(pool, max_queue=3), True
