@@ -176,6 +176,9 @@ Methods = dict[str, Unary | Streaming]
 def refuse(call: Call, error: Exception) -> None:
     """Answer a call with an error, and log it. What is no `ServingError` is a bug: its traceback goes to the log."""
     call.fail(report(call, error))
+    # The frames of a traceback hold the request, its model and often the error itself: a circle, which would keep the
+    # memory of a model that is no longer served until garbage is collected, as seldom as `serving.process` allows.
+    error.__traceback__ = error.__context__ = error.__cause__ = None
 
 
 def report(call: Call, error: Exception) -> ServingError:

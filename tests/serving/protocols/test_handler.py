@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,7 +13,16 @@ import numpy as np
 import pytest
 
 from serving.config import Limits
-from serving.errors import Cancelled, DeadlineExceeded, InternalError, Overloaded, ServingError, Trailers
+from serving.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    ServingError,
+    Trailers,
+    Unavailable,
+)
 from serving.models import loader
 from serving.models.model import Model
 from serving.models.registry import ModelRegistry
@@ -196,6 +207,27 @@ def test_whatever_fails_while_a_request_is_read_is_its_answer(model: Model, erro
 
     assert isinstance(handle(model, RecordedCall(), ImageReader(model, fail)), InternalError)
     assert handle(model, RecordedCall(), ImageReader(model)) == b"\0"
+
+
+@pytest.mark.parametrize("error", [Cancelled, Unavailable, InvalidRequest])
+def test_an_error_that_was_told_keeps_nothing(model: Model, error: type[ServingError]) -> None:
+    """Pixels of the request, and a model that is no longer served, are free at once, without a garbage collector."""
+    call = RecordedCall()
+    acts: dict[type[ServingError], Callable[[Check], object]] = {
+        Cancelled: lambda _, call=call: setattr(call, "cancelled", True),  # type: ignore[misc]
+        Unavailable: lambda _: model.batcher.close(),
+        InvalidRequest: lambda _: InputDecoder(Limits()).decode([b"no image"], model),
+    }
+    gone = weakref.ref(call)
+    gc.disable()
+    try:
+        told = type(handle(model, call, ImageReader(model, acts[error])))
+        assert told is error
+        acts.clear()
+        del call
+        await_true(lambda: gone() is None)
+    finally:
+        gc.enable()
 
 
 def test_who_observes_requests_harms_none(model: Model, caplog: pytest.LogCaptureFixture) -> None:
