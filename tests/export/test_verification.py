@@ -92,7 +92,7 @@ def test_a_zip_bomb_is_not_unpacked(
 ) -> None:
     """It names its size beforehand."""
     sizes = {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 1000}
-    monkeypatch.setattr(heldout.os, "sysconf", sizes.__getitem__)
+    monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
     list_file(version, heldout.NAME, pack(images=to_npy(np.zeros((100_000, 4, 4, 3), np.uint8)), labels=LABELS))
     monkeypatch.setattr(np, "load", None)
     assert cli.main(["verify", str(version.parent)]) == 2
