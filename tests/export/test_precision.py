@@ -23,6 +23,7 @@ from tests.export.sources import classifier, make_source
 def fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A graph with two convolutions and a dense layer."""
     path = tmp_path_factory.mktemp("fp32")
+    keras.utils.set_random_seed(0)
     layers = [keras.layers.Conv2D(4, 3, activation="relu"), keras.layers.Conv2D(4, 3, activation="relu")]
     ONNX.write(classifier(*layers), ["a", "b", "c"], path, OPSET)
     return path / ONNX.path
@@ -125,8 +126,7 @@ def test_each_calibration_finds_ranges_of_its_own(fp32: Path, tmp_path: Path) ->
         graph = quantize(fp32, tmp_path / "int8.onnx", method)
         scales += [float(graph.read_scale(data)) for data, name in graph.list_layers() if name in graph.quantized]
     minmax, percentile, entropy = scales
-    assert minmax > percentile
-    assert len({minmax, percentile, entropy}) == 3
+    assert minmax > percentile > entropy
 
 
 def test_half_precision_leaves_sums_and_probabilities_alone(fp32: Path, tmp_path: Path) -> None:
