@@ -43,8 +43,7 @@ def prepare() -> None:
 def release_memory() -> None:
     """Give freed memory back to the system.
 
-    A model that is loaded needs more memory than one that is served. Kept for requests, the rest would add up: after a
-    hundred loads of a model that takes 130 MB, a server had 1.2 GB.
+    Loading a model takes more memory than serving it. Kept for requests, what it freed would add up with each version.
     """
     if glibc := _find_glibc():
         glibc.malloc_trim(0)

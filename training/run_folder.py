@@ -107,7 +107,7 @@ class RunFolder:
             with path.open(newline="") as file:
                 return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
         except (OSError, ValueError, TypeError, csv.Error) as error:  # a short row has None for a number
-            raise BadInput(f"{path} cannot be read ({error}); remove it, and the run goes on without it") from None
+            raise BadInput(f"{path} cannot be read ({error}); restore it, or choose another folder") from None
 
     def write_history(self, rows: list[HistoryRow]) -> None:
         """Write these rows to history.csv."""

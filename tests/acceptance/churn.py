@@ -44,7 +44,7 @@ GOOD = range(1, 5)  # versions that are prepared, and come and go
 KEPT = 1  # never goes
 PAUSE_SECONDS = 0.1
 SETTLE_SECONDS = 30.0
-MAX_MEGABYTES = 500  # three versions; without any pause, a hundred were loaded
+MAX_MEGABYTES = 500  # of three versions, after many more were loaded
 ODD_NAMES = (
     "002", "-rf", "a b", "ä", "new\nline", "\u2028", "x" * 255, "٣", "1.", ".hidden", "9" * 20, "b'", "$HOME",
 )  # fmt: skip

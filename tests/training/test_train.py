@@ -264,7 +264,7 @@ def test_a_folder_in_use_is_not_overwritten(run: Path, tmp_path: Path) -> None:
 def test_a_history_that_was_spoiled_is_one_sentence(tmp_path: Path, content: str) -> None:
     """With the way out."""
     (tmp_path / "history.csv").write_text(content)
-    with pytest.raises(BadInput, match=r"history.csv cannot be read \(.*\); remove it, and the run goes on without it"):
+    with pytest.raises(BadInput, match=r"history.csv cannot be read \(.*\); restore it, or choose another folder"):
         RunFolder(tmp_path).read_history()
 
 
