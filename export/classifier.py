@@ -124,6 +124,15 @@ def end_in_probabilities(file: Path, model: keras.Model, images: NDArray[np.uint
     return keras.Model(image, y, name=model.name)
 
 
+def ends_in_softmax(model: keras.Model) -> bool:
+    """Return whether the probabilities of a model are a softmax, and not, for one, those of a sigmoid."""
+    operation: Any = model.outputs[0]._keras_history.operation
+    if isinstance(operation, keras.Model):
+        return ends_in_softmax(operation)
+    is_softmax = getattr(operation, "activation", None) is keras.activations.softmax
+    return is_softmax or isinstance(operation, keras.layers.Softmax)
+
+
 def _check_shapes(file: Path, pixels: Any, output: Any, preprocess: str | None) -> None:
     """Check that a model takes images and gives a vector."""
     if len(pixels.shape) != 4 or pixels.shape[-1] not in (1, 3):

@@ -12,19 +12,33 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
-from export import formats, original, parity, precision, repository, speed, triton
+from export import (
+    attestation,
+    classifier,
+    formats,
+    metadata,
+    original,
+    parity,
+    precision,
+    reference,
+    repository,
+    speed,
+    triton,
+)
 from export.formats import FORMATS, ONNX, OPSET
 from export.manifest import FORMAT, Budget, Certificate, Manifest, Preprocessing, TensorSpec, Variant, hash_files
-from export.parity import EvidenceError, ParityError, Predict, VariantError
+from export.parity import BATCH_SIZES, Comparison, EvidenceError, ParityError, Probabilities, VariantError
 from export.source import Source
 from resnet import BadInput
 
+CHECK = Path(__file__).with_name("check.py")  # a copy of it comes with each version
 LIBRARIES = ("tensorflow-cpu", "tensorflow", "keras", "tf2onnx", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 BUDGETS = {
-    "fp32": Budget(max_difference=1e-5),
-    "fp16": Budget(accuracy_drop=0.001),
+    "fp32": Budget(max_difference=1e-5, max_logit_difference=0.01),
+    "fp16": Budget(accuracy_drop=0.002),
     "int8": Budget(accuracy_drop=0.005),
 }
 
@@ -59,32 +73,39 @@ def export(
         raise BadInput(
             f"{source.path} has no training images beside it to calibrate int8 with; name a data set by --data"
         )
-    labels = source.evidence.labels
+    images, targets, labels = source.evidence.images, source.evidence.targets, source.evidence.labels
+    preprocessing, shape = Preprocessing(resize=source.resize), source.model.input_shape[1:]
+    budgets = {**budgets, "fp32": _adapt(budgets["fp32"], source)}
+    heldout = parity.hash_images(images, targets)
+    props = {name: metadata.describe(labels, shape, preprocessing, heldout, budget) for name, budget in budgets.items()}
     with repository.staging(target) as staged:
         costs = {}
         for row in FORMATS:
             with _report(f"converting to {row.name}"):
-                costs[row.name] = row.write(source.model, labels, staged, opset)
+                costs[row.name] = row.write(source.model, props["fp32"], staged, opset)
         source.model.save(staged / "model.keras")
         (staged / "labels.txt").write_text("".join(f"{label}\n" for label in labels), "utf-8")
-        with (staged / "heldout.npz").open("wb") as file:
-            np.savez_compressed(file, images=source.evidence.images, labels=source.evidence.targets)
+        (staged / CHECK.name).write_bytes(CHECK.read_bytes())
 
         print("comparing with the Keras original")
-        reference = original.load(staged / "model.keras")
+        expected = parity.predict(original.load(staged / "model.keras"), images, max(BATCH_SIZES), "Keras")
         exact = [Variant(row.name, row.path, "fp32", "", budgets["fp32"], [], {}) for row in FORMATS]
-        certificate = _certify(source, staged, reference, exact)
+        certificate = _certify(source, staged, expected, exact).certificate
         parity.check(certificate)
         _check_evidence(source, certificate)
         refusals: dict[str, str] = {}
+        predictions: dict[str, NDArray[np.int32]] = {}
         for name in precisions:
             variant = Variant(f"{ONNX.name}-{name}", f"model.{name}.onnx", name, "", budgets[name], [], {})
             try:
-                certificate.variants.append(_reduce(source, staged, reference, variant))
+                reduced = _reduce(source, staged, expected, variant, props[name])
             except VariantError as error:
                 refusals[name] = str(error)
+            else:
+                certificate.variants.extend(reduced.certificate.variants)
+                predictions.update(reduced.predictions)
         print(parity.describe(certificate))
-        files = hash_files(staged)
+        reference.make(images, targets, expected, predictions).write(staged / reference.NAME)
         cost = costs[ONNX.name]
         assert cost is not None
 
@@ -94,20 +115,21 @@ def export(
                 model=target.name,
                 version=version,
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                input=TensorSpec(original.INPUT, "uint8", [-1, *source.model.input_shape[1:]]),
+                input=TensorSpec(original.INPUT, "uint8", [-1, *shape]),
                 output=TensorSpec(original.OUTPUT, "float32", [-1, len(labels)]),
                 labels=list(labels),
-                preprocessing=Preprocessing(resize=source.resize),
+                preprocessing=preprocessing,
                 opset=opset,
                 cost=cost,
                 versions=_find_versions(),
                 cpu=speed.name_cpu(),
                 training=source.training,
-                files=files,
+                files=hash_files(staged),
                 certificate=certificate,
             )
+            attestation.write_files(manifest, staged)
             triton.write_files(manifest, target)
-            manifest.write(staged)
+            msgspec.structs.replace(manifest, files=hash_files(staged)).write(staged)
             if sign is not None:
                 sign(staged)
 
@@ -142,13 +164,24 @@ def _check_evidence(source: Source, certificate: Certificate) -> None:
         )
 
 
-def _certify(source: Source, staged: Path, reference: Predict, variants: Sequence[Variant]) -> Certificate:
+def _adapt(budget: Budget, source: Source) -> Budget:
+    """Return a budget without a limit of logits if the model has none: if its probabilities are no softmax."""
+    return (
+        budget
+        if classifier.ends_in_softmax(source.model)
+        else msgspec.structs.replace(budget, max_logit_difference=None)
+    )
+
+
+def _certify(source: Source, staged: Path, expected: Probabilities, variants: Sequence[Variant]) -> Comparison:
     loaded = [(variant, formats.load(staged, variant)) for variant in variants]
-    return parity.certify(reference, loaded, source.evidence.images, source.evidence.targets)
+    return parity.certify(expected, loaded, source.evidence.images, source.evidence.targets)
 
 
-def _reduce(source: Source, staged: Path, reference: Predict, variant: Variant) -> Variant:
-    """Write a variant in lower precision, by the first reduction within its budget.
+def _reduce(
+    source: Source, staged: Path, expected: Probabilities, variant: Variant, props: dict[str, str]
+) -> Comparison:
+    """Write a variant in lower precision, by the first reduction within its budget; return its comparison.
 
     A variant is optional: nothing that happens to it costs what is exported already.
 
@@ -161,7 +194,8 @@ def _reduce(source: Source, staged: Path, reference: Predict, variant: Variant) 
         try:
             with _report(f"trying {variant.precision}: {reduction.method}"):
                 reduction.write(staged / ONNX.path, path)
-            return _prove(source, staged, reference, tried)
+            metadata.write(path, props)
+            return _prove(source, staged, expected, tried)
         except ParityError as error:
             problem = str(error)
         except Exception as error:  # each library has its own exceptions
@@ -171,15 +205,18 @@ def _reduce(source: Source, staged: Path, reference: Predict, variant: Variant) 
     raise VariantError(problem)
 
 
-def _prove(source: Source, staged: Path, reference: Predict, variant: Variant) -> Variant:
-    """Return a variant in lower precision with its comparison and speed; raise `VariantError` if it loses too much."""
-    certificate = _certify(source, staged, reference, [variant])
+def _prove(source: Source, staged: Path, expected: Probabilities, variant: Variant) -> Comparison:
+    """Return the comparison of a variant, with its speed; raise `VariantError` if it loses too much."""
+    comparison = _certify(source, staged, expected, [variant])
+    certificate = comparison.certificate
     (measured,) = certificate.variants
     problems = list(measured.violations(certificate.images, certificate.accuracy))
     if problems:
         raise VariantError("; ".join(problems))
     baseline, path = ONNX.load(staged / ONNX.path), ONNX.load(staged / variant.path)
-    return msgspec.structs.replace(measured, speedup=speed.measure_speedup(baseline, path, source.evidence.images))
+    speedup = speed.measure_speedup(baseline, path, source.evidence.images)
+    certificate.variants[:] = [msgspec.structs.replace(measured, speedup=speedup)]
+    return comparison
 
 
 def _find_versions() -> dict[str, str]:

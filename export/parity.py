@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from export import statistics
 from export.manifest import Certificate, Parity, Variant
 from resnet import CheckFailed
 
@@ -18,6 +22,18 @@ Predict = Callable[[NDArray[np.uint8]], Probabilities]
 
 BATCH_SIZES = (1, 3, 64)
 WORST = 10  # images that the certificate lists for each variant and batch size
+
+
+class Comparison(NamedTuple):
+    """A comparison of variants with the original.
+
+    Attributes:
+        certificate: Its figures.
+        predictions: The classes that each variant answered, int32 [n], by its name; at the smallest batch size.
+    """
+
+    certificate: Certificate
+    predictions: dict[str, NDArray[np.int32]]
 
 
 class ParityError(CheckFailed):
@@ -45,37 +61,38 @@ class BudgetError(ParityError):
 
 
 def certify(
-    reference: Predict,
+    expected: Probabilities,
     variants: Sequence[tuple[Variant, Predict]],
     images: NDArray[np.uint8],
     labels: NDArray[np.int32],
-    title: str = "Keras",
-) -> Certificate:
+) -> Comparison:
     """Compare every variant with the original on all images, at every batch size of `BATCH_SIZES`.
 
     Args:
-        reference: The Keras original.
+        expected: The answers of the Keras original, float32 [n, classes].
         variants: The converted models, each with the function that runs it; their rows are ignored.
         images: Held-out images, uint8 [n, height, width, 3].
         labels: Their labels, int32 [n].
-        title: What the original is called.
 
     Returns:
-        A certificate with new rows for all variants.
+        A comparison whose certificate has new rows for all variants.
 
     Raises:
         RunError: A model cannot be run.
         ShapeError: The output of a variant has another shape or dtype than that of the original.
     """
-    expected = _predict(reference, images, max(BATCH_SIZES), title)
     measured = []
-    for variant, predict in variants:
+    predictions: dict[str, NDArray[np.int32]] = {}
+    for variant, run in variants:
         rows = []
         for size in BATCH_SIZES:
-            actual = _predict(predict, images, size, f"{variant.name}, batch size {size}")
+            actual = predict(run, images, size, f"{variant.name}, batch size {size}")
             rows.append(compare(expected, actual, labels, size, variant.budget.tie))
+            predictions.setdefault(variant.name, actual.argmax(axis=1).astype(np.int32))
         measured.append(msgspec.structs.replace(variant, rows=rows))
-    return Certificate(len(images), hash_images(images, labels), _accuracy(expected, labels), measured)
+    calibration = statistics.measure_calibration(expected, labels)
+    accuracy, heldout = _accuracy(expected, labels), hash_images(images, labels)
+    return Comparison(Certificate(len(images), heldout, accuracy, calibration, measured), predictions)
 
 
 def check(certificate: Certificate) -> None:
@@ -106,17 +123,30 @@ def compare(
             f"the original's is {expected.dtype} {list(expected.shape)}"
         )
     difference = np.abs(expected.astype(np.float64) - actual)
-    agree = expected.argmax(axis=1) == actual.argmax(axis=1)
+    logits, actual_logits = statistics.compute_logits(expected), statistics.compute_logits(actual)
+    logit_difference = np.abs(logits - actual_logits)
+    cosines = statistics.compute_cosines(logits, actual_logits)
+    answers, actual_answers = expected.argmax(axis=1), actual.argmax(axis=1)
+    agree, right, actual_right = answers == actual_answers, answers == labels, actual_answers == labels
     second, first = np.sort(expected, axis=1)[:, -2:].T
-    classes = [agree[labels == label] for label in range(expected.shape[1])]
+    lost, gained = int(np.sum(right & ~actual_right)), int(np.sum(~right & actual_right))
+    classes = [labels == label for label in range(expected.shape[1])]
     return Parity(
         batch_size=batch_size,
         max_difference=float(difference.max()),
         mean_difference=float(difference.mean()),
+        max_logit_difference=float(logit_difference.max()),
+        p999_logit_difference=float(np.quantile(logit_difference, 0.999)),
         top1_agreement=float(agree.mean()),
         top1_disagreements=int(np.sum(~agree & (first - second >= tie))),
         accuracy=_accuracy(actual, labels),
-        class_agreement=[float(same.mean()) if len(same) else None for same in classes],
+        lost=lost,
+        gained=gained,
+        drop_bound=statistics.bound_drop(lost, gained, len(labels)),
+        mcnemar=statistics.compute_mcnemar(lost, gained),
+        calibration_error=statistics.measure_calibration(actual, labels),
+        class_agreement=[float(agree[rows].mean()) if rows.any() else None for rows in classes],
+        class_cosine=[float(cosines[rows].mean()) if rows.any() else None for rows in classes],
         worst=np.argsort(-difference.max(axis=1), kind="stable")[:WORST].tolist(),
     )
 
@@ -130,23 +160,43 @@ def hash_images(images: NDArray[np.uint8], labels: NDArray[np.int32]) -> str:
 
 
 def describe(certificate: Certificate) -> str:
-    """Return the certificate as a table to print."""
-    rows: list[Sequence[str]] = [("", "batch", "max difference", "mean", "same class", "accuracy")]
-    rows.append(("keras", "", "", "", "", f"{certificate.accuracy:.2%}"))
-    rows += [
-        (
-            variant.name,
-            str(row.batch_size),
-            f"{row.max_difference:.1e}",
-            f"{row.mean_difference:.1e}",
-            f"{row.top1_agreement:.2%}",
-            f"{row.accuracy:.2%}",
-        )
-        for variant in certificate.variants
-        for row in variant.rows
+    """Return the certificate as tables to print: the differences, then the accuracy."""
+    differences: list[Sequence[str]] = [("", "batch", "difference", "mean", "logits", "99.9 %", "cosine", "same class")]
+    accuracies: list[Sequence[str]] = [("", "batch", "accuracy", "lost", "gained", "p", "loss below", "calibration")]
+    accuracies.append(
+        ("keras", "", f"{certificate.accuracy:.2%}", "", "", "", "", f"{certificate.calibration_error:.4f}")
+    )
+    for variant in certificate.variants:
+        for row in variant.rows:
+            name = variant.name, str(row.batch_size)
+            differences.append(
+                (
+                    *name,
+                    f"{row.max_difference:.1e}",
+                    f"{row.mean_difference:.1e}",
+                    f"{row.max_logit_difference:.1e}",
+                    f"{row.p999_logit_difference:.1e}",
+                    f"{min((cosine for cosine in row.class_cosine if cosine is not None), default=math.nan):.6f}",
+                    f"{row.top1_agreement:.2%}",
+                )
+            )
+            accuracies.append(
+                (
+                    *name,
+                    f"{row.accuracy:.2%}",
+                    str(row.lost),
+                    str(row.gained),
+                    f"{row.mcnemar:.2g}",
+                    f"{100 * row.drop_bound:.2f} points",
+                    f"{row.calibration_error:.4f}",
+                )
+            )
+    lines = [
+        f"  {a:<12} {b:>5}  {c:>11}  {d:>8}  {e:>8}  {f:>8}  {g:>11}  {h:>11}"
+        for table in (differences, accuracies)
+        for a, b, c, d, e, f, g, h in table
     ]
-    lines = [f"  {a:<12} {b:>5}  {c:>14}  {d:>8}  {e:>10}  {f:>8}" for a, b, c, d, e, f in rows]
-    lines.append(f"  on {certificate.images:,} held-out images")
+    lines.append(f"  on {certificate.images:,} held-out images; cosine: lowest mean of a class; loss: 95 % confidence")
     for variant in certificate.variants:
         worst = ", ".join(str(index) for index in variant.rows[-1].worst[:3]) if variant.rows else ""
         speed = ", ".join(f"{times:.1f}x at batch size {size}" for size, times in variant.speedup.items())
@@ -160,18 +210,45 @@ def describe(certificate: Certificate) -> str:
     return "\n".join(lines)
 
 
-def _predict(predict: Predict, images: NDArray[np.uint8], batch_size: int, title: str) -> Probabilities:
-    from rich.progress import Progress  # here, because a server compares models without it
+def predict(run: Predict, images: NDArray[np.uint8], batch_size: int, title: str) -> Probabilities:
+    """Return the answers of a model to all images, float32 [n, classes], computed in batches of exactly one size.
 
-    starts = range(0, len(images), batch_size)
+    Args:
+        run: The model.
+        images: uint8 [n, height, width, 3].
+        batch_size: Images per call; the last batch, or the only one, is filled with further copies of the images.
+        title: What the model is called, in the progress display.
+
+    Raises:
+        RunError: The model cannot be run.
+    """
+    count = len(images)
+    starts = range(0, count, batch_size)
     try:
-        with Progress() as progress:  # which ends its display even if a model fails
-            batches = progress.track(starts, description=f"  {title:<28}")
-            return np.concatenate([predict(images[start : start + batch_size]) for start in batches])
+        with _track(starts, title) as batches:
+            answers = [run(images[_fill(start, batch_size, count)]) for start in batches]
+            return np.concatenate(answers)[:count]
     except ParityError:
         raise
     except Exception as error:  # each library has its own exceptions
         raise RunError(f"{title}: the model cannot be run: {error}") from error
+
+
+def _fill(start: int, size: int, count: int) -> slice | NDArray[np.intp]:
+    """Return the indices of a batch; after the last image the first ones follow again."""
+    return slice(start, start + size) if start + size <= count else np.arange(start, start + size) % count
+
+
+@contextmanager
+def _track(starts: range, title: str) -> Iterator[Iterable[int]]:
+    """Show progress where `rich` is installed; the display ends even if a model fails."""
+    try:
+        from rich.progress import Progress
+    except ImportError:
+        yield starts
+        return
+    with Progress() as progress:
+        yield progress.track(starts, description=f"  {title:<28}")
 
 
 def _accuracy(probabilities: Probabilities, labels: NDArray[np.int32]) -> float:

@@ -11,13 +11,13 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from export import classifier, heldout
+from export import classifier, reference
 from resnet import BadInput
 from resnet.archives import read_arrays
 from training import data as datasets
 from training.data import check_names
 from training.images import Resize
-from training.run_folder import choose_calibration, choose_heldout
+from training.run_folder import HELDOUT, choose_calibration, choose_heldout
 
 TESTED_IMAGES = 64  # enough to distinguish probabilities from other outputs
 
@@ -188,8 +188,9 @@ def _load_metrics(path: Path) -> dict[str, Any] | None:
 
 
 def load_heldout(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    """Read held-out images and their labels from heldout.npz in a run folder or version folder."""
-    return heldout.unpack(read_arrays(folder / heldout.NAME))
+    """Read the held-out images and their labels of a run folder, or of a version folder."""
+    path = folder / reference.NAME
+    return reference.unpack_images(read_arrays(path if path.exists() else folder / HELDOUT))
 
 
 def _load_data(name: str, size: tuple[int, int] | None, resize: Resize) -> Evidence:

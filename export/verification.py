@@ -6,19 +6,24 @@ import io
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import msgspec
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from numpy.typing import NDArray
 
-from export import formats, heldout, manifest, parity, session, signature, triton
+from export import formats, manifest, parity, reference, session, signature, triton
 from export.formats import ONNX
 from export.manifest import ROUNDING, Certificate, Manifest, Variant
 from export.parity import Predict, Probabilities
+from export.reference import Reference
 from resnet import BadInput, CheckFailed
 from resnet.archives import check_size
+
+SAME_MODEL = 1e-5  # largest difference of a probability between two machines that run the same Keras model
 
 
 def verify(folder: Path, trust: Ed25519PublicKey | None = None, full: bool = False) -> Manifest:
@@ -27,8 +32,8 @@ def verify(folder: Path, trust: Ed25519PublicKey | None = None, full: bool = Fal
     Args:
         folder: REPOSITORY/NAME/VERSION.
         trust: Also require a signature that matches this key.
-        full: Compare every format with the Keras original. This runs the code of both, which may do anything. Otherwise
-            only the ONNX files are run, and compared with the recorded accuracy.
+        full: Also run the Keras original and the SavedModel, which may do anything. Otherwise only the ONNX files are
+            run, and compared with the recorded answers of the original; this needs no TensorFlow.
 
     Returns:
         The manifest of the version.
@@ -46,24 +51,30 @@ def verify(folder: Path, trust: Ed25519PublicKey | None = None, full: bool = Fal
         print(f"{folder} is signed by the trusted key")
     print(f"the {len(recorded.files)} files of {folder} are unchanged")
     parity.check(recorded.certificate)
+    stored = reference.load(folder, recorded)
     if full:
         if trust is None:
             print(
                 f"warning: {folder} was not checked against a key (--trust), and --full runs the code of its models",
                 file=sys.stderr,
             )
-        recomputed = _certify_all(folder, recorded)
-        parity.check(recomputed)
+        recomputed = _certify_all(folder, recorded, stored)
     else:
-        recomputed = _certify_onnx(folder, recorded)
-    print(parity.describe(recomputed if full else recorded.certificate))
+        onnx = [variant for variant in recorded.certificate.variants if variant.name.partition("-")[0] == ONNX.name]
+        loaded = [(variant, _load_onnx(folder, variant, recorded)) for variant in onnx]
+        recomputed = parity.certify(stored.probabilities, loaded, stored.images, stored.labels).certificate
+    parity.check(msgspec.structs.replace(recomputed, variants=_complete(recorded, recomputed)))
+    print(parity.describe(recomputed))
     _compare(recorded.certificate, recomputed)
-    if not full:
-        print("the ONNX files have the recorded accuracy; --full compares them with the Keras original")
     return recorded
 
 
-def _certify_all(folder: Path, recorded: Manifest) -> Certificate:
+def _complete(recorded: Manifest, recomputed: Certificate) -> list[Variant]:
+    """Return the recomputed variants, and the recorded ones in the place of those that were not run."""
+    return [recomputed.find(variant.name) or variant for variant in recorded.certificate.variants]
+
+
+def _certify_all(folder: Path, recorded: Manifest, stored: Reference) -> Certificate:
     """Return the certificate of all variants. They are loaded from a copy: what was hashed is what is loaded."""
     from export import original  # loads TensorFlow
 
@@ -74,32 +85,36 @@ def _certify_all(folder: Path, recorded: Manifest) -> Certificate:
             (copy / file).write_bytes(manifest.read_file(folder, file, recorded))
         try:
             check_size(copy / "model.keras")
-            reference = original.load(copy / "model.keras")
+            keras = original.load(copy / "model.keras")
             variants = [(variant, formats.load(copy, variant)) for variant in recorded.certificate.variants]
         except BadInput:
             raise
         except Exception as error:  # Keras, TensorFlow and onnxruntime raise many types for unreadable files
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise BadInput(f"a model of {folder} cannot be loaded ({reason})") from None
-        return parity.certify(reference, variants, *heldout.load(folder, recorded))
+        expected = parity.predict(keras, stored.images, max(parity.BATCH_SIZES), "Keras")
+        _check_answers(folder, stored, expected)
+        return parity.certify(expected, variants, stored.images, stored.labels).certificate
 
 
-def _certify_onnx(folder: Path, recorded: Manifest) -> Certificate:
-    """Return the certificate of the ONNX files, with the one in full precision in the place of the original."""
-    onnx = [variant for variant in recorded.certificate.variants if variant.name.partition("-")[0] == ONNX.name]
-    variants = {variant.name: (variant, _load_onnx(folder, variant, recorded)) for variant in onnx}
-    images, labels = heldout.load(folder, recorded)
-    _, reference = variants[ONNX.name]
-    return parity.certify(reference, list(variants.values()), images, labels, title=ONNX.name)
+def _check_answers(folder: Path, stored: Reference, expected: Probabilities) -> None:
+    """Raise `CheckFailed` if the recorded answers of the original are not those that it gives."""
+    row = parity.compare(stored.probabilities, expected, stored.labels, max(parity.BATCH_SIZES), SAME_MODEL)
+    if not row.max_difference <= SAME_MODEL or row.top1_disagreements:
+        raise CheckFailed(
+            f"{folder / reference.NAME} does not hold the answers of the Keras original, which differ by up to "
+            f"{row.max_difference:.3g}"
+        )
 
 
 def _load_onnx(folder: Path, variant: Variant, recorded: Manifest) -> Predict:
     content = manifest.read_file(folder, variant.path, recorded)
     try:
         if variant.arithmetic:
-            from export import half
+            with suppress(ModuleNotFoundError):  # onnx; without it the file is computed as onnxruntime does on a CPU
+                from export import half
 
-            return half.load(io.BytesIO(content))
+                return half.load(io.BytesIO(content))
         loaded = session.open_session(content)
     except Exception as error:  # onnxruntime's exceptions have no common base below Exception
         raise BadInput(f"{folder / variant.path} cannot be loaded by onnxruntime: {error}") from None

@@ -34,6 +34,7 @@ from resnet import BadInput
 from training.data import Dataset, Split
 
 CALIBRATION_IMAGES, CALIBRATION_BYTES = 512, 64 * 2**20
+HELDOUT = "heldout.npz"
 HELDOUT_BYTES = 256 * 2**20  # of pixels; a larger test split is sampled, to keep model versions small
 
 HistoryRow = dict[str, float]
@@ -124,7 +125,7 @@ class RunFolder:
         """Write the class names, at most `HELDOUT_BYTES` of test images, and some training images for calibration."""
         test = dataset.test
         selected = choose_heldout(test)
-        self._write_arrays("heldout.npz", images=test.images[selected], labels=test.labels[selected])
+        self._write_arrays(HELDOUT, images=test.images[selected], labels=test.labels[selected])
         self._write_arrays("calibration.npz", images=choose_calibration(dataset.train))
         text = "".join(f"{name}\n" for name in dataset.classes)
         self.replace(self.folder / "labels.txt", lambda path: path.write_text(text, "utf-8"))

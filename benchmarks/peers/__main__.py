@@ -21,7 +21,7 @@ from benchmarks.peers import environments
 from benchmarks.peers.catalog import PEERS, ModelFile, Peer, choose
 from benchmarks.peers.race import WORKLOADS, RaceRow, as_dict, race, render_rows
 from benchmarks.peers.systems import OnnxruntimeLoop, PeerServer
-from export import manifest, repository
+from export import manifest, reference, repository
 from resnet import BadInput, cli
 from resnet.options import AMOUNT, COUNT
 from serving.runtimes.base import Images, Probabilities
@@ -112,8 +112,7 @@ def make_rows(
 ) -> list[RaceRow]:
     """Return a row for each system: all serve the first precision, some the others too."""
     version = manifest.read(folder)
-    with np.load(folder / "heldout.npz") as arrays:
-        images = arrays["images"]
+    images = reference.load(folder, version).images
     images = np.resize(images, (max(workload.images for workload in WORKLOADS), *images.shape[1:]))
     rows: list[RaceRow] = []
     for precision in precisions:

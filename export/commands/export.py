@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from export.formats import NEWEST_OPSET, OLDEST_OPSET, OPSET
+from export.manifest import EvidenceRule
 from export.preprocessing import PREPROCESSING
 from resnet.options import add_options, check, option, read
 from training.backend import start_tensorflow
@@ -29,8 +30,12 @@ class ExportOptions:
     precision: tuple[str, ...] = option(
         ("fp32",), "precisions to export; fp32 is always included", choices=("fp32", "fp16", "int8"), metavar="P,..."
     )
-    fp16_drop: float = option(0.1, "maximum accuracy loss of fp16, in percentage points", low=0, high=100)
+    fp16_drop: float = option(0.2, "maximum accuracy loss of fp16, in percentage points", low=0, high=100)
     int8_drop: float = option(0.5, "maximum accuracy loss of int8, in percentage points", low=0, high=100)
+    evidence: EvidenceRule = option(
+        "bound",
+        "what must be within the maximum loss: bound, its upper bound at 95 % confidence, or point, as measured",
+    )
     preprocess: str | None = option(
         None,
         "preprocessing to add to a model with float input: "
@@ -88,6 +93,8 @@ def run(args: argparse.Namespace) -> None:
         resize=options.resize,
     )
     drops = {"fp16": options.fp16_drop, "int8": options.int8_drop}
-    budgets = BUDGETS | {name: Budget(accuracy_drop=points / 100) for name, points in drops.items()}
+    budgets = BUDGETS | {
+        name: Budget(accuracy_drop=points / 100, evidence=options.evidence) for name, points in drops.items()
+    }
     precisions = [name for name in dict.fromkeys(options.precision) if name != "fp32"]
     print(f"published {export(loaded, options.to, precisions, budgets, options.opset, sign)}")

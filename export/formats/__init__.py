@@ -7,7 +7,7 @@ nor onnx.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
@@ -26,12 +26,12 @@ NEWEST_OPSET = 18  # of those that tf2onnx 1.17 converts to
 class FormatModule(Protocol):
     """What the module of a format has."""
 
-    def write(self, model: keras.Model, labels: Sequence[str], path: Path, opset: int) -> Cost | None:
+    def write(self, model: keras.Model, metadata: Mapping[str, str], path: Path, opset: int) -> Cost | None:
         """Convert a model.
 
         Args:
             model: The classifier, from uint8 [batch, height, width, 3] to float32 [batch, classes].
-            labels: Names of the classes, in the order of the output.
+            metadata: What the file says of itself, if the format has a place for that.
             path: The file or folder to write; the folder exists already if it is that of the version.
             opset: Operator set, for formats that consist of ONNX operators.
 
@@ -58,14 +58,14 @@ class Format(NamedTuple):
     path: str
     module: str
 
-    def write(self, model: keras.Model, labels: Sequence[str], folder: Path, opset: int) -> Cost | None:
+    def write(self, model: keras.Model, metadata: Mapping[str, str], folder: Path, opset: int) -> Cost | None:
         """Convert a model into a version folder; see `FormatModule.write`.
 
         Raises:
             BadInput: The libraries of the format cannot convert the model.
         """
         try:
-            return self._import().write(model, labels, folder / self.path, opset)
+            return self._import().write(model, metadata, folder / self.path, opset)
         except (BadInput, OSError, MemoryError):
             raise
         except Exception as error:  # each library has its own exceptions

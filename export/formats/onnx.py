@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import keras
@@ -28,12 +27,12 @@ from resnet import BadInput
 logging.getLogger("tf2onnx").setLevel(logging.CRITICAL)  # `write` names what cannot be converted
 
 
-def write(model: keras.Model, labels: Sequence[str], path: Path, opset: int) -> Cost:
+def write(model: keras.Model, metadata: Mapping[str, str], path: Path, opset: int) -> Cost:
     """Write an ONNX file with input `image`, output `probabilities` and a dynamic first axis called `batch`.
 
     Args:
         model: The classifier.
-        labels: Names of the classes; they become metadata of the file.
+        metadata: What the file says of itself, in its `metadata_props`.
         path: The file to write.
         opset: Operator set.
 
@@ -48,12 +47,8 @@ def write(model: keras.Model, labels: Sequence[str], path: Path, opset: int) -> 
     graph = onnxslim.slim(graph)  # removes the layout changes that tf2onnx leaves around 1x1 feature maps
     for value in (*graph.graph.input, *graph.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
-    metadata = {
-        "labels": json.dumps(list(labels)),
-        "input": "RGB pixels of 0 to 255",
-        "producer": f"keras {keras.__version__}, tf2onnx {tf2onnx.__version__}",
-    }
-    onnx.helper.set_model_props(graph, metadata)
+    producer = f"keras {keras.__version__}, tf2onnx {tf2onnx.__version__}"
+    onnx.helper.set_model_props(graph, {**metadata, "producer": producer})
     onnx.checker.check_model(graph, full_check=True)
     onnx.save(graph, path)
     return cost.measure(graph, nodes_converted)

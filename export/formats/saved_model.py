@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import keras
@@ -14,7 +14,7 @@ from export.original import INPUT, OUTPUT, describe_input
 from export.parity import Predict, Probabilities
 
 
-def write(model: keras.Model, labels: Sequence[str], path: Path, opset: int) -> None:  # noqa: ARG001
+def write(model: keras.Model, metadata: Mapping[str, str], path: Path, opset: int) -> None:  # noqa: ARG001
     """Write a SavedModel whose signature `serving_default` maps `image` to `probabilities`."""
     archive = keras.export.ExportArchive()
     archive.track(model)

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export import parity
-from export.heldout import load as load_heldout
+from export import reference as references
 from export.manifest import Certificate, Manifest, Variant
 from export.speed import name_cpu
 from resnet import BadInput
@@ -246,9 +246,8 @@ def _load_engines(
 
 def _choose_heldout(folder: Path, manifest: Manifest) -> tuple[Images, NDArray[np.int32]]:
     """Return `PROOF_IMAGES` held-out images of a version, spread evenly over all of them, and their classes."""
-    images, labels = load_heldout(folder, manifest)
-    chosen = np.linspace(0, len(images) - 1, min(len(images), PROOF_IMAGES)).astype(int)
-    return images[chosen], labels[chosen]
+    chosen = references.load(folder, manifest).choose(PROOF_IMAGES)
+    return chosen.images, chosen.labels
 
 
 def _make_batches(manifest: Manifest, max_batch: int) -> list[Images]:

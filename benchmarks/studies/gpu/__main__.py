@@ -15,10 +15,7 @@ file are printed last.
 
 The machine needs one GPU with a driver for CUDA 13, Python 3.11 or later, h2load, and the extra `serving-gpu` with
 `rich`. Some parts need keras, jax or tritonclient, and are left out without them. Folders contain ONNX files, and for
-some parts manifest.json, heldout.npz, and probabilities.npy, the answers of Keras to the held-out images, made by
-
-  python -c "import numpy, sys; from export import original, source; from pathlib import Path; f = Path(sys.argv[1])
-  numpy.save(f / 'probabilities.npy', original.load(f / 'model.keras')(source.load_heldout(f)[0]))" models/NAME/1
+some parts manifest.json and reference.npz, as `resnet export` writes them.
 
 Examples:
   python -m benchmarks.studies.gpu models/*/1 --out gpu

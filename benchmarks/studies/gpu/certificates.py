@@ -1,4 +1,4 @@
-"""The certificate of each file, recomputed on the device from the answers that Keras gave on another machine."""
+"""The certificate of each file, recomputed on the device against the answers that Keras gave on another machine."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ from functools import partial
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from benchmarks.studies.gpu.files import PRECISIONS, Results, describe, list_files, open_engine, parse_args, title
-from export import parity
+from export import parity, reference
 from export.manifest import Manifest
 from resnet import BadInput
 
 
 def main() -> None:
-    """Certify all files that have the answers of Keras beside them."""
+    """Certify all files that have the answers of Keras beside them, in reference.npz."""
     args = parse_args(__doc__)
     results = Results(args)
     for path in list_files(args.folders, *PRECISIONS.values()):
-        if (path.parent / "probabilities.npy").is_file():
+        if (path.parent / reference.NAME).is_file():
             results.attempt(f"certificate of {title(path)}", partial(_add, path, args.device, results))
     results.end()
 
@@ -36,23 +35,15 @@ def certify(path: Path, manifest: Manifest, device: str) -> tuple[str, list[dict
         The verdict in words, and the figures by batch size.
 
     Raises:
-        BadInput: The manifest does not name the file, or the images or the answers of Keras are missing.
+        BadInput: The manifest does not name the file, or the answers of Keras cannot be read.
     """
     variant = next((one for one in manifest.certificate.variants if one.path == path.name), None)
     if variant is None:
         raise BadInput(f"the manifest beside {path} does not name it; export it again")
-    heldout, answers = path.parent / "heldout.npz", path.parent / "probabilities.npy"
-    if not (heldout.is_file() and answers.is_file()):
-        raise BadInput(
-            f"{heldout} or {answers} is missing; `python -m benchmarks.studies.gpu --help` says how to make it"
-        )
-    with np.load(heldout) as arrays:
-        images, labels = arrays["images"], arrays["labels"]
-    expected, largest = np.load(answers), max(parity.BATCH_SIZES)
-    batches = iter(np.split(expected, range(largest, len(expected), largest)))
-    run = open_engine(path, manifest, device, largest).run
+    stored = reference.load(path.parent, manifest)
+    run = open_engine(path, manifest, device, max(parity.BATCH_SIZES)).run
     variant = msgspec.structs.replace(variant, speedup={})  # it was measured on the exporting machine
-    certificate = parity.certify(lambda _: next(batches), [(variant, run)], images, labels)
+    certificate = parity.certify(stored.probabilities, [(variant, run)], stored.images, stored.labels).certificate
     violations = list(certificate.variants[0].violations(certificate.images, certificate.accuracy))
     rows = [
         {

@@ -13,6 +13,7 @@ import numpy as np
 
 from benchmarks.harness.process import serve
 from benchmarks.studies.gpu.files import Results, describe, parse_args
+from export import reference
 from resnet import CheckFailed
 from serving.transports import choice
 
@@ -28,7 +29,7 @@ def main() -> None:
         print("left out: tritonclient is not installed")
         sys.exit()
     for folder in args.folders:
-        if (folder / "probabilities.npy").is_file() and (folder / "saved_model.pb").is_file():
+        if (folder / reference.NAME).is_file() and (folder / "saved_model.pb").is_file():
             for transport in ("native", "grpcio") if not choice.find_problem() else ("grpcio",):
                 for precision in TOLERANCE:
                     title = f"{folder.parent.name} in {precision} by tritonclient, {transport}"
@@ -47,9 +48,8 @@ def _check(folder: Path, precision: str, transport: str, device: str, results: R
     manifest = describe(folder / "model.onnx")
     if not manifest.certificate.find("onnx" if precision == "fp32" else f"onnx-{precision}"):
         return
-    with np.load(folder / "heldout.npz") as arrays:
-        images = arrays["images"][:IMAGES]
-    expected = np.load(folder / "probabilities.npy")[: len(images)]
+    stored = reference.load(folder, manifest)
+    images, expected = stored.images[:IMAGES], stored.probabilities[:IMAGES]
     options = ["--device", device, "--precision", precision, "--transport", transport, "--no-tune"]
     with ExitStack() as stack:
         repository = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -108,7 +108,7 @@ def describe(path: Path) -> Manifest:
         cpu="",
         training=None,
         files={path.name: compute_hash(path)},
-        certificate=Certificate(0, "", 0.0, [variant]),
+        certificate=Certificate(0, "", 0.0, 0.0, [variant]),
     )
 
 

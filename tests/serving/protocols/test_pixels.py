@@ -60,7 +60,7 @@ def make_manifest(resize: Resize = "bilinear") -> Manifest:
         cpu="",
         training=None,
         files={},
-        certificate=Certificate(0, "", 0.0, []),
+        certificate=Certificate(0, "", 0.0, 0.0, []),
     )
 
 

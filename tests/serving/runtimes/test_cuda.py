@@ -78,7 +78,7 @@ def make_manifest() -> Manifest:
         cpu="",
         training=None,
         files={name: hashlib.sha256(name.encode()).hexdigest() for name in FILES},
-        certificate=Certificate(0, "", 0.0, variants),
+        certificate=Certificate(0, "", 0.0, 0.0, variants),
         digest="cafe",
     )
 
