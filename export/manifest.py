@@ -145,13 +145,13 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
             yield f"{self.name} has no budget"
         if not self.rows:
             return
-        yield from self._list_differences(images)
+        yield from self.list_differences(images)
         yield from self._list_contradictions(images, accuracy)
         if self.budget.accuracy_drop is not None:
             yield from self._list_losses(images, accuracy, self.budget.accuracy_drop)
 
-    def _list_differences(self, images: int) -> Iterator[str]:
-        """Yield a clause for each limit of a difference that is exceeded."""
+    def list_differences(self, images: int) -> Iterator[str]:
+        """Yield a clause for each limit of a difference that is exceeded, on so many images."""
         limit = self.budget.max_difference
         row = self._worst(lambda row: row.max_difference)
         if limit is not None and not row.max_difference <= limit:  # NaN is outside too

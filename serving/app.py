@@ -117,12 +117,13 @@ def make_loader(config: Config, tracing: Tracing | None = None) -> Callable[[Pat
     key = signature.load_public(config.trust) if config.trust else None
 
     def load(version: Path) -> Model:
-        model = loader.load(version, config.device, config, config.precision, config.runtime, config.tune, key)
+        model = loader.load(version, config, config, key)
         if tracing:
             tracing.follow(model)
-        which = f"{model.name}/{model.version} in {config.precision} on {model.engine.provider}"
+        which = f"{model.name}/{model.version} in {model.precision} on {model.engine.provider}"
         which += f" ({model.plan})" if model.plan else ""
-        logs.announce(f"loaded {which}, files and certificate verified")
+        proved = "not proved on this machine" if model.proof is None else str(model.proof)
+        logs.announce(f"loaded {which}, files and certificate verified; {proved}")
         return model
 
     return load

@@ -14,14 +14,14 @@ import json
 import os
 import threading
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from resnet import BadInput
 from resnet.files import read_file
-from resnet.options import add_options, check, convert, flag, kinds, option, options
+from resnet.options import SHOWN, add_options, check, convert, flag, kinds, option, options
 from serving.runtimes import RUNTIMES, Device
 from training.images import MAX_PIXELS
 
@@ -32,7 +32,7 @@ LARGEST = 2**31 - 1  # of gRPC's options, and the number of milliseconds that st
 COUNT = 65_536  # of what takes memory or threads each
 MONTH = 2e6  # seconds; gRPC takes milliseconds of 32 bits
 
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["auto", "fp32", "fp16", "int8"]
 Transport = Literal["auto", "native", "grpcio"]
 
 
@@ -140,6 +140,42 @@ class Batching:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """Options of where and how models are computed; `resnet serve --help` explains each."""
+
+    precision: Precision = option(
+        "fp32", "exported variant to serve; auto picks the fastest on this machine", group="compute"
+    )
+    accuracy_budget: float | None = option(
+        None,
+        "with --precision auto, most points of accuracy that a variant may lose, at 95 % confidence (default: what it "
+        "was exported with)",
+        low=0,
+        high=100,
+        metavar="POINTS",
+    )
+    device: Device = option("auto", "auto picks cuda if that works, else cpu; CUDA_VISIBLE_DEVICES selects the GPUs")
+    runtime: str = option(
+        "auto", "CPU runtime; auto picks OpenVINO if installed, accurate and faster", choices=("auto", *RUNTIMES)
+    )
+    tune: bool = option(True, "measure once which threads and runtime are fastest; --no-tune uses one thread per core")
+    prove: str = option(
+        "256",
+        "held-out images whose answers must be those of the Keras original before a model is served: a number, all or "
+        "off",
+        metavar="N|all|off",
+    )
+
+    def check(self, name_of: Callable[[str], str]) -> None:
+        """Raise `BadInput` if options cannot be used together; `name_of` returns what the user called a field."""
+        is_count = self.prove.isascii() and self.prove.isdecimal() and 0 < int(self.prove[:10]) <= LARGEST
+        if self.prove not in ("all", "off") and not is_count:
+            raise BadInput(f"{name_of('prove')} must be a number of images, all or off, not {self.prove[:SHOWN]!r}")
+        if self.accuracy_budget is not None and self.precision != "auto":
+            raise BadInput(f"{name_of('accuracy_budget')} needs --precision auto, which chooses by it")
+
+
 class Origin(NamedTuple):
     """Source of a value: its kind (flag, environment or file), and the option's name there."""
 
@@ -152,7 +188,7 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """Options of `resnet serve` other than `Batching` and `Limits`."""
+    """Options of `resnet serve` other than `Batching`, `Compute` and `Limits`."""
 
     repository: Path = option(MISSING, "model repository, written by `resnet export`", group="models")
     versions: str = option(
@@ -161,7 +197,6 @@ class ServeOptions:
         "NAME=VERSIONS, separated by spaces",
         metavar="VERSIONS",
     )
-    precision: Precision = option("fp32", "exported variant to serve")
     trust: Path | None = option(None, "public key in PEM; serve only versions signed with its private key")
     strict: bool = option(False, "do not start if a model or version of the repository cannot be served")
     watch: float = option(
@@ -194,15 +229,6 @@ class ServeOptions:
         "file with tokens for loading and unloading models; without it, only local servers without --token-file allow "
         "that",
     )
-    device: Device = option(
-        "auto",
-        "auto picks cuda if that works, else cpu; CUDA_VISIBLE_DEVICES selects the GPUs",
-        group="compute",
-    )
-    runtime: str = option(
-        "auto", "CPU runtime; auto picks OpenVINO if installed, accurate and faster", choices=("auto", *RUNTIMES)
-    )
-    tune: bool = option(True, "measure once which threads and runtime are fastest; --no-tune uses one thread per core")
     log_format: Literal["human", "json"] = option(
         "human", "lines of text, or one JSON object per line", group="logging"
     )
@@ -213,7 +239,7 @@ class ServeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Limits, Batching, ServeOptions):
+class Config(Limits, Batching, Compute, ServeOptions):
     """All options of a server.
 
     Attributes:
@@ -227,6 +253,7 @@ class Config(Limits, Batching, ServeOptions):
 
     def __post_init__(self) -> None:
         check(self, self.name_of)
+        Compute.check(self, self.name_of)
         if (self.tls_cert is None) != (self.tls_key is None) or (self.tls_client_ca and self.tls_cert is None):
             certificate, key, authority = map(self.name_of, ("tls_cert", "tls_key", "tls_client_ca"))
             raise BadInput(f"{certificate} and {key} belong together, and {authority} needs both")

@@ -166,11 +166,11 @@ def transport(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def address(repository: Path, transport: str) -> Iterator[str]:
     """A server of the model repository, on a free port."""
-    from serving.config import Limits
+    from serving.config import Compute, Limits
     from serving.models import loader, registry
     from serving.server import Server
 
-    model = loader.load(repository / "digits" / "1", "cpu")
+    model = loader.load(repository / "digits" / "1", Compute(device="cpu", tune=False))
     with Server(registry.ModelRegistry([model]), "127.0.0.1", 0, Limits(), transport=transport) as server:
         yield server.address
 

@@ -26,7 +26,7 @@ import serving
 from benchmarks.load.endpoints import Input, pack_kserve
 from export import repository
 from resnet import cli
-from serving.config import Limits
+from serving.config import Compute, Limits
 from serving.models import loader
 from serving.models.registry import ModelRegistry
 from serving.protocols.kserve import INFER
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--transport", choices=("native", "grpcio"), default="native", help="default: native")
     args = parser.parse_args()
     recorder = Recorder()
-    model = loader.load(repository.latest(args.model), "cpu")
+    model = loader.load(repository.latest(args.model), Compute(device="cpu", tune=False))
     pixels = np.zeros((1, *model.image_shape), np.uint8)
     message = pack_kserve(Input(model.name, model.manifest.input.name, pixels.shape, "UINT8"), pixels)
     with (

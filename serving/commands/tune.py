@@ -1,6 +1,6 @@
-"""Measure which threads and runtime are fastest for a model on this CPU, as `resnet serve` does when it loads one.
+"""Measure what computes a model fastest on this machine, and prove it, as `resnet serve` does when it loads one.
 
-The result is cached for this user's servers. Use --again if the machine was busy.
+The results are cached for this user's servers. Use --again if the machine was busy.
 
 Examples:
   resnet tune models/digits
@@ -10,15 +10,18 @@ Examples:
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from export.speed import name_cpu
 from resnet.options import add_options, check, option, read
-from serving.config import Batching, Precision
-from serving.runtimes import RUNTIMES
+from serving.config import Batching, Compute, Precision
+from serving.runtimes import RUNTIMES, Device
 
 if TYPE_CHECKING:
+    from serving.models.selection import Choice
     from serving.runtimes.tuning_result import Tuning
 
 
@@ -28,7 +31,14 @@ class TuneOptions:
 
     model: Path = option(MISSING, "model to measure", metavar="REPOSITORY/NAME")
     version: int | None = option(None, "version to measure (default: the latest)", low=1)
-    precision: Precision = option("fp32", "exported variant to measure")
+    precision: Precision = option("auto", "exported variant to measure; auto measures all")
+    accuracy_budget: float | None = option(
+        None,
+        "most points of accuracy to lose (default: what a variant was exported with)",
+        high=100,
+        metavar="POINTS",
+    )
+    device: Device = option("auto", "device to measure; auto measures the CPU, and a GPU if it works")
     runtime: str = option("auto", "runtime to measure; auto measures all", choices=("auto", *RUNTIMES))
     max_batch: int = option(Batching.max_batch, "images in the largest batch", low=1, high=65_536)
     again: bool = option(False, "measure again, even if a result is cached")
@@ -43,27 +53,48 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure one version, or look up its result, and print a table."""
+    """Measure one version, or look up its result, and print tables."""
     options = read(args, TuneOptions)
 
     from export import repository
     from serving import logs
-    from serving.models import loader
+    from serving.models import loader, selection
+    from serving.models.placement import CheckedVersion
     from serving.runtimes import autotune
     from serving.runtimes.cores import count_cores
     from serving.runtimes.plan import list_plans
 
     logs.start("human", "info")  # measuring takes some seconds, and says so
+    loader.check_options(options.device, options.runtime)
     folder = repository.version(options.model, options.version)
-    manifest = loader.read_checked(folder)
-    variant = loader.find_variant(folder, manifest, options.precision)
-    candidates = list_plans(options.runtime)
-    tuning, cached = autotune.tune(folder, manifest, variant, options.max_batch, candidates, options.again)
-    print(f"{manifest.model}/{manifest.version} in {options.precision} on {tuning.key.cpu}, {count_cores()} cores")
-    print(describe(tuning))
-    for name, why in tuning.refusals.items():
-        print(f"  {name} is not used: {why}")
-    print(f"{'measured before' if cached else 'measured now'}: {tuning.key.path}")
+    version = CheckedVersion(folder, loader.read_checked(folder))
+    if options.precision != "auto":
+        loader.find_variant(folder, version.manifest, options.precision)
+    compute = Compute(
+        precision=options.precision,
+        accuracy_budget=options.accuracy_budget,
+        device=options.device,
+        runtime=options.runtime,
+    )
+    choices = selection.compare(version, compute, options.max_batch, options.again)
+    print(f"{version} on {name_cpu()}, {count_cores()} cores")
+    print(compare(choices, options.max_batch))
+    if options.device in ("auto", "cpu") and options.precision != "auto":
+        variant = loader.find_variant(folder, version.manifest, options.precision)
+        tuning, _ = autotune.tune(folder, version.manifest, variant, options.max_batch, list_plans(options.runtime))
+        print(describe(tuning))
+        for name, why in tuning.refusals.items():
+            print(f"  {name} is not used: {why}")
+
+
+def compare(choices: Sequence[Choice], max_batch: int) -> str:
+    """Return a table of the variants and what computes them."""
+    rows: list[Sequence[str]] = [("variant", "computed by", "1 image", f"{max_batch} images", "loses at most", "")]
+    for choice in choices:
+        times = [f"{ns / 1e6:.2f} ms" if ns else "" for ns in choice.ns]
+        lost = f"{choice.lost:.2f} points"
+        rows.append((choice.variant.name, choice.computer, *times, lost, choice.verdict))
+    return "\n".join(f"  {a:<10}  {b:<12}{c:>10}  {d:>11}  {e:>13}  {f}".rstrip() for a, b, c, d, e, f in rows)
 
 
 def describe(tuning: Tuning) -> str:

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import logging
-import time
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from export import manifest as manifests
 from export import signature
 from export.manifest import Manifest, Variant
 from resnet import BadInput
-from serving.config import Batching
+from serving.config import Batching, Compute
+from serving.models import selection
 from serving.models.model import Model
+from serving.models.placement import WARM_UP_RUNS, CheckedVersion, Placement, place, warm_up
 from serving.models.statistics import Statistics
-from serving.runtimes import DEFAULT, Device, autotune
-from serving.runtimes.base import Engine, EngineThreads, Images
-from serving.runtimes.cores import count_cores
+from serving.runtimes import DEFAULT, Device
+from serving.runtimes.base import Engine, EngineThreads
 from serving.runtimes.cost import CostCurve
 from serving.runtimes.gpu import cuda
-from serving.runtimes.plan import ExecutionPlan, find_runtime, list_plans
+from serving.runtimes.plan import list_plans
 from serving.scheduling.batcher import Batcher
-
-WARM_UP_RUNS, WARM_UP_NS = 3, 1e9  # of each size, whichever ends first
-
-log = logging.getLogger(__name__)
 
 
 def read_checked(folder: Path, trust: Ed25519PublicKey | None = None) -> Manifest:
@@ -62,45 +57,44 @@ def check_options(device: Device, runtime: str) -> None:
 
 def load(
     folder: Path,
-    device: Device,
+    compute: Compute = Compute(),
     batching: Batching = Batching(),
-    precision: str = "fp32",
-    runtime: str = "auto",
-    tune: bool = False,
     trust: Ed25519PublicKey | None = None,
 ) -> Model:
-    """Load, check and warm up the version in `folder`.
+    """Load, check, prove and warm up the version in `folder`.
 
     Args:
         folder: REPOSITORY/NAME/VERSION.
-        device: The CPU or GPUs, and on GPUs the execution provider.
+        compute: Where and how it is computed, and in which precision.
         batching: Limits of batches and of the queue.
-        precision: The variant to serve.
-        runtime: The runtime on the CPU; `auto` is onnxruntime, and with `tune` the fastest.
-        tune: Measure which plans compute it fastest on this machine; without it, one thread for each core computes each
-            batch.
         trust: Require a signature that matches this key.
 
     Raises:
         BadInput: Its files or its certificate do not hold, it was not exported in this precision, or the device or the
             runtime cannot be used.
-        CheckFailed: It is not signed by the key that is trusted.
+        CheckFailed: It is not signed by the key that is trusted, or does not compute what was certified.
     """
-    manifest = read_checked(folder, trust)
-    variant = find_variant(folder, manifest, precision)
-    path = folder / variant.path
-    gpu = None if runtime not in ("auto", DEFAULT) else cuda.choose(path, manifest, device, batching.max_batch)
-    if gpu:
-        return start(manifest, gpu, batching, precision, gpu.curve, instances=gpu.instances, threads=gpu)
-    plans = list_plans(runtime)
-    if not tune and find_runtime(plans[0].runtime).CERTIFIED:
-        engine = ExecutionPlan(plans[0].runtime, count_cores()).build(path, manifest)
-        return start(manifest, engine, batching, precision)
-    tuning, _ = autotune.tune(folder, manifest, variant, batching.max_batch, plans if tune else plans[:1])
-    for name, reason in tuning.refusals.items():
-        log.warning("%s/%d is not computed by %s: %s", manifest.model, manifest.version, name, reason)
-    engine = tuning.build(path, manifest)
-    return start(manifest, engine, batching, precision, tuning.curve(), str(tuning), overflow=tuning.overflow)
+    version = CheckedVersion(folder, read_checked(folder, trust))
+    if compute.precision == "auto":
+        return start_placement(version.manifest, selection.choose(version, compute, batching.max_batch), batching)
+    variant = find_variant(folder, version.manifest, compute.precision)
+    return start_placement(version.manifest, place(version, variant, compute, batching.max_batch), batching)
+
+
+def start_placement(manifest: Manifest, placed: Placement, batching: Batching) -> Model:
+    """Start what was placed."""
+    model = start(
+        manifest,
+        placed.engine,
+        batching,
+        placed.variant.precision,
+        placed.curve,
+        placed.plan,
+        placed.instances,
+        placed.overflow,
+        placed.threads,
+    )
+    return replace(model, proof=placed.proof)
 
 
 def find_variant(folder: Path, manifest: Manifest, precision: str) -> Variant:
@@ -145,27 +139,9 @@ def start(
     Raises:
         BadInput: The engine computes another number of classes than the manifest names.
     """
-    # On a CPU the sizes between need no warm-up: over 30 sizes of ResNet-18 the first run took 1.01 times as long as
-    # later ones in the median, and at most 1.33 times. OpenVINO and GPUs warm up every size, or bucket, by themselves.
-    shape, runs = manifest.input.shape[1:], WARM_UP_RUNS if curve is None else 1
-    sizes = (1, batching.max_batch)
-    costs = {size: _warm_up(engine, np.zeros((size, *shape), np.uint8), runs, manifest) for size in sizes}
+    measured = warm_up(engine, manifest, batching.max_batch, WARM_UP_RUNS if curve is None else 1)
     statistics = Statistics(manifest.model, manifest.version)
     if curve is None:
-        curve = CostCurve(costs)
+        curve = CostCurve(measured)
     batcher = Batcher(engine.run, batching, curve, instances, overflow, threads, statistics.count_batch)
     return Model(manifest, engine, batcher, statistics, precision, plan)
-
-
-def _warm_up(engine: Engine, images: Images, runs: int, manifest: Manifest) -> int:
-    """Run a batch several times, large ones fewer times; return its least nanoseconds: other load only adds to them."""
-    least, spent = 0, 0
-    for _ in range(runs):
-        start = time.perf_counter_ns()
-        probabilities = engine.run(images)
-        ns = time.perf_counter_ns() - start
-        manifest.check_output(probabilities.shape)
-        least, spent = min(least or ns, ns), spent + ns
-        if spent > WARM_UP_NS:
-            break
-    return least

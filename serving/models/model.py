@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from export.manifest import Manifest
 from serving.models.statistics import Statistics
 from serving.runtimes.base import Engine
+from serving.runtimes.proof import Proof
 from serving.scheduling.batcher import Batcher
 
 
@@ -21,6 +22,7 @@ class Model:
         statistics: Counts its requests.
         precision: The variant that is served.
         plan: Description of the execution plans; empty if none were measured.
+        proof: How the engine was proved on this machine; None if it was not.
     """
 
     manifest: Manifest
@@ -29,6 +31,7 @@ class Model:
     statistics: Statistics
     precision: str = "fp32"
     plan: str = ""
+    proof: Proof | None = None
 
     @property
     def name(self) -> str:

@@ -13,6 +13,9 @@
 | resnet_batch_cost_seconds   | compute time of a batch, by its number of `images`                        |
 | resnet_model_info           | 1 for each served version, with `precision`, `provider`, `plan`, `digest` |
 | resnet_certificate_accuracy | accuracy of the original model on the held-out images, 0 to 1             |
+| resnet_proof_images         | images that proved the engine here, with its `device` and `runtime`       |
+| resnet_proof_max_difference | largest difference of a probability from the original in that proof       |
+| resnet_proof_seconds        | duration of that proof                                                    |
 | resnet_refused_info         | 1 for each version that was refused                                       |
 | resnet_build_info           | 1, with `version`, `onnxruntime` and `transport` in place of the labels   |
 """
@@ -164,6 +167,11 @@ class _ModelsCollector(Collector):
             "resnet_batch_cost_seconds", "Compute time of a batch by size", labels=(*LABELS, "images")
         )
         accuracy = GaugeMetricFamily("resnet_certificate_accuracy", "Accuracy of the original model", labels=LABELS)
+        proved = GaugeMetricFamily(
+            "resnet_proof_images", "Images that proved the engine", labels=(*LABELS, "device", "runtime")
+        )
+        difference = GaugeMetricFamily("resnet_proof_max_difference", "Largest difference in the proof", labels=LABELS)
+        seconds = GaugeMetricFamily("resnet_proof_seconds", "Duration of the proof", labels=LABELS)
         info = GaugeMetricFamily(
             "resnet_model_info", "Served versions", labels=(*LABELS, "precision", "provider", "plan", "digest")
         )
@@ -181,6 +189,10 @@ class _ModelsCollector(Collector):
             for size, ns in _sample_costs(model.batcher.curve):
                 costs.add_metric([*names, str(size)], ns / 1e9)
             accuracy.add_metric(names, model.manifest.certificate.accuracy)
+            if model.proof is not None:
+                proved.add_metric([*names, model.proof.key.device, model.proof.key.runtime], model.proof.images)
+                difference.add_metric(names, model.proof.max_difference)
+                seconds.add_metric(names, model.proof.seconds)
             info.add_metric([*names, model.precision, model.engine.provider, model.plan, model.manifest.digest], 1)
         calls = CounterMetricFamily(
             "resnet_refused_calls", "Calls refused before a model was looked up", labels=("code",)
@@ -206,6 +218,9 @@ class _ModelsCollector(Collector):
             queued,
             costs,
             accuracy,
+            proved,
+            difference,
+            seconds,
             info,
             refused,
             build,

@@ -16,6 +16,7 @@ from serving.models.statistics import Counts, Duration
 from serving.models.version_policy import ALL, VersionPolicy
 from serving.protocols.base import RepositoryControl, ServerContext, ServerState
 from serving.protocols.inputs import to_version
+from serving.runtimes.proof import Proof
 from serving.scheduling.queue import DEFAULT_PRIORITY, PRIORITIES
 
 EXTENSIONS = (
@@ -79,6 +80,7 @@ class KServeControl:
                 "certificate.max_difference": f"{_max_difference(model):.3g}",
                 "manifest.digest": manifest.digest,
                 "precision": model.precision,
+                **_describe_proof(model.proof),
             },
         )
 
@@ -200,6 +202,19 @@ def _max_difference(model: Model) -> float:
     name = "onnx" if model.precision == "fp32" else f"onnx-{model.precision}"
     variant = model.manifest.certificate.find(name)
     return max((row.max_difference for row in variant.rows), default=0.0) if variant else 0.0
+
+
+def _describe_proof(proof: Proof | None) -> dict[str, str]:
+    """Return what was proved on this machine; nothing with `--prove off`."""
+    if proof is None:
+        return {}
+    return {
+        "proof.device": proof.key.device,
+        "proof.runtime": proof.key.runtime,
+        "proof.images": str(proof.images),
+        "proof.max_difference": f"{proof.max_difference:.3g}",
+        "proof.seconds": f"{proof.seconds:.3f}",
+    }
 
 
 def _to_statistics(model: Model, counts: Counts) -> pb.ModelStatistics:

@@ -2,8 +2,7 @@
 
 Every plan computes batches of 1, 2, 4, ... images in turn, for a few seconds. For each batch size the fastest plan is
 chosen if it is clearly faster than the simpler ones. The measured times are also the first cost curve of the model.
-The export certified the model with onnxruntime only. Another runtime is chosen only if its answers pass the certificate
-of the version, too.
+What is chosen is proved before it serves (`serving.runtimes.proof`); if a plan fails, the next takes its place.
 
 A version that appears while others are served is measured under their load. `resnet tune` measures beforehand, or again
 if the machine was busy.
@@ -13,23 +12,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
-from export import parity
-from export import reference as references
-from export.manifest import Certificate, Manifest, Variant
+from export.manifest import Manifest, Variant
 from export.speed import name_cpu
 from resnet import BadInput
-from serving.runtimes import DEFAULT, RUNTIMES
-from serving.runtimes.base import Engine, Images, Probabilities
-from serving.runtimes.cores import count_cores
-from serving.runtimes.plan import ExecutionPlan, find_overflow_plan, find_runtime
+from serving.runtimes import RUNTIMES
+from serving.runtimes.base import Engine, Images
+from serving.runtimes.plan import ExecutionPlan, find_runtime
 from serving.runtimes.tuning_result import FORMAT, Tuning, TuningKey, read_cached, write_cached
 
 WARM_UP_SECONDS = 1.0  # after this time no larger batches are measured: their cost is proportional
@@ -40,7 +34,6 @@ MARGIN, RUNTIME_MARGIN = 0.25, 0.10
 # The same for spinning threads. They compute only single images, when nothing else waits: with larger batches they took
 # cores from requests that were arriving, and 8 callers got 8 % fewer answers.
 SPINS_MARGIN = 0.30
-PROOF_IMAGES = 256  # at each batch size
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +64,7 @@ def tune(
         again: Measure even if the cache has a tuning.
 
     Raises:
-        BadInput: No runtime can be used: each cannot load the file, or its answers exceed the certificate's budget.
+        BadInput: No runtime can load the file.
     """
     versions = {name: find_runtime(name).find_version() for name in RUNTIMES}
     model = manifest.files[variant.path]
@@ -82,7 +75,7 @@ def tune(
     log.info(
         "%s/%d: measuring for a few seconds which threads and runtime are fastest", manifest.model, manifest.version
     )
-    tuning = _make_tuning(folder, manifest, variant, key)
+    tuning = _make_tuning(folder / variant.path, manifest, key)
     write_cached(tuning)
     return TuningLookup(tuning, cached=False)
 
@@ -156,98 +149,49 @@ def _find_margin(plan: ExecutionPlan, other: ExecutionPlan) -> float:
     return MARGIN if other.runtime == plan.runtime else RUNTIME_MARGIN
 
 
-def find_violations(
-    engine: Engine,
-    reference: Engine,
-    heldout: tuple[Images, NDArray[np.int32]],
-    certificate: Certificate,
-    variant: Variant,
-    sizes: Collection[int],
-) -> list[str]:
-    """Return a clause for each figure of an engine that exceeds the variant's budget in the certificate.
+def refuse(tuning: Tuning, plan: ExecutionPlan, reason: str) -> Tuning:
+    """Return a tuning that does not use a plan, with the next plans in its place, and write it to the cache.
 
-    Args:
-        engine: The engine to check.
-        reference: An engine of the runtime with which the certificate was made.
-        heldout: Images that the model was not trained on, and their classes.
-        certificate: The certificate of the version.
-        variant: The variant that both engines run.
-        sizes: Batch sizes to check.
+    Raises:
+        BadInput: No plan is left.
     """
-    images, labels = heldout
-    expected = _run_in_batches(reference, images, max(sizes))
-    rows = [
-        parity.compare(expected, _run_in_batches(engine, images, size), labels, size, variant.budget.tie)
-        for size in sizes
-    ]
-    # The accuracy that the reference has already lost is a part of the budget.
-    lost = certificate.accuracy - min(row.accuracy for row in variant.rows)
-    accuracy = float(np.mean(expected.argmax(axis=1) == labels)) + lost
-    return list(msgspec.structs.replace(variant, rows=rows).violations(len(images), accuracy))
+    refusals = {**tuning.refusals, str(plan): reason}
+    plans = _choose_allowed(tuning.candidates, tuning.ns, refusals)
+    changed = Tuning(tuning.key, tuning.candidates, tuning.ns, plans, refusals)
+    write_cached(changed)
+    return changed
 
 
-def _run_in_batches(engine: Engine, images: Images, size: int) -> Probabilities:
-    return np.concatenate([engine.run(images[start : start + size]) for start in range(0, len(images), size)])
+def restrict(tuning: Tuning, runtime: str) -> Tuning:
+    """Return a tuning that uses the plans of one runtime only.
+
+    Raises:
+        BadInput: It has none that is not refused.
+    """
+    plans = _choose_allowed(tuning.candidates, tuning.ns, tuning.refusals, runtime)
+    return Tuning(tuning.key, tuning.candidates, tuning.ns, plans, tuning.refusals)
 
 
-def _make_tuning(folder: Path, manifest: Manifest, variant: Variant, key: TuningKey) -> Tuning:
-    """Measure all candidates, and choose among them until every chosen plan passes the certificate."""
-    path = folder / variant.path
+def _make_tuning(path: Path, manifest: Manifest, key: TuningKey) -> Tuning:
+    """Measure all candidates, and choose among them."""
     engines, refusals = _load_engines(path, manifest, key.candidates)
     candidates = list(engines)
     ns = measure(list(engines.values()), _make_batches(manifest, key.max_batch))
-    while True:
-        plans = _choose_allowed(path, candidates, ns, refusals)
-        failures = _check_plans(folder, manifest, variant, plans, engines)
-        if not failures:
-            return Tuning(key, candidates, ns, plans, refusals)
-        refusals |= failures
-
-
-def _check_plans(
-    folder: Path,
-    manifest: Manifest,
-    variant: Variant,
-    plans: Mapping[int, ExecutionPlan],
-    engines: Mapping[ExecutionPlan, Engine],
-) -> dict[str, str]:
-    """Return the runtimes whose answers exceed the certificate's budget, each with the violations."""
-    path = folder / variant.path
-    sizes = {plan: [images for images, chosen in plans.items() if chosen == plan] for plan in plans.values()}
-    if overflow := find_overflow_plan(plans):
-        sizes[overflow] = list(plans)
-    uncertified = [plan for plan in sizes if not find_runtime(plan.runtime).CERTIFIED]
-    if not uncertified:
-        return {}
-    reference = ExecutionPlan(DEFAULT, count_cores()).build(path, manifest)
-    proof = _choose_heldout(folder, manifest)
-    failures = {}
-    for plan in uncertified:
-        engine = engines.get(plan) or plan.build(path, manifest)
-        violations = find_violations(engine, reference, proof, manifest.certificate, variant, sizes[plan])
-        if violations:
-            failures[plan.runtime] = "; ".join(violations)
-    return failures
+    return Tuning(key, candidates, ns, _choose_allowed(candidates, ns, refusals), refusals)
 
 
 def _load_engines(
     path: Path, manifest: Manifest, candidates: Sequence[ExecutionPlan]
 ) -> tuple[dict[ExecutionPlan, Engine], dict[str, str]]:
-    """Return the engines of the candidates that can be loaded, and why a runtime cannot load the file, by its name."""
+    """Return the engines of the plans that can be loaded, and why the others cannot, by the text of the plan."""
     engines: dict[ExecutionPlan, Engine] = {}
     refusals: dict[str, str] = {}
     for plan in candidates:
         try:
             engines[plan] = plan.build(path, manifest)
         except BadInput as error:
-            refusals[plan.runtime] = str(error)
+            refusals[str(plan)] = str(error)
     return engines, refusals
-
-
-def _choose_heldout(folder: Path, manifest: Manifest) -> tuple[Images, NDArray[np.int32]]:
-    """Return `PROOF_IMAGES` held-out images of a version, spread evenly over all of them, and their classes."""
-    chosen = references.load(folder, manifest).choose(PROOF_IMAGES)
-    return chosen.images, chosen.labels
 
 
 def _make_batches(manifest: Manifest, max_batch: int) -> list[Images]:
@@ -257,13 +201,20 @@ def _make_batches(manifest: Manifest, max_batch: int) -> list[Images]:
 
 
 def _choose_allowed(
-    path: Path, candidates: Sequence[ExecutionPlan], ns: Mapping[int, Sequence[int]], refusals: Mapping[str, str]
+    candidates: Sequence[ExecutionPlan],
+    ns: Mapping[int, Sequence[int]],
+    refusals: Mapping[str, str],
+    runtime: str | None = None,
 ) -> dict[int, ExecutionPlan]:
-    """Return the plan for each batch size, among the plans whose runtime was not refused."""
-    allowed = [at for at, plan in enumerate(candidates) if plan.runtime not in refusals]
+    """Return the plan for each batch size, among those of a runtime, or of all, that are not refused."""
+    allowed = [
+        at
+        for at, plan in enumerate(candidates)
+        if str(plan) not in refusals and (runtime is None or plan.runtime == runtime)
+    ]
     if not allowed:
-        reasons = "; ".join(refusals.values())
-        raise BadInput(f"{path} cannot be served by {', '.join(refusals)}, choose another --runtime: {reasons}")
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+        raise BadInput(f"no plan of {runtime or 'any runtime'} can compute the model: {reasons}")
     return choose(
         [candidates[at] for at in allowed], {images: [row[at] for at in allowed] for images, row in ns.items()}
     )

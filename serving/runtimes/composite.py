@@ -10,7 +10,12 @@ from serving.runtimes.base import Engine, Images, Probabilities
 
 
 class ConcurrentEngine:
-    """Computes a batch on all cores while it is the only one, and concurrent batches on one core each."""
+    """Computes a batch on all cores while it is the only one, and concurrent batches on one core each.
+
+    Attributes:
+        provider: What computes.
+        parts: Both engines, the one for a lone batch first.
+    """
 
     def __init__(self, alone: Engine, concurrent: Engine) -> None:
         """Compute with two engines.
@@ -21,7 +26,7 @@ class ConcurrentEngine:
         """
         self._alone, self._concurrent, self._running = alone, concurrent, 0
         self._lock = threading.Lock()
-        self.provider = alone.provider
+        self.provider, self.parts = alone.provider, (alone, concurrent)
 
     def run(self, images: Images) -> Probabilities:
         """Map uint8 [n, height, width, 3] to float32 [n, classes]."""

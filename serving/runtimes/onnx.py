@@ -15,7 +15,7 @@ from serving.runtimes.cores import count_cores
 from serving.runtimes.plan import ExecutionPlan
 
 TITLE = ""
-CERTIFIED = CONCURRENT = True
+CONCURRENT = True
 SPIN_US = (
     10  # more gains nothing: ResNet-18 on two cores took 1.2 ms an image with 10 to 100, and 1.5 ms without spinning
 )

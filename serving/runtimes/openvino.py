@@ -14,7 +14,7 @@ from serving.runtimes.base import Images, Probabilities
 from serving.runtimes.plan import ExecutionPlan
 
 TITLE = "OpenVINO"
-CERTIFIED = CONCURRENT = False
+CONCURRENT = False
 
 
 def find_version() -> str | None:

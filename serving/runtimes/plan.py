@@ -58,9 +58,6 @@ class Runtime(Protocol):
     TITLE: str
     """Name in the description of a plan; empty for the default runtime."""
 
-    CERTIFIED: bool
-    """Whether the export certified the model with it. The answers of others must pass the certificate first."""
-
     CONCURRENT: bool
     """Whether several threads may run one engine at a time."""
 

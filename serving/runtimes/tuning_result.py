@@ -18,7 +18,7 @@ from serving.runtimes.cores import count_cores
 from serving.runtimes.cost import MAX_NS, CostCurve
 from serving.runtimes.plan import ExecutionPlan, describe, find_overflow_plan
 
-FORMAT = 4  # of the cached file
+FORMAT = 5  # of the cached file
 
 Size = Annotated[int, msgspec.Meta(ge=1)]
 Nanoseconds = Annotated[int, msgspec.Meta(ge=1, le=int(MAX_NS))]
@@ -65,7 +65,7 @@ class Tuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         candidates: The plans that could be loaded, the simplest first.
         ns: Nanoseconds of a batch with each candidate, by the number of images.
         plans: The plan for each batch, by the largest batch that it computes; the last also computes larger ones.
-        refusals: Why a runtime is not used, by its name.
+        refusals: Why a plan is not used, by its text.
     """
 
     key: TuningKey
@@ -87,7 +87,17 @@ class Tuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def overflow(self) -> int:
         """How many further batches may be computed beside another, each on one core."""
-        return count_cores() - 1 if find_overflow_plan(self.plans) else 0
+        return count_cores() - 1 if self.overflow_plan else 0
+
+    @property
+    def overflow_plan(self) -> ExecutionPlan | None:
+        """The plan for batches that are computed beside another; None if there is none that can be used."""
+        plan = find_overflow_plan(self.plans)
+        return None if plan is None or str(plan) in self.refusals else plan
+
+    def find_plan(self, images: int) -> ExecutionPlan:
+        """Return the plan that computes a batch of so many images."""
+        return next((plan for size, plan in self.plans.items() if size >= images), [*self.plans.values()][-1])
 
     def curve(self) -> CostCurve:
         """Return the cost of a batch by its size, with the chosen plans."""
@@ -97,7 +107,7 @@ class Tuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Return an engine that follows the chosen plans; other plans are not loaded."""
         engines = {plan: plan.build(path, manifest, self.key.max_batch) for plan in dict.fromkeys(self.plans.values())}
         engine: Engine = SizedEngine({images: engines[plan] for images, plan in self.plans.items()})
-        plan = find_overflow_plan(self.plans)
+        plan = self.overflow_plan
         if plan is None or not self.overflow:
             return engine
         return ConcurrentEngine(engine, engines.get(plan) or plan.build(path, manifest, self.key.max_batch))

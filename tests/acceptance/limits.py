@@ -28,7 +28,7 @@ from export import repository
 from resnet import CheckFailed, cli
 from resnet.table import render
 from serving import client, errors
-from serving.config import Transport
+from serving.config import Compute, Transport
 from serving.models import loader, registry
 from serving.server import Server
 from serving.transports.tls import ServerTls
@@ -144,7 +144,10 @@ def start(folder: Path, kind: str, temporary: Path, transport: str) -> Iterator[
 
 def serve(folder: str, kind: str, temporary: str, transport: Transport) -> None:
     """Serve a model repository until SIGTERM, with tokens, and with what the kind of `ATTEMPTS` needs."""
-    models = [loader.load(repository.latest(model), "cpu") for model in repository.models(Path(folder))]
+    models = [
+        loader.load(repository.latest(model), Compute(device="cpu", tune=False))
+        for model in repository.models(Path(folder))
+    ]
     paths = [Path(temporary) / name for name in ("server.crt", "server.key", "authority.crt")]
     server = Server(
         registry.ModelRegistry(models),

@@ -25,7 +25,7 @@ from protos import inference_pb2
 from protos.classifier_pb2_grpc import ClassifierStub
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.client import Client
-from serving.config import Limits
+from serving.config import Compute, Limits
 from serving.errors import MAX_MESSAGE, REQUEST_ID, InternalError, NotFound, Overloaded
 from serving.logs import HumanFormatter, JsonFormatter, LineBudget, RateLimitedLog
 from serving.models import loader, registry
@@ -204,7 +204,7 @@ def test_a_line_for_people_has_its_fields_at_the_end_and_a_traceback_below() -> 
 
 def test_refused_strangers_are_summed_up(repository: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The first is a line at once, many are no more than that."""
-    served = registry.ModelRegistry([loader.load(repository / "digits" / "1", "cpu")])
+    served = registry.ModelRegistry([loader.load(repository / "digits" / "1", Compute(device="cpu", tune=False))])
     with Server(served, "127.0.0.1", 0, Limits(), token="sesame") as server:
         for _ in range(5):
             fail(server.address)

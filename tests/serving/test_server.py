@@ -22,7 +22,7 @@ from protos.classifier_pb2_grpc import ClassifierStub
 from resnet import BadInput
 from serving import errors
 from serving.client import AsyncClient, Client
-from serving.config import Batching, Limits
+from serving.config import Batching, Compute, Limits
 from serving.models import loader, registry
 from serving.models.model import Model
 from serving.protocols.classifier import SERVICE
@@ -272,7 +272,10 @@ def test_two_models_are_told_apart_by_name(repository: Path, tmp_path: Path) -> 
     """With several models a request must name one."""
     shutil.copytree(repository / "digits", tmp_path / "numbers")
     edit_manifest(tmp_path / "numbers" / "1", lambda content: content.update(model="numbers"))
-    loaded = [loader.load(folder / "1", "cpu") for folder in (repository / "digits", tmp_path / "numbers")]
+    loaded = [
+        loader.load(folder / "1", Compute(device="cpu", tune=False))
+        for folder in (repository / "digits", tmp_path / "numbers")
+    ]
     image = np.zeros((1, 32, 32, 3), np.uint8)
     with Server(registry.ModelRegistry(loaded), "127.0.0.1", 0, Limits()) as server, Client(server.address) as client:
         assert client.classify(image, model="numbers").model == "numbers"
@@ -297,14 +300,14 @@ def test_a_version_that_does_not_hold_is_not_loaded(own_repository: Path) -> Non
 
     edit_manifest(version, worsen, forge=False)
     with pytest.raises(BadInput, match="manifest.json was edited: its digest differs"):
-        loader.load(version, "cpu")
+        loader.load(version, Compute(device="cpu", tune=False))
     edit_manifest(version, worsen)
     with pytest.raises(BadInput, match="the certificate of .* does not hold, the largest difference"):
-        loader.load(version, "cpu")
+        loader.load(version, Compute(device="cpu", tune=False))
     (version / "manifest.json").write_text(good)
     (version / "variables" / "variables.index").write_bytes(b"")
     with pytest.raises(BadInput, match=r"variables.index is not the file that was exported"):
-        loader.load(version, "cpu")
+        loader.load(version, Compute(device="cpu", tune=False))
 
 
 def test_cuda_that_is_not_there_is_refused(repository: Path) -> None:
@@ -314,7 +317,10 @@ def test_cuda_that_is_not_there_is_refused(repository: Path) -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
     with pytest.raises(BadInput, match="--device cuda: this onnxruntime has no CUDA"):
-        loader.load(repository / "digits" / "1", "cuda")
-    assert loader.load(repository / "digits" / "1", "auto").engine.provider == "CPUExecutionProvider"
+        loader.load(repository / "digits" / "1", Compute(device="cuda"))
+    assert (
+        loader.load(repository / "digits" / "1", Compute(device="auto", tune=False)).engine.provider
+        == "CPUExecutionProvider"
+    )
     with pytest.raises(BadInput, match="has no int8 variant; export it again with --precision fp32,int8"):
-        loader.load(repository / "digits" / "1", "auto", precision="int8")
+        loader.load(repository / "digits" / "1", Compute(precision="int8"))

@@ -38,6 +38,15 @@ def count_devices() -> int:
     return 0 if error else int(count)
 
 
+def name_device(index: int) -> str:
+    """Return the name of a GPU and the version of CUDA that its driver has."""
+    assert cudart is not None
+    error, properties = cudart.cudaGetDeviceProperties(index)
+    name = f"GPU {index}" if error else bytes(properties.name).split(b"\0")[0].decode(errors="replace")
+    error, version = cudart.cudaDriverGetVersion()
+    return name if error else f"{name} (CUDA {version // 1000}.{version % 1000 // 10})"
+
+
 class Buffers:
     """Buffers for the images and probabilities of one batch, on the GPU and on the host.
 

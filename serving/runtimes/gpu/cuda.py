@@ -32,7 +32,7 @@ from serving.runtimes import Device
 from serving.runtimes.base import Concatenator, Images, Probabilities
 from serving.runtimes.cost import CostCurve
 from serving.runtimes.gpu import tensorrt
-from serving.runtimes.gpu.buffers import Buffers, count_devices
+from serving.runtimes.gpu.buffers import Buffers, count_devices, name_device
 from serving.runtimes.gpu.multi_gpu import MultiGpuEngine
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": tensorrt.PROVIDER}
@@ -111,6 +111,19 @@ def list_devices(device: Gpu) -> range:
     if not devices:
         raise BadInput("there is no GPU that CUDA can use; check nvidia-smi and CUDA_VISIBLE_DEVICES")
     return devices
+
+
+def is_available() -> bool:
+    """Return whether there is a GPU that onnxruntime can use."""
+    try:
+        return bool(list_devices("cuda"))
+    except BadInput:
+        return False
+
+
+def name_devices() -> list[str]:
+    """Return the names of the GPUs that this process may use, each with the version of the driver."""
+    return [name_device(number) for number in range(count_devices())]
 
 
 class CudaEngine:

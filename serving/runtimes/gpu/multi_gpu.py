@@ -38,6 +38,7 @@ class MultiGpuEngine:
         provider: What computes.
         instances: Concurrent calls of `run`, one for each GPU; further calls wait.
         curve: Cost of a batch by its size, on any of the GPUs.
+        parts: The engines, one for each GPU.
     """
 
     prefetch = False  # a batch that one GPU has taken could not be computed by another that is free earlier
@@ -45,6 +46,7 @@ class MultiGpuEngine:
     def __init__(self, engines: Sequence[SingleThreadEngine]) -> None:
         """Compute with `engines`, at least one."""
         self.provider, self.instances, self.curve = engines[0].provider, len(engines), engines[0].curve
+        self.parts = tuple(engines)
         self._by_thread = {engine.thread: engine for engine in engines}
         self._lock = threading.Lock()
         self._free, self._waiting = deque(engines), deque[Callable[[], object]]()

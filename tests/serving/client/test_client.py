@@ -28,7 +28,7 @@ from protos import classifier_pb2 as pb
 from protos.classifier_pb2_grpc import ClassifierServicer, add_ClassifierServicer_to_server
 from serving.client import Answer, AsyncClient, Client, Result, Tls, retries
 from serving.client.stream import CHUNK_IMAGES, MAX_CHUNKS
-from serving.config import Batching, Limits
+from serving.config import Batching, Compute, Limits
 from serving.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -61,7 +61,9 @@ def start(repository: Path, transport: str) -> Iterator[Callable[..., tuple[Serv
     servers: list[Server] = []
 
     def begin(max_queue: int = 1024, **limits: int) -> tuple[Server, Model]:
-        model = loader.load(repository / "digits" / "1", "cpu", Batching(max_queue=max_queue))
+        model = loader.load(
+            repository / "digits" / "1", Compute(device="cpu", tune=False), Batching(max_queue=max_queue)
+        )
         servers.append(Server(registry.ModelRegistry([model]), "127.0.0.1", 0, Limits(**limits), transport=transport))
         return servers[-1], model
 

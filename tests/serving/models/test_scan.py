@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from export import manifest
 from export import repository as repositories
 from resnet import BadInput, CheckFailed
-from serving.config import Batching, Limits
+from serving.config import Batching, Compute, Limits
 from serving.errors import FailedPrecondition, NotFound
 from serving.models import loader, version_policy
 from serving.models.model import Model
@@ -40,7 +40,7 @@ class Repository:
 
     def _load(self, version: Path) -> Model:
         self.loads.append(f"{version.parent.name}/{version.name}")
-        return loader.load(version, "cpu", Batching(max_batch=2))
+        return loader.load(version, Compute(device="cpu", tune=False), Batching(max_batch=2))
 
     def served(self) -> list[str]:
         """Return what is served, as NAME/VERSION."""

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from serving.client import Client
-from serving.config import Limits
+from serving.config import Compute, Limits
 from serving.models import loader, registry
 from serving.observability.metrics import MetricsServer
 from serving.server import Server
@@ -34,7 +34,7 @@ def dashboard() -> dict[str, Any]:
 @pytest.fixture
 def page(repository: Path) -> Iterator[str]:
     """What Prometheus reads of a server that has answered, and has refused a version."""
-    served = registry.ModelRegistry([loader.load(repository / "digits" / "1", "cpu", tune=True)])
+    served = registry.ModelRegistry([loader.load(repository / "digits" / "1", Compute(device="cpu"))])
     served.refuse("digits", 2, "its files were changed")
     with Server(served, "127.0.0.1", 0, Limits()) as server, Client(server.address) as client:
         client.classify(np.zeros((1, 32, 32, 3), np.uint8))

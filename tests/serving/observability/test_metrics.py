@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from resnet import BadInput, cli
 from serving.client import Client
-from serving.config import Batching, Limits
+from serving.config import Batching, Compute, Limits
 from serving.errors import InvalidRequest, Unauthenticated
 from serving.models import loader, registry
 from serving.observability import metrics
@@ -28,7 +28,7 @@ from tests.heldout import Heldout
 @pytest.fixture
 def served(repository: Path) -> registry.ModelRegistry:
     """A model that nobody has asked yet."""
-    return registry.ModelRegistry([loader.load(repository / "digits" / "1", "cpu")])
+    return registry.ModelRegistry([loader.load(repository / "digits" / "1", Compute(device="cpu", tune=False))])
 
 
 @pytest.fixture(name="metrics")
@@ -76,7 +76,7 @@ def test_the_page_agrees_with_what_was_asked(
 
 def test_costs_of_batches_are_on_the_page(repository: Path) -> None:
     """Of the sizes that were measured at load, and how they are computed."""
-    model = loader.load(repository / "digits" / "1", "cpu", Batching(max_batch=4), tune=True)
+    model = loader.load(repository / "digits" / "1", Compute(device="cpu"), Batching(max_batch=4))
     with (
         MetricsServer(registry.ModelRegistry([model]), "127.0.0.1", 0) as server,
         urlopen(f"http://{server.address}") as page,

@@ -23,7 +23,7 @@ from protos import inference_pb2
 from protos.classifier_pb2_grpc import ClassifierStub
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from resnet import cli
-from serving.config import Limits
+from serving.config import Compute, Limits
 from serving.errors import InvalidRequest
 from serving.logs import JsonFormatter
 from serving.models import loader, registry
@@ -80,7 +80,7 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
 def traced(collector: Collector, repository: Path) -> Iterator[tuple[Tracing, str]]:  # noqa: ARG001  # listens first
     """A server that is traced, and its address."""
     tracing = Tracing()
-    model = loader.load(repository / "digits" / "1", "cpu")
+    model = loader.load(repository / "digits" / "1", Compute(device="cpu", tune=False))
     tracing.follow(model)
     with Server(registry.ModelRegistry([model]), "127.0.0.1", 0, Limits(), tracing=tracing) as server:
         yield tracing, server.address
@@ -156,7 +156,7 @@ def test_each_request_of_a_stream_adds_its_phases(traced: tuple[Tracing, str], c
 def test_phases_belong_to_the_call_that_they_began_with(collector: Collector, repository: Path) -> None:
     """Whichever they end within."""
     tracing = Tracing()
-    model = loader.load(repository / "digits" / "1", "cpu")
+    model = loader.load(repository / "digits" / "1", Compute(device="cpu", tune=False))
     tracing.follow(model)
     tracer = tracing.provider.get_tracer("test")
     with tracer.start_as_current_span("first") as first:

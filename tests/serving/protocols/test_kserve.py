@@ -20,7 +20,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from protos import inference_pb2 as pb
-from serving.config import Limits
+from serving.config import Compute, Limits
 from serving.models import loader, registry
 from serving.protocols import kserve_request
 from serving.protocols.kserve_request import InferRequest, RequestParser
@@ -360,7 +360,7 @@ def test_large_requests_are_answered_as_others(
     repository: Path, heldout: tuple[NDArray[np.uint8], NDArray[np.int32]], probabilities: NDArray[np.float32]
 ) -> None:
     """Of pixels in both types, over the transport that leaves them where they came."""
-    model = loader.load(repository / "digits" / "1", "cpu")
+    model = loader.load(repository / "digits" / "1", Compute(device="cpu", tune=False))
     pixels = heldout[0][:100]
     with Server(registry.ModelRegistry([model]), "127.0.0.1", 0, Limits(), transport="native") as server:
         client = triton.InferenceServerClient(server.address)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from serving.config import Limits, Transport
+from serving.config import Compute, Limits, Transport
 from serving.models import loader, registry
 from serving.protocols import PROTOCOLS
 from serving.server import Server
@@ -26,7 +26,7 @@ def test_a_protocol_is_a_row_and_a_module(
 ) -> None:
     """Batches, limits, errors and times come by themselves, on both transports."""
     monkeypatch.setitem(PROTOCOLS, "toy", "tests.serving.protocols.toy")
-    model = loader.load(repository / "digits" / "1", "cpu")
+    model = loader.load(repository / "digits" / "1", Compute(device="cpu", tune=False))
     with (
         Server(registry.ModelRegistry([model]), "127.0.0.1", 0, Limits(), transport=transport) as server,
         grpc.insecure_channel(server.address) as channel,

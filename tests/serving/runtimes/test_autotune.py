@@ -19,7 +19,7 @@ import pytest
 
 from export.manifest import Budget, Manifest
 from resnet import BadInput, cli
-from serving.config import Batching
+from serving.config import Batching, Compute
 from serving.models import loader
 from serving.runtimes import RUNTIMES, autotune, openvino
 from serving.runtimes.autotune import TuningLookup, choose, find_violations, measure, tune
@@ -293,8 +293,8 @@ def test_users_without_a_home_have_no_cache(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_tuned_model_computes_what_a_plain_one_does(version: Path) -> None:
     """It knows its costs and says how it computes; a plain one knows what its warm-up took."""
-    model = loader.load(version, "cpu", Batching(max_batch=8), tune=True)
-    plain = loader.load(version, "cpu", Batching(max_batch=8))
+    model = loader.load(version, Compute(device="cpu"), Batching(max_batch=8))
+    plain = loader.load(version, Compute(device="cpu", tune=False), Batching(max_batch=8))
     for count in (1, 3, 8, 20):
         images = np.random.default_rng(count).integers(0, 256, (count, 32, 32, 3), np.uint8)
         np.testing.assert_allclose(model.engine.run(images), plain.engine.run(images), rtol=0, atol=1e-6)
@@ -336,11 +336,11 @@ def test_openvino_is_chosen_where_it_is_faster_and_the_same(fake: type[FakeOpenv
     """Beside the plans of onnxruntime, or as the only runtime; without measuring it may be asked for, too."""
     assert describe(find(version, candidates=[ONE, TWO, OTHER]).tuning.plans) == "2 threads of OpenVINO"
     for tuned in (True, False):
-        model = loader.load(version, "auto", Batching(max_batch=4), runtime="openvino", tune=tuned)
+        model = loader.load(version, Compute(device="auto", runtime="openvino", tune=tuned), Batching(max_batch=4))
         assert model.engine.provider == fake.provider
     assert re.fullmatch(r"\d+ threads of OpenVINO", model.plan)
     assert (
-        loader.load(version, "cpu", Batching(max_batch=4), runtime="onnxruntime", tune=True).engine.provider
+        loader.load(version, Compute(device="cpu", runtime="onnxruntime"), Batching(max_batch=4)).engine.provider
         == "CPUExecutionProvider"
     )
 
@@ -353,10 +353,10 @@ def test_openvino_is_not_chosen_where_it_answers_otherwise(
     found = find(version, candidates=[ONE, TWO, OTHER]).tuning
     assert describe(found.plans) == "1 thread"
     assert found.refusals["openvino"].startswith("the largest difference of onnx at batch size 1 is 0.001, above 1e-05")
-    assert loader.load(version, "cpu", Batching(max_batch=4), tune=True).engine.provider == "CPUExecutionProvider"
+    assert loader.load(version, Compute(device="cpu"), Batching(max_batch=4)).engine.provider == "CPUExecutionProvider"
     assert "digits/1 is not computed by openvino: the largest difference" in caplog.text
     with pytest.raises(BadInput, match="choose another --runtime: the largest difference of onnx"):
-        loader.load(version, "cpu", Batching(max_batch=4), runtime="openvino")
+        loader.load(version, Compute(device="cpu", runtime="openvino", tune=False), Batching(max_batch=4))
 
 
 def test_a_runtime_that_cannot_load_a_model_is_left_out(
@@ -405,7 +405,7 @@ def toy(fake: type[FakeOpenvino], monkeypatch: pytest.MonkeyPatch) -> type[ToyEn
 
 def test_a_runtime_is_a_row_and_a_module(toy: type[ToyEngine], version: Path, cache: Path) -> None:
     """Then it is measured, checked and served like the others."""
-    model = loader.load(version, "cpu", Batching(max_batch=4), runtime="toy", tune=True)
+    model = loader.load(version, Compute(device="cpu", runtime="toy"), Batching(max_batch=4))
     assert model.engine.provider == toy.provider
     assert "of Toy" in model.plan
     assert len(list(cache.iterdir())) == 1
@@ -512,5 +512,5 @@ def test_the_command_refuses_in_one_sentence(
 def test_openvino_is_held_against_the_certificate(version: Path) -> None:
     """Where it is installed, it passes."""
     pytest.importorskip("openvino")
-    engine = loader.load(version, "cpu", Batching(max_batch=4), runtime="openvino", tune=True).engine
+    engine = loader.load(version, Compute(device="cpu", runtime="openvino"), Batching(max_batch=4)).engine
     assert engine.provider == OpenvinoEngine.provider

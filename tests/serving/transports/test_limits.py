@@ -22,7 +22,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from protos import POOL, inference_pb2
 from protos import classifier_pb2 as pb
-from serving.config import Limits, Transport
+from serving.config import Compute, Limits, Transport
 from serving.models import loader, registry
 from serving.protocols.classifier import SERVICE
 from serving.protocols.inputs import SMALL_PIXELS, PixelBudget
@@ -45,7 +45,7 @@ def serve(repository: Path, transport: Transport) -> Iterator[Callable[..., str]
     servers: list[Server] = []
 
     def start(**limits: Any) -> str:
-        served = registry.ModelRegistry([loader.load(repository / "digits" / "1", "cpu")])
+        served = registry.ModelRegistry([loader.load(repository / "digits" / "1", Compute(device="cpu", tune=False))])
         servers.append(Server(served, "127.0.0.1", 0, Limits(**limits), transport=transport))
         return servers[-1].address
 

@@ -19,7 +19,7 @@ from protos.classifier_pb2_grpc import ClassifierStub
 from resnet import BadInput
 from serving import config, errors
 from serving.client import Client
-from serving.config import Limits
+from serving.config import Compute, Limits
 from serving.models import loader, registry
 from serving.protocols import handler
 from serving.protocols.classifier import SERVICE, Classifier
@@ -32,7 +32,7 @@ from tests.serving import gated
 @pytest.fixture
 def loaded(repository: Path) -> registry.ModelRegistry:
     """The digits."""
-    return registry.ModelRegistry([loader.load(repository / "digits" / "1", "cpu")])
+    return registry.ModelRegistry([loader.load(repository / "digits" / "1", Compute(device="cpu", tune=False))])
 
 
 def serve(loaded: registry.ModelRegistry, token: str | None = None, **limits: Any) -> Server:

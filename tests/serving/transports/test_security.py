@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from resnet import BadInput, cli
 from serving import client
 from serving.client import Client
-from serving.config import Limits
+from serving.config import Compute, Limits
 from serving.errors import Unauthenticated, Unavailable
 from serving.models import loader, registry
 from serving.runtimes.base import Images
@@ -42,7 +42,7 @@ def serve(repository: Path) -> Callable[..., Server]:
     """Starts a server of the digits."""
 
     def start(tls: ServerTls | None = None, token: str | None = None, admin_token: str | None = None) -> Server:
-        served = registry.ModelRegistry([loader.load(repository / "digits" / "1", "cpu")])
+        served = registry.ModelRegistry([loader.load(repository / "digits" / "1", Compute(device="cpu", tune=False))])
         return Server(served, "127.0.0.1", 0, Limits(), tls, token, admin_token)
 
     return start

@@ -21,7 +21,7 @@ from protos.classifier_pb2_grpc import ClassifierStub
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from resnet import BadInput, cli
 from serving.client import Client
-from serving.config import Limits, Transport
+from serving.config import Compute, Limits, Transport
 from serving.errors import RETRY
 from serving.models import loader, registry
 from serving.server import Server
@@ -39,7 +39,7 @@ IMAGE = np.zeros((1, 32, 32, 3), np.uint8)
 @pytest.fixture
 def loaded(repository: Path) -> registry.ModelRegistry:
     """The digits."""
-    return registry.ModelRegistry([loader.load(repository / "digits" / "1", "cpu")])
+    return registry.ModelRegistry([loader.load(repository / "digits" / "1", Compute(device="cpu", tune=False))])
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_a_rolling_restart_loses_nothing(repository: Path, transport: Transport)
     """Two servers are replaced one after the other, while a client calls both."""
 
     def start(port: int = 0) -> Server:
-        served = registry.ModelRegistry([loader.load(repository / "digits" / "1", "cpu")])
+        served = registry.ModelRegistry([loader.load(repository / "digits" / "1", Compute(device="cpu", tune=False))])
         return Server(served, "127.0.0.1", port, Limits(), transport=transport)
 
     servers = [start(), start()]
@@ -267,7 +267,7 @@ def test_a_server_listens_on_a_unix_socket(repository: Path, tmp_path: Path, tra
     """Which is gone with it; what a server that was killed left behind is in nobody's way."""
     path = tmp_path / "s"
     for _ in range(2):
-        loaded = registry.ModelRegistry([loader.load(repository / "digits" / "1", "cpu")])
+        loaded = registry.ModelRegistry([loader.load(repository / "digits" / "1", Compute(device="cpu", tune=False))])
         with Server(loaded, f"unix:{path}", 0, Limits(), transport=transport) as server:
             assert server.address == f"unix:{path}"
             with Client(server.address) as client:
