@@ -158,7 +158,7 @@ def add_options(
     for field in options(declared):
         if field.metadata["group"]:
             group = parser.add_argument_group(field.metadata["group"])
-        kind, meaning = found[field.name], field.metadata["help"]
+        kind, meaning = found[field.name], field.metadata["help"].replace("%", "%%")
         shape: dict[str, Any] = {"metavar": _find_metavar(field, kind)}
         if kind.type is bool:
             negatable = layered or field.default

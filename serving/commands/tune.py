@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> None:
         print(describe(tuning))
         for name, why in tuning.refusals.items():
             print(f"  {name} is not used: {why}")
+        print(f"kept in {tuning.key.path}")
 
 
 def compare(choices: Sequence[Choice], max_batch: int) -> str:

@@ -107,9 +107,7 @@ class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __str__(self) -> str:
         when = "earlier" if self.cached else f"in {self.seconds:.1f} s"
-        return (
-            f"proved {when} on {self.key.device}: {self.images} images, largest difference {self.max_difference:.1e}"
-        )
+        return f"proved {when} on {self.key.device}: {self.images} images, largest difference {self.max_difference:.1e}"
 
 
 def prove(engine: Engine, reference: Reference, certificate: Certificate, variant: Variant, key: ProofKey) -> Proof:

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -18,11 +19,11 @@ import numpy as np
 import pytest
 
 from export.manifest import Budget, Manifest
-from resnet import BadInput, cli
+from resnet import BadInput, CheckFailed, cli
 from serving.config import Batching, Compute
 from serving.models import loader
-from serving.runtimes import RUNTIMES, autotune, openvino
-from serving.runtimes.autotune import TuningLookup, choose, find_violations, measure, tune
+from serving.runtimes import RUNTIMES, autotune, openvino, proof
+from serving.runtimes.autotune import TuningLookup, choose, measure, refuse, restrict, tune
 from serving.runtimes.base import Images, Probabilities
 from serving.runtimes.onnx import OnnxEngine
 from serving.runtimes.openvino import OpenvinoEngine
@@ -335,7 +336,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeOpenvino]:
 def test_openvino_is_chosen_where_it_is_faster_and_the_same(fake: type[FakeOpenvino], version: Path) -> None:
     """Beside the plans of onnxruntime, or as the only runtime; without measuring it may be asked for, too."""
     assert describe(find(version, candidates=[ONE, TWO, OTHER]).tuning.plans) == "2 threads of OpenVINO"
-    for tuned in (True, False):
+    for tuned in (False, True):
         model = loader.load(version, Compute(device="auto", runtime="openvino", tune=tuned), Batching(max_batch=4))
         assert model.engine.provider == fake.provider
     assert re.fullmatch(r"\d+ threads of OpenVINO", model.plan)
@@ -345,18 +346,34 @@ def test_openvino_is_chosen_where_it_is_faster_and_the_same(fake: type[FakeOpenv
     )
 
 
-def test_openvino_is_not_chosen_where_it_answers_otherwise(
-    fake: type[FakeOpenvino], version: Path, caplog: pytest.LogCaptureFixture
+def test_openvino_does_not_serve_where_it_answers_otherwise(
+    fake: type[FakeOpenvino], version: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The log says why; if it alone may be used, that is an error."""
+    """The log says why, once: the next start knows. If it alone may be used, that is an error."""
     fake.error = 1e-3
-    found = find(version, candidates=[ONE, TWO, OTHER]).tuning
-    assert describe(found.plans) == "1 thread"
-    assert found.refusals["openvino"].startswith("the largest difference of onnx at batch size 1 is 0.001, above 1e-05")
-    assert loader.load(version, Compute(device="cpu"), Batching(max_batch=4)).engine.provider == "CPUExecutionProvider"
-    assert "digits/1 is not computed by openvino: the largest difference" in caplog.text
-    with pytest.raises(BadInput, match="choose another --runtime: the largest difference of onnx"):
+    reason = r"the largest difference of onnx at batch size 1 is 0\.001, above 1e-05"
+    model = loader.load(version, Compute(device="cpu"), Batching(max_batch=4))
+    assert model.engine.provider == "CPUExecutionProvider"
+    (warning,) = read_warnings(caplog)
+    assert re.match(rf"digits/1 is not computed by \d+ threads of OpenVINO, which fails its proof: {reason}", warning)
+    with monkeypatch.context() as patch:
+        patch.setattr(proof, "prove", lambda *_: pytest.fail("it proves"))
+        again = loader.load(version, Compute(device="cpu"), Batching(max_batch=4))
+    assert (again.plan, again.proof and again.proof.cached) == (model.plan, True)
+    assert len(read_warnings(caplog)) == 1
+    with pytest.raises(CheckFailed, match=reason):
         loader.load(version, Compute(device="cpu", runtime="openvino", tune=False), Batching(max_batch=4))
+    with pytest.raises(BadInput, match=rf"no plan of any runtime can compute the model: .*OpenVINO: {reason}"):
+        loader.load(version, Compute(device="cpu", runtime="openvino"), Batching(max_batch=4))
+
+
+def test_what_is_not_proved_is_what_the_export_certified(fake: type[FakeOpenvino], version: Path) -> None:
+    """Unless the user names another."""
+    batching = Batching(max_batch=4)
+    model = loader.load(version, Compute(device="cpu", prove="off"), batching)
+    assert (model.engine.provider, model.proof) == ("CPUExecutionProvider", None)
+    named = loader.load(version, Compute(device="cpu", prove="off", runtime="openvino"), batching)
+    assert (named.engine.provider, named.proof) == (fake.provider, None)
 
 
 def test_a_runtime_that_cannot_load_a_model_is_left_out(
@@ -369,8 +386,8 @@ def test_a_runtime_that_cannot_load_a_model_is_left_out(
 
     monkeypatch.setattr(fake, "__init__", fail)
     found = find(version, candidates=[ONE, TWO, OTHER]).tuning
-    assert [*found.candidates, *found.refusals] == [ONE, TWO, "openvino"]
-    with pytest.raises(BadInput, match=r"choose another --runtime: model\.onnx cannot be run by OpenVINO"):
+    assert [*found.candidates, *found.refusals] == [ONE, TWO, str(OTHER)]
+    with pytest.raises(BadInput, match=r"no plan of any runtime can compute the model: .*cannot be run by OpenVINO"):
         find(version, candidates=[OTHER])
 
 
@@ -386,7 +403,6 @@ def toy(fake: type[FakeOpenvino], monkeypatch: pytest.MonkeyPatch) -> type[ToyEn
     module, engine = ModuleType("toy"), type("Toy", (ToyEngine,), {})
     vars(module).update(
         TITLE="Toy",
-        CERTIFIED=False,
         CONCURRENT=True,
         find_version=lambda: "1",
         list_plans=lambda cores: [ExecutionPlan("toy", cores)],
@@ -408,55 +424,39 @@ def test_a_runtime_is_a_row_and_a_module(toy: type[ToyEngine], version: Path, ca
     model = loader.load(version, Compute(device="cpu", runtime="toy"), Batching(max_batch=4))
     assert model.engine.provider == toy.provider
     assert "of Toy" in model.plan
+    assert model.proof
     assert len(list(cache.iterdir())) == 1
 
 
-def test_every_runtime_is_held_against_the_certificate_before_it_is_chosen(
-    toy: type[ToyEngine], fake: type[FakeOpenvino], version: Path
+def test_every_runtime_is_proved_before_it_serves(
+    toy: type[ToyEngine], fake: type[FakeOpenvino], version: Path, cache: Path
 ) -> None:
     """Also the one that comes second, once the fastest is refused."""
-    candidates = [ONE, OTHER, ExecutionPlan("toy", 2)]
+
+    def load() -> str:
+        shutil.rmtree(cache.parent, ignore_errors=True)
+        return loader.load(version, Compute(device="cpu"), Batching(max_batch=2)).engine.provider
+
+    assert load() == fake.provider
     fake.error = 1e-3
-    found = find(version, candidates=candidates, again=True).tuning
-    assert (describe(found.plans), [*found.refusals]) == ("2 threads of Toy", ["openvino"])
+    assert load() == toy.provider
     toy.error = 1e-3
-    found = find(version, candidates=candidates, again=True).tuning
-    assert (describe(found.plans), [*found.refusals]) == ("1 thread", ["openvino", "toy"])
+    assert load() == "CPUExecutionProvider"
 
 
-class Table:
-    """Answers an image with the row of a table that its first value says."""
-
-    provider = "test"
-
-    def __init__(self, rows: list[list[float]]) -> None:
-        self._rows = np.array(rows, np.float32)
-
-    def run(self, images: Images) -> Probabilities:
-        """Look up."""
-        return self._rows[images[:, 0, 0, 0]]
-
-
-@pytest.mark.parametrize(
-    ("right", "clause"),
-    [(3, None), (2, None), (1, "the accuracy of onnx-int8 at batch size 1 is 25.00%, 75.00 points below")],
-)
-def test_another_runtime_may_lose_what_the_certificate_leaves(
-    right: int, clause: str | None, manifest: Manifest
-) -> None:
-    """Of a budget of 60 points, a fourth of the images were lost when the version was proved, another may be now."""
-    onnx = manifest.certificate.variants[0]
-    budget = msgspec.structs.replace(onnx.budget, max_difference=None, accuracy_drop=0.6)
-    row = msgspec.structs.replace(onnx.rows[0], accuracy=0.70)
-    variant = msgspec.structs.replace(onnx, name="onnx-int8", budget=budget, rows=[row])
-    certificate = msgspec.structs.replace(manifest.certificate, accuracy=0.95)
-    images = np.arange(4, dtype=np.uint8).reshape(4, 1, 1, 1)
-    labels = np.zeros(4, np.int32)
-    good, bad = [0.9, 0.1], [0.1, 0.9]
-    reference = Table([good, good, good, bad])
-    engine = Table([good] * right + [bad] * (4 - right))
-    found = find_violations(engine, reference, (images, labels), certificate, variant, [1, 3])
-    assert [violation.startswith(clause or "") for violation in found] == ([] if clause is None else [True])
+def test_a_plan_that_is_refused_leaves_its_place_to_the_next(version: Path) -> None:
+    """It is kept; without any plan there is nothing to serve with."""
+    found = find(version).tuning
+    without = refuse(found, ONE, "too loud")
+    assert set(without.plans.values()) == {TWO}
+    assert find(version) == (without, True)
+    assert without.find_plan(3) == without.find_plan(64) == TWO
+    assert (without.overflow_plan, without.overflow) == (None, 0)  # one thread it would be
+    assert restrict(without, "onnxruntime").plans == without.plans
+    with pytest.raises(BadInput, match="no plan of openvino can compute the model: 1 thread: too loud"):
+        restrict(without, "openvino")
+    with pytest.raises(BadInput, match="no plan of any runtime can compute the model: 1 thread: too loud; 2 threads: "):
+        refuse(without, TWO, "too wide")
 
 
 def command(*arguments: object) -> int:
@@ -465,17 +465,19 @@ def command(*arguments: object) -> int:
 
 
 def test_the_command_shows_what_was_measured(repository: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A row for each size, a star at the plan that is chosen, and where it is kept."""
-    assert command(repository / "digits", "--max-batch=4", "--runtime=onnxruntime") == 0
-    title, header, *rows, plan, kept = capsys.readouterr().out.splitlines()
-    assert title.startswith("digits/1 in fp32 on ")
-    assert "1 thread" in header
-    assert [row.split()[0] for row in rows] == ["1", "2", "4"]
-    assert all(row.count("*") == 1 and row.endswith("/s") for row in rows)
-    assert plan.startswith("  plan: ")
-    assert kept == f"measured now: {next(cache.iterdir())}"
-    assert command(repository / "digits", "--max-batch=4", "--runtime=onnxruntime") == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"measured before: {next(cache.iterdir())}"
+    """What computes each variant, a row for each size with a star at the plan that is chosen, and where it is kept."""
+    arguments = repository / "digits", "--max-batch=4", "--runtime=onnxruntime", "--precision=fp32"
+    for _ in range(2):
+        assert command(*arguments) == 0
+        title, heads, variant, header, *rows, plan, kept = capsys.readouterr().out.splitlines()
+        assert title.startswith("digits/1 on ")
+        assert heads.split("  ")[1:2] == ["variant"]
+        assert re.fullmatch(r"  onnx +onnxruntime +[\d.]+ ms +[\d.]+ ms +0\.00 points  taken, the fastest", variant)
+        assert "1 thread" in header
+        assert [row.split()[0] for row in rows] == ["1", "2", "4"]
+        assert all(row.count("*") == 1 and row.endswith("/s") for row in rows)
+        assert plan.startswith("  plan: ")
+        assert kept == f"kept in {next(cache.iterdir())}"
 
 
 def test_the_command_says_what_is_not_used(
@@ -484,7 +486,9 @@ def test_the_command_says_what_is_not_used(
     """And why."""
     fake.error = 1e-3
     assert command(repository / "digits", "--max-batch=2") == 0
-    assert "  openvino is not used: the largest difference of onnx at batch size 1 is" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert re.search(r"onnx +onnxruntime .* taken, the fastest", printed)
+    assert re.search(r"onnx +openvino .* cannot be used: .* the largest difference of onnx at batch size 1 is", printed)
 
 
 @pytest.mark.parametrize(
