@@ -10,18 +10,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from numpy.typing import NDArray
 
 from export import formats, heldout, manifest, parity, session, signature, triton
 from export.formats import ONNX
 from export.manifest import ROUNDING, Certificate, Manifest, Variant
 from export.parity import Predict, Probabilities
+from export.signature import PublicKey
 from resnet import BadInput, CheckFailed
 from resnet.archives import check_size
 
 
-def verify(folder: Path, trust: Ed25519PublicKey | None = None, full: bool = False) -> Manifest:
+def verify(folder: Path, trust: PublicKey | None = None, full: bool = False) -> Manifest:
     """Check the signature, the hashes, the recorded certificate and a recomputed one, in this order, and print them.
 
     Args:

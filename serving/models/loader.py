@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from export import manifest as manifests
 from export import signature
 from export.manifest import Manifest, Variant
+from export.signature import PublicKey
 from resnet import BadInput
 from serving.config import Batching
 from serving.models.model import Model
@@ -29,7 +29,7 @@ WARM_UP_RUNS, WARM_UP_NS = 3, 1e9  # of each size, whichever ends first
 log = logging.getLogger(__name__)
 
 
-def read_checked(folder: Path, trust: Ed25519PublicKey | None = None) -> Manifest:
+def read_checked(folder: Path, trust: PublicKey | None = None) -> Manifest:
     """Read the manifest of a version, and check its files, its certificate, and with `trust` its signature.
 
     Raises:
@@ -67,7 +67,7 @@ def load(
     precision: str = "fp32",
     runtime: str = "auto",
     tune: bool = False,
-    trust: Ed25519PublicKey | None = None,
+    trust: PublicKey | None = None,
 ) -> Model:
     """Load, check and warm up the version in `folder`.
 
