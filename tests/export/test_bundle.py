@@ -317,6 +317,11 @@ def test_what_the_reference_accepts_is_accepted(change: Change, version: Path, r
             id="another predicate",
         ),
         pytest.param(
+            state(remove("predicateType")),
+            "{}/model.sig FORMAT (Object missing required field `predicateType`)",
+            id="no predicate type",
+        ),
+        pytest.param(
             state(remove(SERIALIZATION)),
             "{}/model.sig FORMAT (Object missing required field `serialization` - at `$.predicate`)",
             id="no serialization",
@@ -427,6 +432,14 @@ def test_some_of_what_the_reference_accepts_is_refused(
     refusal = find_refusal(version)
     assert refusal is not None
     assert refusal.startswith(reason.replace("FORMAT", FORMAT).format(version))
+
+
+def test_a_large_file_is_not_read(tmp_path: Path) -> None:
+    """It would not fit into memory."""
+    version = write_version(tmp_path / "models" / "colors" / "1")
+    (version / "model.sig").touch()
+    os.truncate(version / "model.sig", 1 << 42)
+    assert find_refusal(version) == f"{version}/model.sig is larger than 1 MiB, which no signature is"
 
 
 @pytest.mark.parametrize("curve", [ec.SECP256R1(), ec.SECP384R1(), ec.SECP521R1()])
