@@ -24,6 +24,7 @@ from resnet import BadInput, CheckFailed
 from resnet.files import read_file
 
 PublicKey = EllipticCurvePublicKey | Ed25519PublicKey
+KINDS = {SIGNATURE: "an ECDSA key", OLD_SIGNATURE: "an Ed25519 key"}
 
 
 def load_private(path: Path) -> EllipticCurvePrivateKey:
@@ -100,13 +101,11 @@ def read(folder: Path, key: PublicKey) -> Manifest:
 
 def _find(folder: Path, key: PublicKey) -> Path:
     """Return the path of the signature that a key can check; raise `CheckFailed` if there is none."""
-    kind, name, other = "an ECDSA key", SIGNATURE, OLD_SIGNATURE
-    if isinstance(key, Ed25519PublicKey):
-        kind, name, other = "an Ed25519 key", OLD_SIGNATURE, SIGNATURE
+    name, other = (OLD_SIGNATURE, SIGNATURE) if isinstance(key, Ed25519PublicKey) else (SIGNATURE, OLD_SIGNATURE)
     if os.path.lexists(folder / name):
         return folder / name
     if os.path.lexists(folder / other):
-        raise CheckFailed(f"{folder} has no {name}, which {kind} checks, only {other} of another kind of key")
+        raise CheckFailed(f"{folder} has no {name} for {KINDS[name]}, only {other} for {KINDS[other]}; trust that key")
     raise CheckFailed(f"{folder} is not signed, there is no {name}")
 
 

@@ -182,13 +182,13 @@ def test_the_key_must_be_of_the_kind_of_the_signature(version: Path) -> None:
     old, new = Ed25519PrivateKey.generate(), ec.generate_private_key(ec.SECP256R1())
     sign_as_before(version, old)
     assert refuse(version, new.public_key()) == (
-        f"{version} has no model.sig, which an ECDSA key checks, only manifest.sig of another kind of key"
+        f"{version} has no model.sig for an ECDSA key, only manifest.sig for an Ed25519 key; trust that key"
     )
     signature.sign(version, new)
     assert signature.read(version, old.public_key()) == signature.read(version, new.public_key())
     (version / "manifest.sig").unlink()
     assert refuse(version, old.public_key()) == (
-        f"{version} has no manifest.sig, which an Ed25519 key checks, only model.sig of another kind of key"
+        f"{version} has no manifest.sig for an Ed25519 key, only model.sig for an ECDSA key; trust that key"
     )
 
 
