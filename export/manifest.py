@@ -19,8 +19,8 @@ from resnet import BadInput
 from training.images import Resize
 
 FORMAT = 3
-NAME, SIGNATURE = "manifest.json", "manifest.sig"
-UNHASHED = {NAME, SIGNATURE}  # the files of a version that the manifest does not list
+NAME, SIGNATURE, OLD_SIGNATURE = "manifest.json", "model.sig", "manifest.sig"
+UNHASHED = {NAME, SIGNATURE, OLD_SIGNATURE}  # the files of a version that the manifest does not list
 CHANGED = "is not the file that was exported (its SHA-256 differs)"
 ROUNDING = 1e-9  # error of a difference of two accuracies; one image of a million is a thousand times as much
 REQUIRED = ("onnx", "saved_model")  # variants without which a certificate does not hold

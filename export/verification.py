@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 
 import msgspec
 import numpy as np
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from numpy.typing import NDArray
 
 from export import formats, manifest, parity, reference, session, signature, triton
@@ -20,13 +19,14 @@ from export.formats import ONNX
 from export.manifest import ROUNDING, Certificate, Manifest, Variant
 from export.parity import Predict, Probabilities
 from export.reference import Reference
+from export.signature import PublicKey
 from resnet import BadInput, CheckFailed
 from resnet.archives import check_size
 
 SAME_MODEL = 1e-5  # largest difference of a probability between two machines that run the same Keras model
 
 
-def verify(folder: Path, trust: Ed25519PublicKey | None = None, full: bool = False) -> Manifest:
+def verify(folder: Path, trust: PublicKey | None = None, full: bool = False) -> Manifest:
     """Check the signature, the hashes, the recorded certificate and a recomputed one, in this order, and print them.
 
     Args:

@@ -56,7 +56,13 @@ TESTS = {
     "export/parity.py": ["--quick", "tests/export/test_parity.py", "tests/export/test_verification.py"],
     "export/manifest.py": ["--quick", "tests/export/test_manifest.py", "tests/export/test_files.py"],
     "export/files.py": ["--quick", "tests/export/test_files.py", "tests/serving/models/test_scan.py"],
-    "export/signature.py": ["--quick", "tests/export/test_signature.py", "tests/export/test_verification.py"],
+    "export/bundle.py": ["--quick", "tests/export/test_bundle.py"],
+    "export/signature.py": [
+        "--quick",
+        "tests/export/test_bundle.py",
+        "tests/export/test_signature.py",
+        "tests/export/test_verification.py",
+    ],
     "export/verification.py": [
         "--quick",
         "tests/export/test_verification.py",

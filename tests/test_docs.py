@@ -39,7 +39,7 @@ SHORT = {
     "serve": ["--port=0", "--no-tune"],
 }
 CLASSES = ("cat", "dog", "cow", "hen", "fox", "owl", "bee")
-COMMAND = re.compile(r"^(?:[A-Z_]+=\S+ )?(?:resnet|python|openssl|make|pip) .*$", re.MULTILINE)
+COMMAND = re.compile(r"^(?:[A-Z_]+=\S+ )?(?:resnet|python|openssl|model_signing|make|pip) .*$", re.MULTILINE)
 ADDRESSES = ("127.0.0.1:8001", "example.org:8001")
 
 
@@ -90,6 +90,8 @@ class Reader:
                 check_extras(requirement)
             case ["openssl", *_]:
                 subprocess.run(words, check=True, capture_output=True)
+            case ["model_signing", *_]:
+                subprocess.run([sys.executable, "-m", *words], check=True, capture_output=True)
             case ["python", "-m", module, *rest]:
                 check_help(module, rest)
             case [variable, "resnet", "serve", *_] if "=" in variable:

@@ -55,7 +55,7 @@ class ExportOptions:
     opset: int = option(
         OPSET, f"opset version of the ONNX files, {OLDEST_OPSET} to {NEWEST_OPSET}", low=OLDEST_OPSET, high=NEWEST_OPSET
     )
-    sign: Path | None = option(None, "sign the manifest with this Ed25519 private key", metavar="KEY.pem")
+    sign: Path | None = option(None, "sign the version with this ECDSA private key in PEM", metavar="KEY.pem")
     data: str | None = option(
         None, "data set to compare the models on (default: heldout.npz beside the model)", metavar="DATA"
     )

@@ -25,7 +25,7 @@ class VerifyOptions:
 
     model: Path = option(MISSING, "model to verify", metavar="REPOSITORY/NAME")
     version: int | None = option(None, "version to verify (default: the latest)", low=1)
-    trust: Path | None = option(None, "also require a signature that matches this Ed25519 public key", metavar="FILE")
+    trust: Path | None = option(None, "also require a signature that matches this public key in PEM", metavar="FILE")
     full: bool = option(False, "compare every format with the Keras original, which runs the code of both")
 
     def __post_init__(self) -> None:

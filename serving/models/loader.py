@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
 from export import manifest as manifests
 from export import signature
 from export.manifest import Manifest, Variant
+from export.signature import PublicKey
 from resnet import BadInput
 from serving.config import Batching, Compute
 from serving.models import selection
@@ -24,7 +23,7 @@ from serving.runtimes.plan import list_plans
 from serving.scheduling.batcher import Batcher
 
 
-def read_checked(folder: Path, trust: Ed25519PublicKey | None = None) -> Manifest:
+def read_checked(folder: Path, trust: PublicKey | None = None) -> Manifest:
     """Read the manifest of a version, and check its files, its certificate, and with `trust` its signature.
 
     Raises:
@@ -59,7 +58,7 @@ def load(
     folder: Path,
     compute: Compute = Compute(),
     batching: Batching = Batching(),
-    trust: Ed25519PublicKey | None = None,
+    trust: PublicKey | None = None,
 ) -> Model:
     """Load, check, prove and warm up the version in `folder`.
 

@@ -95,11 +95,12 @@ def test_an_output_of_another_shape_is_refused(shape: tuple[int, ...], version: 
     assert str(caught.value) == (f"colors/1 has 3 labels for an output of shape {list(shape)}; export the model again")
 
 
-def test_every_file_is_hashed_but_the_manifest_and_its_signature(version: Path) -> None:
+def test_every_file_is_hashed_but_the_manifest_and_the_signatures(version: Path) -> None:
     """Also those of folders inside; the hash is the SHA-256 of the content."""
     (version / "variables").mkdir()
     (version / "variables" / "data").write_bytes(b"weights")
     (version / "manifest.sig").touch()
+    (version / "model.sig").touch()
     hashes = manifest.hash_files(version)
     assert list(hashes) == ["heldout.npz", "model.onnx", "saved_model.pb", "variables/data"]
     assert hashes["variables/data"] == hashlib.sha256(b"weights").hexdigest()

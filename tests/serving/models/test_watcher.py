@@ -24,7 +24,7 @@ from tritonclient.utils import InferenceServerException
 from export import repository as repositories
 from resnet import BadInput, cli
 from serving.client import Client
-from serving.config import Limits
+from serving.config import Compute, Limits
 from serving.models import loader, registry, version_policy
 from serving.models.version_policy import ALL, VersionPolicy
 from serving.models.watcher import Watcher
@@ -46,7 +46,7 @@ class Watched:
     """A server of a repository, which is looked at on demand."""
 
     def __init__(self, repository: Path) -> None:
-        load = partial(loader.load, device="cpu")
+        load = partial(loader.load, compute=Compute(device="cpu", tune=False))
         self.models = registry.ModelRegistry([load(repository / "digits" / "1")])
         self.watcher = Watcher(repository, self.models, load, {"pinned": VersionPolicy(listed=(1, 3))})
         self.repository = repository
