@@ -25,7 +25,10 @@ def test_serve_says_what_it_serves_and_ends_on_a_signal(repository: Path, number
     """The address is printed once it answers; the exit code is 0."""
     process = subprocess.Popen([*SERVE, str(repository), "--port=0"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    loaded = r"loaded digits/1 in fp32 on CPUExecutionProvider \(\d+ threads?.*\), files and certificate verified; proved .* images, largest difference .*"
+    loaded = (
+        r"loaded digits/1 in fp32 on CPUExecutionProvider \(\d+ threads?.*\), files and certificate verified; "
+        r"proved (earlier|in \d+\.\d s) on .+: 256 images, largest difference \d\.\de-\d\d"
+    )
     assert re.fullmatch(loaded, process.stdout.readline().rstrip())
     assert process.stdout.readline().startswith("serving on 127.0.0.1:")
     process.send_signal(number)
