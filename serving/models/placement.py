@@ -10,6 +10,7 @@ import logging
 import time
 from dataclasses import dataclass
 from functools import cached_property, partial
+from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as find_package_version
 from pathlib import Path
 from typing import NamedTuple
@@ -165,7 +166,7 @@ def _prove(
         device=device,
         runtime=placed.engine.provider,
         plan=placed.plan or plan,
-        versions={"resnet": find_package_version("resnet"), **versions},
+        versions={"resnet": _find_own_version(), **versions},
         max_batch=max_batch,
         images=None if compute.prove == "all" else int(compute.prove),
     )
@@ -174,6 +175,14 @@ def _prove(
         found = proof.prove(placed.engine, version.reference, manifest.certificate, variant, key)
         proof.write_cached(found)
     return placed._replace(proof=found)
+
+
+def _find_own_version() -> str | None:
+    """Return the version of this package; None in a clone that is not installed."""
+    try:
+        return find_package_version("resnet")
+    except PackageNotFoundError:
+        return None
 
 
 def warm_up(engine: Engine, manifest: Manifest, max_batch: int, runs: int) -> dict[int, int]:
