@@ -14,7 +14,9 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from export import manifest
+from export import manifest, parity, reference
+from export.manifest import Certificate
+from export.reference import Reference
 
 MODEL = "model.onnx"
 
@@ -22,7 +24,7 @@ MODEL = "model.onnx"
 def publish(source: Path, folder: Path, labels: Sequence[str] = ()) -> NDArray[np.float32]:
     """Copy a version, give its classes other biases by the number that it gets, and return its answers.
 
-    The files that stay the same are links. The certificate is the original's, which is right for tests only.
+    The files that stay the same are links. The certificate says that the original is what the new ONNX file computes.
 
     Args:
         source: Folder of a version.
@@ -34,19 +36,22 @@ def publish(source: Path, folder: Path, labels: Sequence[str] = ()) -> NDArray[n
     """
     staged = folder.with_name(f".{folder.name}")
     shutil.copytree(source, staged, copy_function=link)
-    for name in (MODEL, manifest.NAME):
+    for name in (MODEL, manifest.NAME, reference.NAME):
         (staged / name).unlink()  # a link to the original, which must not change
     onnx.save(_shift(onnx.load(source / MODEL), int(folder.name)), staged / MODEL)
     original = manifest.read(source)
+    stored = reference.load(source, original)
+    answers = compute(staged, stored.images)
+    reference.make(stored.images, stored.labels, answers).write(staged / reference.NAME)
     files = {name: digest for name, digest in manifest.hash_files(staged).items() if name in original.files}
     msgspec.structs.replace(
         original,
+        certificate=_certify(original.certificate, stored, answers),
         model=folder.parent.name,
         version=int(folder.name),
         files=files,
         labels=list(labels) or original.labels,
     ).write(staged)
-    answers = compute(staged)
     staged.rename(folder)
     return answers
 
@@ -59,13 +64,23 @@ def link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def compute(version: Path) -> NDArray[np.float32]:
-    """Return the probabilities that a version computes for its held-out images, [images, classes]."""
+def compute(version: Path, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return the probabilities that a version computes, [images, classes]."""
     session = onnxruntime.InferenceSession(str(version / MODEL), providers=["CPUExecutionProvider"])
-    with np.load(version / "heldout.npz") as arrays:
-        images = arrays["images"]
     answers: NDArray[np.float32] = session.run(None, {session.get_inputs()[0].name: images})[0]
     return answers
+
+
+def _certify(certificate: Certificate, stored: Reference, answers: NDArray[np.float32]) -> Certificate:
+    """Return the certificate of a version whose original gives these answers, and whose variants give the same."""
+    variants = []
+    for variant in certificate.variants:
+        rows = [
+            parity.compare(answers, answers, stored.labels, row.batch_size, variant.budget.tie) for row in variant.rows
+        ]
+        variants.append(msgspec.structs.replace(variant, rows=rows))
+    accuracy = float(np.mean(answers.argmax(axis=1) == stored.labels))
+    return msgspec.structs.replace(certificate, accuracy=accuracy, variants=variants)
 
 
 def _shift(model: onnx.ModelProto, number: int) -> onnx.ModelProto:
