@@ -152,3 +152,16 @@ def test_a_port_in_use_is_one_sentence(
     with pytest.raises(BadInput, match="choose another with --metrics-port"):
         MetricsServer(served, "127.0.0.1", int(metrics.address.rpartition(":")[2]))
     assert cli.main(["serve", str(repository), "--metrics-port=70000"]) == 2
+
+
+def test_the_proof_is_on_the_page(served: registry.ModelRegistry, metrics: MetricsServer) -> None:
+    """With what computes, the number of images, the largest difference and the duration."""
+    (model,) = served
+    assert model.proof
+    with urlopen(f"http://{metrics.address}/metrics") as page:
+        text = page.read().decode()
+    labels = f'device="{model.proof.key.device}",model="digits",runtime="CPUExecutionProvider",version="1"'
+    assert f"resnet_proof_images{{{labels}}} 256.0\n" in text
+    found = read(metrics.address)
+    assert 0 < found["resnet_proof_max_difference", ""] == model.proof.max_difference < 1e-5
+    assert found["resnet_proof_seconds", ""] == model.proof.seconds > 0

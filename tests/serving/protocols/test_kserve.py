@@ -76,6 +76,21 @@ def test_a_model_says_what_it_takes_and_what_was_proved(client: triton.Inference
     assert (config.dynamic_batching.priority_levels, config.dynamic_batching.default_priority_level) == (3, 2)
 
 
+def test_properties_say_what_was_proved_where_it_serves(address: str) -> None:
+    """Beside the figures of the certificate; tritonclient does not read them."""
+    with grpc.insecure_channel(address) as channel:
+        describe: grpc.UnaryUnaryMultiCallable[Any, Any] = channel.unary_unary(
+            "/inference.GRPCInferenceService/ModelMetadata",
+            pb.ModelMetadataRequest.SerializeToString,
+            pb.ModelMetadataResponse.FromString,
+        )
+        found = describe(pb.ModelMetadataRequest(name="digits")).properties
+    assert found["proof.device"]
+    assert (found["proof.runtime"], found["proof.images"]) == ("CPUExecutionProvider", "256")
+    assert float(found["proof.max_difference"]) < 1e-5
+    assert float(found["proof.seconds"]) > 0
+
+
 def test_three_forms_of_an_image_get_one_answer(
     client: triton.InferenceServerClient,
     heldout: Heldout,
