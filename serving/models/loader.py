@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from export import inspection, signature
 from export import manifest as manifests
-from export import signature
 from export.manifest import Manifest, Variant
 from resnet import BadInput
 from serving.config import Batching
@@ -33,12 +33,13 @@ def read_checked(folder: Path, trust: Ed25519PublicKey | None = None) -> Manifes
     """Read the manifest of a version, and check its files, its certificate, and with `trust` its signature.
 
     Raises:
-        BadInput: The manifest is invalid, a file has changed, or the certificate is outside of its budget.
+        BadInput: The manifest is invalid, `export.inspection` finds a problem, or the certificate is outside of its
+            budget.
         CheckFailed: It is not signed by the key that is trusted.
     """
     manifest = manifests.read(folder) if trust is None else signature.read(folder, trust)
-    for problem in manifests.changed_files(folder, manifest):
-        raise BadInput(f"{problem}; a version that was changed is not served: restore it, or export the model again")
+    for problem in inspection.find_problems(folder, manifest):
+        raise BadInput(f"{problem}; restore the version, or export the model again")
     for violation in manifest.certificate.violations():
         raise BadInput(f"the certificate of {folder} does not hold, {violation}; export the model again")
     return manifest
