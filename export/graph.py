@@ -1,7 +1,8 @@
 """What an ONNX file may not have: weights elsewhere, operators of its maker, another input or output than declared.
 
 protobuf keeps the fields that `protos/onnx.proto` leaves out, the weights among them: a file of 100 MB takes 50 ms, and
-another 100 MB for that time. A reader that skips them might understand a file otherwise than onnxruntime does.
+another 100 MB for that time. A reader of our own could skip them, but might take a file for another model than
+onnxruntime does, which uses protobuf too.
 """
 
 from __future__ import annotations

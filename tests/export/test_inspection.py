@@ -14,7 +14,8 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from onnx import TensorProto, helper
 
 from export import attestation, graph, inspection, manifest, triton
-from export.manifest import TensorSpec
+from export.manifest import Budget, TensorSpec
+from export.parity import VariantError
 from export.session import open_session
 from export.verification import verify
 from protos import onnx_pb2
@@ -303,6 +304,29 @@ def test_a_fault_passes_no_gate(fault: str, gate: str, version: Path, monkeypatc
     else:
         with pytest.raises(BadInput, match=f"^{message}.*; restore the version, or export the model again$"):
             loader.read_checked(version)
+
+
+@pytest.mark.slow
+def test_a_variant_with_a_fault_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It costs only itself, and the next reduction is tried."""
+    from export import precision
+    from export.export import BUDGETS, export
+    from tests.export.sources import classifier, make_source
+
+    def write(source: Path, target: Path) -> None:
+        model = onnx.load(source)
+        model.training_info.add()
+        onnx.save(model, target)
+
+    reductions = [precision.Reduction("first", write), precision.Reduction("second", shutil.copy)]
+    monkeypatch.setattr(precision, "list_reductions", lambda *_: reductions)
+    budgets = BUDGETS | {"fp16": Budget(accuracy_drop=0.5, evidence="point")}
+    version = export(make_source(classifier()), tmp_path / "models" / "colors", ["fp16"], budgets)
+    assert manifest.read(version).certificate.variants[-1].method == "second"
+    del reductions[1:]
+    with pytest.raises(VariantError, match="is published without fp16: onnx-fp16 holds a graph for training$"):
+        export(make_source(classifier()), version.parent, ["fp16"], budgets)
+    assert loader.read_checked(version.with_name("2")).certificate.find("onnx-fp16") is None
 
 
 def test_what_an_export_writes_passes(version: Path) -> None:
