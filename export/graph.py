@@ -16,12 +16,12 @@ from protos import onnx_pb2
 
 DOMAINS = ("", "ai.onnx")  # two names of the domain of the operators that ONNX defines for all models
 DTYPES = {1: "float32", 2: "uint8"}  # those of a version's outputs and inputs
-ORT_FORMAT = b"ORTM"  # from the fourth byte on: onnxruntime takes the file for one of its own format, not for protobuf
+ORT_FORMAT = b"ORTM"  # after four bytes: onnxruntime takes the file for one of its own format, whatever else it is
 MAX_NAMES = 3  # in a message
 
 
 def find_faults(content: bytes, image: TensorSpec, probabilities: TensorSpec) -> Iterator[str]:
-    """Yield a clause for each of these that an ONNX file has, which continues a sentence that begins with its name.
+    """Yield a clause for each thing that an ONNX file may not have; its subject is the file.
 
     Args:
         content: The file.

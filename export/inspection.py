@@ -1,6 +1,6 @@
 """The inspection of a version before anything of it is loaded: it may hold only what its manifest declares.
 
-Export, `resnet verify` and the server refuse the same. A SavedModel and a .keras file are code, and are not looked into.
+Export, `resnet verify` and the server refuse the same. A SavedModel and a .keras file are code, and not looked into.
 """
 
 from __future__ import annotations
