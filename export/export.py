@@ -18,6 +18,8 @@ from export import (
     attestation,
     classifier,
     formats,
+    graph,
+    inspection,
     metadata,
     original,
     parity,
@@ -31,7 +33,7 @@ from export.formats import FORMATS, ONNX, OPSET
 from export.manifest import FORMAT, Budget, Certificate, Manifest, Preprocessing, TensorSpec, Variant, hash_files
 from export.parity import BATCH_SIZES, Comparison, EvidenceError, ParityError, Probabilities, VariantError
 from export.source import Source
-from resnet import BadInput
+from resnet import BadInput, CheckFailed
 
 CHECK = Path(__file__).with_name("check.py")  # a copy of it comes with each version
 LIBRARIES = ("tensorflow-cpu", "tensorflow", "keras", "tf2onnx", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy")
@@ -68,6 +70,7 @@ def export(
         BadInput: The target cannot be written, the name of the model is invalid, or int8 has no calibration images.
         ParityError: A converted model differs from the original by more than its budget; nothing was published.
         VariantError: A variant in lower precision does; the version was published without it.
+        CheckFailed: `export.inspection` finds a problem; nothing was published.
     """
     if "int8" in precisions and source.evidence.calibration is None:
         raise BadInput(
@@ -108,6 +111,7 @@ def export(
         reference.make(images, targets, expected, predictions).write(staged / reference.NAME)
         cost = costs[ONNX.name]
         assert cost is not None
+        image, probabilities = _list_specs(source)
 
         def finish(version: int) -> None:
             manifest = Manifest(
@@ -115,8 +119,8 @@ def export(
                 model=target.name,
                 version=version,
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                input=TensorSpec(original.INPUT, "uint8", [-1, *shape]),
-                output=TensorSpec(original.OUTPUT, "float32", [-1, len(labels)]),
+                input=image,
+                output=probabilities,
                 labels=list(labels),
                 preprocessing=preprocessing,
                 opset=opset,
@@ -129,7 +133,9 @@ def export(
             )
             attestation.write_files(manifest, staged)
             triton.write_files(manifest, target)
-            msgspec.structs.replace(manifest, files=hash_files(staged)).write(staged)
+            complete = msgspec.structs.replace(manifest, files=hash_files(staged))
+            complete.write(staged)
+            _inspect(staged, complete)
             if sign is not None:
                 sign(staged)
 
@@ -164,6 +170,13 @@ def _check_evidence(source: Source, certificate: Certificate) -> None:
         )
 
 
+def _inspect(staged: Path, manifest: Manifest) -> None:
+    """Raise `CheckFailed` if `resnet verify` and the server would not take the version."""
+    problems = list(inspection.find_problems(staged, manifest))
+    if problems:
+        raise CheckFailed(f"nothing is published: {'; '.join(problems)}")
+
+
 def _adapt(budget: Budget, source: Source) -> Budget:
     """Return a budget without a limit of logits if the model has none: if its probabilities are no softmax."""
     return (
@@ -171,6 +184,12 @@ def _adapt(budget: Budget, source: Source) -> Budget:
         if classifier.ends_in_softmax(source.model)
         else msgspec.structs.replace(budget, max_logit_difference=None)
     )
+
+
+def _list_specs(source: Source) -> tuple[TensorSpec, TensorSpec]:
+    """Return the input and the output of a converted model."""
+    image = TensorSpec(original.INPUT, "uint8", [-1, *source.model.input_shape[1:]])
+    return image, TensorSpec(original.OUTPUT, "float32", [-1, len(source.evidence.labels)])
 
 
 def _certify(source: Source, staged: Path, expected: Probabilities, variants: Sequence[Variant]) -> Comparison:
@@ -206,11 +225,13 @@ def _reduce(
 
 
 def _prove(source: Source, staged: Path, expected: Probabilities, variant: Variant) -> Comparison:
-    """Return the comparison of a variant, with its speed; raise `VariantError` if it loses too much."""
+    """Return the comparison of a variant, with its speed; raise `VariantError` if a version may not have it."""
     comparison = _certify(source, staged, expected, [variant])
     certificate = comparison.certificate
     (measured,) = certificate.variants
-    problems = list(measured.violations(certificate.images, certificate.accuracy))
+    faults = graph.find_faults((staged / variant.path).read_bytes(), *_list_specs(source))
+    problems = [f"{variant.name} {fault}" for fault in faults]
+    problems += measured.violations(certificate.images, certificate.accuracy)
     if problems:
         raise VariantError("; ".join(problems))
     baseline, path = ONNX.load(staged / ONNX.path), ONNX.load(staged / variant.path)

@@ -40,10 +40,11 @@ def list_entries(folder: Path) -> dict[str, os.stat_result]:
     return entries
 
 
-def fingerprint(folder: Path) -> Hashable:
-    """Return a value that changes when anything in a folder does; file contents are not read."""
+def fingerprint(folder: Path, *others: Path) -> Hashable:
+    """Return a value that changes when anything in a folder does, or another file; file contents are not read."""
     try:
         entries = {".": folder.stat(), **list_entries(folder)}
+        entries |= {str(path): path.lstat() for path in others if os.path.lexists(path)}
     except OSError as error:
         return error.errno
     return frozenset(

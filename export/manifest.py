@@ -389,15 +389,21 @@ def hash_files(folder: Path) -> dict[str, str]:
 
 
 def changed_files(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """Yield a clause for every file that is missing, was added, or whose SHA-256 is not that of the manifest."""
+    """Yield a clause for every file that is missing, was added, is a link, or has another SHA-256 than in the manifest.
+
+    Hidden files are no exception; empty folders do no harm.
+    """
     try:
         found = files.list_entries(folder)
     except OSError as error:
         yield f"{error.filename} cannot be read ({error.strerror})"
         return
+    links = {name for name, status in found.items() if stat.S_ISLNK(status.st_mode)} - manifest.files.keys()
+    for name in sorted(links):
+        yield f"{str(folder / name)!r} is a link, which a version may not hold"
     for name in sorted(manifest.files.keys() - found.keys()):
         yield f"{folder / name} is missing"
-    for name in sorted(found.keys() - manifest.files.keys() - UNHASHED):
+    for name in sorted(found.keys() - manifest.files.keys() - UNHASHED - links):
         if not stat.S_ISDIR(found[name].st_mode):
             yield f"{str(folder / name)!r} was added after the export, remove it"
     for name in sorted(manifest.files.keys() & found.keys()):

@@ -14,12 +14,18 @@ from export.manifest import Manifest
 from resnet import BadInput
 
 CONFIG, LABELS = repository.RESERVED
+# Triton looks for the library of a backend in the folders of the version and of the model before that of the backends:
+# https://github.com/triton-inference-server/backend. With `config` it reads no other file beside the versions.
+LIBRARIES = "libtriton_*.so"
 MAX_BATCH = 64  # the largest batch size of the certificate
 TYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32"}
 
 
 def config(manifest: Manifest) -> str:
-    """Return the text of config.pbtxt for a model whose latest version has this manifest."""
+    """Return the text of config.pbtxt for a model whose latest version has this manifest.
+
+    Versions of an earlier text are refused as changed: another text needs another `export.manifest.FORMAT`.
+    """
     image, probabilities = manifest.input, manifest.output
     return f"""\
 name: {json.dumps(manifest.model)}
@@ -68,12 +74,22 @@ def write_files(manifest: Manifest, model: Path) -> None:
             )
 
 
+def list_paths(model: Path) -> list[Path]:
+    """Return the paths of all that Triton reads beside the versions of a model; some may be missing."""
+    return [model / CONFIG, model / LABELS, *sorted(model.glob(LIBRARIES))]
+
+
 def changed_files(manifest: Manifest, model: Path) -> Iterator[str]:
-    """Yield a clause for each of the files that differs from what this version says; files may be missing."""
+    """Yield a clause for each of the files that differs from what this version says, and for code that Triton loads.
+
+    The files may be missing; other files are the user's own.
+    """
+    for path in sorted(model.glob(LIBRARIES)):
+        yield f"{str(path)!r} is code that Triton would load, remove it"
     for path, content in _list_files(manifest, model).items():
         try:
             if files.read(path) != content:
-                yield f"{path}, which Triton reads, is not the file that was exported"
+                yield f"{path}, which Triton reads, is not the file that was exported with this version"
         except FileNotFoundError:
             continue
         except OSError as error:

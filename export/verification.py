@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from export import formats, manifest, parity, reference, session, signature, triton
+from export import formats, inspection, manifest, parity, reference, session, signature
 from export.formats import ONNX
 from export.manifest import ROUNDING, Certificate, Manifest, Variant
 from export.parity import Predict, Probabilities
@@ -40,13 +40,13 @@ def verify(folder: Path, trust: PublicKey | None = None, full: bool = False) -> 
 
     Raises:
         BadInput: The manifest or a model cannot be read.
-        CheckFailed: The signature does not match, a file has changed, or a figure is outside its budget or differs from
-            the certificate.
+        CheckFailed: The signature does not match, `export.inspection` finds a problem, or a figure is outside its
+            budget or differs from the certificate.
     """
     recorded = manifest.read(folder) if trust is None else signature.read(folder, trust)
-    changes = [*manifest.changed_files(folder, recorded), *triton.changed_files(recorded, folder.parent)]
-    if changes:
-        raise CheckFailed("; ".join(changes))
+    problems = list(inspection.find_problems(folder, recorded))
+    if problems:
+        raise CheckFailed("; ".join(problems))
     if trust is not None:
         print(f"{folder} is signed by the trusted key")
     print(f"the {len(recorded.files)} files of {folder} are unchanged")

@@ -55,6 +55,9 @@ TESTS = {
     "serving/client/channel.py": ["tests/serving/client"],
     "export/parity.py": ["--quick", "tests/export/test_parity.py", "tests/export/test_verification.py"],
     "export/manifest.py": ["--quick", "tests/export/test_manifest.py", "tests/export/test_files.py"],
+    "export/inspection.py": ["--quick", "tests/export/test_inspection.py", "tests/serving/models/test_scan.py"],
+    "export/graph.py": ["--quick", "tests/export/test_inspection.py"],
+    "export/triton.py": ["--quick", "tests/export/test_inspection.py", "tests/serving/models/test_scan.py"],
     "export/files.py": ["--quick", "tests/export/test_files.py", "tests/serving/models/test_scan.py"],
     "export/bundle.py": ["--quick", "tests/export/test_bundle.py"],
     "export/signature.py": [

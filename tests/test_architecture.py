@@ -17,8 +17,8 @@ ALLOWED = {
     "resnet": {"serving.client", "serving.errors"},  # the public face hands these on
     "protos": set(),
     "training": {"resnet"},
-    # The shared formats: a run folder, images, a data set.
-    "export": {"resnet", "training"},
+    # The shared formats: a run folder, images, a data set, ONNX.
+    "export": {"resnet", "training", "protos"},
     "serving.errors": {"protos"},
     "serving.logs": set(),
     "serving.process": {"resnet"},

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from export import inspection, signature
 from export import manifest as manifests
-from export import signature
 from export.manifest import Manifest, Variant
 from export.signature import PublicKey
 from resnet import BadInput
@@ -27,12 +27,13 @@ def read_checked(folder: Path, trust: PublicKey | None = None) -> Manifest:
     """Read the manifest of a version, and check its files, its certificate, and with `trust` its signature.
 
     Raises:
-        BadInput: The manifest is invalid, a file has changed, or the certificate is outside of its budget.
+        BadInput: The manifest is invalid, `export.inspection` finds a problem, or the certificate is outside of its
+            budget.
         CheckFailed: It is not signed by the key that is trusted.
     """
     manifest = manifests.read(folder) if trust is None else signature.read(folder, trust)
-    for problem in manifests.changed_files(folder, manifest):
-        raise BadInput(f"{problem}; a version that was changed is not served: restore it, or export the model again")
+    for problem in inspection.find_problems(folder, manifest):
+        raise BadInput(f"{problem}; restore the version, or export the model again")
     for violation in manifest.certificate.violations():
         raise BadInput(f"the certificate of {folder} does not hold, {violation}; export the model again")
     return manifest

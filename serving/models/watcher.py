@@ -7,7 +7,8 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 
-from export import files, manifest, repository
+from export import manifest, repository
+from export.inspection import fingerprint
 from resnet import BadInput, CheckFailed
 from serving.errors import FailedPrecondition, NotFound
 from serving.models.model import Model
@@ -200,15 +201,15 @@ class Watcher:
         """Load a version; if that fails, return why."""
         path, key = folder / str(number), (folder.name, number)
         # Taken before the files are read: what changes while they are is looked at again.
-        fingerprint = files.fingerprint(path)
+        before = fingerprint(path)
         try:
             model = self._load(path)
         except Exception as error:  # whatever it is, the other versions stay served
-            self._refused[key] = fingerprint
+            self._refused[key] = before
             return str(error)
         release_memory()
         self._refused.pop(key, None)
-        self._loaded[key] = fingerprint
+        self._loaded[key] = before
         return model
 
     def _is_replaced(self, folder: Path, number: int, strictly: bool) -> bool:
@@ -221,7 +222,7 @@ class Watcher:
                 touch files by themselves, and other changes make no version that could be served.
         """
         path, key = folder / str(number), (folder.name, number)
-        if files.fingerprint(path) == self._loaded.get(key) or (self._is_unchanged(folder, number) and not strictly):
+        if fingerprint(path) == self._loaded.get(key) or (self._is_unchanged(folder, number) and not strictly):
             return False
         try:
             digest = manifest.read(path).digest
@@ -230,9 +231,9 @@ class Watcher:
         return strictly or digest != self._models.get(folder.name).versions[number].manifest.digest
 
     def _is_unchanged(self, folder: Path, number: int) -> bool:
-        """Return whether a version was refused, and nothing in its folder has changed since."""
+        """Return whether a version was refused, and nothing that is inspected has changed since."""
         refused = self._refused.get((folder.name, number))
-        return refused is not None and refused == files.fingerprint(folder / str(number))
+        return refused is not None and refused == fingerprint(folder / str(number))
 
     def _forget(self, name: str) -> None:
         """Stop serving a model that was removed."""

@@ -11,7 +11,7 @@ import pytest
 
 from export import files, manifest
 from resnet import BadInput
-from tests.versions import write_version
+from tests.versions import list_file, write_version
 
 
 def make_socket(path: Path) -> None:
@@ -65,16 +65,38 @@ def test_whatever_was_added_is_named(kind: str, version: Path) -> None:
     (version / "assets").mkdir()
     IRREGULAR[kind](version / "assets" / "weights\n")
     (problem,) = manifest.changed_files(version, manifest.read(version))
-    assert problem == f"'{version}/assets/weights\\n' was added after the export, remove it"
+    reason = "is a link, which a version may not hold" if "link" in kind else "was added after the export, remove it"
+    assert problem == f"'{version}/assets/weights\\n' {reason}"
 
 
-def test_hidden_files_and_empty_folders_do_no_harm(version: Path) -> None:
-    """As file managers leave them."""
-    (version / ".DS_Store").touch()
+def test_hidden_files_are_files(version: Path) -> None:
+    """Whatever reads a version may read them too; the folders that hold them are not named beside."""
+    for path in (version / ".DS_Store", version / "assets" / ".idea" / "workspace.xml"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert list(manifest.changed_files(version, manifest.read(version))) == [
+        f"'{version}/.DS_Store' was added after the export, remove it",
+        f"'{version}/assets/.idea/workspace.xml' was added after the export, remove it",
+    ]
+
+
+def test_empty_folders_do_no_harm(version: Path) -> None:
+    """TensorFlow leaves one by itself."""
     for folder in (version / ".idea", version / "assets" / ".idea"):
         folder.mkdir(parents=True)
-        (folder / "workspace.xml").touch()
     assert not list(manifest.changed_files(version, manifest.read(version)))
+
+
+def test_a_folder_that_is_a_link_is_named_first(version: Path) -> None:
+    """The files that are missing below it are a consequence."""
+    (version / "variables").mkdir()
+    list_file(version, "variables/variables.index", b"")
+    (version / "variables").rename(version.parent / "elsewhere")
+    (version / "variables").symlink_to("../elsewhere")
+    assert list(manifest.changed_files(version, manifest.read(version))) == [
+        f"'{version}/variables' is a link, which a version may not hold",
+        f"{version}/variables/variables.index is missing",
+    ]
 
 
 @pytest.mark.parametrize("name", ["/etc/hostname", "../2/model.onnx", "sub/../model.onnx", "./model.onnx", "", "a\0b"])
