@@ -12,6 +12,7 @@ batch while the other is computed, and convolutions fused with their bias.
 from __future__ import annotations
 
 import logging
+import re
 import statistics
 import threading
 import time
@@ -37,6 +38,7 @@ from serving.runtimes.gpu.multi_gpu import MultiGpuEngine
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": tensorrt.PROVIDER}
 NAMES = {"cuda": "CUDA", "tensorrt": "TensorRT"}
+COLOR = re.compile(r"\x1b\[[0-9;]*m")
 TRIALS = 5  # measurements of each bucket when an engine starts
 RUNS_TO_CAPTURE = 3  # the first run allocates memory, the second is recorded as a graph, the third replays it
 
@@ -202,7 +204,7 @@ class CudaEngine:
         except BadInput:
             raise
         except Exception as error:  # onnxruntime's exceptions have no common base below Exception
-            reason = str(error)
+            reason = _read_reason(error)
         # Outside of the handler: its exception would keep the failed session and its memory alive.
         if not graphs:
             raise BadInput(
@@ -296,6 +298,12 @@ class BucketSession:
         self._buffers.send(images)
         self._runs[find_bucket(self._buckets, len(images))]()
         self._buffers.fetch(probabilities)
+
+
+def _read_reason(error: Exception) -> str:
+    """Return the first line of an error of onnxruntime, without the colours of a terminal."""
+    lines = [line.strip() for line in COLOR.sub("", str(error)).splitlines()]
+    return next((line for line in lines if line), type(error).__name__)
 
 
 def list_buckets(max_batch: int) -> tuple[int, ...]:

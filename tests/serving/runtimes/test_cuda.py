@@ -310,6 +310,20 @@ def test_a_model_that_does_not_fit_is_refused(machine: Machine, path: Path) -> N
         cuda.load(path, make_manifest(), "cuda", 8)
 
 
+@pytest.mark.usefixtures("machine")
+def test_an_error_of_many_coloured_lines_is_one_sentence(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As onnxruntime makes them for a library that is missing."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("\n\x1b[1;31mlibnvinfer.so.10: cannot open shared object file\x1b[m\nStack:\n  at 0x0\n")
+
+    monkeypatch.setattr(cuda, "BucketSession", fail)
+    with pytest.raises(BadInput) as caught:
+        cuda.load(path, make_manifest(), "cuda", 8)
+    assert "in batches of 8: libnvinfer.so.10: cannot open shared object file; lower --max-batch" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_there_must_be_a_gpu(machine: Machine, path: Path) -> None:
     """A build of onnxruntime for CUDA is none."""
     machine.devices = 0
