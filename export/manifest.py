@@ -10,7 +10,7 @@ import math
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -33,6 +33,9 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: str
     shape: list[int]
 
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=statistics.MOST_IMAGES)]
+"""A number of images."""
 
 EvidenceRule = Literal["bound", "point"]
 """How a loss of accuracy is held against its budget: by its upper bound at 95 % confidence, or as it was measured."""
@@ -96,10 +99,10 @@ class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     max_logit_difference: float
     p999_logit_difference: float
     top1_agreement: float
-    top1_disagreements: int
+    top1_disagreements: Count
     accuracy: float
-    lost: int
-    gained: int
+    lost: Count
+    gained: Count
     drop_bound: float
     mcnemar: float
     calibration_error: float
@@ -173,7 +176,8 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         for row in self.rows:
             follows = accuracy - (row.lost - row.gained) / max(1, images)
             bound = statistics.bound_drop(row.lost, row.gained, max(1, images))
-            if not (abs(row.accuracy - follows) <= ROUNDING and abs(row.drop_bound - bound) <= ROUNDING):
+            agree = abs(row.accuracy - follows) <= ROUNDING and abs(row.drop_bound - bound) <= ROUNDING
+            if not agree or row.lost + row.gained > images:
                 yield (
                     f"the figures {self._name(row)} contradict each other: {row.lost} lost and {row.gained} gained of "
                     f"{images} images are an accuracy of {follows:.2%} and a loss of at most {100 * bound:.2f} points"
@@ -220,7 +224,7 @@ class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         variants: The converted models, those of `REQUIRED` among them.
     """
 
-    images: int
+    images: Count
     images_sha256: str
     accuracy: float
     calibration_error: float

@@ -44,9 +44,10 @@ def describe(
 
 
 def write(path: Path, metadata: dict[str, str]) -> None:
-    """Replace the metadata of an ONNX file."""
+    """Set texts of the metadata of an ONNX file; others stay."""
     import onnx
 
     model = onnx.load(path)
-    onnx.helper.set_model_props(model, metadata)
+    present = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, {**present, **metadata})
     onnx.save(model, path)

@@ -68,13 +68,17 @@ def test_whatever_was_added_is_named(kind: str, version: Path) -> None:
     assert problem == f"'{version}/assets/weights\\n' was added after the export, remove it"
 
 
-def test_hidden_files_and_empty_folders_do_no_harm(version: Path) -> None:
-    """As file managers leave them."""
-    (version / ".DS_Store").touch()
-    for folder in (version / ".idea", version / "assets" / ".idea"):
-        folder.mkdir(parents=True)
-        (folder / "workspace.xml").touch()
-    assert not list(manifest.changed_files(version, manifest.read(version)))
+def test_hidden_files_were_added_too_and_empty_folders_do_no_harm(version: Path) -> None:
+    """A loader may read what a person does not see."""
+    (version / "assets" / ".idea").mkdir(parents=True)
+    recorded = manifest.read(version)
+    assert not list(manifest.changed_files(version, recorded))
+    for name in (".DS_Store", "assets/.idea/workspace.xml"):
+        (version / name).touch()
+    assert list(manifest.changed_files(version, recorded)) == [
+        f"'{version}/{name}' was added after the export, remove it"
+        for name in (".DS_Store", "assets/.idea/workspace.xml")
+    ]
 
 
 @pytest.mark.parametrize("name", ["/etc/hostname", "../2/model.onnx", "sub/../model.onnx", "./model.onnx", "", "a\0b"])
