@@ -62,7 +62,8 @@ TESTS = {
         "tests/export/test_verification.py",
         "tests/export/test_recomputation.py",
     ],
-    "export/heldout.py": ["--quick", "tests/export/test_heldout.py", "tests/export/test_verification.py"],
+    "export/reference.py": ["--quick", "tests/export/test_reference.py", "tests/export/test_verification.py"],
+    "export/statistics.py": ["--quick", "tests/export/test_statistics.py"],
     "export/half.py": ["--quick", "tests/export/test_half.py"],
     "export/precision.py": ["tests/export/test_precision.py"],
 }

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.load.endpoints import PROTOCOLS, Input
-from export import manifest, repository
+from export import manifest, reference, repository
 from export.manifest import Manifest
 from protos import classifier_pb2 as pb
 from protos import inference_pb2, tensorflow_pb2, tensorflow_serving_pb2
@@ -39,7 +39,7 @@ class ModelUnderTest:
         """Take a model repository."""
         self.folder = repository.latest(repository.models(folder)[0])
         self.manifest: Manifest = manifest.read(self.folder)
-        with np.load(self.folder / "heldout.npz") as arrays:
+        with np.load(self.folder / reference.NAME) as arrays:
             self.pixels: NDArray[np.uint8] = arrays["images"]
 
     @property

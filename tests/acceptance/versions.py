@@ -14,7 +14,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from export import manifest
+from export import manifest, reference
 
 MODEL = "model.onnx"
 
@@ -62,7 +62,7 @@ def link(source: str, target: str) -> None:
 def compute(version: Path) -> NDArray[np.float32]:
     """Return the probabilities that a version computes for its held-out images, [images, classes]."""
     session = onnxruntime.InferenceSession(str(version / MODEL), providers=["CPUExecutionProvider"])
-    with np.load(version / "heldout.npz") as arrays:
+    with np.load(version / reference.NAME) as arrays:
         images = arrays["images"]
     answers: NDArray[np.float32] = session.run(None, {session.get_inputs()[0].name: images})[0]
     return answers
