@@ -17,6 +17,9 @@ from onnx import TensorProto, helper
 from export import manifest, parity, reference, statistics
 from export.manifest import Budget, Cost, Manifest, Parity, Preprocessing, TensorSpec, Variant
 
+Content = dict[str, Any]
+"""The content of a manifest, as JSON."""
+
 FILES = {"onnx": "model.onnx", "saved_model": "."}
 COLORS = ("red", "green", "blue")
 SIDE = 4

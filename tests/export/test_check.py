@@ -10,16 +10,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
 from tests.conftest import ROOT, edit_manifest
+from tests.versions import Content
 
 pytestmark = pytest.mark.slow
-Content = dict[str, Any]
 
 
 @pytest.fixture(scope="module")

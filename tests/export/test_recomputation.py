@@ -10,7 +10,6 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -28,9 +27,8 @@ from export.reference import Reference
 from export.verification import verify
 from resnet import BadInput, CheckFailed
 from tests.conftest import edit_manifest
-from tests.versions import list_file, make_graph, make_row, write_version
+from tests.versions import Content, list_file, make_graph, make_row, write_version
 
-Content = dict[str, Any]
 NOTE = "compared with the recorded answers of the Keras original; --full runs it, and the SavedModel"
 
 
