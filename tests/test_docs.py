@@ -90,6 +90,8 @@ class Reader:
                 check_extras(requirement)
             case ["openssl", *_]:
                 subprocess.run(words, check=True, capture_output=True)
+            case ["python", script]:
+                subprocess.run([sys.executable, script], check=True, capture_output=True)
             case ["python", "-m", module, *rest]:
                 check_help(module, rest)
             case [variable, "resnet", "serve", *_] if "=" in variable:
