@@ -139,6 +139,19 @@ def test_half_precision_leaves_sums_and_probabilities_alone(fp32: Path, tmp_path
     found = {node.op_type: types[node.output[0]] for node in graph.node}
     assert {found[name] for name in ("Conv", "MatMul")} == {onnx.TensorProto.FLOAT16}
     assert {found[name] for name in ("GlobalAveragePool", "Softmax")} == {onnx.TensorProto.FLOAT}
+    assert graph.node[-1].op_type == "Softmax"  # its answers are not rounded
+
+
+def test_a_sigmoid_in_half_precision_is_widened_once(tmp_path: Path) -> None:
+    """There is nothing to remove."""
+    image = keras.Input((8, 8, 3), dtype="uint8")
+    second = keras.layers.Dense(1, activation="sigmoid")(keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(image)))
+    ONNX.write(keras.Model(image, keras.ops.concatenate([1 - second, second], axis=-1)), {}, tmp_path, OPSET)
+    precision.to_fp16(tmp_path / ONNX.path, tmp_path / "fp16.onnx")
+    images = make_images(5)[:, :8, :8]
+    expected = ONNX.load(tmp_path / ONNX.path)(images)
+    for load in (ONNX.load, half.load):
+        np.testing.assert_allclose(load(tmp_path / "fp16.onnx")(images), expected, atol=2e-3)
 
 
 def crash(*_: Path) -> None:
