@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 
 from export import reference
-from export.manifest import ROUNDING, Certificate, Manifest, Preprocessing, TensorSpec, Variant
+from export.certificate import ROUNDING, Certificate, Variant
+from export.manifest import Manifest, Preprocessing, TensorSpec
 
 TEST_RESULT, CERTIFICATE = "test-result.intoto.json", "parity-certificate.intoto.json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import msgspec
 
-from export.manifest import Budget, Preprocessing
+from export.certificate import Budget
+from export.manifest import Preprocessing
 from training.images import RESIZES
 
 GEOMETRY = "the centre of pixel i is at i + 0.5, and the aspect ratio is ignored"

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export import statistics
-from export.manifest import Certificate, Parity, Variant
+from export.certificate import Certificate, Parity, Variant
 from resnet import CheckFailed
 
 Probabilities = NDArray[np.float32]

@@ -61,7 +61,7 @@ class Reduction(NamedTuple):
     Attributes:
         method: A description for people.
         write: Reads the fp32 file, its first argument, and writes the variant to the second.
-        arithmetic: See `export.manifest.Variant`.
+        arithmetic: See `export.certificate.Variant`.
     """
 
     method: str

@@ -16,8 +16,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from numpy.typing import NDArray
 
 from export import formats, manifest, parity, reference, session, signature, triton
+from export.certificate import ROUNDING, Certificate, Variant
 from export.formats import ONNX
-from export.manifest import ROUNDING, Certificate, Manifest, Variant
+from export.manifest import Manifest
 from export.parity import Comparison, Predict, Probabilities
 from export.reference import Reference
 from resnet import BadInput, CheckFailed

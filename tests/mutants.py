@@ -54,6 +54,7 @@ TESTS = {
     "serving/client/retries.py": ["tests/serving/client"],
     "serving/client/channel.py": ["tests/serving/client"],
     "export/parity.py": ["--quick", "tests/export/test_parity.py", "tests/export/test_verification.py"],
+    "export/certificate.py": ["--quick", "tests/export/test_certificate.py", "tests/export/test_parity.py"],
     "export/manifest.py": ["--quick", "tests/export/test_manifest.py", "tests/export/test_files.py"],
     "export/files.py": ["--quick", "tests/export/test_files.py", "tests/serving/models/test_scan.py"],
     "export/signature.py": ["--quick", "tests/export/test_signature.py", "tests/export/test_verification.py"],

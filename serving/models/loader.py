@@ -11,7 +11,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from export import manifest as manifests
 from export import signature
-from export.manifest import Manifest, Variant
+from export.certificate import Variant
+from export.manifest import Manifest
 from resnet import BadInput
 from serving.config import Batching
 from serving.models.model import Model

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from export import parity
 from export import reference as references
-from export.manifest import Certificate, Manifest, Variant
+from export.certificate import Certificate, Variant
+from export.manifest import Manifest
 from export.speed import name_cpu
 from resnet import BadInput
 from serving.runtimes import DEFAULT, RUNTIMES

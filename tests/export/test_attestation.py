@@ -15,7 +15,8 @@ from in_toto_attestation.v1.statement import Statement
 from in_toto_attestation.v1.statement_pb2 import Statement as StatementMessage
 
 from export import attestation, manifest, reference
-from export.manifest import Budget, Manifest, Variant
+from export.certificate import Budget, Variant
+from export.manifest import Manifest
 from resnet import cli
 from tests.versions import make_row, write_version
 

@@ -18,8 +18,8 @@ import pytest
 from onnx import numpy_helper
 
 from export import manifest, reference
+from export.certificate import Budget, Variant
 from export.half import RangeError
-from export.manifest import Variant
 from export.parity import BudgetError
 from export.verification import verify
 from resnet import BadInput, CheckFailed
@@ -372,7 +372,7 @@ def test_the_version_without_a_fault_is_verified_and_served(version: Path) -> No
 
 def test_an_allowance_of_one_s_own_is_a_budget_all_the_same() -> None:
     """Any limit makes a budget, none makes none."""
-    bare = Variant("onnx", "model.onnx", "fp32", "", manifest.Budget(), [], {})
+    bare = Variant("onnx", "model.onnx", "fp32", "", Budget(), [], {})
     assert "onnx has no budget" in list(bare.violations(1, 1.0))
-    limited = msgspec.structs.replace(bare, budget=manifest.Budget(accuracy_drop=0.1))
+    limited = msgspec.structs.replace(bare, budget=Budget(accuracy_drop=0.1))
     assert "onnx has no budget" not in list(limited.violations(1, 1.0))

@@ -10,7 +10,8 @@ import onnx
 import pytest
 
 from export import manifest, metadata
-from export.manifest import Budget, Preprocessing
+from export.certificate import Budget
+from export.manifest import Preprocessing
 from tests.versions import make_graph
 from training.images import RESIZES, Resize
 

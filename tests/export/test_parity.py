@@ -11,7 +11,7 @@ import pytest
 from rich.progress import Progress
 
 from export import parity, statistics
-from export.manifest import Budget, Certificate, Parity, Variant
+from export.certificate import Budget, Certificate, Parity, Variant
 from export.parity import BudgetError, RunError, ShapeError
 from tests.versions import make_row
 

@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import export
 from export import formats, half, manifest, parity, reference, session, signature
-from export.manifest import Budget, Variant
+from export.certificate import Budget, Variant
 from export.parity import BudgetError, Predict
 from export.reference import Reference
 from export.verification import verify

@@ -17,7 +17,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from export import manifest, parity, reference, signature, triton
-from export.manifest import Variant
+from export.certificate import Variant
 from export.parity import BudgetError
 from export.verification import verify
 from resnet import BadInput, CheckFailed, cli

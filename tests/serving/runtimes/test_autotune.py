@@ -17,7 +17,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from export.manifest import Budget, Manifest
+from export.certificate import Budget
+from export.manifest import Manifest
 from resnet import BadInput, cli
 from serving.config import Batching
 from serving.models import loader
