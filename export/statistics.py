@@ -100,5 +100,5 @@ def measure_calibration(probabilities: NDArray[np.float32], labels: NDArray[np.i
     bins = np.clip(np.ceil(confidence * BINS) - 1, 0, BINS - 1)
     if not np.all(np.isfinite(bins)):
         return math.nan
-    gaps = np.bincount(bins.astype(int), weights=confidence - right, minlength=BINS)
+    gaps = np.bincount(bins.astype(int), weights=confidence - right)
     return float(np.abs(gaps).sum() / len(labels))

@@ -141,6 +141,7 @@ def test_logits_are_those_of_the_softmax_but_for_a_constant() -> None:
     softmax = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     centred = logits - logits.mean(axis=1, keepdims=True)
     np.testing.assert_allclose(statistics.compute_logits(softmax.astype(np.float32)), centred, atol=1e-6)
+    assert statistics.compute_logits(softmax.astype(np.float32)).dtype == np.float64
     certain = statistics.compute_logits(np.array([[1, 0], [1, 1e-45]], np.float32))
     np.testing.assert_allclose(certain, [[43.668, -43.668]] * 2, atol=1e-3)
     assert np.isnan(statistics.compute_logits(np.array([[np.nan, 1]], np.float32))).all()
@@ -159,6 +160,7 @@ def test_cosines_are_between_the_logits_of_each_image() -> None:
         (ANSWERS, [0, 2, 1], (0.3 + 0.6 + 0.1) / 3),
         (ANSWERS, [1, 2, 1], (0.7 + 0.6 + 0.1) / 3),
         ([[0.61, 0.39], [0.65, 0.35]], [0, 1], abs(0.61 - 1 + 0.65) / 2),  # one bin: 0.6 to 0.667
+        ([[0.05] * 20, [0.1, *[0.9 / 19] * 19]], [0, 1], (0.95 + 0.1) / 2),  # the first two bins
         ([[1.0, 0.0], [0.0, 1.0]], [0, 1], 0),
         ([[1.0, 0.0], [0.0, 1.0]], [1, 0], 1),
         ([[1.0000001, 0.0]], [0], 0),
