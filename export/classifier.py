@@ -127,10 +127,12 @@ def end_in_probabilities(file: Path, model: keras.Model, images: NDArray[np.uint
 def ends_in_softmax(model: keras.Model) -> bool:
     """Return whether the probabilities of a model are a softmax, and not, for one, those of a sigmoid."""
     operation: Any = model.outputs[0]._keras_history.operation
+    while type(operation).__name__ == "Cast":  # `complete` adds one
+        operation = operation.input._keras_history.operation
     if isinstance(operation, keras.Model):
         return ends_in_softmax(operation)
-    is_softmax = getattr(operation, "activation", None) is keras.activations.softmax
-    return is_softmax or isinstance(operation, keras.layers.Softmax)
+    is_softmax = type(operation).__name__ == "Softmax"  # a layer, or the operation of keras.ops
+    return is_softmax or getattr(operation, "activation", None) is keras.activations.softmax
 
 
 def _check_shapes(file: Path, pixels: Any, output: Any, preprocess: str | None) -> None:

@@ -29,8 +29,9 @@ from export import (
     speed,
     triton,
 )
+from export.certificate import Budget, Certificate, Variant
 from export.formats import FORMATS, ONNX, OPSET
-from export.manifest import FORMAT, Budget, Certificate, Manifest, Preprocessing, TensorSpec, Variant, hash_files
+from export.manifest import FORMAT, Manifest, Preprocessing, TensorSpec, hash_files
 from export.parity import BATCH_SIZES, Comparison, EvidenceError, ParityError, Probabilities, VariantError
 from export.source import Source
 from resnet import BadInput, CheckFailed

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import msgspec
 
-from export.manifest import Budget, Preprocessing
+from export.certificate import Budget
+from export.manifest import Preprocessing
 from training.images import RESIZES
 
 GEOMETRY = "the centre of pixel i is at i + 0.5, and the aspect ratio is ignored"
@@ -44,9 +45,10 @@ def describe(
 
 
 def write(path: Path, metadata: dict[str, str]) -> None:
-    """Replace the metadata of an ONNX file."""
+    """Set texts of the metadata of an ONNX file; others stay."""
     import onnx
 
     model = onnx.load(path)
-    onnx.helper.set_model_props(model, metadata)
+    present = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, {**present, **metadata})
     onnx.save(model, path)

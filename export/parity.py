@@ -6,14 +6,14 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from export import statistics
-from export.manifest import Certificate, Parity, Variant
+from export.certificate import Certificate, Parity, Variant
 from resnet import CheckFailed
 
 Probabilities = NDArray[np.float32]
@@ -130,7 +130,6 @@ def compare(
     agree, right, actual_right = answers == actual_answers, answers == labels, actual_answers == labels
     second, first = np.sort(expected, axis=1)[:, -2:].T
     lost, gained = int(np.sum(right & ~actual_right)), int(np.sum(~right & actual_right))
-    classes = [labels == label for label in range(expected.shape[1])]
     return Parity(
         batch_size=batch_size,
         max_difference=float(difference.max()),
@@ -145,9 +144,9 @@ def compare(
         drop_bound=statistics.bound_drop(lost, gained, len(labels)),
         mcnemar=statistics.compute_mcnemar(lost, gained),
         calibration_error=statistics.measure_calibration(actual, labels),
-        class_agreement=[float(agree[rows].mean()) if rows.any() else None for rows in classes],
-        class_cosine=[float(cosines[rows].mean()) if rows.any() else None for rows in classes],
-        worst=np.argsort(-difference.max(axis=1), kind="stable")[:WORST].tolist(),
+        class_agreement=_average(agree, labels, expected.shape[1]),
+        class_cosine=_average(cosines, labels, expected.shape[1]),
+        worst=np.argsort(-np.nan_to_num(difference.max(axis=1), nan=np.inf), kind="stable")[:WORST].tolist(),
     )
 
 
@@ -161,28 +160,33 @@ def hash_images(images: NDArray[np.uint8], labels: NDArray[np.int32]) -> str:
 
 def describe(certificate: Certificate) -> str:
     """Return the certificate as tables to print: the differences, then the accuracy."""
-    differences: list[Sequence[str]] = [("", "batch", "difference", "mean", "logits", "99.9 %", "cosine", "same class")]
-    accuracies: list[Sequence[str]] = [("", "batch", "accuracy", "lost", "gained", "p", "loss below", "calibration")]
+    differences = [
+        ("difference", "batch", "largest", "mean", "largest of logits", "99.9 % within", "cosine", "same class")
+    ]
+    accuracies = [("accuracy", "batch", "right", "lost", "gained", "McNemar p", "loss below", "calibration error")]
     accuracies.append(
         ("keras", "", f"{certificate.accuracy:.2%}", "", "", "", "", f"{certificate.calibration_error:.4f}")
     )
     for variant in certificate.variants:
         for row in variant.rows:
-            name = variant.name, str(row.batch_size)
+            name, size = variant.name, str(row.batch_size)
+            cosines = [cosine for cosine in row.class_cosine if cosine is not None]
             differences.append(
                 (
-                    *name,
+                    name,
+                    size,
                     f"{row.max_difference:.1e}",
                     f"{row.mean_difference:.1e}",
                     f"{row.max_logit_difference:.1e}",
                     f"{row.p999_logit_difference:.1e}",
-                    f"{min((cosine for cosine in row.class_cosine if cosine is not None), default=math.nan):.6f}",
+                    f"{min(cosines, default=math.nan):.6f}",
                     f"{row.top1_agreement:.2%}",
                 )
             )
             accuracies.append(
                 (
-                    *name,
+                    name,
+                    size,
                     f"{row.accuracy:.2%}",
                     str(row.lost),
                     str(row.gained),
@@ -191,23 +195,30 @@ def describe(certificate: Certificate) -> str:
                     f"{row.calibration_error:.4f}",
                 )
             )
-    lines = [
-        f"  {a:<12} {b:>5}  {c:>11}  {d:>8}  {e:>8}  {f:>8}  {g:>11}  {h:>11}"
-        for table in (differences, accuracies)
-        for a, b, c, d, e, f, g, h in table
-    ]
+    lines = [*_lay_out(differences), *_lay_out(accuracies)]
     lines.append(f"  on {certificate.images:,} held-out images; cosine: lowest mean of a class; loss: 95 % confidence")
     for variant in certificate.variants:
         worst = ", ".join(str(index) for index in variant.rows[-1].worst[:3]) if variant.rows else ""
         speed = ", ".join(f"{times:.1f}x at batch size {size}" for size, times in variant.speedup.items())
-        lines.append(
-            f"  {variant.name:<12} {variant.precision}, allowed {variant.budget}"
-            + (f"; {variant.method}" if variant.method else "")
-            + (f"; compared with {variant.arithmetic}" if variant.arithmetic else "")
-            + (f"; speed {speed}" if speed else "")
-            + (f"; largest differences on images {worst}" if worst else "")
-        )
+        lines.append(f"  {variant.name:<12} {variant.precision}, allowed {variant.budget}")
+        notes = [
+            variant.method,
+            variant.arithmetic and f"compared with {variant.arithmetic}",
+            speed and f"speed {speed}",
+            worst and f"largest differences on images {worst}",
+        ]
+        lines += [f"{'':<15}{note}" for note in notes if note]
     return "\n".join(lines)
+
+
+def _lay_out(table: Sequence[Sequence[str]]) -> list[str]:
+    """Return the rows of a table as lines, each column as wide as its widest text."""
+    widths = [max(len(text) for text in column) for column in zip(*table, strict=True)]
+    return [
+        f"  {row[0]:<{widths[0]}}"
+        + "".join(f"  {text:>{width}}" for text, width in zip(row[1:], widths[1:], strict=True))
+        for row in table
+    ]
 
 
 def predict(run: Predict, images: NDArray[np.uint8], batch_size: int, title: str) -> Probabilities:
@@ -253,3 +264,10 @@ def _track(starts: range, title: str) -> Iterator[Iterable[int]]:
 
 def _accuracy(probabilities: Probabilities, labels: NDArray[np.int32]) -> float:
     return float(np.mean(probabilities.argmax(axis=1) == labels))
+
+
+def _average(values: NDArray[Any], labels: NDArray[np.int32], classes: int) -> list[float | None]:
+    """Return the mean of the values of each class; None for a class without any."""
+    counts = np.bincount(labels, minlength=classes)
+    sums = np.bincount(labels, weights=values, minlength=classes)
+    return [float(total / count) if count else None for total, count in zip(sums, counts, strict=True)]

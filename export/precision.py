@@ -61,7 +61,7 @@ class Reduction(NamedTuple):
     Attributes:
         method: A description for people.
         write: Reads the fp32 file, its first argument, and writes the variant to the second.
-        arithmetic: See `export.manifest.Variant`.
+        arithmetic: See `export.certificate.Variant`.
     """
 
     method: str
@@ -87,8 +87,20 @@ def to_fp16(source: Path, target: Path) -> None:
     blocked = [*float16.DEFAULT_OP_BLOCK_LIST, *KEPT_IN_FP32]
     graph = float16.convert_float_to_float16(onnx.load(source), keep_io_types=True, op_block_list=blocked)
     OnnxModel(graph).topological_sort()  # the converter appends its casts at the end
+    _drop_last_rounding(graph.graph)
     onnx.checker.check_model(graph, full_check=True)
     onnx.save(graph, target)
+
+
+def _drop_last_rounding(graph: onnx.GraphProto) -> None:
+    """Remove the casts to half precision and back after a softmax in fp32: they would round probabilities to 0."""
+    makers = {node.output[0]: node for node in graph.node}
+    widened = makers[graph.output[0].name]
+    rounded = makers.get(widened.input[0])
+    if rounded is not None and widened.op_type == rounded.op_type == "Cast":
+        makers[rounded.input[0]].output[0] = widened.output[0]
+        graph.node.remove(widened)
+        graph.node.remove(rounded)
 
 
 def to_int8(source: Path, target: Path, images: NDArray[np.uint8], quantization: Quantization) -> None:

@@ -82,6 +82,8 @@ def load(folder: Path, manifest: Manifest) -> Reference:
         answers, by_class = arrays["probabilities"], arrays["by_class"]
         if answers.dtype != np.float32 or answers.shape != (len(images), manifest.output.shape[1]):
             raise ValueError("it has no float32 answer of the original to each image, for each class")
+        if labels.min() < 0 or labels.max() >= answers.shape[1]:
+            raise ValueError("it has images of classes that the model does not have")
         if by_class.dtype.kind != "i" or not np.array_equal(np.sort(by_class), np.arange(len(images))):
             raise ValueError("it has no order of its images")
         predictions = {
@@ -89,7 +91,9 @@ def load(folder: Path, manifest: Manifest) -> Reference:
         }
         if any(classes.dtype.kind != "i" or classes.shape != labels.shape for classes in predictions.values()):
             raise ValueError("it has no answer of a variant to each image")
-    except (ValueError, KeyError) as error:
+    except KeyError as error:
+        raise BadInput(f"{folder / NAME} cannot be read (it lacks the array {error})") from None
+    except ValueError as error:
         raise BadInput(f"{folder / NAME} cannot be read ({error})") from None
     return Reference(images, labels, answers, by_class, predictions)
 

@@ -15,7 +15,7 @@ CONFIDENCE = 0.95
 Z = 1.6448536269514722  # quantile of the normal distribution at `CONFIDENCE`
 BINS = 15  # of confidence, as Guo et al. (2017) count them
 TINY = float(np.finfo(np.float32).tiny)  # smaller probabilities have fewer digits, and some libraries flush them to 0
-MOST_IMAGES = 10**9
+MOST_IMAGES = 10**9  # a count above it is refused, so that arithmetic with counts never overflows
 
 
 def compute_mcnemar(lost: int, gained: int) -> float:
@@ -23,8 +23,10 @@ def compute_mcnemar(lost: int, gained: int) -> float:
 
     Source: McNemar, Psychometrika 12 (1947); the binomial distribution in the place of its approximation.
     """
-    total = lost + gained
-    tail = sum(math.comb(total, count) for count in range(min(lost, gained) + 1))
+    total, ways, tail = lost + gained, 1, 0
+    for count in range(min(lost, gained) + 1):
+        tail += ways
+        ways = ways * (total - count) // (count + 1)  # of choosing `count + 1` of `total`
     return min(1.0, float(2 * tail / 2**total))
 
 
@@ -98,5 +100,5 @@ def measure_calibration(probabilities: NDArray[np.float32], labels: NDArray[np.i
     bins = np.clip(np.ceil(confidence * BINS) - 1, 0, BINS - 1)
     if not np.all(np.isfinite(bins)):
         return math.nan
-    gaps = np.bincount(bins.astype(int), weights=confidence - right, minlength=BINS)
+    gaps = np.bincount(bins.astype(int), weights=confidence - right)
     return float(np.abs(gaps).sum() / len(labels))

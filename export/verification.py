@@ -15,15 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export import formats, inspection, manifest, parity, reference, session, signature
+from export.certificate import ROUNDING, Certificate, Variant
 from export.formats import ONNX
-from export.manifest import ROUNDING, Certificate, Manifest, Variant
-from export.parity import Predict, Probabilities
+from export.manifest import Manifest
+from export.parity import Comparison, Predict, Probabilities
 from export.reference import Reference
 from export.signature import PublicKey
 from resnet import BadInput, CheckFailed
 from resnet.archives import check_size
 
 SAME_MODEL = 1e-5  # largest difference of a probability between two machines that run the same Keras model
+SAME_VARIANT = 0.01  # share of images that two machines may classify differently with the same variant
 
 
 def verify(folder: Path, trust: PublicKey | None = None, full: bool = False) -> Manifest:
@@ -41,7 +43,7 @@ def verify(folder: Path, trust: PublicKey | None = None, full: bool = False) -> 
     Raises:
         BadInput: The manifest or a model cannot be read.
         CheckFailed: The signature does not match, `export.inspection` finds a problem, or a figure is outside its
-            budget or differs from the certificate.
+            budget or differs from the certificate or the recorded answers.
     """
     recorded = manifest.read(folder) if trust is None else signature.read(folder, trust)
     problems = list(inspection.find_problems(folder, recorded))
@@ -52,6 +54,7 @@ def verify(folder: Path, trust: PublicKey | None = None, full: bool = False) -> 
     print(f"the {len(recorded.files)} files of {folder} are unchanged")
     parity.check(recorded.certificate)
     stored = reference.load(folder, recorded)
+    _check_reference(folder, recorded.certificate, stored)
     if full:
         if trust is None:
             print(
@@ -61,11 +64,15 @@ def verify(folder: Path, trust: PublicKey | None = None, full: bool = False) -> 
         recomputed = _certify_all(folder, recorded, stored)
     else:
         onnx = [variant for variant in recorded.certificate.variants if variant.name.partition("-")[0] == ONNX.name]
-        loaded = [(variant, _load_onnx(folder, variant, recorded)) for variant in onnx]
-        recomputed = parity.certify(stored.probabilities, loaded, stored.images, stored.labels).certificate
-    parity.check(msgspec.structs.replace(recomputed, variants=_complete(recorded, recomputed)))
-    print(parity.describe(recomputed))
-    _compare(recorded.certificate, recomputed)
+        loaded = [_load_onnx(folder, variant, recorded) for variant in onnx]
+        recomputed = parity.certify(stored.probabilities, loaded, stored.images, stored.labels)
+    certificate = recomputed.certificate
+    parity.check(msgspec.structs.replace(certificate, variants=_complete(recorded, certificate)))
+    print(parity.describe(certificate))
+    _compare(recorded.certificate, certificate)
+    _compare_predictions(stored, recomputed)
+    if not full:
+        print("compared with the recorded answers of the Keras original; --full runs it, and the SavedModel")
     return recorded
 
 
@@ -74,8 +81,34 @@ def _complete(recorded: Manifest, recomputed: Certificate) -> list[Variant]:
     return [recomputed.find(variant.name) or variant for variant in recorded.certificate.variants]
 
 
-def _certify_all(folder: Path, recorded: Manifest, stored: Reference) -> Certificate:
-    """Return the certificate of all variants. They are loaded from a copy: what was hashed is what is loaded."""
+def _check_reference(folder: Path, certificate: Certificate, stored: Reference) -> None:
+    """Raise `CheckFailed` if the certificate is about other images or other answers than those of reference.npz."""
+    path, labels = folder / reference.NAME, stored.labels
+    if (certificate.images, certificate.images_sha256) != (len(labels), parity.hash_images(stored.images, labels)):
+        raise CheckFailed(f"the certificate is about other held-out images than those of {path}")
+    right = stored.probabilities.argmax(axis=1) == labels
+    if not abs(right.mean() - certificate.accuracy) <= ROUNDING:
+        raise CheckFailed(
+            f"the certificate gives Keras an accuracy of {certificate.accuracy:.2%}, but its answers in {path} have "
+            f"one of {right.mean():.2%}"
+        )
+    for variant in certificate.variants:
+        if variant.precision == "fp32":
+            continue
+        predictions = stored.predictions.get(variant.name)
+        if predictions is None:
+            raise CheckFailed(f"{path} holds no answers of {variant.name}")
+        counts = [(row.lost, row.gained) for row in variant.rows]
+        found = int(np.sum(right & (predictions != labels))), int(np.sum(~right & (predictions == labels)))
+        if found != counts[0]:
+            raise CheckFailed(
+                f"the certificate says that {variant.name} lost {counts[0][0]} images and gained {counts[0][1]}, but "
+                f"by its answers in {path} it lost {found[0]} and gained {found[1]}"
+            )
+
+
+def _certify_all(folder: Path, recorded: Manifest, stored: Reference) -> Comparison:
+    """Compare all variants. They are loaded from a copy: what was hashed is what is loaded."""
     from export import original  # loads TensorFlow
 
     with TemporaryDirectory(prefix="resnet-") as name:
@@ -94,7 +127,7 @@ def _certify_all(folder: Path, recorded: Manifest, stored: Reference) -> Certifi
             raise BadInput(f"a model of {folder} cannot be loaded ({reason})") from None
         expected = parity.predict(keras, stored.images, max(parity.BATCH_SIZES), "Keras")
         _check_answers(folder, stored, expected)
-        return parity.certify(expected, variants, stored.images, stored.labels).certificate
+        return parity.certify(expected, variants, stored.images, stored.labels)
 
 
 def _check_answers(folder: Path, stored: Reference, expected: Probabilities) -> None:
@@ -107,14 +140,15 @@ def _check_answers(folder: Path, stored: Reference, expected: Probabilities) -> 
         )
 
 
-def _load_onnx(folder: Path, variant: Variant, recorded: Manifest) -> Predict:
+def _load_onnx(folder: Path, variant: Variant, recorded: Manifest) -> tuple[Variant, Predict]:
+    """Return a variant with the arithmetic in which it is computed here, and the function that does."""
     content = manifest.read_file(folder, variant.path, recorded)
     try:
         if variant.arithmetic:
             with suppress(ModuleNotFoundError):  # onnx; without it the file is computed as onnxruntime does on a CPU
                 from export import half
 
-                return half.load(io.BytesIO(content))
+                return variant, half.load(io.BytesIO(content))
         loaded = session.open_session(content)
     except Exception as error:  # onnxruntime's exceptions have no common base below Exception
         raise BadInput(f"{folder / variant.path} cannot be loaded by onnxruntime: {error}") from None
@@ -124,23 +158,26 @@ def _load_onnx(folder: Path, variant: Variant, recorded: Manifest) -> Predict:
         recorded.check_output(probabilities.shape)
         return probabilities
 
-    return predict
+    return msgspec.structs.replace(variant, arithmetic=""), predict
 
 
 def _compare(recorded: Certificate, recomputed: Certificate) -> None:
-    """Compare the images and accuracies of two certificates.
-
-    Raises:
-        CheckFailed: They differ.
-    """
-    for name in ("images", "images_sha256"):
-        if getattr(recorded, name) != getattr(recomputed, name):
-            raise CheckFailed(f"the certificate is about other held-out images: {name} differs")
+    """Raise `CheckFailed` if the accuracies of two certificates differ."""
     # Another machine rounds differently, which can change the class of a tie. Edited figures differ by far more.
     tolerance = max(1e-3, 1 / recomputed.images) + ROUNDING
     for subject, before, now in _pair_accuracies(recorded, recomputed):
         if not abs(before - now) <= tolerance:  # NaN is outside too
             raise CheckFailed(f"the certificate gives {subject} an accuracy of {before:.2%}, but it is {now:.2%}")
+
+
+def _compare_predictions(stored: Reference, recomputed: Comparison) -> None:
+    """Raise `CheckFailed` if a variant answers otherwise than it did when it was certified."""
+    tolerance = max(SAME_VARIANT, 1 / len(stored.labels)) + ROUNDING
+    for name, predictions in stored.predictions.items():
+        now = recomputed.predictions.get(name)
+        share = 1.0 if now is None else float(np.mean(now != predictions))
+        if share > tolerance:
+            raise CheckFailed(f"{name} gives {share:.2%} of the images another class than when it was certified")
 
 
 def _pair_accuracies(recorded: Certificate, recomputed: Certificate) -> Iterator[tuple[str, float, float]]:

@@ -54,6 +54,7 @@ TESTS = {
     "serving/client/retries.py": ["tests/serving/client"],
     "serving/client/channel.py": ["tests/serving/client"],
     "export/parity.py": ["--quick", "tests/export/test_parity.py", "tests/export/test_verification.py"],
+    "export/certificate.py": ["--quick", "tests/export/test_certificate.py", "tests/export/test_parity.py"],
     "export/manifest.py": ["--quick", "tests/export/test_manifest.py", "tests/export/test_files.py"],
     "export/inspection.py": ["--quick", "tests/export/test_inspection.py", "tests/serving/models/test_scan.py"],
     "export/graph.py": ["--quick", "tests/export/test_inspection.py"],
@@ -71,7 +72,8 @@ TESTS = {
         "tests/export/test_verification.py",
         "tests/export/test_recomputation.py",
     ],
-    "export/heldout.py": ["--quick", "tests/export/test_heldout.py", "tests/export/test_verification.py"],
+    "export/reference.py": ["--quick", "tests/export/test_reference.py", "tests/export/test_verification.py"],
+    "export/statistics.py": ["--quick", "tests/export/test_statistics.py"],
     "export/half.py": ["--quick", "tests/export/test_half.py"],
     "export/precision.py": ["tests/export/test_precision.py"],
 }

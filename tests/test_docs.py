@@ -92,6 +92,8 @@ class Reader:
                 subprocess.run(words, check=True, capture_output=True)
             case ["model_signing", *_]:
                 subprocess.run([sys.executable, "-m", *words], check=True, capture_output=True)
+            case ["python", script]:
+                subprocess.run([sys.executable, script], check=True, capture_output=True)
             case ["python", "-m", module, *rest]:
                 check_help(module, rest)
             case [variable, "resnet", "serve", *_] if "=" in variable:

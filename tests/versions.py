@@ -15,7 +15,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from export import manifest, parity, reference, statistics
-from export.manifest import Budget, Cost, Manifest, Parity, Preprocessing, TensorSpec, Variant
+from export.certificate import Budget, Parity, Variant
+from export.manifest import Cost, Manifest, Preprocessing, TensorSpec
+
+Content = dict[str, Any]
+"""The content of a manifest, as JSON."""
 
 FILES = {"onnx": "model.onnx", "saved_model": "."}
 COLORS = ("red", "green", "blue")

@@ -13,8 +13,8 @@ from dataclasses import MISSING, dataclass
 from functools import partial
 from pathlib import Path
 
+from export.certificate import EvidenceRule
 from export.formats import NEWEST_OPSET, OLDEST_OPSET, OPSET
-from export.manifest import EvidenceRule
 from export.preprocessing import PREPROCESSING
 from resnet.options import add_options, check, option, read
 from training.backend import start_tensorflow
@@ -80,8 +80,8 @@ def run(args: argparse.Namespace) -> None:
 
     start_tensorflow(required=True)  # both formats are made by it
     from export import source
+    from export.certificate import Budget
     from export.export import BUDGETS, export
-    from export.manifest import Budget
 
     loaded = source.load(
         options.source,

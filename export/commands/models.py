@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from export import manifest, parity, repository
+from export import attestation, manifest, parity, repository
 from resnet import BadInput, CheckFailed
 from resnet.options import COUNT
 from training.backend import start_tensorflow
@@ -24,7 +24,7 @@ VERBS = {
     "list": "print one line per version",
     "show": "print the manifest and parity certificate of a version",
     "label": "set or remove a label, which clients can request like a version",
-    "schema": "print the JSON Schema of manifest.json",
+    "schema": "print the JSON Schema of manifest.json, or of the attested certificate",
     "verify": "verify every version, as `resnet verify` does",
     "prune": "remove old versions without a label, and leftovers of killed exports",
 }
@@ -52,7 +52,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
                 "folder", type=Path, metavar="REPOSITORY[/NAME]", help="model, or a repository with a single model"
             )
             action.add_argument("--version", type=COUNT, metavar="N", help="version to show (default: the latest)")
-        elif verb != "schema":
+        elif verb == "schema":
+            action.add_argument(
+                "--certificate",
+                action="store_true",
+                help="print that of the predicate of parity-certificate.intoto.json",
+            )
+        else:
             action.add_argument(
                 "folder", type=Path, metavar="REPOSITORY[/NAME]", help="repository, or one of its models"
             )
@@ -143,9 +149,9 @@ def _label(args: argparse.Namespace) -> None:
         print(f"{model.name}/{args.number} is {args.label}")
 
 
-def _schema(_: argparse.Namespace) -> None:
-    schema = msgspec.json.encode(msgspec.json.schema(manifest.Manifest))
-    print(msgspec.json.format(schema, indent=2).decode())
+def _schema(args: argparse.Namespace) -> None:
+    schema = attestation.schema() if args.certificate else msgspec.json.schema(manifest.Manifest)
+    print(msgspec.json.format(msgspec.json.encode(schema), indent=2).decode())
 
 
 def _verify(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Verify that the files of an exported model are unchanged, and that the ONNX files have the recorded accuracy.
+"""Verify that the files of an exported model are unchanged, and that the ONNX files answer as the Keras original did.
 
 --full also runs the Keras original and the SavedModel, and compares all of them. These two can contain code that does
 anything: use it for models of a maker whom you trust.

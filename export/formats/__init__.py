@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
-from export.manifest import Cost, Variant
+from export.certificate import Variant
+from export.manifest import Cost
 from export.parity import Predict, RunError
 from resnet import BadInput
 

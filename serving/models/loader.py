@@ -7,7 +7,8 @@ from pathlib import Path
 
 from export import inspection, signature
 from export import manifest as manifests
-from export.manifest import Manifest, Variant
+from export.certificate import Variant
+from export.manifest import Manifest
 from export.signature import PublicKey
 from resnet import BadInput
 from serving.config import Batching, Compute

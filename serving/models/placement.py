@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from export import reference as references
-from export.manifest import Manifest, Variant
+from export.certificate import Variant
+from export.manifest import Manifest
 from export.reference import Reference
 from export.speed import name_cpu
 from serving.config import Compute

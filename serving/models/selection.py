@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from export.manifest import ROUNDING, Variant
+from export.certificate import ROUNDING, Variant
 from resnet import BadInput, CheckFailed
 from serving.config import Compute
 from serving.models.placement import CheckedVersion, Placement, place

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from export.manifest import Manifest, Variant
+from export.certificate import Variant
+from export.manifest import Manifest
 from export.speed import name_cpu
 from resnet import BadInput
 from serving.runtimes import RUNTIMES

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export import files, parity
-from export.manifest import ROUNDING, Budget, Certificate, Variant
+from export.certificate import ROUNDING, Budget, Certificate, Variant
 from export.parity import ShapeError
 from export.reference import Reference
 from resnet import CheckFailed

@@ -10,7 +10,8 @@ from typing import Annotated
 import msgspec
 
 from export import files
-from export.manifest import Budget, Manifest
+from export.certificate import Budget
+from export.manifest import Manifest
 from serving.runtimes import cache
 from serving.runtimes.base import Engine
 from serving.runtimes.composite import ConcurrentEngine, SizedEngine

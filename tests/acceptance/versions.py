@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from export import manifest, parity, reference
-from export.manifest import Certificate
+from export.certificate import Certificate
 from export.reference import Reference
 
 MODEL = "model.onnx"

@@ -5,9 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import keras
+import msgspec
 import numpy as np
 
+from export.export import BUDGETS
 from export.source import Evidence, Source
+
+POINT = {name: msgspec.structs.replace(budget, evidence="point") for name, budget in BUDGETS.items()}
+"""Budgets that a few images can carry."""
 
 
 def make_source(model: keras.Model, images: int = 8, calibration: int | None = None) -> Source:

@@ -181,10 +181,10 @@ def reference(tmp_path: Path) -> SigningTool:
 
 @pytest.fixture(params=["signed here", "signed by the reference"])
 def version(request: pytest.FixtureRequest, reference: SigningTool, tmp_path: Path) -> Path:
-    """The folder of a version with a signature; the names of its files are of all kinds."""
+    """The folder of a version with a signature."""
     folder = write_version(tmp_path / "models" / "colors" / "1")
-    for name, content in (("variables/\N{CJK UNIFIED IDEOGRAPH-6A21} 1.bin", b"\0\xff"), (".config/empty", b"")):
-        (folder / name).parent.mkdir()
+    for name, content in (("variables/variables.data-00000-of-00001", b"\0\xff"), ("variables/variables.index", b"")):
+        (folder / name).parent.mkdir(exist_ok=True)
         list_file(folder, name, content)
     if request.param == "signed here":
         signature.sign(folder, KEY)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from export import formats, manifest
+from export import certificate, formats, manifest
 from export.formats import FORMATS
 from resnet import BadInput
 
@@ -23,7 +23,7 @@ def test_every_format_is_in_the_certificate_and_answers(
     version = repository / "digits" / "1"
     variants = manifest.read(version).certificate.variants
     assert [(variant.name, variant.path) for variant in variants] == [(row.name, row.path) for row in FORMATS]
-    assert {*manifest.REQUIRED} <= {row.name for row in FORMATS}
+    assert {*certificate.REQUIRED} <= {row.name for row in FORMATS}
     for variant in variants:
         answers = formats.load(version, variant)(heldout[0][:9])
         np.testing.assert_allclose(answers, probabilities[:9], atol=1e-5)

@@ -14,7 +14,8 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from onnx import TensorProto, helper
 
 from export import attestation, graph, inspection, manifest, triton
-from export.manifest import Budget, TensorSpec
+from export.certificate import Budget
+from export.manifest import TensorSpec
 from export.parity import VariantError
 from export.session import open_session
 from export.verification import verify
@@ -23,7 +24,7 @@ from resnet import BadInput, CheckFailed
 from serving.models import loader
 from tests.versions import SIDE, make_graph, write_version
 
-Plant = Callable[[Path], object]
+Tampering = Callable[[Path], object]
 IMAGE = TensorSpec("image", "uint8", [-1, SIDE, SIDE, 3])
 PROBABILITIES = TensorSpec("probabilities", "float32", [-1, 3])
 
@@ -41,7 +42,7 @@ def version(tmp_path: Path) -> Path:
     return folder
 
 
-def add(name: str, content: bytes = b"x") -> Plant:
+def add(name: str, content: bytes = b"x") -> Tampering:
     """Return a fault that is a further file of the version."""
 
     def plant(version: Path) -> None:
@@ -51,7 +52,7 @@ def add(name: str, content: bytes = b"x") -> Plant:
     return plant
 
 
-def edit(change: Callable[[onnx.ModelProto], object]) -> Plant:
+def edit(change: Callable[[onnx.ModelProto], object]) -> Tampering:
     """Return a fault of the ONNX file."""
 
     def plant(version: Path) -> None:
@@ -135,7 +136,7 @@ FILES = {
     "a variant without a certificate": "model.int4.onnx",
     "a hidden file": ".cache",
 }
-GRAPHS: dict[str, tuple[Plant, str]] = {
+GRAPHS: dict[str, tuple[Tampering, str]] = {
     "weights elsewhere": (
         edit(lambda model: move_out(model.graph.initializer[0])),
         "keeps weights in other files: '.+'",
@@ -217,7 +218,7 @@ GRAPHS: dict[str, tuple[Plant, str]] = {
 }
 
 
-def exchange_for_link(name: str) -> Plant:
+def exchange_for_link(name: str) -> Tampering:
     """Return a fault that moves a file or folder away, and leaves a link to it."""
 
     def plant(version: Path) -> None:
@@ -232,10 +233,10 @@ def link_folder(version: Path) -> None:
     (version / "variables").symlink_to("/tmp")
 
 
-BESIDE: dict[str, tuple[Plant, str]] = {
+BESIDE: dict[str, tuple[Tampering, str]] = {
     "a backend of Triton": (add("../libtriton_onnxruntime.so"), ".*so' is code that Triton would load, remove it"),
 }
-LATER: dict[str, tuple[Plant, str]] = {
+LATER: dict[str, tuple[Tampering, str]] = {
     "an added file": (add("words.txt"), ".*words.txt' was added after the export, remove it"),
     "an added hidden file": (add(".DS_Store"), ".*DS_Store' was added after the export, remove it"),
     "an added file in a hidden folder": (add(".idea/x"), ".*idea/x' was added after the export, remove it"),
@@ -270,7 +271,7 @@ def list_cases() -> list[object]:
     return [*early, *((fault, gate) for fault in (*DECLARED, *LATER) for gate in ("verify", "serve"))]
 
 
-def export_with(plant: Plant, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def export_with(plant: Tampering, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Export a small model whose conversion has a fault."""
     from export.export import export
     from tests.export.sources import classifier, make_source

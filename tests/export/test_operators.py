@@ -34,7 +34,7 @@ def test_a_layer_that_the_converter_lacks_is_composed_of_what_it_has(kind: str, 
     """The answers are those of Keras."""
     model = classifier(*LAYERS[kind]())
     images = np.random.default_rng(0).integers(256, size=(3, *model.input_shape[1:]), dtype=np.uint8)
-    onnx_format.write(model, ["a", "b", "c"], tmp_path / "model.onnx", OPSET)
+    onnx_format.write(model, {}, tmp_path / "model.onnx", OPSET)
     answers = onnx_format.load(tmp_path / "model.onnx")(images)
     np.testing.assert_allclose(answers, model.predict(images, verbose=0), atol=1e-6)
 
@@ -48,5 +48,5 @@ def test_a_layer_that_cannot_be_converted_is_named(tmp_path: Path, monkeypatch: 
     with pytest.raises(
         BadInput, match="the layer 'half' cannot be converted: ONNX has no .* TensorFlow's ScaleAndTran"
     ):
-        onnx_format.write(classifier(inner), ["a", "b", "c"], tmp_path / "model.onnx", OPSET)
+        onnx_format.write(classifier(inner), {}, tmp_path / "model.onnx", OPSET)
     assert not (tmp_path / "model.onnx").exists()

@@ -16,7 +16,7 @@ from export.export import export
 from export.formats import ONNX, OPSET
 from export.parity import VariantError
 from export.precision import QUANTIZATIONS, Reduction
-from tests.export.sources import classifier, make_source
+from tests.export.sources import POINT, classifier, make_source
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("fp32")
     keras.utils.set_random_seed(0)
     layers = [keras.layers.Conv2D(4, 3, activation="relu"), keras.layers.Conv2D(4, 3, activation="relu")]
-    ONNX.write(classifier(*layers), ["a", "b", "c"], path, OPSET)
+    ONNX.write(classifier(*layers), {}, path, OPSET)
     return path / ONNX.path
 
 
@@ -139,6 +139,19 @@ def test_half_precision_leaves_sums_and_probabilities_alone(fp32: Path, tmp_path
     found = {node.op_type: types[node.output[0]] for node in graph.node}
     assert {found[name] for name in ("Conv", "MatMul")} == {onnx.TensorProto.FLOAT16}
     assert {found[name] for name in ("GlobalAveragePool", "Softmax")} == {onnx.TensorProto.FLOAT}
+    assert graph.node[-1].op_type == "Softmax"  # its answers are not rounded
+
+
+def test_a_sigmoid_in_half_precision_is_widened_once(tmp_path: Path) -> None:
+    """There is nothing to remove."""
+    image = keras.Input((8, 8, 3), dtype="uint8")
+    second = keras.layers.Dense(1, activation="sigmoid")(keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(image)))
+    ONNX.write(keras.Model(image, keras.ops.concatenate([1 - second, second], axis=-1)), {}, tmp_path, OPSET)
+    precision.to_fp16(tmp_path / ONNX.path, tmp_path / "fp16.onnx")
+    images = make_images(5)[:, :8, :8]
+    expected = ONNX.load(tmp_path / ONNX.path)(images)
+    for load in (ONNX.load, half.load):
+        np.testing.assert_allclose(load(tmp_path / "fp16.onnx")(images), expected, atol=2e-3)
 
 
 def crash(*_: Path) -> None:
@@ -155,7 +168,7 @@ def test_a_variant_that_crashes_costs_only_itself(tmp_path: Path, monkeypatch: p
         lambda kind, *rest: [Reduction("crash", crash)] if kind == "int8" else list_reductions(kind, *rest),
     )
     with pytest.raises(VariantError, match="published without int8: IndexError in the conversion: list index"):
-        export(make_source(classifier(), calibration=9), tmp_path / "models" / "mine", ["int8", "fp16"])
+        export(make_source(classifier(), calibration=9), tmp_path / "models" / "mine", ["int8", "fp16"], POINT)
     certificate = manifest.read(tmp_path / "models" / "mine" / "1").certificate
     assert [variant.name for variant in certificate.variants] == ["onnx", "saved_model", "onnx-fp16"]
 
@@ -164,7 +177,7 @@ def test_the_next_reduction_is_tried_after_a_crash(tmp_path: Path, monkeypatch: 
     """As after one that loses too much."""
     copy = Reduction("copy", lambda source, target: target.write_bytes(source.read_bytes()))
     monkeypatch.setattr(precision, "list_reductions", lambda *_: [Reduction("crash", crash), copy])
-    version = export(make_source(classifier(), calibration=9), tmp_path / "models" / "mine", ["int8"])
+    version = export(make_source(classifier(), calibration=9), tmp_path / "models" / "mine", ["int8"], POINT)
     assert manifest.read(version).certificate.variants[-1].method == "copy"
 
 
@@ -180,7 +193,7 @@ def difference() -> keras.Model:
 def test_a_model_whose_values_overflow_is_published_without_fp16(tmp_path: Path) -> None:
     """fp32 is, because it is right."""
     with pytest.raises(VariantError, match="1 is published without fp16: the value .* exceeds 65,504"):
-        export(make_source(difference()), tmp_path / "models" / "wide", ["fp16"])
+        export(make_source(difference()), tmp_path / "models" / "wide", ["fp16"], POINT)
     version = tmp_path / "models" / "wide" / "1"
     assert [variant.name for variant in manifest.read(version).certificate.variants] == ["onnx", "saved_model"]
     assert not (version / "model.fp16.onnx").exists()
@@ -188,7 +201,7 @@ def test_a_model_whose_values_overflow_is_published_without_fp16(tmp_path: Path)
 
 def test_the_certificate_names_the_arithmetic(tmp_path: Path) -> None:
     """Of the variant in half precision: the others are computed by the library that serves them."""
-    version = export(make_source(classifier()), tmp_path / "models" / "narrow", ["fp16"])
+    version = export(make_source(classifier()), tmp_path / "models" / "narrow", ["fp16"], POINT)
     variants = manifest.read(version).certificate.variants
     assert [variant.arithmetic for variant in variants] == ["", "", half.ARITHMETIC]
     assert 0 < variants[2].rows[0].max_difference < 0.01

@@ -11,14 +11,17 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from export import heldout, manifest, signature, triton
+from export import manifest, parity, reference, signature, triton
+from export.certificate import Variant
+from export.parity import BudgetError
 from export.verification import verify
 from resnet import BadInput, CheckFailed, cli
-from tests.versions import list_file, make_graph, write_version
+from tests.versions import list_file, make_graph, make_row, write_version
 
 
 @pytest.fixture
@@ -62,28 +65,38 @@ def claim(shape: tuple[int, ...]) -> bytes:
     return file.getvalue()
 
 
-LABELS = to_npy(np.zeros(6, np.int32))
+LABELS, ORDER = np.arange(6, dtype=np.int32) % 3, np.arange(6)
+PIXELS, ANSWERS = np.zeros((6, 4, 4, 3), np.uint8), np.eye(3, dtype=np.float32)[LABELS]
+ARRAYS = {"images": PIXELS, "labels": LABELS, "probabilities": ANSWERS, "by_class": ORDER}
+SOUND = {name: to_npy(array) for name, array in ARRAYS.items()}
 ARCHIVES: dict[str, bytes] = {
     "a pickle": pickle.dumps(Bomb()),
-    "a pickle in the archive": pack(images=to_npy(np.array([Bomb()], object)), labels=LABELS),
-    "a size that nobody has": pack(images=claim((1 << 50, 4, 4, 3)), labels=LABELS),
-    "other axes": pack(images=to_npy(np.zeros((6, 4), np.uint8)), labels=LABELS),
-    "other labels": pack(images=to_npy(np.zeros((6, 4, 4, 3), np.uint8)), labels=to_npy(["a"] * 6)),
-    "a missing array": pack(images=to_npy(np.zeros((6, 4, 4, 3), np.uint8))),
+    "a pickle in the archive": pack(**SOUND | {"images": to_npy(np.array([Bomb()], object))}),
+    "a pickle beside the arrays": pack(**SOUND, more=to_npy(np.array([Bomb()], object))),
+    "a size that nobody has": pack(**SOUND | {"images": claim((1 << 50, 4, 4, 3))}),
+    "other axes": pack(**SOUND | {"images": to_npy(np.zeros((6, 4), np.uint8))}),
+    "other labels": pack(**SOUND | {"labels": to_npy(["a"] * 6)}),
+    "a missing array": pack(images=SOUND["images"]),
     "no archive": b"PK\3\4",
     "nothing": b"",
 }
 
 
+def exact(variant: Variant) -> Variant:
+    """Return a variant that is as often right as an original that is wrong on two images of six."""
+    rows = [msgspec.structs.replace(make_row(size), accuracy=4 / 6) for size in parity.BATCH_SIZES]
+    return msgspec.structs.replace(variant, rows=rows)
+
+
 @pytest.mark.parametrize("kind", ARCHIVES)
-def test_hostile_images_are_one_sentence(
+def test_a_hostile_reference_is_one_sentence(
     kind: str, version: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """No code of theirs runs."""
     monkeypatch.chdir(version.parent)
-    list_file(version, heldout.NAME, ARCHIVES[kind])
+    list_file(version, reference.NAME, ARCHIVES[kind])
     assert cli.main(["verify", str(version.parent)]) == 2
-    assert f"{version / heldout.NAME} " in capsys.readouterr().err
+    assert f"{version / reference.NAME} " in capsys.readouterr().err
     assert not Path("exploded").exists()
 
 
@@ -93,57 +106,106 @@ def test_a_zip_bomb_is_not_unpacked(
     """It names its size beforehand."""
     sizes = {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 1000}
     monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
-    list_file(version, heldout.NAME, pack(images=to_npy(np.zeros((100_000, 4, 4, 3), np.uint8)), labels=LABELS))
+    list_file(version, reference.NAME, pack(**SOUND | {"images": to_npy(np.zeros((100_000, 4, 4, 3), np.uint8))}))
     monkeypatch.setattr(np, "load", None)
     assert cli.main(["verify", str(version.parent)]) == 2
     assert "unpacks to 0.0048 GB, more than the 0.001 GB of memory of this machine" in capsys.readouterr().err
 
 
-def test_an_unsigned_version_is_verified_without_its_code(version: Path) -> None:
-    """Neither TensorFlow nor Keras is loaded."""
+def test_a_version_is_verified_where_nothing_but_onnxruntime_is_installed(version: Path) -> None:
+    """Neither TensorFlow, Keras, onnx nor rich; what only --full runs is said."""
     code = """
 import sys
+for name in ("tensorflow", "keras", "onnx", "rich"):
+    sys.modules[name] = None
 from resnet import cli
-assert cli.main(["verify", sys.argv[1]]) == 0
-print([name for name in ("tensorflow", "keras") if name in sys.modules])
+sys.exit(cli.main(["verify", sys.argv[1]]))
 """
     done = subprocess.run([sys.executable, "-c", code, version.parent], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
-    assert "the ONNX files have the recorded accuracy; --full compares them with the Keras original" in done.stdout
-    assert "colors/1 is verified" in done.stdout
+    note, verified = done.stdout.splitlines()[-2:]
+    assert note == "compared with the recorded answers of the Keras original; --full runs it, and the SavedModel"
+    assert verified == "colors/1 is verified"
 
 
 @pytest.mark.parametrize(
-    ("graph", "error", "message"),
+    ("graph", "message"),
     [
-        (make_graph(5).SerializeToString(), CheckFailed, "^onnx: the model cannot be run: colors/1 has 3 labels"),
-        (b"", BadInput, "model.onnx cannot be loaded by onnxruntime"),
-        (b"\xff" * 1000, BadInput, "model.onnx cannot be loaded by onnxruntime"),
+        (make_graph(5).SerializeToString(), r"returns 'probabilities' \(float32 \[-1, 5\]\), its manifest says"),
+        (b"", "takes nothing, its manifest says 'image'"),
+        (b"\xff" * 1000, "is not an ONNX file"),
     ],
 )
-def test_another_graph_with_its_own_hash_is_found(
-    graph: bytes, error: type[Exception], message: str, version: Path
-) -> None:
-    """By what it computes, or that it does not."""
+def test_another_graph_with_its_own_hash_is_found(graph: bytes, message: str, version: Path) -> None:
+    """Before it is loaded."""
     list_file(version, "model.onnx", graph)
-    with pytest.raises(error, match=message):
+    with pytest.raises(CheckFailed, match=rf"model\.onnx {message}"):
+        verify(version)
+
+
+def test_a_graph_that_onnxruntime_cannot_load_is_one_sentence(version: Path) -> None:
+    """Though it says that it is one of the version."""
+    graph = make_graph()
+    graph.graph.node[0].op_type = "Unheard"
+    list_file(version, "model.onnx", graph.SerializeToString())
+    with pytest.raises(BadInput, match=r"model\.onnx cannot be loaded by onnxruntime: "):
         verify(version)
 
 
 def test_another_model_with_its_own_hash_is_found(version: Path) -> None:
-    """It gives another accuracy than the certificate says."""
+    """It gives other answers than the original."""
     graph = make_graph()
     graph.graph.initializer[0].raw_data = (-np.eye(3, dtype=np.float32)).tobytes()
     list_file(version, "model.onnx", graph.SerializeToString())
-    with pytest.raises(CheckFailed, match="accuracy of 100.00%, but it is 0.00%"):
+    with pytest.raises(BudgetError, match="the largest difference of onnx at batch size 1 is 1, above 1e-05; "):
         verify(version)
 
 
 def test_other_images_with_their_own_hash_are_found(version: Path) -> None:
     """The certificate is about those that it was made with."""
-    list_file(version, heldout.NAME, pack(images=to_npy(np.ones((6, 4, 4, 3), np.uint8)), labels=LABELS))
-    with pytest.raises(CheckFailed, match="the certificate is about other held-out images"):
+    list_file(version, reference.NAME, pack(**SOUND))
+    message = "the certificate is about other held-out images than those of .*reference.npz"
+    with pytest.raises(CheckFailed, match=message):
         verify(version)
+
+
+def test_other_answers_of_the_original_are_found(version: Path) -> None:
+    """By their accuracy before anything is run; those of the same accuracy by what the ONNX files answer."""
+    stored = reference.load(version, manifest.read(version))
+    swapped, surer = stored.probabilities[::-1].copy(), stored.probabilities.copy()
+    surer[0] = [0.5, 0.3, 0.2]
+    for answers, error, message in (
+        (swapped, CheckFailed, "an accuracy of 100.00%, but its answers in .*reference.npz have one of 33.33%"),
+        (surer, BudgetError, "the largest difference of onnx at batch size 1 is 0.5, above 1e-05"),
+    ):
+        other = version / "other.npz"
+        stored._replace(probabilities=answers).write(other)
+        list_file(version, reference.NAME, other.read_bytes())
+        other.unlink()
+        with pytest.raises(error, match=message):
+            verify(version)
+
+
+def test_a_certificate_of_another_model_is_found(version: Path, tmp_path: Path) -> None:
+    """Its name, its images and its digest are right."""
+    other = write_version(tmp_path / "others" / "colors" / "1")
+    figures = manifest.read(other).certificate
+    lost = [
+        msgspec.structs.replace(variant, rows=[make_row(size, 4 / 6) for size in parity.BATCH_SIZES])
+        for variant in figures.variants
+    ]
+    for accuracy, variants, message in (
+        (4 / 6, figures.variants, "contradict each other"),
+        (
+            4 / 6,
+            [exact(variant) for variant in figures.variants],
+            "an accuracy of 66.67%, but its answers .* of 100.00%",
+        ),
+        (1.0, lost, "gives onnx at batch size 1 an accuracy of 66.67%, but it is 100.00%"),
+    ):
+        certificate = msgspec.structs.replace(figures, accuracy=accuracy, variants=variants)
+        msgspec.structs.replace(manifest.read(version), certificate=certificate).write(version)
+        with pytest.raises(CheckFailed, match=message):
+            verify(version)
 
 
 def test_what_triton_reads_is_verified(version: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,7 +265,7 @@ def test_the_signature_comes_before_everything_else(version: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[" * 100_000, b'{"format": 2}', b'{"format": "\xff"}', b'{"format": 1e400}', b"\0" * 99]
+    "content", [b"", b"{", b"[" * 100_000, b'{"format": 3}', b'{"format": "\xff"}', b'{"format": 1e400}', b"\0" * 99]
 )
 def test_what_is_no_manifest_is_one_sentence(content: bytes, version: Path) -> None:
     """However deep or strangely it is written."""

@@ -15,8 +15,9 @@ import numpy as np
 import onnxruntime
 
 from export import manifest as manifests
+from export.certificate import Budget, Certificate, Variant
 from export.files import compute_hash
-from export.manifest import Budget, Certificate, Cost, Manifest, Preprocessing, TensorSpec, Variant
+from export.manifest import Cost, Manifest, Preprocessing, TensorSpec
 from resnet import BadInput
 from resnet.options import COUNT
 from serving.runtimes.base import Engine

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from benchmarks.studies.gpu import certificates, files, report
 from benchmarks.studies.gpu.loops import RawLoop
-from export import manifest
+from export import manifest, reference
 from resnet import BadInput
+from tests.versions import list_file
 
 RUN = [sys.executable, "-m", "benchmarks.studies.gpu"]
 
@@ -112,18 +113,21 @@ def test_the_raw_loop_computes_the_model(
         np.testing.assert_allclose(loop.run(heldout[0][:images]), probabilities[:images], atol=1e-5)
 
 
-def test_the_certificate_is_computed_anew(own_repository: Path, probabilities: NDArray[np.float32]) -> None:
+def test_the_certificate_is_computed_anew(own_repository: Path) -> None:
     """Against what Keras has answered elsewhere; a figure outside its budget is named."""
     version = own_repository / "digits" / "1"
     about, path = manifest.read(version), version / "model.onnx"
-    with pytest.raises(BadInput, match=r"probabilities.npy is missing"):
-        certificates.certify(path, about, "cpu")
-    np.save(version / "probabilities.npy", probabilities)
     verdict, rows = certificates.certify(path, about, "cpu")
     assert verdict == "within its budget"
     assert [row["same_class"] for row in rows] == [1, 1, 1]
-    np.save(version / "probabilities.npy", probabilities[::-1])
+    stored, file = reference.load(version, about), version / reference.NAME
+    stored._replace(probabilities=stored.probabilities[::-1]).write(file)
+    list_file(version, reference.NAME, file.read_bytes())
+    about = manifest.read(version)
     assert "the largest difference of onnx at batch size 1 is" in certificates.certify(path, about, "cpu")[0]
+    file.unlink()
+    with pytest.raises(BadInput, match=r"reference.npz cannot be read"):
+        certificates.certify(path, about, "cpu")
 
 
 def test_the_tables_show_what_a_run_has_found(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from export import manifest, reference
-from export.manifest import Budget
+from export.certificate import Budget
 from resnet import BadInput
 from serving.config import Batching, Compute
 from serving.models import loader, placement, selection

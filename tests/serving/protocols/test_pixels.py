@@ -19,7 +19,8 @@ from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from export import source
-from export.manifest import Certificate, Cost, Manifest, Preprocessing, TensorSpec
+from export.certificate import Certificate
+from export.manifest import Cost, Manifest, Preprocessing, TensorSpec
 from serving.client import Client
 from serving.config import Batching, Limits
 from serving.models import loader, registry

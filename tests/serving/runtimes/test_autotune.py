@@ -18,7 +18,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from export.manifest import Budget, Manifest
+from export.certificate import Budget
+from export.manifest import Manifest
 from resnet import BadInput, CheckFailed, cli
 from serving.config import Batching, Compute
 from serving.models import loader

@@ -21,7 +21,8 @@ import pytest
 from numpy.typing import NDArray
 
 from export import manifest
-from export.manifest import Budget, Certificate, Cost, Manifest, Preprocessing, TensorSpec, Variant
+from export.certificate import Budget, Certificate, Variant
+from export.manifest import Cost, Manifest, Preprocessing, TensorSpec
 from resnet import BadInput
 from serving.config import Batching
 from serving.errors import InternalError

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from export import parity, reference
-from export.manifest import Budget, Certificate, Variant
+from export.certificate import Budget, Certificate, Variant
 from export.reference import Reference
 from serving.runtimes import proof
 from serving.runtimes.base import Images, Probabilities
@@ -56,7 +56,7 @@ def make_key(images: int | None = 256, max_batch: int = MAX_BATCH, **changes: An
     return msgspec.structs.replace(key, **changes)
 
 
-class Engine:
+class ChangedEngine:
     """Computes what the original does, but for what a test changes.
 
     Attributes:
@@ -65,7 +65,7 @@ class Engine:
 
     provider = "test"
 
-    def __init__(self, change: Callable[[Probabilities, Engine], object] = lambda *_: None) -> None:
+    def __init__(self, change: Callable[[Probabilities, ChangedEngine], object] = lambda *_: None) -> None:
         self.batches: list[int] = []
         self._change = change
 
@@ -79,7 +79,7 @@ class Engine:
 
 def test_a_right_engine_is_proved_alone_and_at_every_batch_size() -> None:
     """First each image alone, then each size once; the figures are those of the comparison."""
-    stored, engine = make_reference(), Engine()
+    stored, engine = make_reference(), ChangedEngine()
     certificate, variant = certify(stored, EXACT)
     found = prove(engine, stored, certificate, variant, make_key())
     assert engine.batches == [1] * IMAGES + list(range(2, MAX_BATCH + 1))
@@ -90,13 +90,13 @@ def test_a_right_engine_is_proved_alone_and_at_every_batch_size() -> None:
 
 def test_so_many_images_are_taken_from_all_classes() -> None:
     """As evenly as can be; more than there are is all."""
-    stored, engine = make_reference(), Engine()
+    stored, engine = make_reference(), ChangedEngine()
     certificate, variant = certify(stored, EXACT)
     assert prove(engine, stored, certificate, variant, make_key(8)).images == 8
     assert engine.batches[:9] == [1] * 8 + [2]
     assert np.bincount(stored.choose(8).labels).tolist() == [2] * CLASSES
-    assert prove(Engine(), stored, certificate, variant, make_key(None)).images == IMAGES
-    assert prove(Engine(), stored, certificate, variant, make_key(10**6)).images == IMAGES
+    assert prove(ChangedEngine(), stored, certificate, variant, make_key(None)).images == IMAGES
+    assert prove(ChangedEngine(), stored, certificate, variant, make_key(10**6)).images == IMAGES
 
 
 def test_large_batches_are_tried_by_powers_of_two() -> None:
@@ -116,7 +116,7 @@ def round_to_bfloat16(answers: Probabilities) -> None:
     answers[:] = (answers.view(np.uint32) & 0xFFFF0000).view(np.float32)
 
 
-def leak(answers: Probabilities, engine: Engine) -> None:
+def leak(answers: Probabilities, engine: ChangedEngine) -> None:
     """Let the last row of a batch be that of the first, as a wrong stride does."""
     if len(engine.batches) > IMAGES:
         answers[-1] = answers[0]
@@ -154,28 +154,28 @@ def test_an_engine_that_is_wrong_is_refused(kind: str) -> None:
     stored = make_reference()
     certificate, variant = certify(stored, EXACT)
     with pytest.raises(ProofError, match=message):
-        prove(Engine(change), stored, certificate, variant, make_key())
+        prove(ChangedEngine(change), stored, certificate, variant, make_key())
 
 
 def test_an_engine_that_cannot_compute_a_size_is_refused() -> None:
     """Such as one whose memory is full; the error says which, so that another plan can take its place."""
 
-    def fail(answers: Probabilities, _: Engine) -> None:
+    def fail(answers: Probabilities, _: ChangedEngine) -> None:
         if len(answers) == 5:
             raise RuntimeError("out of memory")
 
     stored = make_reference()
     certificate, variant = certify(stored, EXACT)
     with pytest.raises(ProofError, match=r"a batch of 5 cannot be computed \(RuntimeError: out of memory\)") as caught:
-        prove(Engine(fail), stored, certificate, variant, make_key())
+        prove(ChangedEngine(fail), stored, certificate, variant, make_key())
     assert (caught.value.batch_size, caught.value.part) == (5, 0)
 
 
 def test_each_engine_that_computes_beside_others_is_proved() -> None:
     """No request would find out which of them is wrong."""
-    stored, right, wrong = make_reference(), Engine(), Engine(lambda answers, _: garble(answers))
+    stored, right, wrong = make_reference(), ChangedEngine(), ChangedEngine(lambda answers, _: garble(answers))
     certificate, variant = certify(stored, EXACT)
-    both = prove(ConcurrentEngine(right, Engine()), stored, certificate, variant, make_key())
+    both = prove(ConcurrentEngine(right, ChangedEngine()), stored, certificate, variant, make_key())
     assert both.batches == 2 * len(right.batches)
     with pytest.raises(ProofError) as caught:
         prove(ConcurrentEngine(right, wrong), stored, certificate, variant, make_key())
@@ -235,12 +235,12 @@ def test_in_lower_precision_answers_do_not_depend_on_the_batch() -> None:
     stored = make_reference()
     certificate, variant = certify(stored, Budget(accuracy_drop=1.0))
 
-    def change(answers: Probabilities, _: Engine) -> None:
+    def change(answers: Probabilities, _: ChangedEngine) -> None:
         if len(answers) == 6:
             answers[3] = np.roll(answers[3], 1)
 
     with pytest.raises(ProofError, match="in a batch of 6, onnx-int8 answers otherwise than alone, by 0.9"):
-        prove(Engine(change), stored, certificate, variant, make_key())
+        prove(ChangedEngine(change), stored, certificate, variant, make_key())
 
 
 def test_the_certificate_of_another_model_proves_nothing() -> None:
@@ -249,7 +249,7 @@ def test_the_certificate_of_another_model_proves_nothing() -> None:
     certificate, variant = certify(stored, EXACT)
     other = msgspec.structs.replace(certificate, images_sha256="0" * 64)
     with pytest.raises(ProofError, match=r"the certificate is about other images than those of reference\.npz"):
-        prove(Engine(), stored, other, variant, make_key())
+        prove(ChangedEngine(), stored, other, variant, make_key())
 
 
 @pytest.fixture
