@@ -51,6 +51,11 @@ BOTH = Budget(max_difference=1e-5, accuracy_drop=0.1, evidence="point")
         ),
         (
             Budget(max_difference=1.0, max_logit_difference=0.01),
+            [{"max_logit_difference": 0.01}],
+            [],
+        ),
+        (
+            Budget(max_difference=1.0, max_logit_difference=0.01),
             [{"max_logit_difference": 0.01}, {"max_logit_difference": 0.0101}],
             ["the largest difference of logits of onnx at batch size 2 is 0.0101, above 0.01"],
         ),
