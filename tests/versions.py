@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from export import manifest, parity, reference, statistics
-from export.certificate import Budget, Parity, Variant
+from export.certificate import Budget, Certificate, Parity, Variant
 from export.manifest import Cost, Manifest, Preprocessing, TensorSpec
+from export.reference import Reference
 
 Content = dict[str, Any]
 """The content of a manifest, as JSON."""
@@ -37,19 +39,8 @@ def write_version(folder: Path, labels: Sequence[str] = COLORS, outputs: int = 3
     folder.mkdir(parents=True)
     (folder / "model.onnx").write_bytes(make_graph(outputs).SerializeToString())
     (folder / "saved_model.pb").write_bytes(b"")
-    labelled = np.arange(6, dtype=np.int32) % 3
-    images = np.zeros((6, SIDE, SIDE, 3), np.uint8)
-    images[range(6), :, :, labelled] = 200
-    original = onnxruntime.InferenceSession(make_graph().SerializeToString())
-
-    def predict(batch: NDArray[np.uint8]) -> NDArray[np.float32]:
-        probabilities: NDArray[np.float32] = original.run(None, {"image": batch})[0]
-        return probabilities
-
-    reference.make(images, labelled, predict(images)).write(folder / reference.NAME)
-    budget = Budget(max_difference=1e-5, max_logit_difference=0.01)
-    variants = [Variant(name, path, "fp32", "", budget, [], {}) for name, path in FILES.items()]
-    comparison = parity.certify(predict(images), [(variant, predict) for variant in variants], images, labelled)
+    stored, certificate = make_evidence()
+    stored.write(folder / reference.NAME)
     Manifest(
         format=manifest.FORMAT,
         model=folder.parent.name,
@@ -65,9 +56,27 @@ def write_version(folder: Path, labels: Sequence[str] = COLORS, outputs: int = 3
         cpu="",
         training=None,
         files=manifest.hash_files(folder),
-        certificate=comparison.certificate,
+        certificate=certificate,
     ).write(folder)
     return folder
+
+
+@cache
+def make_evidence() -> tuple[Reference, Certificate]:
+    """Return six images with the answers of the graph, and the certificate of two variants that are the graph."""
+    labelled = np.arange(6, dtype=np.int32) % 3
+    images = np.zeros((6, SIDE, SIDE, 3), np.uint8)
+    images[range(6), :, :, labelled] = 200
+    original = onnxruntime.InferenceSession(make_graph().SerializeToString())
+
+    def predict(batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        probabilities: NDArray[np.float32] = original.run(None, {"image": batch})[0]
+        return probabilities
+
+    budget = Budget(max_difference=1e-5, max_logit_difference=0.01)
+    variants = [Variant(name, path, "fp32", "", budget, [], {}) for name, path in FILES.items()]
+    comparison = parity.certify(predict(images), [(variant, predict) for variant in variants], images, labelled)
+    return reference.make(images, labelled, predict(images)), comparison.certificate
 
 
 def make_row(batch_size: int = 1, accuracy: float = 1.0, images: int = 6, **figures: Any) -> Parity:
