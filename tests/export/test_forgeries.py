@@ -180,7 +180,7 @@ IN_SIGHT: dict[str, tuple[Plant, type[Exception], str]] = {
     "an added link": (
         lambda version: (version / "more").symlink_to("/etc"),
         CheckFailed,
-        "more' was added after the export, remove it",
+        "more' is a link, which a version may not hold",
     ),
     "a link in place of a file": (link, CheckFailed, r"labels.txt cannot be read \(not a regular file\)"),
     "an edited certificate": (
@@ -274,8 +274,8 @@ RECOMPUTED: dict[str, tuple[Plant, type[Exception], str]] = {
     ),
     "a graph that is none": (
         replace("model.onnx", lambda path: path.write_bytes(b"graph") and None),
-        BadInput,
-        "model.onnx cannot be loaded by onnxruntime",
+        CheckFailed,
+        "model.onnx is not an ONNX file",
     ),
     "other images": (
         replace_reference(leave_out_an_image),

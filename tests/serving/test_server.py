@@ -270,7 +270,8 @@ def test_an_engine_that_fails_is_an_internal_error_without_details(
 
 def test_two_models_are_told_apart_by_name(repository: Path, tmp_path: Path) -> None:
     """With several models a request must name one."""
-    shutil.copytree(repository / "digits", tmp_path / "numbers")
+    (tmp_path / "numbers").mkdir()
+    shutil.copytree(repository / "digits" / "1", tmp_path / "numbers" / "1")
     edit_manifest(tmp_path / "numbers" / "1", lambda content: content.update(model="numbers"))
     loaded = [
         loader.load(folder / "1", Compute(device="cpu", tune=False))
