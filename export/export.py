@@ -113,6 +113,7 @@ def export(
         cost = costs[ONNX.name]
         assert cost is not None
         image, probabilities = _list_specs(source)
+        subjects = hash_files(staged)
 
         def finish(version: int) -> None:
             manifest = Manifest(
@@ -129,7 +130,7 @@ def export(
                 versions=_find_versions(),
                 cpu=speed.name_cpu(),
                 training=source.training,
-                files=hash_files(staged),
+                files=subjects,
                 certificate=certificate,
             )
             attestation.write_files(manifest, staged)

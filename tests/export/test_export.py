@@ -19,7 +19,7 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from export import formats, manifest, original, precision, repository, source
+from export import attestation, formats, inspection, manifest, original, precision, repository, source
 from export.export import export
 from export.formats import OPSET
 from export.formats import onnx as onnx_format
@@ -28,6 +28,7 @@ from export.parity import BudgetError
 from export.precision import Reduction
 from resnet import BadInput, cli
 from tests.conftest import edit_manifest
+from tests.export.sources import classifier, make_source
 
 
 def test_a_version_holds_all_forms_of_the_model(repository: Path) -> None:
@@ -280,6 +281,33 @@ def test_two_exports_at_once_get_two_versions(tmp_path: Path) -> None:
     assert finished == [1, 2]
     assert repository.versions(tmp_path / "m") == [1, 2]
     assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["1", "2"]
+
+
+def test_a_number_that_another_export_takes_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that names the version is written again: hashes, attestations and manifest are those of the next number."""
+    publish = repository.publish
+
+    def publish_late(staged: Path, finish: Callable[[int], None]) -> Path:
+        def finish_late(version: int) -> None:
+            finish(version)
+            if version == 1:
+                (staged.parent / "1" / "variables").mkdir(parents=True)
+
+        return publish(staged, finish_late)
+
+    monkeypatch.setattr(repository, "publish", publish_late)
+    version = export(make_source(classifier()), tmp_path / "models" / "colors")
+    assert version.name == "2"
+    recorded = manifest.read(version)
+    assert not list(inspection.find_problems(version, recorded))
+    for name in (attestation.TEST_RESULT, attestation.CERTIFICATE):
+        statement = json.loads((version / name).read_text())
+        subjects = {subject["name"]: subject["digest"]["sha256"] for subject in statement["subject"]}
+        assert subjects.keys() == recorded.files.keys() - {attestation.TEST_RESULT, attestation.CERTIFICATE}
+        assert subjects.items() <= recorded.files.items()
+    assert statement["predicate"]["version"] == 2
 
 
 @pytest.mark.parametrize("name", ["..", ".hidden", "a b", "ä"])
