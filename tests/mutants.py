@@ -36,6 +36,8 @@ NOTHING = "none*"  # a pattern that no mutant matches
 PACKAGES = ("resnet", "training", "export", "serving", "protos", "benchmarks")
 TESTS = {
     "serving/runtimes/cost.py": ["tests/serving/runtimes/test_cost.py", "tests/serving/scheduling"],
+    "serving/runtimes/proof.py": ["tests/serving/runtimes/test_proof.py"],
+    "serving/models/selection.py": ["tests/serving/models/test_selection.py"],
     "serving/scheduling/admission.py": ["tests/serving/scheduling"],
     "serving/scheduling/batch.py": ["tests/serving/scheduling"],
     "serving/scheduling/batcher.py": ["tests/serving/scheduling"],

@@ -121,8 +121,7 @@ def place(
                 raise
             log.warning("%s is computed on the CPU, for the GPU fails its proof: %s", version, error)
         del gpu, placed
-    # What is not proved must be what the export certified.
-    plans = list_plans(DEFAULT if compute.runtime == "auto" and compute.prove == "off" else compute.runtime)
+    plans = list_allowed_plans(compute)
     if not compute.tune:
         plan = ExecutionPlan(only or plans[0].runtime, count_cores())
         engine = plan.build(path, manifest, max_batch)
@@ -139,6 +138,15 @@ def place(
             plan = (error.part and tuning.overflow_plan) or tuning.find_plan(error.batch_size)
             log.warning("%s is not computed by %s, which fails its proof: %s", version, plan, error)
             measured = autotune.refuse(measured, plan, str(error))
+
+
+def list_allowed_plans(compute: Compute) -> list[ExecutionPlan]:
+    """Return the plans of the CPU to choose from. What is not proved must be what the export certified.
+
+    Raises:
+        BadInput: The runtime is not installed.
+    """
+    return list_plans(DEFAULT if compute.runtime == "auto" and compute.prove == "off" else compute.runtime)
 
 
 def _prove(

@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 from export.certificate import ROUNDING, Variant
 from resnet import BadInput, CheckFailed
 from serving.config import Compute
-from serving.models.placement import CheckedVersion, Placement, place
+from serving.models.placement import CheckedVersion, Placement, list_allowed_plans, place
 from serving.runtimes import DEFAULT, Device
 from serving.runtimes.gpu import cuda
-from serving.runtimes.plan import list_plans
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ class Choice:
         variant: The variant.
         computer: What computes it: `cuda`, `tensorrt`, or a runtime of the CPU.
         placement: It, once it is proved; None if it cannot be used.
-        ns: Nanoseconds of a batch by its number of images, the smallest and the largest.
+        ns: Nanoseconds of the smallest and of the largest batch; 0 if it cannot be used.
         verdict: Why it is taken or not, in words.
     """
 
@@ -71,6 +70,7 @@ def compare(version: CheckedVersion, compute: Compute, max_batch: int, again: bo
     """
     choices: list[Choice] = []
     best: Choice | None = None
+    measured: set[str] = set()  # on the CPU, one measurement is of all runtimes
     for variant in version.list_variants():
         if compute.precision not in ("auto", variant.precision):
             continue
@@ -83,8 +83,10 @@ def compare(version: CheckedVersion, compute: Compute, max_batch: int, again: bo
                 continue
             where = replace(compute, device=device)
             only = computer if device == "cpu" else None
+            anew = again and (only is None or variant.name not in measured)
+            measured |= {variant.name} if only else set()
             try:
-                placed = place(version, variant, where, max_batch, again, only)
+                placed = place(version, variant, where, max_batch, anew, only)
             except (BadInput, CheckFailed) as error:
                 choice.verdict = f"cannot be used: {error}"
                 continue
@@ -114,5 +116,5 @@ def _list_computers(compute: Compute) -> Iterator[tuple[Device, str]]:
         return
     if compute.device == "auto" and compute.runtime in ("auto", DEFAULT) and cuda.is_available():
         yield "cuda", "cuda"
-    for runtime in dict.fromkeys(plan.runtime for plan in list_plans(compute.runtime)):
+    for runtime in dict.fromkeys(plan.runtime for plan in list_allowed_plans(compute)):
         yield "cpu", runtime
