@@ -11,6 +11,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from serving.runtimes.base import Engine, Images, Probabilities
 FORMAT = 1  # of the cached file
 IMAGES = 256
 EVERY_SIZE = 32  # up to this many images each batch size is tried, above it powers of two and the largest batch
+THREADS = 4  # that call an engine at once, if several may
 # In lower precision the size of a batch may change a probability by this: other kernels round otherwise. Measured with
 # ResNets in int8, it was below 0.01.
 SIZE_EFFECT = 0.1
@@ -204,9 +206,10 @@ class _Rehearsal:
         return _Result(batches, max(largest, self._measure(np.arange(len(alone)), alone)), accuracy)
 
     def _run_alone(self, engine: Engine, part: int) -> Probabilities:
-        """Return the answers to single images."""
+        """Return the answers to single images; an engine that computes beside others is called by several threads."""
         singles = np.split(np.arange(len(self.reference.images)), len(self.reference.images))
-        return np.concatenate([self._compute(engine, single, part) for single in singles])
+        with ThreadPoolExecutor(THREADS if part else 1) as threads:
+            return np.concatenate(list(threads.map(lambda single: self._compute(engine, single, part), singles)))
 
     def _list_batches(self) -> Iterator[NDArray[np.intp]]:
         """Yield the positions of the images of each further batch; after the last image the first ones follow again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,12 +150,17 @@ WRONG = {
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_an_engine_that_is_wrong_is_refused(kind: str) -> None:
-    """The error names the figure, the limit and the batch size."""
+    """The error names the figure, the limit and the batch size, and tells which of several engines is wrong."""
     change, message = WRONG[kind]
     stored = make_reference()
     certificate, variant = certify(stored, EXACT)
-    with pytest.raises(ProofError, match=message):
-        prove(ChangedEngine(change), stored, certificate, variant, make_key())
+    for part, engine in enumerate(
+        (ChangedEngine(change), ConcurrentEngine(ChangedEngine(), ChangedEngine(change)))  # alone, and beside another
+    ):
+        with pytest.raises(ProofError, match=message) as caught:
+            prove(engine, stored, certificate, variant, make_key())
+        assert caught.value.part == part
+        assert f"batch size {caught.value.batch_size} " in str(caught.value)
 
 
 def test_an_engine_that_cannot_compute_a_size_is_refused() -> None:
@@ -179,6 +185,31 @@ def test_each_engine_that_computes_beside_others_is_proved() -> None:
     assert both.batches == 2 * len(right.batches)
     with pytest.raises(ProofError) as caught:
         prove(ConcurrentEngine(right, wrong), stored, certificate, variant, make_key())
+    assert caught.value.part == 1
+
+
+class UnsafeEngine(ChangedEngine):
+    """Answers callers who come together for the images of one of them."""
+
+    def __init__(self, callers: int) -> None:
+        super().__init__()
+        self._together = threading.Barrier(callers)
+        self._shared: Images | None = None
+
+    def run(self, images: Images) -> Probabilities:
+        """Compute the images that came last."""
+        self._shared = images
+        self._together.wait(timeout=10)
+        return compute(self._shared)[: len(images)]
+
+
+def test_an_engine_that_several_threads_may_not_call_is_refused() -> None:
+    """It computes batches beside each other."""
+    stored = make_reference()
+    certificate, variant = certify(stored, EXACT)
+    prove(UnsafeEngine(1), stored, certificate, variant, make_key(max_batch=1))
+    with pytest.raises(ProofError, match="name another class") as caught:
+        prove(ConcurrentEngine(ChangedEngine(), UnsafeEngine(2)), stored, certificate, variant, make_key(max_batch=1))
     assert caught.value.part == 1
 
 
@@ -239,8 +270,12 @@ def test_in_lower_precision_answers_do_not_depend_on_the_batch() -> None:
         if len(answers) == 6:
             answers[3] = np.roll(answers[3], 1)
 
-    with pytest.raises(ProofError, match="in a batch of 6, onnx-int8 answers otherwise than alone, by 0.9"):
-        prove(ChangedEngine(change), stored, certificate, variant, make_key())
+    for part, engine in enumerate((ChangedEngine(change), ConcurrentEngine(ChangedEngine(), ChangedEngine(change)))):
+        with pytest.raises(
+            ProofError, match="in a batch of 6, onnx-int8 answers otherwise than alone, by 0.9"
+        ) as caught:
+            prove(engine, stored, certificate, variant, make_key())
+        assert (caught.value.batch_size, caught.value.part) == (6, part)
 
 
 def test_the_certificate_of_another_model_proves_nothing() -> None:
@@ -248,8 +283,11 @@ def test_the_certificate_of_another_model_proves_nothing() -> None:
     stored = make_reference()
     certificate, variant = certify(stored, EXACT)
     other = msgspec.structs.replace(certificate, images_sha256="0" * 64)
-    with pytest.raises(ProofError, match=r"the certificate is about other images than those of reference\.npz"):
+    with pytest.raises(
+        ProofError, match=r"the certificate is about other images than those of reference\.npz"
+    ) as caught:
         prove(ChangedEngine(), stored, other, variant, make_key())
+    assert caught.value.batch_size == 1
 
 
 @pytest.fixture
@@ -262,6 +300,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_proof_is_kept_for_its_key(cache: Path) -> None:
     """For no other model, machine, runtime, plan, budget or number of images."""
     found = proof.Proof(make_key(), 40, 47, 1e-7, 0.9, 1.2)
+    write_cached(found)
     write_cached(found)
     assert [path.name for path in cache.iterdir()] == [found.key.path.name]
     kept = read_cached(make_key())
