@@ -15,6 +15,9 @@ from export import statistics
 
 ROUNDING = 1e-9  # error of a difference of two accuracies; one image of a million is a thousand times as much
 REQUIRED = ("onnx", "saved_model")  # variants without which a certificate does not hold
+# Limits of full precision, which no option of an export widens: a certificate with wider ones is none.
+MAX_DIFFERENCE, MAX_LOGIT_DIFFERENCE, TIE = 1e-5, 0.01, 1e-5
+PATHS = {"onnx": "model.onnx", "saved_model": "."}  # of the variants in full precision that others load by these names
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=statistics.MOST_IMAGES)]
 """A number of images."""
@@ -39,12 +42,12 @@ class Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_logit_difference: float | None = None
     accuracy_drop: float | None = None
     evidence: EvidenceRule = "bound"
-    tie: float = 1e-5
+    tie: float = TIE
 
     def __str__(self) -> str:
         limits = []
         if self.max_difference is not None:
-            limits.append(f"a difference of {self.max_difference:.0e}")
+            limits.append(f"a difference of {self.max_difference:.3g}")
         if self.max_logit_difference is not None:
             limits.append(f"{self.max_logit_difference:g} of logits")
         if self.accuracy_drop is not None:
@@ -135,6 +138,24 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         if self.budget.accuracy_drop is not None:
             yield from self._list_losses(images, accuracy, self.budget.accuracy_drop)
 
+    def list_misfits(self) -> Iterator[str]:
+        """Yield a clause if the variant is not what its name says, or has wider limits than an export gives it."""
+        kind, _, precision = self.name.partition("-")
+        path = f"model.{precision}.onnx" if precision and kind == "onnx" else PATHS.get(self.name, self.path)
+        is_onnx = self.path.endswith(".onnx")
+        if (self.path, self.precision) != (path, precision or "fp32") or is_onnx != (kind == "onnx"):
+            yield f"{self.name} is {self.path!r} in {self.precision}"
+        if self.precision != "fp32":
+            return
+        budget, limit, logits = self.budget, self.budget.max_difference, self.budget.max_logit_difference
+        if (
+            limit is None
+            or not 0 < limit <= MAX_DIFFERENCE
+            or not (logits is None or 0 < logits <= MAX_LOGIT_DIFFERENCE)
+            or not 0 <= budget.tie <= TIE
+        ):
+            yield f"{self.name} is allowed {budget}, more than any export allows in full precision"
+
     def list_differences(self, images: int) -> Iterator[str]:
         """Yield a clause for each limit of a difference that is exceeded."""
         limit = self.budget.max_difference
@@ -223,5 +244,10 @@ class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 yield f"there are no comparisons for {name}"
         if self.images < 1:
             yield "it was made without images"
+        names = [variant.name for variant in self.variants]
+        if len(set(names)) < len(names) or len({variant.path for variant in self.variants}) < len(names):
+            yield "two variants have one name, or one file"
+        for variant in self.variants:
+            yield from variant.list_misfits()
         for variant in self.variants:
             yield from variant.violations(self.images, self.accuracy)

@@ -29,7 +29,7 @@ from export import (
     speed,
     triton,
 )
-from export.certificate import Budget, Certificate, Variant
+from export.certificate import MAX_DIFFERENCE, MAX_LOGIT_DIFFERENCE, Budget, Certificate, Variant
 from export.formats import FORMATS, ONNX, OPSET
 from export.manifest import FORMAT, Manifest, Preprocessing, TensorSpec, hash_files
 from export.parity import BATCH_SIZES, Comparison, EvidenceError, ParityError, Probabilities, VariantError
@@ -40,7 +40,7 @@ CHECK = Path(__file__).with_name("check.py")  # a copy of it comes with each ver
 LIBRARIES = ("tensorflow-cpu", "tensorflow", "keras", "tf2onnx", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 BUDGETS = {
-    "fp32": Budget(max_difference=1e-5, max_logit_difference=0.01),
+    "fp32": Budget(max_difference=MAX_DIFFERENCE, max_logit_difference=MAX_LOGIT_DIFFERENCE),
     "fp16": Budget(accuracy_drop=0.002),
     "int8": Budget(accuracy_drop=0.005),
 }

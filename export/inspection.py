@@ -5,8 +5,11 @@ Export, `resnet verify` and the server refuse the same. A SavedModel and a .kera
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections.abc import Hashable, Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -55,6 +58,13 @@ def _find_files(folder: Path, recorded: Manifest) -> Iterator[str]:
         yield f"{folder} is a link, a version is a folder of its own"
         return
     yield from manifest.changed_files(folder, recorded)
+    with suppress(OSError):  # it is named above
+        if files.read(folder / "labels.txt") != triton.make_labels(recorded):
+            yield f"{folder / 'labels.txt'} has other class names than the manifest"
+    for name in (manifest.SIGNATURE, manifest.OLD_SIGNATURE):
+        path = folder / name
+        if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+            yield f"{path} is not a file"
     certified = {variant.path for variant in recorded.certificate.variants}
     for name in sorted(recorded.files):
         if not NAME.fullmatch(name) or (name.endswith(".onnx") and name not in certified):

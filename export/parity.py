@@ -198,7 +198,8 @@ def describe(certificate: Certificate) -> str:
     lines = [*_lay_out(differences), *_lay_out(accuracies)]
     lines.append(f"  on {certificate.images:,} held-out images; cosine: lowest mean of a class; loss: 95 % confidence")
     for variant in certificate.variants:
-        worst = ", ".join(str(index) for index in variant.rows[-1].worst[:3]) if variant.rows else ""
+        farthest = max(variant.rows, key=lambda row: row.max_difference, default=None)
+        worst = ", ".join(map(str, farthest.worst[:3])) if farthest and farthest.max_difference else ""
         speed = ", ".join(f"{times:.1f}x at batch size {size}" for size, times in variant.speedup.items())
         lines.append(f"  {variant.name:<12} {variant.precision}, allowed {variant.budget}")
         notes = [

@@ -98,5 +98,9 @@ def changed_files(manifest: Manifest, model: Path) -> Iterator[str]:
 
 def _list_files(manifest: Manifest, model: Path) -> dict[Path, bytes]:
     """Return the content of each file, by its path."""
-    labels = "".join(f"{label}\n" for label in manifest.labels)
-    return {model / CONFIG: config(manifest).encode(), model / LABELS: labels.encode()}
+    return {model / CONFIG: config(manifest).encode(), model / LABELS: make_labels(manifest)}
+
+
+def make_labels(manifest: Manifest) -> bytes:
+    """Return the content of labels.txt."""
+    return "".join(f"{label}\n" for label in manifest.labels).encode()

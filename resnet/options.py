@@ -222,6 +222,8 @@ def convert(value: object, kind: Kind, name: str) -> Any:
                 pass
     elif type(value) is kind.type:
         return value
+    elif kind.type is str and type(value) is int and not kind.choices:
+        return str(value)
     elif kind.type is float and type(value) is int and abs(value) <= LARGEST:
         return float(value)
     elif kind.type is bool and isinstance(value, bool):

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from resnet import BadInput
 from resnet.files import read_file
 from training.images import InvalidImage, Pixels, Resize, decode
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # a terminal would obey it
 CHUNK = 1024  # images that are decoded at a time
 # Limit on the pixels of a split that are kept in memory: two splits and the training share it. A larger split stays in
 # its files.
@@ -116,10 +118,11 @@ def check_names(classes: Sequence[str], origin: str) -> None:
         origin: Where they come from, for the message.
 
     Raises:
-        BadInput: A name is empty, has a line break or bytes that are not UTF-8, or stands for two classes.
+        BadInput: A name is empty, has a line break, a control character of a terminal or bytes that are not UTF-8, or
+            stands for two classes.
     """
     for name in classes:
-        if name.splitlines() != [name] or name != name.encode("utf-8", "replace").decode():
+        if name.splitlines() != [name] or CONTROL.search(name) or name != name.encode("utf-8", "replace").decode():
             raise BadInput(f"{origin} has the class {name!r}; a name is one line of text, so rename it")
     if len(set(classes)) < len(classes):
         twice = next(name for name in classes if classes.count(name) > 1)

@@ -41,10 +41,22 @@ class TuneOptions:
     device: Device = option("auto", "device to measure; auto measures the CPU, and a GPU if it works")
     runtime: str = option("auto", "runtime to measure; auto measures all", choices=("auto", *RUNTIMES))
     max_batch: int = option(Batching.max_batch, "images in the largest batch", low=1, high=65_536)
+    prove: str = option(Compute.prove, "held-out images to prove with, as for `resnet serve`", metavar="N|all|off")
     again: bool = option(False, "measure again, even if a result is cached")
 
     def __post_init__(self) -> None:
         check(self)
+        self.to_compute().check(lambda name: f"--{name.replace('_', '-')}")
+
+    def to_compute(self) -> Compute:
+        """Return where and how to compute."""
+        return Compute(
+            precision=self.precision,
+            accuracy_budget=self.accuracy_budget,
+            device=self.device,
+            runtime=self.runtime,
+            prove=self.prove,
+        )
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -70,13 +82,7 @@ def run(args: argparse.Namespace) -> None:
     version = CheckedVersion(folder, loader.read_checked(folder))
     if options.precision != "auto":
         loader.find_variant(folder, version.manifest, options.precision)
-    compute = Compute(
-        precision=options.precision,
-        accuracy_budget=options.accuracy_budget,
-        device=options.device,
-        runtime=options.runtime,
-    )
-    choices = selection.compare(version, compute, options.max_batch, options.again)
+    choices = selection.compare(version, options.to_compute(), options.max_batch, options.again)
     print(f"{version} on {name_cpu()}, {count_cores()} cores")
     print(compare(choices, options.max_batch))
     if options.device in ("auto", "cpu") and options.precision != "auto":
@@ -90,7 +96,8 @@ def run(args: argparse.Namespace) -> None:
 
 def compare(choices: Sequence[Choice], max_batch: int) -> str:
     """Return a table of the variants and what computes them."""
-    rows: list[Sequence[str]] = [("variant", "computed by", "1 image", f"{max_batch} images", "loses at most", "")]
+    largest = f"{max_batch} images"
+    rows: list[Sequence[str]] = [("variant", "computed by", "1 image", largest, "loses at most", "verdict")]
     for choice in choices:
         times = [f"{ns / 1e6:.2f} ms" if ns else "" for ns in choice.ns]
         lost = f"{choice.lost:.2f} points"

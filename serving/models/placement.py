@@ -115,7 +115,7 @@ def place(
     if gpu is not None:
         placed = Placement(variant, gpu, "", gpu.curve, instances=gpu.instances, threads=gpu)
         try:
-            return prove(placed, ", ".join(cuda.name_devices()))
+            return prove(placed, ", ".join(cuda.name_devices()), cuda.describe_libraries())
         except ProofError as error:
             if compute.device != "auto":
                 raise
@@ -126,14 +126,14 @@ def place(
         plan = ExecutionPlan(only or plans[0].runtime, count_cores())
         engine = plan.build(path, manifest, max_batch)
         curve = CostCurve(warm_up(engine, manifest, max_batch, WARM_UP_RUNS))
-        return prove(Placement(variant, engine, "", curve), name_cpu(), str(plan))
+        return prove(Placement(variant, engine, "", curve), name_cpu(), f"{plan}, not tuned")
     measured, _ = autotune.tune(version.folder, manifest, variant, max_batch, plans, again)
     while True:
         tuning = measured if only is None else autotune.restrict(measured, only)
         engine = tuning.build(path, manifest)
         try:
             placed = Placement(variant, engine, str(tuning), tuning.curve(), overflow=tuning.overflow)
-            return prove(placed, name_cpu())
+            return prove(placed, name_cpu(), tuning.describe_whole())
         except ProofError as error:
             plan = (error.part and tuning.overflow_plan) or tuning.find_plan(error.batch_size)
             log.warning("%s is not computed by %s, which fails its proof: %s", version, plan, error)
@@ -174,13 +174,14 @@ def _prove(
         budget=variant.budget,
         device=device,
         runtime=placed.engine.provider,
-        plan=placed.plan or plan,
+        plan=plan,
         versions={"resnet": _find_own_version(), **versions},
         max_batch=max_batch,
         images=None if compute.prove == "all" else int(compute.prove),
     )
     found = None if again else proof.read_cached(key)
     if found is None:
+        log.info("%s: proving %s with %s", version, variant.name, placed.engine.provider)
         found = proof.prove(placed.engine, version.reference, manifest.certificate, variant, key)
         proof.write_cached(found)
     return placed._replace(proof=found)

@@ -94,7 +94,7 @@ def compare(version: CheckedVersion, compute: Compute, max_batch: int, again: bo
             if best is None or choice.ns[1] < best.ns[1]:
                 if best is not None:
                     best.placement, best.verdict = None, "slower"
-                choice.placement, choice.verdict, best = placed, "taken, the fastest", choice
+                choice.placement, choice.verdict, best = placed, "the fastest", choice
             else:
                 choice.verdict = "slower"
     return choices

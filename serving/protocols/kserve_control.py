@@ -212,6 +212,7 @@ def _describe_proof(proof: Proof | None) -> dict[str, str]:
         "proof.device": proof.key.device,
         "proof.runtime": proof.key.runtime,
         "proof.images": str(proof.images),
+        "proof.accuracy": f"{proof.accuracy:.6f}",
         "proof.max_difference": f"{proof.max_difference:.3g}",
         "proof.seconds": f"{proof.seconds:.3f}",
     }

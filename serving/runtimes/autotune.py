@@ -25,7 +25,7 @@ from resnet import BadInput
 from serving.runtimes import RUNTIMES
 from serving.runtimes.base import Engine, Images
 from serving.runtimes.plan import ExecutionPlan, find_runtime
-from serving.runtimes.tuning_result import FORMAT, Tuning, TuningKey, read_cached, write_cached
+from serving.runtimes.tuning_result import FORMAT, Tuning, TuningKey, read_cached, remove_cached, write_cached
 
 WARM_UP_SECONDS = 1.0  # after this time no larger batches are measured: their cost is proportional
 ROUNDS, SECONDS = 15, 3.0  # of measuring, whichever ends first
@@ -74,7 +74,10 @@ def tune(
     if cached is not None:
         return TuningLookup(cached, cached=True)
     log.info(
-        "%s/%d: measuring for a few seconds which threads and runtime are fastest", manifest.model, manifest.version
+        "%s/%d: measuring for a few seconds which threads and runtime are fastest for %s",
+        manifest.model,
+        manifest.version,
+        variant.name,
     )
     tuning = _make_tuning(folder / variant.path, manifest, key)
     write_cached(tuning)
@@ -154,10 +157,14 @@ def refuse(tuning: Tuning, plan: ExecutionPlan, reason: str) -> Tuning:
     """Return a tuning that does not use a plan, with the next plans in its place, and write it to the cache.
 
     Raises:
-        BadInput: No plan is left.
+        BadInput: No plan is left. The cache forgets the tuning: once what was wrong is mended, all plans are tried.
     """
     refusals = {**tuning.refusals, str(plan): reason}
-    plans = _choose_allowed(tuning.candidates, tuning.ns, refusals)
+    try:
+        plans = _choose_allowed(tuning.candidates, tuning.ns, refusals)
+    except BadInput:
+        remove_cached(tuning.key)
+        raise
     changed = Tuning(tuning.key, tuning.candidates, tuning.ns, plans, refusals)
     write_cached(changed)
     return changed
@@ -213,9 +220,9 @@ def _choose_allowed(
         for at, plan in enumerate(candidates)
         if str(plan) not in refusals and (runtime is None or plan.runtime == runtime)
     ]
-    if not allowed:
+    if all(candidates[at].spins for at in allowed):  # or there is none; spinning threads compute single images only
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
-        raise BadInput(f"no plan of {runtime or 'any runtime'} can compute the model: {reasons}")
+        raise BadInput(f"no plan of {runtime or 'any runtime'} is left: {reasons}")
     return choose(
         [candidates[at] for at in allowed], {images: [row[at] for at in allowed] for images, row in ns.items()}
     )

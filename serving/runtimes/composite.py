@@ -48,6 +48,13 @@ class SizedEngine:
         self._sizes, self._engines = list(engines), list(engines.values())
         self.provider = " and ".join(dict.fromkeys(engine.provider for engine in self._engines))
 
+    @property
+    def sizes(self) -> list[int]:
+        """The largest batch of each engine but that for single images, ascending."""
+        largest = {id(engine): size for size, engine in zip(self._sizes, self._engines, strict=True)}
+        largest.pop(id(self._engines[0]))
+        return list(largest.values())
+
     def run(self, images: Images) -> Probabilities:
         """Map uint8 [n, height, width, 3] to float32 [n, classes]."""
         return self._engines[bisect_left(self._sizes, min(len(images), self._sizes[-1]))].run(images)

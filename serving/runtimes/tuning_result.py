@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -96,6 +97,10 @@ class Tuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         plan = find_overflow_plan(self.plans)
         return None if plan is None or str(plan) in self.refusals else plan
 
+    def describe_whole(self) -> str:
+        """Return the plans for all batches as one text, that for batches beside others included."""
+        return f"{self}; beside others {self.overflow_plan}" if self.overflow else str(self)
+
     def find_plan(self, images: int) -> ExecutionPlan:
         """Return the plan that computes a batch of so many images."""
         return next((plan for size, plan in self.plans.items() if size >= images), [*self.plans.values()][-1])
@@ -125,6 +130,12 @@ def read_cached(key: TuningKey) -> Tuning | None:
         log.warning("%s cannot be used (%s); the model is measured again", path, error)
         return None
     return tuning if tuning.key == key else None
+
+
+def remove_cached(key: TuningKey) -> None:
+    """Remove the tuning for a key from the cache, if there is one."""
+    with suppress(OSError):
+        key.path.unlink(missing_ok=True)
 
 
 def write_cached(tuning: Tuning) -> None:

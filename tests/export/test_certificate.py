@@ -101,9 +101,9 @@ def test_a_certificate_holds_with_one_image_and_each_format() -> None:
     """Without an image, or one of the formats, it does not; one more variant must hold too."""
     exact = Budget(max_difference=1e-5)
     onnx = Variant("onnx", "model.onnx", "fp32", "", exact, [make_row(images=1)], {})
-    saved_model = msgspec.structs.replace(onnx, name="saved_model")
+    saved_model = msgspec.structs.replace(onnx, name="saved_model", path=".")
     loss = Budget(accuracy_drop=0.01, evidence="point")
-    half = msgspec.structs.replace(onnx, name="onnx-fp16", budget=loss, rows=[make_row(accuracy=0.0, images=1)])
+    half = Variant("onnx-fp16", "model.fp16.onnx", "fp16", "", loss, [make_row(accuracy=0.0, images=1)], {})
     both = [saved_model, onnx]
     assert list(Certificate(1, "hash", 1.0, 0.0, both).violations()) == []
     nothing, *contradictions = Certificate(0, "hash", 1.0, 0.0, both).violations()
@@ -125,7 +125,7 @@ def test_a_certificate_holds_with_one_image_and_each_format() -> None:
         (BOTH, "a difference of 1e-05 and 10 points less accuracy as measured"),
         (
             Budget(max_difference=0.0, accuracy_drop=0.0),
-            "a difference of 0e+00 and 0 points less accuracy with 95 % confidence",
+            "a difference of 0 and 0 points less accuracy with 95 % confidence",
         ),
     ],
 )

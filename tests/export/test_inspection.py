@@ -334,8 +334,9 @@ def test_what_an_export_writes_passes(version: Path) -> None:
     """Also what other exports have, empty folders, and what users put beside the versions."""
     for name in ("variables/variables.index", "variables/variables.data-00000-of-00001", "fingerprint.pb"):
         add(name)(version)
-    for name in ("model.keras", "labels.txt", "check.py", "test-result.intoto.json"):
+    for name in ("model.keras", "check.py", "test-result.intoto.json"):
         add(name)(version)
+    add("labels.txt", b"red\ngreen\nblue\n")(version)
     declare(version)
     (version / "assets").mkdir()
     (version.parent / "README.md").touch()
@@ -344,6 +345,22 @@ def test_what_an_export_writes_passes(version: Path) -> None:
     for path in triton.list_paths(version.parent):
         path.unlink()
     assert not list(inspection.find_problems(version, manifest.read(version)))
+
+
+def test_the_class_names_are_those_of_the_manifest(version: Path) -> None:
+    """Else a version would answer another class than the one that its training knew."""
+    add("labels.txt", b"blue\ngreen\nred\n")(version)
+    declare(version)
+    (problem,) = inspection.find_problems(version, manifest.read(version))
+    assert problem == f"{version}/labels.txt has other class names than the manifest"
+
+
+@pytest.mark.parametrize("name", ["model.sig", "manifest.sig"])
+def test_a_signature_is_a_file(name: str, version: Path) -> None:
+    """Also where nobody checks it."""
+    (version / name).mkdir()
+    (problem,) = inspection.find_problems(version, manifest.read(version))
+    assert problem == f"{version}/{name} is not a file"
 
 
 def test_every_fault_is_named(version: Path) -> None:

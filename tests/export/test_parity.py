@@ -115,7 +115,11 @@ def certificate(budget: Budget = BUDGET, accuracy: float = 1.0, images: int = 10
     """Return a certificate that holds but for the accuracy of one row, and `changes` of it."""
     good, bad = [make_row(images=images)], [make_row(3, accuracy, images, **changes)]
     onnx = Variant("onnx", "model.onnx", "fp32", "", BUDGET, good, {})
-    return Certificate(images, "hash", 1.0, 0.0, [onnx, Variant("saved_model", ".", "fp32", "", budget, bad, {})])
+    if budget.accuracy_drop is None:
+        return Certificate(images, "hash", 1.0, 0.0, [onnx, Variant("saved_model", ".", "fp32", "", budget, bad, {})])
+    saved_model = msgspec.structs.replace(onnx, name="saved_model", path=".")
+    reduced = Variant("onnx-int8", "model.int8.onnx", "int8", "", budget, bad, {})
+    return Certificate(images, "hash", 1.0, 0.0, [onnx, saved_model, reduced])
 
 
 @pytest.mark.parametrize(
@@ -144,7 +148,7 @@ def test_a_figure_is_named_once_at_its_worst() -> None:
 
 def test_answers_that_are_no_numbers_are_within_no_budget() -> None:
     """Also where only the accuracy counts: the first class may be right by chance."""
-    with pytest.raises(BudgetError, match="some answers of saved_model at batch size 3 are not numbers"):
+    with pytest.raises(BudgetError, match="some answers of onnx-int8 at batch size 3 are not numbers"):
         parity.check(certificate(Budget(accuracy_drop=0.5), max_difference=float("nan")))
 
 
@@ -168,7 +172,7 @@ def test_a_budget_of_accuracy_allows_other_answers_but_not_worse_ones() -> None:
     with pytest.raises(BudgetError, match="is 99.00%, 1.00 points below Keras' 100.00%; 0.5 are allowed"):
         parity.check(certificate(drop, accuracy=0.99))
     broken = certificate(drop)
-    broken.variants[1].rows[0] = msgspec.structs.replace(broken.variants[1].rows[0], accuracy=float("nan"))
+    broken.variants[2].rows[0] = msgspec.structs.replace(broken.variants[2].rows[0], accuracy=float("nan"))
     with pytest.raises(BudgetError, match="is nan%"):
         parity.check(broken)
 
@@ -180,7 +184,7 @@ def test_images_must_show_that_the_loss_is_within_the_budget() -> None:
     with pytest.raises(BudgetError) as caught:
         parity.check(certificate(drop, accuracy=0.998))
     assert str(caught.value).endswith(
-        "the 1,000 held-out images do not show that saved_model loses at most 0.5 points of accuracy: 2 lost and 0 "
+        "the 1,000 held-out images do not show that onnx-int8 loses at most 0.5 points of accuracy: 2 lost and 0 "
         "gained at batch size 3 may be a loss of 0.60 points, at 95 % confidence; about 1,496 images like these would, "
         "and --evidence point accepts the loss as measured"
     )
@@ -214,7 +218,47 @@ def test_missing_evidence_does_not_hold() -> None:
     bare = Certificate(
         1, "hash", 0.9, 0.0, [Variant(name, "", "", "", Budget(), [], {}) for name in ("onnx", "saved_model")]
     )
-    assert [text.rpartition(" ")[2] for text in bare.violations()] == ["onnx", "budget", "saved_model", "budget"]
+    clauses = ["onnx", "budget", "saved_model", "budget"]
+    assert [text.rpartition(" ")[2] for text in bare.violations()][-4:] == clauses
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        Budget(max_difference=2e-5),
+        Budget(max_difference=float("nan")),
+        Budget(max_difference=1e-5, max_logit_difference=0.02),
+        Budget(max_difference=1e-5, tie=2.0),
+        Budget(accuracy_drop=0.99, evidence="point"),
+    ],
+)
+@pytest.mark.parametrize("name", ["onnx", "saved_model"])
+def test_a_certificate_sets_no_wider_limits_than_an_export(name: str, budget: Budget) -> None:
+    """Whoever can write a version could let any model pass."""
+    sound = certificate()
+    at = [variant.name for variant in sound.variants].index(name)
+    sound.variants[at] = msgspec.structs.replace(sound.variants[at], budget=budget)
+    with pytest.raises(BudgetError, match=f"{name} is allowed .*, more than any export allows in full precision"):
+        parity.check(sound)
+
+
+@pytest.mark.parametrize(
+    ("changes", "clause"),
+    [
+        ({"path": "model.copy.onnx"}, "onnx is 'model.copy.onnx' in fp32"),
+        ({"precision": "int8"}, "onnx is 'model.onnx' in int8"),
+        ({"name": "zzz"}, "zzz is 'model.onnx' in fp32"),
+        ({"name": "onnx-int8"}, "onnx-int8 is 'model.onnx' in fp32"),
+        ({"name": "saved_model"}, "two variants have one name, or one file"),
+        ({"path": "."}, "two variants have one name, or one file"),
+    ],
+)
+def test_a_variant_is_what_its_name_says(changes: dict[str, str], clause: str) -> None:
+    """Triton and TensorFlow Serving load by fixed names; no file escapes the comparison under another one."""
+    sound = certificate()
+    sound.variants[0] = msgspec.structs.replace(sound.variants[0], **changes)  # type: ignore[arg-type]
+    with pytest.raises(BudgetError, match=clause):
+        parity.check(sound)
 
 
 class ColorModel:

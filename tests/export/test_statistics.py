@@ -33,6 +33,9 @@ def test_thousands_of_discordant_images_overflow_nothing() -> None:
     """A share of 2 to the power of 20,000, which no float holds."""
     assert 0.15 < statistics.compute_mcnemar(10_000, 10_200) < 0.17
     assert statistics.compute_mcnemar(20_000, 0) == 0
+    assert statistics.compute_mcnemar(5_000, 5_001) == pytest.approx(1, abs=0.01)  # above, an approximation
+    assert statistics.compute_mcnemar(4_900, 5_100) == pytest.approx(statistics.compute_mcnemar(4_901, 5_101), abs=1e-3)
+    assert statistics.compute_mcnemar(10**9, 10**9) == 1
 
 
 def find_bound(lost: int, gained: int, images: int) -> float:

@@ -27,7 +27,7 @@ def test_serve_says_what_it_serves_and_ends_on_a_signal(repository: Path, number
     assert process.stdout is not None
     loaded = (
         r"loaded digits/1 in fp32 on CPUExecutionProvider \(\d+ threads?.*\), files and certificate verified; "
-        r"proved (earlier|in \d+\.\d s) on .+: 256 images, largest difference \d\.\de-\d\d"
+        r"proved (earlier|in \d+\.\d s) on .+: 256 images, \d+\.\d% right, largest difference \d\.\de-\d\d"
     )
     assert re.fullmatch(loaded, process.stdout.readline().rstrip())
     assert process.stdout.readline().startswith("serving on 127.0.0.1:")

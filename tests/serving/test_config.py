@@ -33,7 +33,7 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "serve.toml"
     path.write_text(
         'repository = "models"\nport = 1\nmetrics-port = 2\nmax-batch = 3\nwatch = 4\n'
-        'trace = true\nprecision = "int8"\n'
+        'trace = true\nprecision = "int8"\nprove = 64\n'
     )
     return path
 
@@ -43,7 +43,7 @@ def test_a_flag_wins_over_a_variable_that_over_the_file_and_that_over_the_defaul
     found = load("--port 10 --no-trace", "RESNET_PORT=20 RESNET_METRICS_PORT=21 RESNET_GRACE=2.5", file)
     assert (found.port, found.metrics_port, found.max_batch, found.max_queue) == (10, 21, 3, 1024)
     assert (found.repository, found.watch, found.trace, found.precision) == (Path("models"), 4.0, False, "int8")
-    assert found.grace == 2.5
+    assert (found.grace, found.prove) == (2.5, "64")
 
 
 def test_the_file_may_be_named_by_the_environment(file: Path) -> None:
@@ -70,6 +70,9 @@ def test_an_empty_variable_is_none() -> None:
         ("m", "", "trace = 1", "trace in {file} must be true or false, not 1"),
         ("m", "", "max-batch = true", "max-batch in {file} must be a whole number, not True"),
         ("m", "", "host = ['a']", "host in {file} must be a text"),
+        ("m --prove none", "", "", "--prove must be a number of images, all or off, not 'none'"),
+        ("m", "RESNET_PROVE=0", "", "RESNET_PROVE must be a number of images, all or off, not '0'"),
+        ("m --accuracy-budget 1", "", "", "--accuracy-budget needs --precision auto, which chooses by it"),
         ("m --trust ''", "", "", "--trust must be a path, not ''"),
         ("m --max-batch 0", "", "", "--max-batch must be from 1 to 65536, not 0"),
         ("m --device tpu", "", "", "--device must be one of auto, cuda, tensorrt, cpu, not 'tpu'"),

@@ -151,7 +151,7 @@ def test_grey_arrays_become_rgb(tmp_path: Path, shape: tuple[int, ...]) -> None:
         np.testing.assert_array_equal(train.images[..., colour], images.reshape(4, 8, 8))
 
 
-@pytest.mark.parametrize("name", ["", "two\nlines", "two\u2028lines", "tail\r", "\udcff"])
+@pytest.mark.parametrize("name", ["", "two\nlines", "two\u2028lines", "tail\r", "\udcff", "\x1b[31mred"])
 def test_names_that_cannot_be_a_line_of_text_are_refused(tmp_path: Path, name: str) -> None:
     """Before a training that could not be exported: the names are written to labels.txt, one per line."""
     with pytest.raises(BadInput, match=r"has the class .*; a name is one line of text"):

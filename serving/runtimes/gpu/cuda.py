@@ -12,13 +12,16 @@ batch while the other is computed, and convolutions fused with their bias.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -39,6 +42,7 @@ from serving.runtimes.gpu.multi_gpu import MultiGpuEngine
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": tensorrt.PROVIDER}
 NAMES = {"cuda": "CUDA", "tensorrt": "TensorRT"}
 COLOR = re.compile(r"\x1b\[[0-9;]*m")
+LIBRARIES = ("nvidia-cublas", "nvidia-cudnn-cu13", "tensorrt", "tensorrt-cu13")
 TRIALS = 5  # measurements of each bucket when an engine starts
 RUNS_TO_CAPTURE = 3  # the first run allocates memory, the second is recorded as a graph, the third replays it
 
@@ -126,6 +130,16 @@ def is_available() -> bool:
 def name_devices() -> list[str]:
     """Return the names of the GPUs that this process may use, each with the version of the driver."""
     return [name_device(number) for number in range(count_devices())]
+
+
+def describe_libraries() -> str:
+    """Return what answers depend on beside onnxruntime: libraries that pip installed, and whether TF32 is forced."""
+    found = {}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    tf32 = os.environ.get("NVIDIA_TF32_OVERRIDE", "")
+    return ", ".join([*(f"{name} {number}" for name, number in found.items()), *([f"TF32 {tf32}"] if tf32 else [])])
 
 
 class CudaEngine:

@@ -77,19 +77,19 @@ def script(monkeypatch: pytest.MonkeyPatch, times: dict[str, float | str]) -> li
 @pytest.mark.parametrize(
     ("times", "budget", "taken", "verdicts"),
     [
-        ({"fp32": 9, "fp16": 5, "int8": 3}, None, "int8", ["slower", "slower", "taken, the fastest"]),
-        ({"fp32": 2, "fp16": 5, "int8": 3}, None, "fp32", ["taken, the fastest", "slower", "slower"]),
+        ({"fp32": 9, "fp16": 5, "int8": 3}, None, "int8", ["slower", "slower", "the fastest"]),
+        ({"fp32": 2, "fp16": 5, "int8": 3}, None, "fp32", ["the fastest", "slower", "slower"]),
         (
             {"fp32": 9, "fp16": 5, "int8": 3},
             2.0,
             "fp16",
-            ["slower", "taken, the fastest", "may lose 3.00 points of accuracy, more than 2"],
+            ["slower", "the fastest", "may lose 3.00 points of accuracy, more than 2"],
         ),
         (
             {"fp32": 9, "fp16": 5, "int8": "it saturates"},
             None,
             "fp16",
-            ["slower", "taken, the fastest", "cannot be used: it saturates"],
+            ["slower", "the fastest", "cannot be used: it saturates"],
         ),
         ({"fp32": 9, "fp16": 5, "int8": 3}, 0.0, "fp32", None),
     ],
@@ -134,10 +134,11 @@ def test_the_variant_that_is_chosen_is_served(version: CheckedVersion, monkeypat
 
     monkeypatch.setattr(autotune, "measure", measure)
     recorded = version.manifest
-    exact, *others = recorded.certificate.variants
+    exact, saved_model, *others = recorded.certificate.variants
     budget = Budget(accuracy_drop=0.05, evidence="point")
     recorded.certificate.variants[:] = [
         exact,
+        saved_model,
         *(msgspec.structs.replace(one, budget=budget, rows=[make_row()]) for one in others),
     ]
     classes = reference.load(version.folder, recorded).labels

@@ -87,6 +87,7 @@ def test_properties_say_what_was_proved_where_it_serves(address: str) -> None:
         found = describe(pb.ModelMetadataRequest(name="digits")).properties
     assert found["proof.device"]
     assert (found["proof.runtime"], found["proof.images"]) == ("CPUExecutionProvider", "256")
+    assert 0 < float(found["proof.accuracy"]) <= 1
     assert float(found["proof.max_difference"]) < 1e-5
     assert float(found["proof.seconds"]) > 0
 

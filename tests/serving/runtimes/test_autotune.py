@@ -364,7 +364,7 @@ def test_openvino_does_not_serve_where_it_answers_otherwise(
     assert len(read_warnings(caplog)) == 1
     with pytest.raises(CheckFailed, match=reason):
         loader.load(version, Compute(device="cpu", runtime="openvino", tune=False), Batching(max_batch=4))
-    with pytest.raises(BadInput, match=rf"no plan of any runtime can compute the model: .*OpenVINO: {reason}"):
+    with pytest.raises(BadInput, match=rf"no plan of any runtime is left: .*OpenVINO: {reason}"):
         loader.load(version, Compute(device="cpu", runtime="openvino"), Batching(max_batch=4))
 
 
@@ -388,7 +388,7 @@ def test_a_runtime_that_cannot_load_a_model_is_left_out(
     monkeypatch.setattr(fake, "__init__", fail)
     found = find(version, candidates=[ONE, TWO, OTHER]).tuning
     assert [*found.candidates, *found.refusals] == [ONE, TWO, str(OTHER)]
-    with pytest.raises(BadInput, match=r"no plan of any runtime can compute the model: .*cannot be run by OpenVINO"):
+    with pytest.raises(BadInput, match=r"no plan of any runtime is left: .*cannot be run by OpenVINO"):
         find(version, candidates=[OTHER])
 
 
@@ -454,10 +454,19 @@ def test_a_plan_that_is_refused_leaves_its_place_to_the_next(version: Path) -> N
     assert without.find_plan(3) == without.find_plan(64) == TWO
     assert (without.overflow_plan, without.overflow) == (None, 0)  # one thread it would be
     assert restrict(without, "onnxruntime").plans == without.plans
-    with pytest.raises(BadInput, match="no plan of openvino can compute the model: 1 thread: too loud"):
+    with pytest.raises(BadInput, match="no plan of openvino is left: 1 thread: too loud"):
         restrict(without, "openvino")
-    with pytest.raises(BadInput, match="no plan of any runtime can compute the model: 1 thread: too loud; 2 threads: "):
+    with pytest.raises(BadInput, match="no plan of any runtime is left: 1 thread: too loud; 2 threads: "):
         refuse(without, TWO, "too wide")
+    assert not find(version).cached  # once what was wrong is mended, all are tried again
+
+
+def test_threads_that_spin_are_not_left_alone(version: Path) -> None:
+    """They compute single images only."""
+    spinning = ExecutionPlan("onnxruntime", 2, spins=True)
+    found = find(version, candidates=[ONE, spinning]).tuning
+    with pytest.raises(BadInput, match="no plan of any runtime is left: 1 thread: too loud"):
+        refuse(found, ONE, "too loud")
 
 
 def command(*arguments: object) -> int:
@@ -473,7 +482,7 @@ def test_the_command_shows_what_was_measured(repository: Path, cache: Path, caps
         title, heads, variant, header, *rows, plan, kept = capsys.readouterr().out.splitlines()
         assert title.startswith("digits/1 on ")
         assert heads.split("  ")[1:2] == ["variant"]
-        assert re.fullmatch(r"  onnx +onnxruntime +[\d.]+ ms +[\d.]+ ms +0\.00 points  taken, the fastest", variant)
+        assert re.fullmatch(r"  onnx +onnxruntime +[\d.]+ ms +[\d.]+ ms +0\.00 points  the fastest", variant)
         assert "1 thread" in header
         assert [row.split()[0] for row in rows] == ["1", "2", "4"]
         assert all(row.count("*") == 1 and row.endswith("/s") for row in rows)
@@ -488,7 +497,7 @@ def test_the_command_says_what_is_not_used(
     fake.error = 1e-3
     assert command(repository / "digits", "--max-batch=2") == 0
     printed = capsys.readouterr().out
-    assert re.search(r"onnx +onnxruntime .* taken, the fastest", printed)
+    assert re.search(r"onnx +onnxruntime .* the fastest", printed)
     assert re.search(r"onnx +openvino .* cannot be used: .* the largest difference of onnx at batch size 1 is", printed)
 
 
@@ -496,6 +505,8 @@ def test_the_command_says_what_is_not_used(
     ("arguments", "message"),
     [
         (["--max-batch=0"], "--max-batch must be from 1 to 65536, not 0"),
+        (["--prove=some"], "--prove must be a number of images, all or off, not 'some'"),
+        (["--precision=fp32", "--accuracy-budget=1"], "--accuracy-budget needs --precision auto, which chooses by it"),
         (["--precision=int8"], "has no int8 variant; export it again with --precision fp32,int8"),
         (["--version=7"], "has no version 7"),
         (["--runtime=openvino"], "--runtime openvino: it is not installed; install resnet with its extra 'openvino'"),
