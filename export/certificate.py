@@ -148,6 +148,8 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         if self.precision != "fp32":
             return
         budget, limit, logits = self.budget, self.budget.max_difference, self.budget.max_logit_difference
+        if limit is None and budget.accuracy_drop is None:
+            return  # it has no budget
         if (
             limit is None
             or not 0 < limit <= MAX_DIFFERENCE

@@ -40,8 +40,8 @@ for path in sorted({folder / "model.onnx", *folder.glob("*.onnx")}):
     (variant,) = (variant for variant in certificate["variants"] if variant["path"] == path.name)
     rows, budget = variant["rows"], variant["budget"]
     limit, drop = (1 if value is None else value for value in (budget["max_difference"], budget["accuracy_drop"]))
-    limit = min(limit, 1e-5) if path.name == "model.onnx" else limit  # in full precision, no budget is wider
     failures += [] if rows and min(limit, drop) < 1 else [f"{path.name} has no comparison, or no budget"]
+    limit = min(limit, 1e-5) if path.name == "model.onnx" else limit  # in full precision, no budget is wider
     for size, accuracy in [(row["batch_size"], row["accuracy"]) for row in rows]:
         batches = [images[np.arange(start, start + size) % n] for start in range(0, n, size)]
         answers = np.concatenate([session.run(None, {image: batch})[0] for batch in batches])[:n]

@@ -304,6 +304,7 @@ def test_a_server_that_logs_json_writes_nothing_else(
         "serving.server",
         "serving.transports.auth",
         "serving.runtimes.autotune",
+        "serving.models.placement",
         "serving.models.watcher",
         CALLS,
     }
