@@ -7,7 +7,6 @@ import datetime
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import version as find_version
 from pathlib import Path
 
 import msgspec
@@ -35,6 +34,7 @@ from export.manifest import FORMAT, Manifest, Preprocessing, TensorSpec, hash_fi
 from export.parity import BATCH_SIZES, Comparison, EvidenceError, ParityError, Probabilities, VariantError
 from export.source import Source
 from resnet import BadInput, CheckFailed
+from resnet.packages import find_version
 
 CHECK = Path(__file__).with_name("check.py")  # a copy of it comes with each version
 LIBRARIES = ("tensorflow-cpu", "tensorflow", "keras", "tf2onnx", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy")
@@ -244,10 +244,8 @@ def _prove(source: Source, staged: Path, expected: Probabilities, variant: Varia
 
 def _find_versions() -> dict[str, str]:
     """Return the versions of Python and of the installed libraries that take part in an export."""
-    versions = {"python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            versions[library] = find_version(library)
-        except ModuleNotFoundError:  # PackageNotFoundError is one
-            continue
-    return versions
+    found = {library: find_version(library) for library in LIBRARIES}
+    return {
+        "python": platform.python_version(),
+        **{name: number for name, number in found.items() if number is not None},
+    }

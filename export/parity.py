@@ -117,11 +117,7 @@ def compare(
     Raises:
         ShapeError: The two differ in shape or dtype.
     """
-    if actual.shape != expected.shape or actual.dtype != expected.dtype:
-        raise ShapeError(
-            f"at batch size {batch_size} the output is {actual.dtype} {list(actual.shape)}, "
-            f"the original's is {expected.dtype} {list(expected.shape)}"
-        )
+    check_form(expected, actual, batch_size)
     difference = np.abs(expected.astype(np.float64) - actual)
     logits, actual_logits = statistics.compute_logits(expected), statistics.compute_logits(actual)
     logit_difference = np.abs(logits - actual_logits)
@@ -148,6 +144,15 @@ def compare(
         class_cosine=_average(cosines, labels, expected.shape[1]),
         worst=np.argsort(-np.nan_to_num(difference.max(axis=1), nan=np.inf), kind="stable")[:WORST].tolist(),
     )
+
+
+def check_form(expected: Probabilities, actual: Probabilities, batch_size: int) -> None:
+    """Raise `ShapeError` if answers have another shape or dtype than those of the original."""
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        raise ShapeError(
+            f"at batch size {batch_size} the output is {actual.dtype} {list(actual.shape)}, "
+            f"the original's is {expected.dtype} {list(expected.shape)}"
+        )
 
 
 def hash_images(images: NDArray[np.uint8], labels: NDArray[np.int32]) -> str:

@@ -11,8 +11,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-CONFIDENCE = 0.95
-Z = 1.6448536269514722  # quantile of the normal distribution at `CONFIDENCE`
+Z = 1.6448536269514722  # quantile of the normal distribution at 95 %
 BINS = 15  # of confidence, as Guo et al. (2017) count them
 TINY = float(np.finfo(np.float32).tiny)  # smaller probabilities have fewer digits, and some libraries flush them to 0
 MOST_EXACT = 10_000
@@ -35,7 +34,7 @@ def compute_mcnemar(lost: int, gained: int) -> float:
 
 
 def bound_drop(lost: float, gained: float, images: float) -> float:
-    """Return the one-sided upper bound of the loss of accuracy, as a share, at `CONFIDENCE`.
+    """Return the one-sided upper bound of the loss of accuracy, as a share, at 95 % confidence.
 
     It is the largest loss that a score test does not reject. If no image is discordant, it is z^2 / (n + z^2).
     Source: Tango, Statistics in Medicine 17 (1998), 891-908.

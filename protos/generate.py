@@ -24,6 +24,10 @@ def generate(root: Path) -> int:
             "from google.protobuf import descriptor_pool as _descriptor_pool\n", "import protos as _protos\n"
         )
         path.write_text(text.replace("_descriptor_pool.Default()", "_protos.POOL"), "utf-8")
+    for source in sources:  # a format has no services
+        if "\nservice " not in (root / source).read_text("utf-8"):
+            for path in (root / "protos").glob(f"{Path(source).stem}_pb2_grpc.py*"):
+                path.unlink()
     return code
 
 

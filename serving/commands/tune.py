@@ -71,10 +71,9 @@ def run(args: argparse.Namespace) -> None:
     from export import repository
     from serving import logs
     from serving.models import loader, selection
-    from serving.models.placement import CheckedVersion
+    from serving.models.placement import CheckedVersion, list_allowed_plans
     from serving.runtimes import autotune
     from serving.runtimes.cores import count_cores
-    from serving.runtimes.plan import list_plans
 
     logs.start("human", "info")  # measuring takes some seconds, and says so
     loader.check_options(options.device, options.runtime)
@@ -84,24 +83,25 @@ def run(args: argparse.Namespace) -> None:
         loader.find_variant(folder, version.manifest, options.precision)
     choices = selection.compare(version, options.to_compute(), options.max_batch, options.again)
     print(f"{version} on {name_cpu()}, {count_cores()} cores")
-    print(compare(choices, options.max_batch))
+    print(describe_choices(choices, options.max_batch))
     if options.device in ("auto", "cpu") and options.precision != "auto":
         variant = loader.find_variant(folder, version.manifest, options.precision)
-        tuning, _ = autotune.tune(folder, version.manifest, variant, options.max_batch, list_plans(options.runtime))
+        plans = list_allowed_plans(options.to_compute())
+        tuning, _ = autotune.tune(folder, version.manifest, variant, options.max_batch, plans)
         print(describe(tuning))
         for name, why in tuning.refusals.items():
             print(f"  {name} is not used: {why}")
         print(f"kept in {tuning.key.path}")
 
 
-def compare(choices: Sequence[Choice], max_batch: int) -> str:
+def describe_choices(choices: Sequence[Choice], max_batch: int) -> str:
     """Return a table of the variants and what computes them."""
     largest = f"{max_batch} images"
     rows: list[Sequence[str]] = [("variant", "computed by", "1 image", largest, "loses at most", "verdict")]
     for choice in choices:
         times = [f"{ns / 1e6:.2f} ms" if ns else "" for ns in choice.ns]
         lost = f"{choice.lost:.2f} points"
-        rows.append((choice.variant.name, choice.computer, *times, lost, choice.verdict))
+        rows.append((choice.variant.name, choice.backend, *times, lost, choice.verdict))
     return "\n".join(f"  {a:<10}  {b:<12}{c:>10}  {d:>11}  {e:>13}  {f}".rstrip() for a, b, c, d, e, f in rows)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from export import inspection, signature
@@ -21,6 +20,7 @@ from serving.runtimes.base import Engine, EngineThreads
 from serving.runtimes.cost import CostCurve
 from serving.runtimes.gpu import cuda
 from serving.runtimes.plan import list_plans
+from serving.runtimes.proof import Proof
 from serving.scheduling.batcher import Batcher
 
 
@@ -84,7 +84,7 @@ def load(
 
 def start_placement(manifest: Manifest, placed: Placement, batching: Batching) -> Model:
     """Start what was placed."""
-    model = start(
+    return start(
         manifest,
         placed.engine,
         batching,
@@ -94,8 +94,8 @@ def start_placement(manifest: Manifest, placed: Placement, batching: Batching) -
         placed.instances,
         placed.overflow,
         placed.threads,
+        placed.proof,
     )
-    return replace(model, proof=placed.proof)
 
 
 def find_variant(folder: Path, manifest: Manifest, precision: str) -> Variant:
@@ -120,6 +120,7 @@ def start(
     instances: int = 1,
     overflow: int = 0,
     threads: EngineThreads | None = None,
+    proof: Proof | None = None,
 ) -> Model:
     """Warm up an engine with the smallest and the largest batch, and start a batcher for it.
 
@@ -136,6 +137,7 @@ def start(
         instances: As in `Batcher`.
         overflow: As in `Batcher`.
         threads: As in `Batcher`.
+        proof: How the engine was proved.
 
     Raises:
         BadInput: The engine computes another number of classes than the manifest names.
@@ -145,4 +147,4 @@ def start(
     if curve is None:
         curve = CostCurve(measured)
     batcher = Batcher(engine.run, batching, curve, instances, overflow, threads, statistics.count_batch)
-    return Model(manifest, engine, batcher, statistics, precision, plan)
+    return Model(manifest, engine, batcher, statistics, precision, plan, proof)

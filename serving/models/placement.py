@@ -10,8 +10,6 @@ import logging
 import time
 from dataclasses import dataclass
 from functools import cached_property, partial
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as find_package_version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +20,7 @@ from export.certificate import Variant
 from export.manifest import Manifest
 from export.reference import Reference
 from export.speed import name_cpu
+from resnet.packages import find_version
 from serving.config import Compute
 from serving.runtimes import DEFAULT, RUNTIMES, autotune, proof
 from serving.runtimes.base import Engine, EngineThreads, Images
@@ -133,7 +132,7 @@ def place(
         engine = tuning.build(path, manifest)
         try:
             placed = Placement(variant, engine, str(tuning), tuning.curve(), overflow=tuning.overflow)
-            return prove(placed, name_cpu(), tuning.describe_whole())
+            return prove(placed, name_cpu(), tuning.describe_all())
         except ProofError as error:
             plan = (error.part and tuning.overflow_plan) or tuning.find_plan(error.batch_size)
             log.warning("%s is not computed by %s, which fails its proof: %s", version, plan, error)
@@ -175,7 +174,7 @@ def _prove(
         device=device,
         runtime=placed.engine.provider,
         plan=plan,
-        versions={"resnet": _find_own_version(), **versions},
+        versions={"resnet": find_version("resnet"), **versions},
         max_batch=max_batch,
         images=None if compute.prove == "all" else int(compute.prove),
     )
@@ -185,14 +184,6 @@ def _prove(
         found = proof.prove(placed.engine, version.reference, manifest.certificate, variant, key)
         proof.write_cached(found)
     return placed._replace(proof=found)
-
-
-def _find_own_version() -> str | None:
-    """Return the version of this package; None in a clone that is not installed."""
-    try:
-        return find_package_version("resnet")
-    except PackageNotFoundError:
-        return None
 
 
 def warm_up(engine: Engine, manifest: Manifest, max_batch: int, runs: int) -> dict[int, int]:

@@ -23,14 +23,14 @@ class Choice:
 
     Attributes:
         variant: The variant.
-        computer: What computes it: `cuda`, `tensorrt`, or a runtime of the CPU.
+        backend: What computes it: `cuda`, `tensorrt`, or a runtime of the CPU.
         placement: It, once it is proved; None if it cannot be used.
         ns: Nanoseconds of the smallest and of the largest batch; 0 if it cannot be used.
         verdict: Why it is taken or not, in words.
     """
 
     variant: Variant
-    computer: str
+    backend: str
     placement: Placement | None
     ns: tuple[float, float]
     verdict: str
@@ -51,10 +51,10 @@ def choose(version: CheckedVersion, compute: Compute, max_batch: int) -> Placeme
     """
     choices = list(compare(version, compute, max_batch))
     for choice in choices:
-        log.info("%s: %s by %s: %s", version, choice.variant.name, choice.computer, choice.verdict)
+        log.info("%s: %s by %s: %s", version, choice.variant.name, choice.backend, choice.verdict)
     taken = next((choice.placement for choice in choices if choice.placement is not None), None)
     if taken is None:
-        reasons = "; ".join(f"{one.variant.name} by {one.computer}: {one.verdict}" for one in choices)
+        reasons = "; ".join(f"{one.variant.name} by {one.backend}: {one.verdict}" for one in choices)
         raise BadInput(f"{version} has no variant that can be served: {reasons}")
     return taken
 
@@ -74,15 +74,15 @@ def compare(version: CheckedVersion, compute: Compute, max_batch: int, again: bo
     for variant in version.list_variants():
         if compute.precision not in ("auto", variant.precision):
             continue
-        for device, computer in _list_computers(compute):
-            choice = Choice(variant, computer, None, (0.0, 0.0), "")
+        for device, backend in _list_backends(compute):
+            choice = Choice(variant, backend, None, (0.0, 0.0), "")
             choices.append(choice)
             limit = _find_limit(variant, compute)
             if choice.lost > limit + 100 * ROUNDING:
                 choice.verdict = f"may lose {choice.lost:.2f} points of accuracy, more than {limit:g}"
                 continue
             where = replace(compute, device=device)
-            only = computer if device == "cpu" else None
+            only = backend if device == "cpu" else None
             anew = again and (only is None or variant.name not in measured)
             measured |= {variant.name} if only else set()
             try:
@@ -109,7 +109,7 @@ def _find_limit(variant: Variant, compute: Compute) -> float:
     return math.inf if variant.budget.accuracy_drop is None else 100 * variant.budget.accuracy_drop
 
 
-def _list_computers(compute: Compute) -> Iterator[tuple[Device, str]]:
+def _list_backends(compute: Compute) -> Iterator[tuple[Device, str]]:
     """Yield what can compute here: each as a device, and the name of what computes on it."""
     if compute.device in ("cuda", "tensorrt"):
         yield compute.device, compute.device

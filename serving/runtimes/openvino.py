@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 
 from export.manifest import Manifest, read_file
-from resnet import BadInput
+from resnet import BadInput, packages
 from serving.runtimes.base import Images, Probabilities
 from serving.runtimes.plan import ExecutionPlan
 
@@ -19,10 +18,7 @@ CONCURRENT = False
 
 def find_version() -> str | None:
     """Return the installed version; None if it is not installed."""
-    try:
-        return version("openvino")
-    except PackageNotFoundError:
-        return None
+    return packages.find_version("openvino")
 
 
 def list_plans(cores: int) -> Sequence[ExecutionPlan]:

@@ -7,8 +7,6 @@ start to start, so a proof is kept in the user's cache.
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +19,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from export import files, parity, statistics
+from export import parity, statistics
 from export.certificate import ROUNDING, Budget, Certificate, Variant
 from export.parity import ShapeError
 from export.reference import Reference
@@ -30,14 +28,11 @@ from serving.runtimes import cache
 from serving.runtimes.base import Engine, Images, Probabilities
 
 FORMAT = 1  # of the cached file
-IMAGES = 256
 EVERY_SIZE = 32  # up to this many images each batch size is tried, above it powers of two and the largest batch
 THREADS = 4  # that call an engine at once, if several may
 # In lower precision another size of the batch, or another machine, may change a probability by this: it rounds
-# otherwise. Measured with ResNets in int8, it was below 0.01.
-SIZE_EFFECT = 0.1
-
-log = logging.getLogger(__name__)
+# otherwise.
+ROUNDING_EFFECT = 0.1
 
 
 class ProofError(CheckFailed):
@@ -84,8 +79,7 @@ class ProofKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def path(self) -> Path:
         """The file in the cache for this key."""
-        digest = hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
-        return cache.find_folder("proof") / f"{digest}.json"
+        return cache.find_file("proof", self)
 
 
 class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -132,11 +126,11 @@ def prove(engine: Engine, reference: Reference, certificate: Certificate, varian
     if parity.hash_images(reference.images, reference.labels) != certificate.images_sha256:
         raise ProofError("the certificate is about other images than those of reference.npz", 1)
     chosen = reference.choose(key.images)
-    rehearsal = _Rehearsal(chosen, certificate, variant, key.max_batch)
+    run = _ProofRun(chosen, certificate, variant, key.max_batch)
     parts: Sequence[Engine] = getattr(engine, "parts", [engine])
-    results = [rehearsal.run(part, number) for number, part in enumerate(parts)]
+    results = [run.run(part, number) for number, part in enumerate(parts)]
     if len(parts) > 1:
-        results.append(rehearsal.run_together(engine, len(parts) - 1))
+        results.append(run.run_together(engine, len(parts) - 1))
     return Proof(
         key,
         images=len(chosen.images),
@@ -155,12 +149,8 @@ def list_sizes(max_batch: int) -> list[int]:
 
 def read_cached(key: ProofKey) -> Proof | None:
     """Return the cached proof for a key; None if there is none that can be used."""
-    try:
-        proof = msgspec.json.decode(key.path.read_bytes(), type=Proof)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, msgspec.DecodeError) as error:
-        log.warning("%s cannot be used (%s); the engine is proved again", key.path, error)
+    proof = cache.read(key.path, Proof, "the engine is proved again")
+    if proof is None:
         return None
     limit = math.inf if key.budget.max_difference is None else key.budget.max_difference
     is_sound = proof.key == key and proof.images > 0 and 0 <= proof.max_difference <= limit
@@ -169,12 +159,7 @@ def read_cached(key: ProofKey) -> Proof | None:
 
 def write_cached(proof: Proof) -> None:
     """Write a proof to the cache, in one step; if that fails, a warning is logged."""
-    path = proof.key.path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write(path, msgspec.json.format(msgspec.json.encode(proof), indent=2))
-    except OSError as error:
-        log.warning("%s cannot be written (%s); the engine will be proved at each start", path, error.strerror)
+    cache.write(proof.key.path, proof, "the engine will be proved at each start")
 
 
 class _Result(NamedTuple):
@@ -189,7 +174,7 @@ class _Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Rehearsal:
+class _ProofRun:
     """The batches that prove an engine.
 
     Answers are looked at once all batches are computed: an engine may not overwrite them, as callers wait for several.
@@ -242,43 +227,45 @@ class _Rehearsal:
 
     def _compute(self, engine: Engine, positions: NDArray[np.intp], part: int) -> _Batch:
         images: Images = self.reference.images[positions]
+        size, expected = len(images), self.reference.probabilities[positions]
         try:
-            return _Batch(positions, engine.run(images))
+            answers = engine.run(images)
         except Exception as error:  # each library has its own exceptions
-            text = f"a batch of {len(images)} cannot be computed ({type(error).__name__}: {error})"
-            raise ProofError(text, len(images), part) from None
+            text = f"a batch of {size} cannot be computed ({type(error).__name__}: {error})"
+            raise ProofError(text, size, part) from None
+        try:
+            parity.check_form(expected, answers, size)
+        except ShapeError as error:
+            raise ProofError(str(error), size, part) from None
+        return _Batch(positions, answers)
 
     def _check_pass(self, batches: Sequence[_Batch], part: int) -> Probabilities:
         """Hold the answers of some batches against the budget, and return them."""
-        if len(batches[0].positions) == 1:  # compared together
-            batches = [_Batch(*(np.concatenate(arrays) for arrays in zip(*batches, strict=True)))]
-            self._check_batch(batches[0], 1, part)
+        merged, size = _merge(batches), len(batches[0].positions)
+        if size == 1:  # single images are compared together
+            self._check_batch(merged, size, part)
         else:
             for batch in batches:
                 self._check_batch(batch, len(batch.positions), part)
-        positions, answers = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
-        self._check_loss(positions, answers, len(batches[0].positions) if len(batches) > 1 else 1, part)
-        return answers
+        self._check_loss(merged, size, part)
+        return merged.answers
 
     def _check_batch(self, batch: _Batch, size: int, part: int) -> None:
         expected, labels = self.reference.probabilities[batch.positions], self.reference.labels[batch.positions]
-        try:
-            row = parity.compare(expected, batch.answers, labels, size, self.variant.budget.tie)
-        except ShapeError as error:
-            raise ProofError(str(error), size, part) from None
+        row = parity.compare(expected, batch.answers, labels, size, self.variant.budget.tie)
         tested = msgspec.structs.replace(self.variant, rows=[row])
         problems = list(tested.list_differences(len(labels)))
         # In lower precision no budget limits a difference, but the certificate says how large it is.
-        limit = max(row.max_difference for row in self.variant.rows) + SIZE_EFFECT
+        limit = max(row.max_difference for row in self.variant.rows) + ROUNDING_EFFECT
         if not problems and not row.max_difference <= limit:
             problems.append(
                 f"the largest difference of {self.variant.name} at batch size {size} is {row.max_difference:.3g}, far "
-                f"above the {limit - SIZE_EFFECT:.3g} of its certificate"
+                f"above the {limit - ROUNDING_EFFECT:.3g} of its certificate"
             )
         if problems:
             raise ProofError("; ".join(problems), size, part)
 
-    def _check_loss(self, positions: NDArray[np.intp], answers: Probabilities, size: int, part: int) -> None:
+    def _check_loss(self, batch: _Batch, size: int, part: int) -> None:
         """Check that the images do not show a loss of accuracy beyond the budget.
 
         What counts is what the engine loses more than the certified variant did on the same images: a few of them lose
@@ -294,8 +281,8 @@ class _Rehearsal:
         else:
             certified_loss = self.certificate.accuracy - min(row.accuracy for row in self.variant.rows)
             left = max(0.0, drop - max(0.0, certified_loss))
-        labels = self.reference.labels[positions]
-        was_right, is_right = certified[positions] == labels, answers.argmax(axis=1) == labels
+        labels = self.reference.labels[batch.positions]
+        was_right, is_right = certified[batch.positions] == labels, batch.answers.argmax(axis=1) == labels
         lost, gained = int(np.sum(was_right & ~is_right)), int(np.sum(~was_right & is_right))
         least = -statistics.bound_drop(gained, lost, len(labels))
         if least > left + ROUNDING:
@@ -310,13 +297,18 @@ class _Rehearsal:
     def _check_size(self, alone: Probabilities, answers: Probabilities, part: int) -> None:
         """Check that answers do not depend on the size of the batch: the accuracy of one batch says little."""
         effect, size = float(np.abs(answers - alone).max()), len(answers)
-        if not effect <= SIZE_EFFECT:
+        if not effect <= ROUNDING_EFFECT:
             raise ProofError(
                 f"in a batch of {size}, {self.variant.name} answers otherwise than alone, by {effect:.3g}", size, part
             )
 
     def _summarize(self, batches: Sequence[_Batch], alone: Probabilities) -> _Result:
-        positions, answers = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
-        difference = float(np.abs(answers - self.reference.probabilities[positions]).max())
+        merged = _merge(batches)
+        difference = float(np.abs(merged.answers - self.reference.probabilities[merged.positions]).max())
         accuracy = float(np.mean(alone.argmax(axis=1) == self.reference.labels))
         return _Result(len(batches), difference, accuracy)
+
+
+def _merge(batches: Sequence[_Batch]) -> _Batch:
+    """Return all batches as one."""
+    return _Batch(*(np.concatenate(arrays) for arrays in zip(*batches, strict=True)))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 
-from export import files
 from export.certificate import Budget
 from export.manifest import Manifest
 from serving.runtimes import cache
@@ -24,8 +21,6 @@ FORMAT = 5  # of the cached file
 
 Size = Annotated[int, msgspec.Meta(ge=1)]
 Nanoseconds = Annotated[int, msgspec.Meta(ge=1, le=int(MAX_NS))]
-
-log = logging.getLogger(__name__)
 
 
 class TuningKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -52,8 +47,7 @@ class TuningKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def path(self) -> Path:
         """The file in the cache for this key."""
-        digest = hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
-        return cache.find_folder("tuning") / f"{digest}.json"
+        return cache.find_file("tuning", self)
 
 
 class Tuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -97,7 +91,7 @@ class Tuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         plan = find_overflow_plan(self.plans)
         return None if plan is None or str(plan) in self.refusals else plan
 
-    def describe_whole(self) -> str:
+    def describe_all(self) -> str:
         """Return the plans for all batches as one text, that for batches beside others included."""
         return f"{self}; beside others {self.overflow_plan}" if self.overflow else str(self)
 
@@ -121,15 +115,8 @@ class Tuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def read_cached(key: TuningKey) -> Tuning | None:
     """Return the cached tuning for a key; None if there is none that can be used."""
-    path = key.path
-    try:
-        tuning = msgspec.json.decode(path.read_bytes(), type=Tuning)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, msgspec.DecodeError) as error:
-        log.warning("%s cannot be used (%s); the model is measured again", path, error)
-        return None
-    return tuning if tuning.key == key else None
+    tuning = cache.read(key.path, Tuning, "the model is measured again")
+    return tuning if tuning is not None and tuning.key == key else None
 
 
 def remove_cached(key: TuningKey) -> None:
@@ -140,9 +127,4 @@ def remove_cached(key: TuningKey) -> None:
 
 def write_cached(tuning: Tuning) -> None:
     """Write a tuning to the cache, in one step; if that fails, a warning is logged."""
-    path = tuning.key.path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write(path, msgspec.json.format(msgspec.json.encode(tuning), indent=2))
-    except OSError as error:
-        log.warning("%s cannot be written (%s); the model will be measured at each start", path, error.strerror)
+    cache.write(tuning.key.path, tuning, "the model will be measured at each start")

@@ -19,9 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -32,6 +30,7 @@ import onnxruntime
 from export.manifest import Manifest, read_file
 from export.session import NO_EXTERNAL_DATA
 from resnet import BadInput
+from resnet.packages import find_version
 from serving.runtimes import Device
 from serving.runtimes.base import Concatenator, Images, Probabilities
 from serving.runtimes.cost import CostCurve
@@ -134,12 +133,10 @@ def name_devices() -> list[str]:
 
 def describe_libraries() -> str:
     """Return what answers depend on beside onnxruntime: libraries that pip installed, and whether TF32 is forced."""
-    found = {}
-    for name in LIBRARIES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
+    found = {name: find_version(name) for name in LIBRARIES}
     tf32 = os.environ.get("NVIDIA_TF32_OVERRIDE", "")
-    return ", ".join([*(f"{name} {number}" for name, number in found.items()), *([f"TF32 {tf32}"] if tf32 else [])])
+    names = [f"{name} {number}" for name, number in found.items() if number is not None]
+    return ", ".join([*names, f"TF32 {tf32}"] if tf32 else names)
 
 
 class CudaEngine:
