@@ -89,9 +89,9 @@ class AsyncStreamCall:
 
     def close(self, cancel: bool) -> None:
         """Half-close the call, or cancel it."""
-        self._outbox.put_nowait(None)
-        if cancel:
+        if cancel:  # first, as in `StreamCall`
             self._call.cancel()
+        self._outbox.put_nowait(None)
 
     async def _requests(self) -> AsyncIterator[pb.ClassifyStreamRequest]:
         while (request := await self._outbox.get()) is not None:

@@ -74,9 +74,9 @@ class StreamCall:
 
     def close(self, cancel: bool) -> None:
         """Half-close the call, so that the server ends it; or cancel it."""
-        self._outbox.put(None)
-        if cancel:
+        if cancel:  # first: a call that is half-closed and answered so far would count as complete
             self._call.cancel()
+        self._outbox.put(None)
 
     def _read_responses(self) -> None:
         try:

@@ -593,8 +593,11 @@ class Scripted(ClassifierServicer):
         self, request_iterator: Iterator[pb.ClassifyStreamRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.ClassifyStreamResponse]:
         """Answer each as the script says; Unavailable ends the call, DeadlineExceeded is no answer at all."""
-        is_complete = threading.Event()
-        context.add_callback(lambda: self.ends.put("complete" if is_complete.is_set() else "cancelled"))
+        # The requests of a cancelled call may end as those of a complete one do; only gRPC's state knows which it was.
+        state: Any = context._state  # type: ignore[attr-defined]
+        context.add_callback(
+            lambda: self.ends.put("cancelled" if state.client is grpc._server._CANCELLED else "complete")
+        )
         for item in request_iterator:
             self.requests += 1
             self._record(item.request, context)
@@ -607,7 +610,6 @@ class Scripted(ClassifierServicer):
                     yield pb.ClassifyStreamResponse(id=item.id, failure=to_failure(error))
                 case int(version):
                     yield pb.ClassifyStreamResponse(id=item.id, response=answer(item.request, version))
-        is_complete.set()
 
     def _record(self, request: pb.ClassifyRequest, context: grpc.ServicerContext) -> None:
         metadata = dict(context.invocation_metadata())
