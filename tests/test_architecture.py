@@ -36,6 +36,17 @@ ALLOWED = {
         "serving.runtimes",
         "serving.scheduling",
     },
+    "serving.rollouts": {
+        "resnet",
+        "export",
+        "protos",
+        "serving.config",
+        "serving.errors",
+        "serving.models",
+        "serving.runtimes",
+        "serving.scheduling",
+        "serving.threads",
+    },
     "serving.transports.call": {"serving.errors", "serving.logs"},
     "serving.transports": {
         "resnet",

@@ -1,0 +1,1 @@
+"""How a new version of a model takes over, and what it is compared with."""
