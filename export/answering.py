@@ -62,7 +62,7 @@ def main() -> None:
     cli.set_variables()
     recorded = manifest.read(args.folder)
     if recorded.digest != args.digest:
-        raise BadInput(f"{args.folder} is another version than it was")
+        raise BadInput(f"{args.folder} was replaced by another version")
     answer(sys.stdin.buffer, answers, load(args.folder, recorded), recorded)
 
 

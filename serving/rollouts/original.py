@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -97,7 +98,10 @@ class OriginalProcess:
         classes = len(self._recorded.labels)
         self._check_open()
         if not self._child:
-            self._child = _Child(self._folder, self._recorded.digest)
+            try:
+                self._child = _Child(self._folder, self._recorded.digest)
+            except OSError as error:
+                raise OriginalError(f"cannot be started ({error.strerror})") from None
             self._check_open()  # as `close` may have seen no child
             self._child.receive(0, classes, START_SECONDS)
         self._child.send(images)
@@ -117,10 +121,10 @@ class _Child:
     """A running process; its errors are `OriginalError`, as the end of a sentence about the original."""
 
     def __init__(self, folder: Path, digest: str) -> None:
-        self._errors = TemporaryFile()  # noqa: SIM115  # a pipe would have to be read all the time
-        self._socket, theirs = socket.socketpair()
-        self._answers = self._socket.makefile("rb")
-        try:
+        with ExitStack() as stack:
+            self._errors = stack.enter_context(TemporaryFile())  # a pipe would have to be read all the time
+            self._socket, theirs = map(stack.enter_context, socket.socketpair())
+            self._answers = stack.enter_context(self._socket.makefile("rb"))
             # In a process group of its own, Ctrl-C in a terminal does not reach it. In a session of its own it would
             # compete with the server as an equal: Linux shares the processor between sessions first, see autogroups
             # in sched(7).
@@ -132,11 +136,8 @@ class _Child:
                 env={**os.environ, **VARIABLES, "PYTHONPATH": os.pathsep.join(sys.path)},
                 process_group=0,
             )
-        except OSError as error:
-            self._close_files()
-            raise OriginalError(f"cannot be started ({error.strerror})") from None
-        finally:
             theirs.close()
+            self._files = stack.pop_all()
 
     def send(self, images: Images) -> None:
         """Send a batch."""
@@ -170,7 +171,7 @@ class _Child:
         """End the process, and wait for its end."""
         self._process.kill()
         self._process.wait()
-        self._close_files()
+        self._files.close()
 
     def _read(self, size: int) -> bytes:
         content = self._answers.read(size)
@@ -188,8 +189,3 @@ class _Child:
         lines = self._errors.read().decode(errors="replace").strip().splitlines() or ["no message"]
         how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
         return f"ended with {how}: {lines[-1].removeprefix(f'{ERROR}: ')[:SHOWN]}"
-
-    def _close_files(self) -> None:
-        self._answers.close()
-        self._socket.close()
-        self._errors.close()

@@ -138,7 +138,7 @@ def test_nothing_but_answers_is_on_stdout(version: Path, recorded: Manifest, cha
             lambda folder: (folder / "model.keras").write_bytes(b"other"),
             "model.keras is not the file that was exported",
         ),
-        (lambda folder: list_file(folder, "model.keras", b"other"), "colors/1 is another version than it was"),
+        (lambda folder: list_file(folder, "model.keras", b"other"), "colors/1 was replaced by another version"),
         (lambda folder: (folder / "manifest.json").write_text("{}"), "manifest.json is not a valid manifest"),
     ],
     ids=["missing", "changed", "exchanged", "no manifest"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -155,7 +156,7 @@ def test_only_the_served_version_is_loaded(version: Path) -> None:
     process = OriginalProcess(version, manifest.read(version))
     list_file(version, "model.keras", b"other")
     with pytest.raises(
-        OriginalError, match=r"colors/1 ended with exit code 2: .*/colors/1 is another version than it was"
+        OriginalError, match=r"colors/1 ended with exit code 2: .*/colors/1 was replaced by another version"
     ):
         process.compute(IMAGES)
 
@@ -236,7 +237,14 @@ def test_one_that_hangs_is_killed(
 def test_one_that_cannot_be_started_is_an_error(fake: FakeOriginals, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where no further process is allowed."""
     monkeypatch.setattr(original, "COMMAND", ("/nowhere/python",))
+    monkeypatch.setattr(original, "PAUSE_SECONDS", 0)
     assert fake.fail() == "cannot be started (No such file or directory)"
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(original, "TemporaryFile", refuse)
+    assert fake.fail() == "cannot be started (Too many open files)"
 
 
 def test_the_environment_is_for_one_thread_and_no_gpu(fake: FakeOriginals) -> None:
