@@ -57,6 +57,8 @@ ALLOWED = {
         "serving.transports.call",
     },
     "serving.protocols": {
+        "resnet",
+        "serving.rollouts",
         "protos",
         "export",
         "training",
@@ -77,6 +79,7 @@ ALLOWED = {
         "serving.threads",
     },
     "serving.observability": {
+        "serving.rollouts",
         "resnet",
         "serving.errors",
         "serving.models",
@@ -84,6 +87,7 @@ ALLOWED = {
         "serving.transports.call",
     },
     "serving.server": {
+        "serving.rollouts",
         "serving.config",
         "serving.models",
         "serving.observability",
@@ -95,6 +99,8 @@ ALLOWED = {
         "serving.watchdog",
     },
     "serving.app": {
+        "serving.errors",
+        "serving.rollouts",
         "resnet",
         "export",
         "serving.config",

@@ -1,1 +1,1 @@
-"""How a new version of a model takes over, and what it is compared with."""
+"""Proof in production: shadows compare the answers of versions, rollouts replace one by another, a guard decides."""
