@@ -13,6 +13,8 @@ from serving.client.traffic import Traffic, count_failed, count_requests
 WIDTH = 100
 HEADER = ("version", "labels", "requests/s", "images/s", "failed", "p50", "p99", "queued")
 MOST_CLASSES = 5
+MAX_ID = 40  # characters of a request's id: a UUID has 36
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 SINCE_LOAD = "* no request ended in this interval: the figure is of all since the version was loaded"
 
 
@@ -73,7 +75,7 @@ def render_worst(model: str, requests: Sequence[pb.DifferingRequest]) -> str:
     """Return the table of the requests that differ most."""
     rows = [
         (
-            request.request_id,
+            show_id(request),
             str(request.image),
             f"{request.answer} by {model}/{request.version}",
             request.other_answer,
@@ -82,6 +84,12 @@ def render_worst(model: str, requests: Sequence[pb.DifferingRequest]) -> str:
         for request in requests
     ]
     return render(("request", "image", "answer", "other answer", "difference"), rows, left=4)
+
+
+def show_id(request: pb.DifferingRequest) -> str:
+    """Return the id of a request for a terminal, which nothing that a caller chose may control."""
+    shown = "".join(char if char.isprintable() else REPLACEMENT for char in request.request_id)
+    return shown if len(shown) <= MAX_ID else f"{shown[:MAX_ID]}..."
 
 
 def format_duration(seconds: float) -> str:

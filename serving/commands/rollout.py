@@ -24,7 +24,7 @@ from resnet.options import add_options, check, option, read
 from serving.client.access import AccessOptions, to_bad_input
 from serving.client.admin import AdminClient
 from serving.client.client import DEFAULT_SERVER
-from serving.client.screen import describe_outcome, describe_step, render_worst
+from serving.client.screen import describe_outcome, describe_step, render_worst, show_id
 from serving.errors import DeadlineExceeded, ServingError, Unavailable
 
 POLL_SECONDS = 0.5
@@ -141,7 +141,7 @@ def roll_out(admin: AdminClient, options: RolloutCommand, version: int) -> None:
     worst = rollout.shadow.agreement.worst
     if worst:
         print(render_worst(options.model, worst))
-    ids = ", ".join(request.request_id for request in worst[:SHOWN_IDS])
+    ids = ", ".join(map(show_id, worst[:SHOWN_IDS]))
     raise CheckFailed(
         f"{name} was rolled back at {describe_step(rollout)}: {rollout.reason}"
         + (f"; the requests that differ most: {ids}" if ids else "")

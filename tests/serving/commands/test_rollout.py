@@ -151,6 +151,17 @@ def test_a_rollback_names_its_reason_and_the_worst_requests(capsys: pytest.Captu
     assert output.err.endswith("step 1 of 3, 0% of the requests: it was stopped\n")
 
 
+def test_an_id_of_a_request_does_not_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Any caller may have chosen it."""
+    hostile = pb.DifferingRequest(request_id="\x1b]0;x\x07\u202e\n" + 1000 * "x")
+    with play(at(0, "broken", pb.RolloutStatus.ROLLED_BACK, worst=[hostile])) as (address, _):
+        assert roll_out(address) == 1
+    output = capsys.readouterr()
+    shown = f"\ufffd]0;x\ufffd\ufffd\ufffd{32 * 'x'}..."
+    assert output.out.splitlines()[3].startswith(f"| {shown} | 0 ")
+    assert output.err.endswith(f"the requests that differ most: {shown}\n")
+
+
 def test_a_server_that_comes_back_is_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
     """However often, less than a minute each time."""
     gone = [Unavailable("gone"), DeadlineExceeded("silent")] * 50
