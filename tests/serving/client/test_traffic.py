@@ -58,9 +58,7 @@ def test_without_requests_the_rest_is_of_the_time_since_the_load() -> None:
     assert measure(version(), version(), 1.0) == Traffic(0.0, 0.0, None, None, None, True)
 
 
-@pytest.mark.parametrize(
-    "before", [None, version(500, 0, 0, 0), pb.VersionStatus(images=30, requests={"CANCELLED": 99})]
-)
+@pytest.mark.parametrize("before", [None, version(500, 0, 0, 0), pb.VersionStatus(images=99, requests={"OK": 1})])
 def test_all_is_of_the_interval_for_a_version_that_was_loaded_in_it(before: pb.VersionStatus | None) -> None:
     """Or loaded again, which its counters show."""
     assert measure(before, version(0, 20, 0, 0), 2.0) == measure(version(), version(0, 20, 0, 0), 2.0)
