@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from protos import admin_pb2 as pb
 from resnet.table import render
-from serving.client.traffic import Traffic, count_failed, count_requests
+from serving.client.traffic import VersionTraffic, count_failed, count_requests
 
 WIDTH = 100
 HEADER = ("version", "labels", "requests/s", "images/s", "failed", "p50", "p99", "queued")
@@ -25,13 +25,13 @@ def describe_server(server: str, status: pb.GetStatusResponse) -> str:
     return f"{server}: {ready}, resnet {status.version}, transport {status.transport}, up {uptime}"
 
 
-def render_status(server: str, status: pb.GetStatusResponse, traffic: Mapping[tuple[str, int], Traffic]) -> str:
+def render_status(server: str, status: pb.GetStatusResponse, traffic: Mapping[tuple[str, int], VersionTraffic]) -> str:
     """Return the screen.
 
     Args:
         server: Address of the server, as the user gave it.
         status: What the server said.
-        traffic: Traffic by model and version.
+        traffic: VersionTraffic by model and version.
     """
     blocks = [describe_server(server, status)]
     if not status.models:
@@ -62,7 +62,7 @@ def describe_agreement(agreement: pb.Agreement) -> str:
 def describe_outcome(rollout: pb.RolloutStatus) -> str:
     """Return what a rollout has seen so far."""
     answered = f"{_count(rollout.answered, 'request')} answered, {rollout.failed:,} failed"
-    return f"{answered}; {_describe_comparison(rollout.shadow)}"
+    return f"{answered}; {_describe_comparison(rollout.shadow)}" if rollout.HasField("shadow") else answered
 
 
 def render_checks(checks: Sequence[pb.GuardCheck]) -> str:
@@ -75,7 +75,7 @@ def render_worst(model: str, requests: Sequence[pb.DifferingRequest]) -> str:
     """Return the table of the requests that differ most."""
     rows = [
         (
-            show_id(request),
+            _shorten(printable(request.request_id)),
             str(request.image),
             f"{request.answer} by {model}/{request.version}",
             request.other_answer,
@@ -86,10 +86,9 @@ def render_worst(model: str, requests: Sequence[pb.DifferingRequest]) -> str:
     return render(("request", "image", "answer", "other answer", "difference"), rows, left=4)
 
 
-def show_id(request: pb.DifferingRequest) -> str:
-    """Return the id of a request for a terminal, which nothing that a caller chose may control."""
-    shown = "".join(char if char.isprintable() else REPLACEMENT for char in request.request_id)
-    return shown if len(shown) <= MAX_ID else f"{shown[:MAX_ID]}..."
+def printable(text: str) -> str:
+    """Return a line for a terminal, which nothing in it can control: callers choose the ids of requests."""
+    return "".join(char if char.isprintable() else REPLACEMENT for char in text)
 
 
 def format_duration(seconds: float) -> str:
@@ -102,7 +101,7 @@ def format_duration(seconds: float) -> str:
     return " ".join(parts[:2]) or "0 s"
 
 
-def _render_traffic(models: Sequence[pb.ModelStatus], traffic: Mapping[tuple[str, int], Traffic]) -> str:
+def _render_traffic(models: Sequence[pb.ModelStatus], traffic: Mapping[tuple[str, int], VersionTraffic]) -> str:
     rows, marked = [], False
     for model in models:
         for version in model.versions:
@@ -133,22 +132,28 @@ def _describe_model(model: pb.ModelStatus) -> Iterator[str]:
     if not model.versions:
         yield f"{model.name}: no version is served"
     for version in model.versions:
-        yield _wrap(f"{model.name}/{version.version}: {_describe_version(version)}")
+        # What became of its rollout is below.
+        reason = (
+            ""
+            if version.version == model.rollout.version and model.rollout.reason in version.reason
+            else version.reason
+        )
+        yield _wrap(f"{model.name}/{version.version}: {_describe_version(version, reason)}")
     if model.HasField("shadow"):
         yield from _describe_shadow(model.name, model.shadow)
     if model.HasField("rollout"):
         yield from _describe_rollout(model.name, model.rollout)
 
 
-def _describe_version(version: pb.VersionStatus) -> str:
+def _describe_version(version: pb.VersionStatus, reason: str) -> str:
     if not version.served:
-        return f"not served: {version.reason}" if version.reason else "not served"
+        return f"not served: {reason}" if reason else "not served"
     engine = f"{version.precision} by {version.provider}"
     parts = [engine, version.plan, version.proof or "not proved here"]
     if failed := count_failed(version):
         codes = ", ".join(f"{code} {count:,}" for code, count in sorted(version.requests.items()) if code != "OK")
         parts.append(f"{failed:,} of {_count(count_requests(version), 'request')} failed since it was loaded ({codes})")
-    return "; ".join(part for part in [*parts, version.reason] if part)
+    return "; ".join(part for part in [*parts, reason] if part)
 
 
 def _describe_shadow(model: str, shadow: pb.ShadowStatus) -> Iterator[str]:
@@ -196,7 +201,14 @@ def _describe_rollout(model: str, rollout: pb.RolloutStatus) -> Iterator[str]:
 
 
 def _wrap(text: str) -> str:
-    return "\n".join(textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
+    lines = textwrap.wrap(
+        printable(text), WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(lines)
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_ID else f"{text[:MAX_ID]}..."
 
 
 def _count(number: int, noun: str) -> str:

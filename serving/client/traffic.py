@@ -10,7 +10,7 @@ from protos import admin_pb2 as pb
 EMPTY = pb.VersionStatus()
 
 
-class Traffic(NamedTuple):
+class VersionTraffic(NamedTuple):
     """The requests to a version in an interval.
 
     Attributes:
@@ -30,7 +30,7 @@ class Traffic(NamedTuple):
     since_load: bool
 
 
-def measure(before: pb.VersionStatus | None, after: pb.VersionStatus, seconds: float) -> Traffic:
+def measure(before: pb.VersionStatus | None, after: pb.VersionStatus, seconds: float) -> VersionTraffic:
     """Return the traffic of an interval.
 
     Args:
@@ -44,7 +44,7 @@ def measure(before: pb.VersionStatus | None, after: pb.VersionStatus, seconds: f
     since = before if requests else EMPTY
     ended = count_requests(after) - count_requests(since)
     latency = _subtract(after.latency, since.latency)
-    return Traffic(
+    return VersionTraffic(
         requests_per_second=requests / seconds if seconds else 0.0,
         images_per_second=(after.images - before.images) / seconds if seconds else 0.0,
         failed=(count_failed(after) - count_failed(since)) / ended if ended else None,

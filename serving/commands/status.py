@@ -26,14 +26,14 @@ from serving.client.access import AccessOptions, to_bad_input
 from serving.client.admin import AdminClient
 from serving.client.client import DEFAULT_SERVER
 from serving.client.screen import render_status
-from serving.client.traffic import Traffic, measure
+from serving.client.traffic import VersionTraffic, measure
 from serving.errors import DeadlineExceeded, ServingError, Unavailable
 
 INTERVAL_SECONDS = 1.0  # of the rates, at first
 WATCH_SECONDS = 2.0
 CLEAR = "\x1b[H\x1b[2J"
 
-TrafficTable = Mapping[tuple[str, int], Traffic]
+TrafficTable = Mapping[tuple[str, int], VersionTraffic]
 
 
 @dataclass(frozen=True, kw_only=True)

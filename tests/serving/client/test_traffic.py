@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from protos import admin_pb2 as pb
-from serving.client.traffic import Traffic, find_quantile, measure
+from serving.client.traffic import VersionTraffic, find_quantile, measure
 
 BOUNDS = (1_000_000, 2_000_000, 5_000_000)
 
@@ -43,7 +43,7 @@ def test_traffic_is_that_of_the_interval() -> None:
     """Whatever was before."""
     before, after = version(1000, 0, 0, 0, CANCELLED=7), version(1000, 30, 0, 0, CANCELLED=7, RESOURCE_EXHAUSTED=10)
     found = measure(before, after, 2.0)
-    assert found._replace(p50_seconds=None, p99_seconds=None) == Traffic(20.0, 30.0, 0.25, None, None, False)
+    assert found._replace(p50_seconds=None, p99_seconds=None) == VersionTraffic(20.0, 30.0, 0.25, None, None, False)
     assert found.p50_seconds == pytest.approx(1.5e-3)
     assert found.p99_seconds == pytest.approx(1.99e-3)
 
@@ -55,7 +55,7 @@ def test_without_requests_the_rest_is_of_the_time_since_the_load() -> None:
     assert found[:3] == (0.0, 0.0, 0.25)
     assert found.p50_seconds == pytest.approx(1.5e-3)
     assert found.since_load
-    assert measure(version(), version(), 1.0) == Traffic(0.0, 0.0, None, None, None, True)
+    assert measure(version(), version(), 1.0) == VersionTraffic(0.0, 0.0, None, None, None, True)
 
 
 @pytest.mark.parametrize("before", [None, version(500, 0, 0, 0), pb.VersionStatus(images=99, requests={"OK": 1})])
@@ -67,4 +67,4 @@ def test_all_is_of_the_interval_for_a_version_that_was_loaded_in_it(before: pb.V
 
 def test_failures_alone_have_no_latency() -> None:
     """Not that of earlier requests."""
-    assert measure(version(5), version(5, CANCELLED=1), 1.0) == Traffic(1.0, 0.0, 1.0, None, None, False)
+    assert measure(version(5), version(5, CANCELLED=1), 1.0) == VersionTraffic(1.0, 0.0, 1.0, None, None, False)

@@ -188,6 +188,24 @@ def test_a_rollout_that_ended_says_how(
     assert ("order-17" in screen) == (state == pb.RolloutStatus.ROLLED_BACK)
 
 
+def test_how_a_rollout_ended_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of an earlier server's, nothing was compared by this one; what is wrong with other versions is said as well."""
+    ended = pb.RolloutStatus(version=2, stable=1, state=pb.RolloutStatus.ROLLED_BACK, reason="by request", answered=3)
+    versions = (
+        pb.VersionStatus(version=2, reason="rolled back at 5 %: by request"),
+        pb.VersionStatus(version=3, reason="x"),
+    )
+    with play(digits(*versions, rollout=ended)) as (address, _):
+        cli.main(["status", address])
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "digits/2: not served",
+        "digits/3: not served: x",
+        "",
+        "rollout of digits/2 in place of digits/1: rolled back at 1970-01-01 00:00:00 UTC: by request",
+        "3 requests answered, 0 failed",
+    ]
+
+
 def test_a_server_may_have_nothing_to_show(capsys: pytest.CaptureFixture[str]) -> None:
     """No model, no version, none that is served."""
     empty = pb.GetStatusResponse(version="0.2.0", transport="grpcio", uptime_seconds=3)
