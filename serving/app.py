@@ -162,7 +162,7 @@ def make_rollouts(config: Config, registry: ModelRegistry, watcher: Watcher) -> 
         return not any(model.batcher.is_busy for model in registry)
 
     shadows = Shadows(registry, watcher, is_idle, config.keep_images)
-    for name, settings in parse_shadows(config.shadow).items():
+    for name, settings in parse_shadows(config.shadow or "").items():
         try:
             shadows.set(name, settings)
         except ServingError as error:

@@ -197,8 +197,8 @@ class ServeOptions:
         "NAME=VERSIONS, separated by spaces",
         metavar="VERSIONS",
     )
-    shadow: str = option(
-        "",
+    shadow: str | None = option(
+        None,
         "compare answers with those of another version, on idle capacity: NAME=VERSION or NAME=VERSION:PERCENT, "
         "separated by spaces; VERSION is a number, a label, or original for the Keras original",
         metavar="SHADOWS",

@@ -20,7 +20,7 @@ Verdict = Literal["undecided", "passed", "broken"]
 # Normal quantiles. A step looks at its checks up to some thousand times, though hardly at new evidence: in simulations,
 # 3.3 (one side: 0.05 %) ends fewer than one of a hundred rollouts of an equal version. 1.645 is 95 % on one side.
 BREAKS, PASSES = 3.3, 1.645
-MIN_IMAGES = 50  # before these, one chance difference weighs too much
+MIN_IMAGES = MIN_REQUESTS = 50  # before these, one chance difference weighs too much
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +63,13 @@ class TrafficCounts:
         answered: Answered ones.
         failed: Those that the server failed or refused for its own reasons.
         latencies_ns: Latencies of the latest answered ones, in nanoseconds.
+        times: When those were answered, in seconds of any clock.
     """
 
     answered: int
     failed: int
     latencies_ns: NDArray[np.int64]
+    times: NDArray[np.float64]
 
 
 def wilson(count: int, total: int, z: float) -> Interval:
@@ -109,37 +111,53 @@ def check_failures(canary: TrafficCounts, stable: TrafficCounts, settings: Guard
     return GuardCheck("failures", "passed", detail)
 
 
-def check_latency(
-    name: str, quantile: float, canary: TrafficCounts, stable: TrafficCounts, settings: GuardSettings
-) -> GuardCheck:
-    """Return whether the requests of the new version take no longer than those of the stable one.
+def check_median(canary: TrafficCounts, stable: TrafficCounts, settings: GuardSettings) -> GuardCheck:
+    """Return whether half of the requests of the new version take no longer than half of the stable version's.
 
-    Of the requests of the new version, more than `1 - quantile` must not take longer than the stable version's quantile
-    times what is allowed. So no distribution is assumed.
-
-    Args:
-        name: Of the check.
-        quantile: 0 to 1.
-        canary: Requests of the new version.
-        stable: Requests of the stable version, at about the same time.
-        settings: What is allowed.
+    No distribution is assumed: of the new version's requests, more than half must not take longer than the other median
+    times what is allowed.
     """
-    ours, theirs = canary.latencies_ns, stable.latencies_ns
-    if not len(ours) or not len(theirs):
-        return GuardCheck(name, "undecided", "nothing to compare yet")
-    # The stable version's quantile may be larger than that of the sample: its upper bound is compared.
-    limit = settings.max_slowdown * find_quantile(
-        theirs, wilson(round(quantile * len(theirs)), len(theirs), BREAKS).high
-    )
-    slow = int(np.count_nonzero(ours > limit))
-    detail = (
-        f"{find_quantile(ours, quantile) / 1e6:.2f} ms, {find_quantile(theirs, quantile) / 1e6:.2f} ms of the stable "
-        "version"
-    )
-    if wilson(slow, len(ours), BREAKS).low > 1 - quantile:
-        allowed = f"{slow:,} of {len(ours):,} requests took longer than {limit / 1e6:.2f} ms"
-        return GuardCheck(name, "broken", f"{detail}: {allowed}, {settings.max_slowdown:g} times its upper bound")
+    if min(len(canary.latencies_ns), len(stable.latencies_ns)) < MIN_REQUESTS:
+        return GuardCheck("p50", "undecided", "too few requests to compare")
+    limit = settings.max_slowdown * _bound_quantile(stable.latencies_ns, 0.5)
+    return _judge_latency("p50", 0.5, canary, stable, limit, canary.latencies_ns > limit)
+
+
+def check_tail(canary: TrafficCounts, stable: TrafficCounts, settings: GuardSettings) -> GuardCheck:
+    """Return whether no more requests of the new version take very long than of the stable one.
+
+    As `check_median`, with the 99th percentile. What slows all requests down for a moment is nobody's fault: a request
+    counts as slow only if it takes longer, too, than each of the stable version within a second of it.
+    """
+    if min(len(canary.latencies_ns), len(stable.latencies_ns)) < MIN_REQUESTS:
+        return GuardCheck("p99", "undecided", "too few requests to compare")
+    limit = settings.max_slowdown * _bound_quantile(stable.latencies_ns, 0.99)
+    moments = np.floor(stable.times).astype(np.int64)
+    worst: dict[int, int] = {}
+    for moment, ns in zip(moments.tolist(), stable.latencies_ns.tolist(), strict=True):
+        worst[moment] = max(worst.get(moment, 0), ns)
+    slow = [
+        ns > max(limit, *(worst.get(moment + shift, 0) for shift in (-1, 0, 1)))
+        for moment, ns in zip(np.floor(canary.times).tolist(), canary.latencies_ns.tolist(), strict=True)
+    ]
+    return _judge_latency("p99", 0.99, canary, stable, limit, np.array(slow))
+
+
+def _judge_latency(
+    name: str, quantile: float, canary: TrafficCounts, stable: TrafficCounts, limit: float, slow: NDArray[np.bool_]
+) -> GuardCheck:
+    ours, theirs = (find_quantile(counts.latencies_ns, quantile) / 1e6 for counts in (canary, stable))
+    detail = f"{ours:.2f} ms, {theirs:.2f} ms of the stable version"
+    if wilson(int(slow.sum()), len(slow), BREAKS).low > 1 - quantile:
+        return GuardCheck(
+            name, "broken", f"{detail}: {slow.sum():,} of {len(slow):,} requests took longer than {limit / 1e6:.2f} ms"
+        )
     return GuardCheck(name, "passed", detail)
+
+
+def _bound_quantile(values: NDArray[np.int64], quantile: float) -> float:
+    """Return the upper bound of a quantile, whose value in a sample may be too low."""
+    return find_quantile(values, wilson(round(quantile * len(values)), len(values), BREAKS).high)
 
 
 def find_quantile(values: NDArray[np.int64], quantile: float) -> float:

@@ -190,7 +190,7 @@ class Rollouts:
         if reason := rollout.find_end():
             self._roll_back(name, reason)
             return
-        running.checks = tuple(rollout.check())
+        running.checks = tuple(rollout.check(now))
         match find_verdict(running.checks):
             case "broken":
                 broken = next(check for check in running.checks if check.verdict == "broken")

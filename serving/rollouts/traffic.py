@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -31,7 +32,7 @@ class Traffic:
         with self._lock:
             if request.answer is not None:
                 counter.answered += 1
-                counter.latencies.append(request.elapsed_ns())
+                counter.latencies.append((request.elapsed_ns(), time.monotonic()))
             elif is_failure(request.error):
                 counter.failed += 1
 
@@ -39,7 +40,9 @@ class Traffic:
         """Return what was counted of a version since `forget`."""
         with self._lock:
             counter = self._counters[version]
-            return TrafficCounts(counter.answered, counter.failed, np.array(counter.latencies, np.int64))
+            answered, failed, latencies = counter.answered, counter.failed, list(counter.latencies)
+        ns, times = zip(*latencies, strict=True) if latencies else ((), ())
+        return TrafficCounts(answered, failed, np.array(ns, np.int64), np.array(times, np.float64))
 
     def forget(self, version: int) -> None:
         """Begin again with a version."""
@@ -50,7 +53,7 @@ class Traffic:
 class _Counter:
     def __init__(self) -> None:
         self.answered = self.failed = 0
-        self.latencies: deque[int] = deque(maxlen=LATENCIES)
+        self.latencies: deque[tuple[int, float]] = deque(maxlen=LATENCIES)  # nanoseconds, and when, in seconds
 
 
 def is_failure(error: Exception | None) -> bool:
