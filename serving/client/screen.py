@@ -12,7 +12,7 @@ from serving.client.traffic import VersionTraffic, count_failed, count_requests
 
 WIDTH = 100
 HEADER = ("version", "labels", "requests/s", "images/s", "failed", "p50", "p99", "queued")
-MOST_CLASSES = 5
+MOST_CLASSES, MOST_WORST = 5, 5  # rows, so that a screen is one
 MAX_ID = 40  # characters of a request's id: a UUID has 36
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 SINCE_LOAD = "* no request ended in this interval: the figure is of all since the version was loaded"
@@ -132,17 +132,17 @@ def _describe_model(model: pb.ModelStatus) -> Iterator[str]:
     if not model.versions:
         yield f"{model.name}: no version is served"
     for version in model.versions:
-        # What became of its rollout is below.
-        reason = (
-            ""
-            if version.version == model.rollout.version and model.rollout.reason in version.reason
-            else version.reason
-        )
+        reason = "" if _repeats(version, model.rollout) else version.reason
         yield _wrap(f"{model.name}/{version.version}: {_describe_version(version, reason)}")
     if model.HasField("shadow"):
         yield from _describe_shadow(model.name, model.shadow)
     if model.HasField("rollout"):
         yield from _describe_rollout(model.name, model.rollout)
+
+
+def _repeats(version: pb.VersionStatus, rollout: pb.RolloutStatus) -> bool:
+    """Return whether the reason of a version says what is said of its rollout anyway."""
+    return version.version == rollout.version and (version.served or rollout.reason in version.reason)
 
 
 def _describe_version(version: pb.VersionStatus, reason: str) -> str:
@@ -163,7 +163,7 @@ def _describe_shadow(model: str, shadow: pb.ShadowStatus) -> Iterator[str]:
         f"{model} is shadowed by {other} for {shadow.percent:g}% of the requests: {_describe_comparison(shadow)}"
     )
     if shadow.agreement.worst:
-        yield f"\n{render_worst(model, shadow.agreement.worst)}"
+        yield f"\n{render_worst(model, shadow.agreement.worst[:MOST_WORST])}"
 
 
 def _describe_comparison(shadow: pb.ShadowStatus) -> str:
@@ -186,7 +186,9 @@ def _describe_rollout(model: str, rollout: pb.RolloutStatus) -> Iterator[str]:
     match rollout.state:
         case pb.RolloutStatus.RUNNING:
             step = f"{describe_step(rollout)} for {format_duration(rollout.step_seconds)}"
-            yield _wrap("; ".join([f"{change}: {step}", *([rollout.reason] if rollout.reason else [])]))
+            # What an undecided check waits for is in the table.
+            decided = all(check.verdict != pb.GuardCheck.UNDECIDED for check in rollout.checks)
+            yield _wrap(f"{change}: {step}" + (f"; {rollout.reason}" if decided and rollout.reason else ""))
         case pb.RolloutStatus.DONE:
             yield _wrap(f"{change}: done at {_format_time(rollout.ended)}")
         case _:
@@ -197,7 +199,7 @@ def _describe_rollout(model: str, rollout: pb.RolloutStatus) -> Iterator[str]:
     if rollout.checks:
         yield f"\n{render_checks(rollout.checks)}"
     if rollout.shadow.agreement.worst:
-        yield f"\n{render_worst(model, rollout.shadow.agreement.worst)}"
+        yield f"\n{render_worst(model, rollout.shadow.agreement.worst[:MOST_WORST])}"
 
 
 def _wrap(text: str) -> str:

@@ -112,6 +112,7 @@ def test_a_screen_has_all_that_runs(clock: FakeClock, capsys: pytest.CaptureFixt
         rollout=rollout(),
     )
     after.models[0].versions[0].queued = 3
+    after.models[0].versions[1].reason = "is rolled out, at 2.5 % beside version 1"
     with play(before, after) as (address, _):
         assert cli.main(["status", address]) == 0
     screen = capsys.readouterr().out
@@ -132,8 +133,7 @@ digits/2: fp32 by CPUExecutionProvider; 2 threads for 1 image, 1 thread, spinnin
   images; proved earlier on a CPU: 256 images, 98.1% right, largest difference 2.4e-07
 digits/3: not served: model.onnx was changed
 
-rollout of digits/2 in place of digits/1: step 2 of 3, 2.5% of the requests for 1 min 5 s; waits for
-  12 more requests
+rollout of digits/2 in place of digits/1: step 2 of 3, 2.5% of the requests for 1 min 5 s
 38 requests answered, 2 failed; same class for 409 of 412 images (97.90% to 99.75% at 95%
   confidence), largest difference 0.31; they differ in owl (2 of 40), cat (1 of 50); 12 images not
   compared, as the server was busy; 1 image failed in the other version
@@ -204,6 +204,16 @@ def test_how_a_rollout_ended_is_said_once(capsys: pytest.CaptureFixture[str]) ->
         "rollout of digits/2 in place of digits/1: rolled back at 1970-01-01 00:00:00 UTC: by request",
         "3 requests answered, 0 failed",
     ]
+
+
+def test_a_rollout_whose_checks_are_passed_says_what_it_waits_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing in the table of the checks does."""
+    running = rollout()
+    del running.checks[1]
+    running.reason = "the step lasts 90 s"
+    with play(digits(served(1, 5), rollout=running)) as (address, _):
+        cli.main(["status", address])
+    assert "2.5% of the requests for 1 min 5 s; the step lasts 90 s" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_server_may_have_nothing_to_show(capsys: pytest.CaptureFixture[str]) -> None:
