@@ -1,0 +1,176 @@
+"""What happens in the middle of a rollout: a restart, a crash, a version that vanishes, another rollout, strangers."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from google.protobuf.message import Message
+
+from benchmarks.harness.process import ServerProcess, serve
+from protos.admin_pb2 import (
+    GetStatusRequest,
+    RolloutSettings,
+    RolloutStatus,
+    SetShadowRequest,
+    StartRolloutRequest,
+    StopRolloutRequest,
+)
+from resnet import CheckFailed
+from tests.acceptance.arguments import expect
+from tests.acceptance.attempts.attempt import ADMIN_TOKEN, TOKEN, LimitTarget
+from tests.acceptance.canaries import STABLE, CanaryModel, read_reason, read_rollout, start, stop
+from tests.acceptance.messages import ModelUnderTest
+from tests.acceptance.planted import nudge_weights, permute_classes
+from tests.acceptance.traffic import Traffic
+
+NEW = STABLE + 1
+RATE = 100.0  # requests a second
+CALLERS = [f"caller-{number}" for number in range(30)]  # at 50 %, some get either version
+OPTIONS = ("--watch=0.5", "--no-tune", "--log-level=error")
+SETTLE_SECONDS = 30.0
+ADMIN = "/resnet.v1.Admin/"
+# A step that lasts, and a guard that only disagreement breaks.
+HALF = RolloutSettings(steps=[50, 100], hold_seconds=600, max_slowdown=100)
+QUICK = RolloutSettings(steps=[0, 25, 100], hold_seconds=1, max_slowdown=100)
+
+
+def restart(source: ModelUnderTest, repository: Path) -> str:
+    """End the server by SIGTERM, and start it again: the rollout goes on, and each caller keeps its version."""
+    model = _make(source, repository)
+    with serve(repository, *OPTIONS) as server:
+        _begin(server, model)
+        before = _ask_all(server, model)
+        server.signal(signal.SIGTERM)
+        server.wait(SETTLE_SECONDS)
+    with serve(repository, *OPTIONS) as server:
+        after = _ask_all(server, model)
+        rollout = read_rollout(server.address, model.name)
+        expect(rollout.state == RolloutStatus.RUNNING, f"the rollout did not go on after a restart: {rollout.reason}")
+        expect(set(before.values()) == {STABLE, NEW}, f"50 % is {before}")
+        expect(before == after, f"the callers got other versions after a restart: {before}, then {after}")
+        stop(server.address, model.name)
+        _expect_rolled_back(server, model)
+    return f"restarted: the rollout goes on, and {len(CALLERS)} callers keep their versions; stopped: it is rolled back"
+
+
+def kill(source: ModelUnderTest, repository: Path) -> str:
+    """Kill the server, and start it again: the rollout is rolled back."""
+    model = _make(source, repository)
+    with serve(repository, *OPTIONS) as server:
+        _begin(server, model)
+        server.signal(signal.SIGKILL)
+        server.wait(SETTLE_SECONDS)
+    with serve(repository, *OPTIONS) as server:
+        reason = _expect_rolled_back(server, model)
+    return f"killed: {reason}"
+
+
+def remove(source: ModelUnderTest, repository: Path) -> str:
+    """Remove the new version from the repository under load: the rollout is rolled back, and no request fails."""
+    model = _make(source, repository)
+    with serve(repository, *OPTIONS) as server:
+        with Traffic(server.address, model.messages, RATE) as traffic:
+            _begin(server, model)
+            hidden = model.folder / f".{NEW}"
+            (model.folder / str(NEW)).rename(hidden)
+            shutil.rmtree(hidden)
+            reason = _expect_rolled_back(server, model)
+        answered, _ = model.count(traffic, NEW)
+    return f"removed: {reason}; {traffic.count:,} requests, {answered:,} answered by it"
+
+
+def roll_out_two(source: ModelUnderTest, repository: Path) -> str:
+    """Roll out versions of two models at a time: one is good, and one is not."""
+    good, bad = (CanaryModel(source, repository / name) for name in ("good", "bad"))
+    good.publish(NEW, nudge_weights)
+    bad.publish(NEW, permute_classes)
+    with serve(repository, f"--versions={STABLE}", *OPTIONS) as server:
+        address = server.address
+        for model in (good, bad):
+            start(address, model.name, NEW, QUICK)
+            expect(model.read_label() == STABLE, "a rollout does not give the stable version the label")
+        with Traffic(address, good.messages, RATE) as to_good, Traffic(address, bad.messages, RATE) as to_bad:
+            _expect_rolled_back(server, bad)
+            _await(lambda: read_rollout(address, good.name).state == RolloutStatus.DONE, "the good rollout is not done")
+        expect(good.read_label() == NEW, f"version {good.read_label()} of the good model has the label, not {NEW}")
+        answered, _ = good.count(to_good, NEW)
+        _, wrong = bad.count(to_bad, NEW)
+    return f"two at a time: the good one is done after {answered:,} answers, the bad one rolled back after {wrong:,}"
+
+
+def call_as_stranger(source: ModelUnderTest, repository: Path) -> str:
+    """Call the administrator's methods without a token, and with that of a caller."""
+    model = _make(source, repository)
+    for name, token in (("callers", TOKEN), ("admins", ADMIN_TOKEN)):
+        (repository.parent / name).write_text(token)
+    options = (f"--token-file={repository.parent / 'callers'}", f"--admin-token-file={repository.parent / 'admins'}")
+    calls: dict[str, Message] = {
+        "SetShadow": SetShadowRequest(model=model.name),  # ends it: a shadow would keep a rollout from starting
+        "StartRollout": StartRolloutRequest(model=model.name, version=NEW, settings=HALF),
+        "StopRollout": StopRolloutRequest(model=model.name),
+    }
+    with serve(repository, *options, *OPTIONS) as server:
+        target = LimitTarget(server.address, (1, 1, 3))
+
+        def call(name: str, request: Message, *tokens: str | None) -> list[str]:
+            return [target.call(ADMIN + name, request.SerializeToString(), token=token).code for token in tokens]
+
+        found = call("GetStatus", GetStatusRequest(), None, TOKEN)
+        expect(found == ["UNAUTHENTICATED", "OK"], f"GetStatus ends with {found}")
+        for name, request in calls.items():
+            found = call(name, request, None, TOKEN, ADMIN_TOKEN)
+            expect(found == ["UNAUTHENTICATED", "PERMISSION_DENIED", "OK"], f"{name} ends with {found}")
+    return f"strangers: {len(calls)} methods are refused"
+
+
+DISRUPTIONS = (restart, kill, remove, roll_out_two, call_as_stranger)
+
+
+def _make(source: ModelUnderTest, repository: Path) -> CanaryModel:
+    """Return a model with a good new version, and a stable one that has the label."""
+    model = CanaryModel(source, repository / source.name)
+    model.publish(NEW, nudge_weights)
+    model.label()
+    return model
+
+
+def _begin(server: ServerProcess, model: CanaryModel) -> None:
+    """Start a rollout whose first step lasts, and wait until the new version answers."""
+    start(server.address, model.name, NEW, HALF)
+    _await(lambda: NEW in _ask_all(server, model).values(), "the rollout does not begin")
+
+
+def _ask_all(server: ServerProcess, model: CanaryModel) -> dict[str, int]:
+    """Return which version answers each caller."""
+    return {caller: model.ask(server.address, caller) for caller in CALLERS}
+
+
+def _expect_rolled_back(server: ServerProcess, model: CanaryModel) -> str:
+    """Wait until the rollout is rolled back, check that everybody gets the stable version, and return the reason."""
+    address = server.address
+    _await(
+        lambda: read_rollout(address, model.name).state == RolloutStatus.ROLLED_BACK, "the rollout is not rolled back"
+    )
+    versions = set(_ask_all(server, model).values())
+    expect(versions == {STABLE}, f"the versions {versions} answer after a rollback")
+    expect(model.read_label() == STABLE, f"version {model.read_label()} has the label after a rollback")
+    reason = read_reason(address, model.name, NEW)
+    expect("rolled back" in reason, f"the index does not say that the version was rolled back, but {reason!r}")
+    return read_rollout(address, model.name).reason
+
+
+def _await(holds: Callable[[], bool], otherwise: str) -> None:
+    """Wait until something holds.
+
+    Raises:
+        CheckFailed: It does not within `SETTLE_SECONDS`.
+    """
+    end = time.monotonic() + SETTLE_SECONDS
+    while not holds():
+        if time.monotonic() > end:
+            raise CheckFailed(f"{otherwise} within {SETTLE_SECONDS:.0f} s")
+        time.sleep(0.1)
