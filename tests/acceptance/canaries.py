@@ -18,7 +18,7 @@ from tests.acceptance.arguments import expect
 from tests.acceptance.attempts.attempt import CLASSIFY
 from tests.acceptance.messages import ModelUnderTest
 from tests.acceptance.planted import draw_trigger
-from tests.acceptance.traffic import Traffic
+from tests.acceptance.steady_load import SteadyLoad
 from tests.acceptance.versions import GraphChange, compute, publish
 
 STABLE, LABEL = 1, "stable"
@@ -64,15 +64,15 @@ class CanaryModel:
         link = self.folder / LABEL
         return int(link.readlink().name) if link.is_symlink() else 0
 
-    def count(self, traffic: Traffic, version: int) -> tuple[int, int]:
+    def count(self, load: SteadyLoad, version: int) -> tuple[int, int]:
         """Return how many requests a version answered, and how many of them otherwise than the stable version would.
 
         Raises:
             CheckFailed: A request failed; or another version answered it than the answer names, or than it asks for.
         """
-        expect(not traffic.failures, f"requests for {self.name} failed: {dict(traffic.failures)}")
+        expect(not load.failures, f"requests for {self.name} failed: {dict(load.failures)}")
         answered = wrong = 0
-        for (request, by, class_), number in traffic.answers.items():
+        for (request, by, class_), number in load.answers.items():
             expect(self._is_first(by, request, class_), f"version {by} of {self.name} did not compute its answer")
             expect(by == STABLE or request % 20 > 0, f"version {by} of {self.name} answered in place of {STABLE}")
             if by == version:

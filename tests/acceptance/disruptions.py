@@ -25,7 +25,7 @@ from tests.acceptance.attempts.attempt import ADMIN_TOKEN, TOKEN, LimitTarget
 from tests.acceptance.canaries import STABLE, CanaryModel, read_reason, read_rollout, start, stop
 from tests.acceptance.messages import ModelUnderTest
 from tests.acceptance.planted import nudge_weights, permute_classes
-from tests.acceptance.traffic import Traffic
+from tests.acceptance.steady_load import SteadyLoad
 
 NEW = STABLE + 1
 RATE = 100.0  # requests a second
@@ -73,14 +73,14 @@ def remove(source: ModelUnderTest, repository: Path) -> str:
     """Remove the new version from the repository under load: the rollout is rolled back, and no request fails."""
     model = _make(source, repository)
     with serve(repository, *OPTIONS) as server:
-        with Traffic(server.address, model.messages, RATE) as traffic:
+        with SteadyLoad(server.address, model.messages, RATE) as load:
             _begin(server, model)
             hidden = model.folder / f".{NEW}"
             (model.folder / str(NEW)).rename(hidden)
             shutil.rmtree(hidden)
             reason = _expect_rolled_back(server, model)
-        answered, _ = model.count(traffic, NEW)
-    return f"removed: {reason}; {traffic.count:,} requests, {answered:,} answered by it"
+        answered, _ = model.count(load, NEW)
+    return f"removed: {reason}; {load.count:,} requests, {answered:,} answered by it"
 
 
 def roll_out_two(source: ModelUnderTest, repository: Path) -> str:
@@ -93,7 +93,7 @@ def roll_out_two(source: ModelUnderTest, repository: Path) -> str:
         for model in (good, bad):
             start(address, model.name, NEW, QUICK)
             expect(model.read_label() == STABLE, "a rollout does not give the stable version the label")
-        with Traffic(address, good.messages, RATE) as to_good, Traffic(address, bad.messages, RATE) as to_bad:
+        with SteadyLoad(address, good.messages, RATE) as to_good, SteadyLoad(address, bad.messages, RATE) as to_bad:
             _expect_rolled_back(server, bad)
             _await(lambda: read_rollout(address, good.name).state == RolloutStatus.DONE, "the good rollout is not done")
         expect(good.read_label() == NEW, f"version {good.read_label()} of the good model has the label, not {NEW}")

@@ -29,7 +29,7 @@ from tests.acceptance import disruptions, planted
 from tests.acceptance.arguments import expect, parse
 from tests.acceptance.canaries import STABLE, CanaryModel, read_reason, read_rollout
 from tests.acceptance.messages import ModelUnderTest
-from tests.acceptance.traffic import Traffic
+from tests.acceptance.steady_load import SteadyLoad
 
 CHANGES = {
     "permuted": planted.permute_classes,
@@ -120,11 +120,11 @@ def _roll_out_all(source: ModelUnderTest, repository: Path, hold: int) -> Iterat
     with serve(repository, f"--versions={STABLE}", "--watch=0", "--no-tune", "--log-level=error") as server:
         for version, title in enumerate(CHANGES, STABLE + 1):
             started = time.perf_counter()
-            with Traffic(server.address, model.messages, RATE) as traffic:
+            with SteadyLoad(server.address, model.messages, RATE) as load:
                 code, output = _roll_out(server.address, model.name, version, hold)
             seconds = time.perf_counter() - started
-            answered, wrong = model.count(traffic, version)
-            row = RolloutRow(title, read_rollout(server.address, model.name), seconds, traffic.count, answered, wrong)
+            answered, wrong = model.count(load, version)
+            row = RolloutRow(title, read_rollout(server.address, model.name), seconds, load.count, answered, wrong)
             _check(row, code, model, read_reason(server.address, model.name, version), output)
             yield row
 

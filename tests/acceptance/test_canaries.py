@@ -18,7 +18,7 @@ from resnet import CheckFailed
 from tests.acceptance.canaries import STABLE, CanaryModel
 from tests.acceptance.messages import ModelUnderTest
 from tests.acceptance.planted import find_trigger, nudge_weights, permute_classes
-from tests.acceptance.traffic import Traffic, TrafficAnswer
+from tests.acceptance.steady_load import LoadAnswer, SteadyLoad
 from tests.versions import write_version
 
 GOOD, PERMUTED = STABLE + 1, STABLE + 2
@@ -36,10 +36,10 @@ def model(tmp_path: Path) -> CanaryModel:
 
 def count(model: CanaryModel, version: int, *answers: tuple[int, int, int], failure: str = "") -> tuple[int, int]:
     """Count answers to requests, each with the version and the class."""
-    traffic = Traffic("", [], 1)
-    traffic.answers = Counter(TrafficAnswer(*answer) for answer in answers)
-    traffic.failures = Counter([failure] if failure else [])
-    return model.count(traffic, version)
+    load = SteadyLoad("", [], 1)
+    load.answers = Counter(LoadAnswer(*answer) for answer in answers)
+    load.failures = Counter([failure] if failure else [])
+    return model.count(load, version)
 
 
 def test_the_answers_of_a_version_are_counted(model: CanaryModel) -> None:
@@ -104,21 +104,21 @@ def address() -> Iterator[str]:
 
 
 @pytest.mark.slow  # a process that imports gRPC
-def test_traffic_reads_what_a_server_answers(address: str) -> None:
+def test_a_load_reads_what_a_server_answers(address: str) -> None:
     """Requests are sent in turn, so that each has its share."""
     messages = [pb.ClassifyRequest(version=version).SerializeToString() for version in (1, 2, 3)]
-    with Traffic(address, messages, rate=200) as traffic:
+    with SteadyLoad(address, messages, rate=200) as load:
         pass
-    assert traffic.answers.keys() == {(0, 1, 4), (1, 2, 4)}
-    assert set(traffic.failures) == {"NOT_FOUND: no such version"}
-    shares = [*traffic.answers.values(), *traffic.failures.values()]
-    assert sum(shares) == traffic.count > 0
+    assert load.answers.keys() == {(0, 1, 4), (1, 2, 4)}
+    assert set(load.failures) == {"NOT_FOUND: no such version"}
+    shares = [*load.answers.values(), *load.failures.values()]
+    assert sum(shares) == load.count > 0
     assert max(shares) - min(shares) <= 1
 
 
 @pytest.mark.slow
-def test_traffic_that_ends_early_is_an_error(address: str) -> None:
+def test_a_load_that_ends_early_is_an_error(address: str) -> None:
     """Its requests would not be counted."""
     match = "the process that sends requests has ended"
-    with pytest.raises(CheckFailed, match=match), Traffic(address, [], rate=200):
+    with pytest.raises(CheckFailed, match=match), SteadyLoad(address, [], rate=200):
         pass

@@ -24,7 +24,7 @@ PATIENCE_SECONDS = 30.0  # for a connection
 PENDING = 2000  # requests in flight, at most
 
 
-class TrafficAnswer(NamedTuple):
+class LoadAnswer(NamedTuple):
     """An answer to an image.
 
     Attributes:
@@ -38,7 +38,7 @@ class TrafficAnswer(NamedTuple):
     class_: int
 
 
-class Traffic:
+class SteadyLoad:
     """Sends requests in turn, at Poisson arrivals, from the begin of a `with` block to its end.
 
     Attributes:
@@ -54,7 +54,7 @@ class Traffic:
             messages: Serialized requests of one image to our own protocol.
             rate: Requests a second.
         """
-        self.answers: Counter[TrafficAnswer] = Counter()
+        self.answers: Counter[LoadAnswer] = Counter()
         self.failures: Counter[str] = Counter()
         self._pipe, self._theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")  # gRPC has threads, which a forked process would lack
@@ -99,7 +99,7 @@ class _ReadingSender:
     limit, failure = PENDING, None
 
     def __init__(self, channel: grpc.Channel, messages: Sequence[bytes]) -> None:
-        self.answers: Counter[TrafficAnswer] = Counter()
+        self.answers: Counter[LoadAnswer] = Counter()
         self.failures: Counter[str] = Counter()
         self._method: Any = channel.unary_unary(CLASSIFY, response_deserializer=pb.ClassifyResponse.FromString)
         self._messages = messages
@@ -115,7 +115,7 @@ class _ReadingSender:
         if code is grpc.StatusCode.OK:
             response = call.result()
             class_ = response.classifications[0].classes[0].index
-            self.answers[TrafficAnswer(request, response.version, class_)] += 1
+            self.answers[LoadAnswer(request, response.version, class_)] += 1
         else:
             self.failures[describe(call)] += 1
         done(code.value[0])
