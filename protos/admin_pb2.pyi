@@ -94,7 +94,7 @@ class ModelStatus(_message.Message):
 
     @_builtins.property
     def shadow(self) -> Global___ShadowStatus:
-        """The shadow, if there is one and no rollout runs."""
+        """What the answers are compared with, apart from a rollout."""
 
     def __init__(
         self,
@@ -609,7 +609,7 @@ class RolloutStatus(_message.Message):
     """Index into the steps."""
     step_seconds: _builtins.float
     reason: _builtins.str
-    """What it waits for, or why it was rolled back; in one sentence."""
+    """What it waits for, or why it was rolled back; in one clause."""
     answered: _builtins.int
     """Requests that the version answered, and those that failed."""
     failed: _builtins.int

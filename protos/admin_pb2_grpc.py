@@ -77,7 +77,7 @@ class AdminServicer(object):
 
         INVALID_ARGUMENT    the share is out of range
         NOT_FOUND           the repository has no such model or version
-        FAILED_PRECONDITION the version cannot be loaded, takes other images or has other classes; or a rollout runs
+        FAILED_PRECONDITION the version cannot be loaded, takes other images or has other classes
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -89,7 +89,7 @@ class AdminServicer(object):
         INVALID_ARGUMENT    a setting is out of range
         NOT_FOUND           the repository has no such model or version
         FAILED_PRECONDITION the version cannot be loaded, takes other images or has other classes; it is the stable one; a
-        rollout or shadow of the model runs; or the repository cannot be written
+        rollout of the model runs; or the repository cannot be written
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

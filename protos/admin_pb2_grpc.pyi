@@ -43,7 +43,7 @@ class AdminStub:
 
     INVALID_ARGUMENT    the share is out of range
     NOT_FOUND           the repository has no such model or version
-    FAILED_PRECONDITION the version cannot be loaded, takes other images or has other classes; or a rollout runs
+    FAILED_PRECONDITION the version cannot be loaded, takes other images or has other classes
     """
     StartRollout: _grpc.UnaryUnaryMultiCallable[_admin_pb2.StartRolloutRequest, _admin_pb2.StartRolloutResponse]
     """Starts to give a version a growing share of the requests that name no version, or the label `stable`.
@@ -51,7 +51,7 @@ class AdminStub:
     INVALID_ARGUMENT    a setting is out of range
     NOT_FOUND           the repository has no such model or version
     FAILED_PRECONDITION the version cannot be loaded, takes other images or has other classes; it is the stable one; a
-                        rollout or shadow of the model runs; or the repository cannot be written
+                        rollout of the model runs; or the repository cannot be written
     """
     StopRollout: _grpc.UnaryUnaryMultiCallable[_admin_pb2.StopRolloutRequest, _admin_pb2.StopRolloutResponse]
     """Rolls the running rollout of a model back.
@@ -74,7 +74,7 @@ class AdminAsyncStub(AdminStub):
 
     INVALID_ARGUMENT    the share is out of range
     NOT_FOUND           the repository has no such model or version
-    FAILED_PRECONDITION the version cannot be loaded, takes other images or has other classes; or a rollout runs
+    FAILED_PRECONDITION the version cannot be loaded, takes other images or has other classes
     """
     StartRollout: _aio.UnaryUnaryMultiCallable[_admin_pb2.StartRolloutRequest, _admin_pb2.StartRolloutResponse]  # type: ignore[assignment]
     """Starts to give a version a growing share of the requests that name no version, or the label `stable`.
@@ -82,7 +82,7 @@ class AdminAsyncStub(AdminStub):
     INVALID_ARGUMENT    a setting is out of range
     NOT_FOUND           the repository has no such model or version
     FAILED_PRECONDITION the version cannot be loaded, takes other images or has other classes; it is the stable one; a
-                        rollout or shadow of the model runs; or the repository cannot be written
+                        rollout of the model runs; or the repository cannot be written
     """
     StopRollout: _aio.UnaryUnaryMultiCallable[_admin_pb2.StopRolloutRequest, _admin_pb2.StopRolloutResponse]  # type: ignore[assignment]
     """Rolls the running rollout of a model back.
@@ -114,7 +114,7 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
 
         INVALID_ARGUMENT    the share is out of range
         NOT_FOUND           the repository has no such model or version
-        FAILED_PRECONDITION the version cannot be loaded, takes other images or has other classes; or a rollout runs
+        FAILED_PRECONDITION the version cannot be loaded, takes other images or has other classes
         """
 
     @_abc_1.abstractmethod
@@ -128,7 +128,7 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         INVALID_ARGUMENT    a setting is out of range
         NOT_FOUND           the repository has no such model or version
         FAILED_PRECONDITION the version cannot be loaded, takes other images or has other classes; it is the stable one; a
-                            rollout or shadow of the model runs; or the repository cannot be written
+                            rollout of the model runs; or the repository cannot be written
         """
 
     @_abc_1.abstractmethod

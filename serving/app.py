@@ -11,13 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from export import signature
+from resnet import BadInput
 from resnet.tokens import read_tokens
 from serving import logs, process, threads
 from serving.config import Config
+from serving.errors import ServingError
 from serving.models import loader, version_policy
 from serving.models.model import Model
 from serving.models.registry import ModelRegistry
 from serving.models.watcher import Watcher
+from serving.rollouts.images import ImageFolder
+from serving.rollouts.rollouts import Rollouts
+from serving.rollouts.shadows import Shadows
+from serving.rollouts.shadows import parse as parse_shadows
 from serving.server import Server
 from serving.signals import Signals
 from serving.transports import auth
@@ -48,15 +54,29 @@ def serve(config: Config) -> None:
         watcher = Watcher(config.repository, registry, load, policies)
         if not signals.run(lambda: watcher.start(config.strict)):
             return
-        server = Server(registry, config.host, config.port, config, *access, watcher, tracing, config.transport)
+        shadows, rollouts = make_rollouts(config, registry, watcher)
+        server = Server(
+            registry,
+            config.host,
+            config.port,
+            config,
+            *access,
+            repository=watcher,
+            shadows=shadows,
+            rollouts=rollouts,
+            tracing=tracing,
+            transport=config.transport,
+        )
         server.watch(threads.end_process if config.exit_when_stuck else log.critical)
-        serve_metrics(config, registry, server)
+        serve_metrics(config, registry, server, shadows, rollouts)
         logs.announce(f"serving on {server.address}")
         wake = threading.Event()
         threads.start_vital(lambda: _follow(watcher, wake, config.watch), "watch")
         while signals.wait() == signal.SIGHUP:
             wake.set()
         signals.restore_stop()
+        rollouts.close()
+        shadows.close()
         logs.announce("finishing the requests under way")
         server.stop(config.grace)
         if tracing:
@@ -129,11 +149,38 @@ def make_loader(config: Config, tracing: Tracing | None = None) -> Callable[[Pat
     return load
 
 
-def serve_metrics(config: Config, registry: ModelRegistry, server: Server) -> None:
+def make_rollouts(config: Config, registry: ModelRegistry, watcher: Watcher) -> tuple[Shadows, Rollouts]:
+    """Open the shadows of --shadow, and go on with the rollouts that an earlier server left in order.
+
+    Raises:
+        BadInput: A shadow cannot be opened, or the folder of --keep-images cannot be written.
+    """
+    if config.keep_images:
+        ImageFolder(config.keep_images)
+
+    def is_idle() -> bool:
+        return not any(model.batcher.is_busy for model in registry)
+
+    shadows = Shadows(registry, watcher, is_idle, config.keep_images)
+    for name, settings in parse_shadows(config.shadow or "").items():
+        try:
+            shadows.set(name, settings)
+        except ServingError as error:
+            raise BadInput(f"--shadow {name}={settings.other}: {error}") from None
+    rollouts = Rollouts(registry, watcher, is_idle, config.keep_images)
+    rollouts.start()
+    return shadows, rollouts
+
+
+def serve_metrics(
+    config: Config, registry: ModelRegistry, server: Server, shadows: Shadows, rollouts: Rollouts
+) -> None:
     """Serve Prometheus metrics, with --metrics-port."""
     if config.metrics_port is not None:
         from serving.observability.metrics import MetricsServer
 
         host = "127.0.0.1" if config.host.startswith("unix:") else config.host
-        metrics = MetricsServer(registry, host, config.metrics_port, server.transport, server.refusals)
+        metrics = MetricsServer(
+            registry, host, config.metrics_port, server.transport, server.refusals, shadows, rollouts
+        )
         logs.announce(f"metrics on http://{metrics.address}/metrics")

@@ -197,6 +197,17 @@ class ServeOptions:
         "NAME=VERSIONS, separated by spaces",
         metavar="VERSIONS",
     )
+    shadow: str | None = option(
+        None,
+        "compare answers with those of another version, on idle capacity: NAME=VERSION or NAME=VERSION:PERCENT, "
+        "separated by spaces; VERSION is a number, a label, or original for the Keras original",
+        metavar="SHADOWS",
+    )
+    keep_images: Path | None = option(
+        None,
+        "folder for the images that two versions answer most differently; without it none is kept",
+        metavar="FOLDER",
+    )
     trust: Path | None = option(None, "public key in PEM; serve only versions signed with its private key")
     strict: bool = option(False, "do not start if a model or version of the repository cannot be served")
     watch: float = option(

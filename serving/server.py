@@ -28,6 +28,8 @@ from serving.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from serving.observability.tracing import Tracing
+    from serving.rollouts.rollouts import Rollouts
+    from serving.rollouts.shadows import Shadows
 
 # Those of the models; gRPC's own services, health and reflection, have no status of their own.
 SERVICES = tuple(name for name in list_services() if not name.startswith("grpc."))
@@ -50,6 +52,8 @@ class Server:
         token: str | Path | None = None,
         admin_token: str | Path | None = None,
         repository: RepositoryControl | None = None,
+        shadows: Shadows | None = None,
+        rollouts: Rollouts | None = None,
         tracing: Tracing | None = None,
         transport: Transport = "auto",
     ) -> None:
@@ -65,6 +69,8 @@ class Server:
             admin_token: The administrators' tokens, for loading and unloading models; without them nobody may, except
                 on a server for this machine only that has no `token`.
             repository: Loads and unloads models on request; None refuses to.
+            shadows: Compares the answers of versions on request; None refuses to.
+            rollouts: Rolls versions out on request; None refuses to.
             tracing: Traces calls.
             transport: Receives calls; `auto` chooses as `serving.transports.choice` says.
 
@@ -82,7 +88,7 @@ class Server:
         self._workers, self._control = WorkerPool(count_cores(), "decode"), WorkerPool(CONTROL_THREADS, "control")
         self._decoder = InputDecoder(limits)
         self._watchdog: Watchdog | None = None
-        methods = self._find_methods(repository)
+        methods = self._find_methods(repository, shadows, rollouts)
         traced = tracing.follow_calls(methods) if tracing else methods
         dispatcher = Dispatcher(traced, limits, Tokens(host, token, admin_token))
         self.refusals: Mapping[str, int] = dispatcher.refusals
@@ -158,7 +164,9 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.stop(grace_seconds=10)
 
-    def _find_methods(self, repository: RepositoryControl | None) -> Methods:
+    def _find_methods(
+        self, repository: RepositoryControl | None, shadows: Shadows | None, rollouts: Rollouts | None
+    ) -> Methods:
         """Return the methods of all protocols, by path."""
         context = ServerContext(
             models=self._models,
@@ -169,6 +177,8 @@ class Server:
             health=self._health,
             server=self,
             repository=repository,
+            shadows=shadows,
+            rollouts=rollouts,
             transport=self.transport,
         )
         return {

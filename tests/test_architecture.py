@@ -36,6 +36,17 @@ ALLOWED = {
         "serving.runtimes",
         "serving.scheduling",
     },
+    "serving.rollouts": {
+        "resnet",
+        "export",
+        "protos",
+        "serving.config",
+        "serving.errors",
+        "serving.models",
+        "serving.runtimes",
+        "serving.scheduling",
+        "serving.threads",
+    },
     "serving.transports.call": {"serving.errors", "serving.logs"},
     "serving.transports": {
         "resnet",
@@ -46,6 +57,8 @@ ALLOWED = {
         "serving.transports.call",
     },
     "serving.protocols": {
+        "resnet",
+        "serving.rollouts",
         "protos",
         "export",
         "training",
@@ -66,6 +79,7 @@ ALLOWED = {
         "serving.threads",
     },
     "serving.observability": {
+        "serving.rollouts",
         "resnet",
         "serving.errors",
         "serving.models",
@@ -73,6 +87,7 @@ ALLOWED = {
         "serving.transports.call",
     },
     "serving.server": {
+        "serving.rollouts",
         "serving.config",
         "serving.models",
         "serving.observability",
@@ -84,6 +99,8 @@ ALLOWED = {
         "serving.watchdog",
     },
     "serving.app": {
+        "serving.errors",
+        "serving.rollouts",
         "resnet",
         "export",
         "serving.config",

@@ -10,8 +10,11 @@ from dataclasses import dataclass, field, replace
 
 from serving.errors import InvalidRequest, NotFound
 from serving.models.model import Model
-from serving.models.statistics import Counts
+from serving.models.split import FindKey, TrafficSplit
+from serving.models.statistics import Counts, Observer
 from serving.scheduling.batcher import Batcher
+
+STABLE = "stable"  # the label of the version for requests that name none
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,22 @@ class ServedVersions:
         versions: The served versions, by number.
         labels: The number of a served version, by label.
         refusals: Why a version of the repository is not served, by number.
+        aside: Numbers of versions that are no default: they are served for a shadow or a rollout.
+        split: How two versions share the requests that choose neither; None if they all go to the default.
+        remarks: What became of the rollout of a version, by number.
     """
 
     versions: Mapping[int, Model] = field(default_factory=dict)
     labels: Mapping[str, int] = field(default_factory=dict)
     refusals: Mapping[int, str] = field(default_factory=dict)
+    aside: Collection[int] = ()
+    split: TrafficSplit | None = None
+    remarks: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def default(self) -> int:
+        """The number of the version for requests that name none: the stable one, or without that label the latest."""
+        return self.labels.get(STABLE) or max(self.versions, key=lambda number: (number not in self.aside, number))
 
 
 class ModelRegistry:
@@ -41,17 +55,19 @@ class ModelRegistry:
         """The only served version, which every request is for; None if there are several."""
         # Weak references: a batcher, and the memory of its engine, is released with its last request.
         self._retired: weakref.WeakSet[Batcher] = weakref.WeakSet()
+        self._observers: dict[str, tuple[Observer, ...]] = {}
         self._listeners: list[Callable[[str, bool], None]] = []
         for model in models:
             self.add(model)
 
-    def find(self, name: str, version: int = 0, label: str = "") -> Model:
+    def find(self, name: str, version: int = 0, label: str = "", find_key: FindKey | None = None) -> Model:
         """Return the model that a request names.
 
         Args:
             name: Name of the model; may be empty if there is only one.
-            version: Number of the version; 0 is the one with the label, or without a label the latest.
+            version: Number of the version; 0 is the one with the label, or without a label the default.
             label: Label of the version; may be empty.
+            find_key: Of a request that a version answers: while one is rolled out, its key decides which.
 
         Raises:
             InvalidRequest: No name is given although there are several models, or no version has the label.
@@ -64,11 +80,15 @@ class ModelRegistry:
                 raise NotFound(f"there is no model {name!r}; this server has {', '.join(names) or 'none'}")
             if len(names) > 1:
                 raise InvalidRequest(f"name one of the models {', '.join(names)}")
-            return self.find(names[0], version, label)
+            return self.find(names[0], version, label, find_key)
         if label and label not in served.labels:
             labels = ", ".join(served.labels) or "none"
             raise InvalidRequest(f"there is no version label {label!r} of model {name!r}; its labels are: {labels}")
-        number = version or (served.labels[label] if label else max(served.versions))
+        number = version or (served.labels[label] if label else served.default)
+        if served.split and find_key and not version and label in ("", STABLE):
+            number = served.split.choose(find_key)
+            if number not in served.versions:  # it was just removed
+                number = served.default
         model = served.versions.get(number)
         if model is None:
             numbers = ", ".join(map(str, sorted(served.versions)))
@@ -93,6 +113,38 @@ class ModelRegistry:
         """Return the versions of a model; none if the model is unknown."""
         return self._served.get(name, ServedVersions())
 
+    def follow(self, name: str, observer: Observer) -> None:
+        """Have an observer notified of the requests for each version of a model, also for those that are added."""
+        with self._lock:
+            self._observers[name] = (*self._observers.get(name, ()), observer)
+            for model in self.get(name).versions.values():
+                model.statistics.observers += (observer,)
+
+    def unfollow(self, name: str, observer: Observer) -> None:
+        """Notify an observer no longer."""
+        with self._lock:
+            self._observers[name] = tuple(other for other in self._observers.get(name, ()) if other is not observer)
+            for model in self.get(name).versions.values():
+                statistics = model.statistics
+                statistics.observers = tuple(other for other in statistics.observers if other is not observer)
+
+    def set_aside(self, name: str, number: int) -> None:
+        """Let a version be no default when it is added."""
+        with self._lock:
+            served = self.get(name)
+            if number not in served.versions:
+                self._replace(name, replace(served, aside={*served.aside, number}))
+
+    def split(self, name: str, split: TrafficSplit | None) -> None:
+        """Have two versions of a model share requests from now on, or no longer."""
+        with self._lock:
+            self._replace(name, replace(self.get(name), split=split))
+
+    def remark(self, name: str, remarks: Mapping[int, str]) -> None:
+        """Replace what is said of the versions of a model, by number, whether they are served or not."""
+        with self._lock:
+            self._replace(name, replace(self.get(name), remarks=remarks))
+
     def counts(self) -> dict[tuple[str, int], Counts]:
         """Return the counts of each served version, by name and number."""
         return {(model.name, model.version): model.statistics.counts() for model in self}
@@ -105,9 +157,10 @@ class ModelRegistry:
                 listener(name, bool(self.get(name).versions))
 
     def add(self, model: Model) -> None:
-        """Serve a further version; it is the latest if its number is the highest."""
+        """Serve a further version, which is the default if its number is the highest and no other one is stable."""
         with self._lock:
             served = self.get(model.name)
+            model.statistics.observers += self._observers.get(model.name, ())
             refusals = {number: reason for number, reason in served.refusals.items() if number != model.version}
             self._replace(
                 model.name,
@@ -121,7 +174,12 @@ class ModelRegistry:
             self._replace(name, replace(served, refusals={**served.refusals, version: reason}))
 
     def retain(
-        self, name: str, versions: Collection[int], labels: Mapping[str, int], keep_refusals: Collection[int] = ()
+        self,
+        name: str,
+        versions: Collection[int],
+        labels: Mapping[str, int],
+        aside: Collection[int] = (),
+        keep_refusals: Collection[int] = (),
     ) -> None:
         """Serve only some of a model's versions, under these labels; running requests keep their version.
 
@@ -129,6 +187,7 @@ class ModelRegistry:
             name: Name of the model.
             versions: Numbers of the versions to retain; none is added.
             labels: Numbers by label; labels of versions that are not served are left out.
+            aside: Numbers of the versions that are no default.
             keep_refusals: Numbers of the versions whose refusal stays recorded.
         """
         with self._lock:
@@ -136,10 +195,12 @@ class ModelRegistry:
             retained = {number: model for number, model in served.versions.items() if number in versions}
             self._replace(
                 name,
-                ServedVersions(
+                replace(
+                    served,
                     versions=retained,
                     labels={label: number for label, number in labels.items() if number in retained},
                     refusals={number: reason for number, reason in served.refusals.items() if number in keep_refusals},
+                    aside=aside,
                 ),
             )
 

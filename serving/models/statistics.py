@@ -8,13 +8,14 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
 from serving.errors import ServingError
+from serving.runtimes.base import Images
 from serving.scheduling.queue import BatchResult
 
 # Upper bounds of the histogram buckets: from 0.1 ms to 10 s, three in each decade.
@@ -57,20 +58,31 @@ class TrackedRequest:
 
     Attributes:
         span: Its span in a trace, if it is traced.
-        decode_ns: Time to decode its images, in nanoseconds.
+        find_id: Returns its id.
+        images: Its images, uint8 [n, height, width, 3], once they are decoded.
+        decode_ns: Time to decode them, in nanoseconds.
         answer: Its result, once it is answered.
+        error: Why it failed, once it has.
     """
 
-    __slots__ = ("_arrived", "_statistics", "answer", "decode_ns", "span")
+    __slots__ = ("_arrived", "_statistics", "answer", "decode_ns", "error", "find_id", "images", "span")
 
-    def __init__(self, statistics: Statistics, span: Any) -> None:
-        self._statistics, self.span, self._arrived = statistics, span, time.perf_counter_ns()
+    def __init__(self, statistics: Statistics, span: Any, find_id: Callable[[], str]) -> None:
+        self._statistics, self.span, self.find_id = statistics, span, find_id
+        self._arrived = time.perf_counter_ns()
         self.decode_ns = 0
+        self.images: Images | None = None
         self.answer: BatchResult | None = None
+        self.error: Exception | None = None
 
-    def decoded(self) -> None:
+    @property
+    def version(self) -> int:
+        """The version of the model that it is for."""
+        return self._statistics.version
+
+    def decoded(self, images: Images) -> None:
         """Record that its images are decoded."""
-        self.decode_ns = self.elapsed_ns()
+        self.images, self.decode_ns = images, self.elapsed_ns()
 
     def elapsed_ns(self) -> int:
         """Return the time since its arrival, in nanoseconds."""
@@ -83,6 +95,7 @@ class TrackedRequest:
 
     def fail(self, error: Exception) -> None:
         """Count it as failed."""
+        self.error = error
         self._statistics.count_failed(self, error)
 
 
@@ -90,7 +103,7 @@ class Observer(Protocol):
     """Observes every request for a model, on the thread that responds to it."""
 
     def end(self, request: TrackedRequest) -> None:
-        """Observe the end of a request; one that failed has no `answer`."""
+        """Observe the end of a request, which has an `answer` or an `error`. The caller waits for this."""
         ...
 
 
@@ -129,25 +142,25 @@ class Statistics:
     Attributes:
         model: Name of the model.
         version: Number of the version.
-        observer: Observes every request, too; None if there is no observer.
+        observers: Observe every request, too; replaced as a whole, never changed.
     """
 
     def __init__(self, model: str, version: int) -> None:
         """Begin without requests."""
         self.model, self.version = model, version
-        self.observer: Observer | None = None
+        self.observers: tuple[Observer, ...] = ()
         self._lock = threading.Lock()
         self._counts = Counts()
         # Answered requests to be counted: images, and the nanoseconds in total, queue, decode, compute and respond.
         self._pending: deque[tuple[int, int, int, int, int, int]] = deque()
         self._last_ns = 0
 
-    def begin(self, span: Any = None) -> TrackedRequest:
-        """Return a new running request; `span` as in `TrackedRequest`."""
-        return TrackedRequest(self, span)
+    def begin(self, span: Any = None, find_id: Callable[[], str] = str) -> TrackedRequest:
+        """Return a new running request; arguments as in `TrackedRequest`."""
+        return TrackedRequest(self, span, find_id)
 
     def count(self, request: TrackedRequest, answer: BatchResult) -> None:
-        """Count an answered request, and notify the observer."""
+        """Count an answered request, and notify the observers."""
         total, queue, compute = request.elapsed_ns(), answer.queue_ns, answer.compute_ns
         respond = max(0, total - queue - request.decode_ns - compute)
         self._last_ns = time.time_ns()
@@ -155,25 +168,26 @@ class Statistics:
         if len(self._pending) >= FLUSH_SIZE:
             with self._lock:
                 self._flush()
-        if self.observer:
-            self._notify(request, self.observer)
+        if self.observers:
+            self._notify(request)
 
     def count_failed(self, request: TrackedRequest, error: Exception) -> None:
-        """Count a failed request, and notify the observer."""
+        """Count a failed request, and notify the observers."""
         with self._lock:
             self._counts.fail.add(request.elapsed_ns())
             self._counts.codes[error.status.name if isinstance(error, ServingError) else "INTERNAL"] += 1
         if isinstance(error, ServingError):
             error.model, error.version = self.model, self.version
-        if self.observer:
-            self._notify(request, self.observer)
+        if self.observers:
+            self._notify(request)
 
-    def _notify(self, request: TrackedRequest, observer: Observer) -> None:
-        """Notify the observer; what it fails on concerns no caller."""
-        try:
-            observer.end(request)
-        except Exception:
-            log.exception("an observer of requests failed")
+    def _notify(self, request: TrackedRequest) -> None:
+        """Notify the observers; what they fail on concerns no caller."""
+        for observer in self.observers:
+            try:
+                observer.end(request)
+            except Exception:
+                log.exception("an observer of requests failed")
 
     def count_refused(self, error: ServingError) -> None:
         """Count a request that was refused on arrival."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class Watcher:
-    """Serves the models of a repository: the versions that policies choose, and those with a label.
+    """Serves the models of a repository: the versions that policies choose, and those that have a label or are held.
 
     A version that cannot be loaded is refused until its files change, and the policy chooses among the others: if the
     latest one is broken, the one before it is served. One whose folder holds another manifest is loaded again. Running
@@ -46,6 +47,7 @@ class Watcher:
         self._folder, self._models, self._load = folder, models, load
         self._policies = {"": VersionPolicy(), **(policies or {})}
         self._unloaded: set[str] = set()
+        self._held: Counter[tuple[str, int]] = Counter()
         self._problems: dict[str, str] = {}
         self._loaded: dict[tuple[str, int], Hashable] = {}
         self._refused: dict[tuple[str, int], Hashable] = {}
@@ -107,18 +109,11 @@ class Watcher:
             FailedPrecondition: A version cannot be loaded, or the policy chooses none; nothing is changed.
         """
         with self._lock:
-            # The name is looked up, never made into a path: no text of a request reaches the file system.
-            try:
-                folders = {folder.name: folder for folder in repository.folders(self._folder)}
-                available = repository.versions(folders[name]) if name in folders else []
-            except OSError as error:
-                raise FailedPrecondition(f"model {name!r} cannot be loaded: {error}") from None
-            if not available:
-                raise NotFound(f"the repository has no model {name!r}; it has {', '.join(folders) or 'none'}")
+            folder, available = self.find_folder(name)
             if policy is not None and not policy.choose(available):
                 raise FailedPrecondition(f"the policy chooses none of the versions of model {name!r}: {available}")
             chosen_by = policy or self._find_policy(name)
-            problem = self._update(folders[name], chosen_by, retry=True, whole=True)
+            problem = self._update(folder, chosen_by, retry=True, whole=True)
             if problem:
                 raise FailedPrecondition(problem)
             self._policies[name] = chosen_by
@@ -140,6 +135,63 @@ class Watcher:
             for number in versions:
                 self._models.refuse(name, number, "unloaded by request")
             log.info("%s is no longer served, by request", name)
+
+    def hold(self, name: str, number: int) -> Model:
+        """Serve a version from now on, whatever the policy of its model chooses, and return it; it is no default.
+
+        Raises:
+            NotFound: The repository has no such version.
+            FailedPrecondition: It cannot be loaded.
+        """
+        with self._lock:
+            folder, available = self.find_folder(name)
+            if number not in available:
+                raise NotFound(f"the repository has no version {number} of model {name!r}; it has {available}")
+            self._held[name, number] += 1
+            self._models.set_aside(name, number)
+            self._refused.pop((name, number), None)  # it may have been refused for what was mended since
+            problem = self._update(folder, self._find_policy(name), retry=False)
+            served = self._models.get(name)
+            if number not in served.versions:
+                self._held[name, number] -= 1
+                reason = served.refusals.get(number) or problem
+                raise FailedPrecondition(f"version {number} of model {name!r} cannot be served: {reason}")
+            return served.versions[number]
+
+    def release(self, name: str, number: int) -> None:
+        """Take back a `hold`: after the last one, a version is served no longer than the policy of its model says."""
+        with self._lock:
+            self._held[name, number] -= 1
+
+    def label(self, name: str, label: str, number: int) -> None:
+        """Set a label in the repository, and serve its version under it at once.
+
+        Raises:
+            FailedPrecondition: The label cannot be set.
+        """
+        with self._lock:
+            folder, _ = self.find_folder(name)
+            try:
+                repository.label(folder, label, number)
+            except (BadInput, OSError) as error:
+                raise FailedPrecondition(f"the label {label!r} of model {name!r} cannot be set: {error}") from None
+            self._update(folder, self._find_policy(name), retry=False)
+
+    def find_folder(self, name: str) -> tuple[Path, list[int]]:
+        """Return the folder of a model and its versions. The name is looked up: no text of a request becomes a path.
+
+        Raises:
+            NotFound: The repository has no such model.
+            FailedPrecondition: The repository cannot be read.
+        """
+        try:
+            folders = {folder.name: folder for folder in repository.folders(self._folder)}
+            available = repository.versions(folders[name]) if name in folders else []
+        except OSError as error:
+            raise FailedPrecondition(f"model {name!r} cannot be loaded: {error}") from None
+        if not available:
+            raise NotFound(f"the repository has no model {name!r}; it has {', '.join(folders) or 'none'}")
+        return folders[name], available
 
     def _find_policy(self, name: str) -> VersionPolicy:
         return self._policies.get(name, self._policies[""])
@@ -170,7 +222,9 @@ class Watcher:
         loaded: dict[int, Model] = {}
         while True:
             candidates = [number for number in available if number not in refused]
-            chosen = {*policy.choose(candidates), *(number for number in labels.values() if number in candidates)}
+            usual = {*policy.choose(candidates), *(number for number in labels.values() if number in candidates)}
+            aside = {number for number in candidates if self._held[name, number] > 0} - usual
+            chosen = usual | aside
             missing = chosen - (served.keys() - replaced) - loaded.keys()
             if not missing:
                 break
@@ -192,7 +246,7 @@ class Watcher:
             self._models.add(model)
             log.info("%s/%d is served", name, model.version)
         # If no version can be loaded, the served ones stay.
-        self._models.retain(name, chosen or served.keys(), labels, keep_refusals=unchanged | refused)
+        self._models.retain(name, chosen or served.keys(), labels, aside, keep_refusals=unchanged | refused)
         if not chosen and not refused:
             return f"{name} is not served: --versions chooses none of its versions, which are {available}"
         return None

@@ -17,6 +17,12 @@
 | resnet_proof_max_difference | largest difference of a probability from the original in that proof       |
 | resnet_proof_seconds        | duration of that proof                                                    |
 | resnet_refused_info         | 1 for each version that was refused                                       |
+| resnet_default_info         | 1 for the version that answers requests that name none                    |
+| resnet_shadow_images_total  | images to compare with the version `other`, by `result`                   |
+| resnet_shadow_max_difference | largest difference of a probability from that version                    |
+| resnet_rollout_percent      | share of the requests that the version of a running rollout answers       |
+| resnet_rollout_agreement    | `bound` (low, high) of the share of images with the stable version's class |
+| resnet_rollout_info         | 1 for the running or last rollout, with `stable`, `state`, `reason`       |
 | resnet_build_info           | 1, with `version`, `onnxruntime` and `transport` in place of the labels   |
 """
 
@@ -46,6 +52,9 @@ from prometheus_client.registry import Collector
 from resnet import BadInput
 from serving.models.registry import ModelRegistry
 from serving.models.statistics import BOUNDS_NS, Counts, Duration
+from serving.observability.comparisons import ComparisonsCollector
+from serving.rollouts.rollouts import Rollouts
+from serving.rollouts.shadows import Shadows
 from serving.runtimes.cost import CostCurve
 
 LABELS = ("model", "version")
@@ -68,6 +77,8 @@ class MetricsServer:
         port: int,
         transport: str = "",
         refusals: Mapping[str, int] = MappingProxyType({}),
+        shadows: Shadows | None = None,
+        rollouts: Rollouts | None = None,
     ) -> None:
         """Listen on a port.
 
@@ -77,12 +88,16 @@ class MetricsServer:
             port: Port to listen on; 0 picks a free one, see the attribute `address`.
             transport: Name of the server's transport, for `resnet_build_info`.
             refusals: Number of calls that the server refused, by the name of their status.
+            shadows: The shadows of the server, if it has any.
+            rollouts: Its rollouts, likewise.
 
         Raises:
             BadInput: The server cannot listen on that port.
         """
         registry = CollectorRegistry()
         registry.register(_ModelsCollector(models, transport, refusals))
+        if shadows and rollouts:
+            registry.register(ComparisonsCollector(models, shadows, rollouts))
         self._respond = make_wsgi_app(registry)
         try:
             family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -200,9 +215,13 @@ class _ModelsCollector(Collector):
         for code, count in dict(self._refusals).items():
             calls.add_metric([code], count)
         refused = GaugeMetricFamily("resnet_refused_info", "Refused versions", labels=LABELS)
+        default = GaugeMetricFamily("resnet_default_info", "Versions for requests that name none", labels=LABELS)
         for name in self._models.names():
-            for number in self._models.get(name).refusals:
+            served = self._models.get(name)
+            for number in served.refusals:
                 refused.add_metric([name, str(number)], 1)
+            if served.versions:
+                default.add_metric([name, str(served.default)], 1)
         build = GaugeMetricFamily(
             "resnet_build_info", "Build of this server", labels=("version", "onnxruntime", "transport")
         )
@@ -223,6 +242,7 @@ class _ModelsCollector(Collector):
             seconds,
             info,
             refused,
+            default,
             build,
         )
 

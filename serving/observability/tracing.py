@@ -49,7 +49,7 @@ class Tracing:
 
     def follow(self, model: Model) -> None:
         """Add the model's attributes and phases to the span of each call."""
-        model.statistics.observer = _ModelObserver(self._tracer, model)
+        model.statistics.observers += (_ModelObserver(self._tracer, model),)
 
     def close(self) -> None:
         """Export the remaining spans."""

@@ -10,6 +10,7 @@ PROTOCOLS = {
     "classifier": "serving.protocols.classifier",
     "kserve": "serving.protocols.kserve",
     "tfserving": "serving.protocols.tfserving",
+    "admin": "serving.protocols.admin",
     "health": "serving.protocols.health",
     "reflection": "serving.protocols.reflection",
 }

@@ -21,6 +21,8 @@ from serving.transports.call import Call, Methods, Unary, log_answered, refuse
 
 if TYPE_CHECKING:
     from serving.protocols.health import Health
+    from serving.rollouts.rollouts import Rollouts
+    from serving.rollouts.shadows import Shadows
 
 
 class ServerState(Protocol):
@@ -55,6 +57,8 @@ class ServerContext:
         health: Knows what is served.
         server: Knows how the server is.
         repository: Loads and unloads models; None on a server without a repository.
+        shadows: The comparisons of answers; None on a server without a repository.
+        rollouts: The rollouts of new versions; likewise.
         transport: Name of the transport, for people.
     """
 
@@ -66,6 +70,8 @@ class ServerContext:
     health: Health
     server: ServerState
     repository: RepositoryControl | None
+    shadows: Shadows | None
+    rollouts: Rollouts | None
     transport: str
 
 

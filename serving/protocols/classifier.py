@@ -17,7 +17,7 @@ from serving.protocols.outputs import find_top
 from serving.protocols.stream import StreamItem
 from serving.runtimes.base import Images
 from serving.scheduling.queue import BatchResult
-from serving.transports.call import Methods, Streaming, Unary
+from serving.transports.call import Call, Methods, Streaming, Unary
 
 SERVICES = services_of(pb.DESCRIPTOR)
 SERVICE = SERVICES[0]
@@ -40,9 +40,9 @@ class Classifier:
         """Return whether its images are encoded."""
         return request.WhichOneof("input") == "encoded"
 
-    def find(self, request: pb.ClassifyRequest) -> Model:
+    def find(self, request: pb.ClassifyRequest, call: Call) -> Model:
         """Return the model that the request names."""
-        return self._models.find(request.model, request.version, request.version_label)
+        return self._models.find(request.model, request.version, request.version_label, call.find_key)
 
     def read(self, request: pb.ClassifyRequest, model: Model, check: Check) -> ParsedRequest:
         """Return what the request asks of the model."""

@@ -53,8 +53,8 @@ class RequestReader(Protocol[RequestT]):
         """Return whether its images are encoded: decoding them takes milliseconds."""
         ...
 
-    def find(self, request: RequestT, /) -> Model:
-        """Return the model that the request names."""
+    def find(self, request: RequestT, call: Call, /) -> Model:
+        """Return the model that the request of a call names."""
         ...
 
     def read(self, request: RequestT, model: Model, check: Callable[[], None], /) -> ParsedRequest:
@@ -95,17 +95,17 @@ class InferenceHandler(Generic[RequestT]):
         try:
             if request is None:
                 request = parse_message(self._reader.parse, call.payload)
-            model = self._reader.find(request)
+            model = self._reader.find(request, call)
         except Exception as error:
             refuse(call, error)
             return
-        tracked = model.statistics.begin(call.span)
+        tracked = model.statistics.begin(call.span, call.find_id)
         try:
             if waited:
                 call.check()
                 model.batcher.check(call.deadline)
             parsed = self._reader.read(request, model, call.check)
-            tracked.decoded()
+            tracked.decoded(parsed.images)
             deadline = min(call.deadline, time.monotonic() + parsed.timeout) if parsed.timeout else call.deadline
 
             def finish(outcome: Outcome) -> None:
@@ -150,9 +150,9 @@ def parse_message(parse: Callable[[bytes], RequestT], payload: bytes) -> Request
 
 def _refuse_unread(call: Call, model: Model, refusal: ServingError) -> None:
     """Refuse a call at the least expense: without a line in the log, and so without a request id."""
-    if log.isEnabledFor(logging.DEBUG) or model.statistics.observer:
+    if log.isEnabledFor(logging.DEBUG) or model.statistics.observers:
         own = copy.copy(refusal)
-        model.statistics.begin(call.span).fail(own)
+        model.statistics.begin(call.span, call.find_id).fail(own)
         refuse(call, own)
     else:
         model.statistics.count_refused(refusal)

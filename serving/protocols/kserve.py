@@ -71,9 +71,10 @@ class KServe:
         """Return whether its images are encoded."""
         return request.head.encoded
 
-    def find(self, request: InferRequest) -> Model:
+    def find(self, request: InferRequest, call: Call) -> Model:
         """Return the model that the request names."""
-        return find_model(self._models, self._server, request.head.name, request.head.version)
+        call.message_id = request.head.id
+        return find_model(self._models, self._server, request.head.name, request.head.version, call.find_key)
 
     def read(self, request: InferRequest, model: Model, check: Check) -> ParsedRequest:
         """Return what the request asks of the model."""

@@ -12,6 +12,7 @@ from protos import inference_pb2 as pb
 from serving.errors import InvalidRequest, NotFound, Unavailable, Unsupported
 from serving.models.model import Model
 from serving.models.registry import ModelRegistry
+from serving.models.split import FindKey
 from serving.models.statistics import Counts, Duration
 from serving.models.version_policy import ALL, VersionPolicy
 from serving.protocols.base import RepositoryControl, ServerContext, ServerState
@@ -102,17 +103,22 @@ class KServeControl:
         )
 
     def RepositoryIndex(self, request: pb.RepositoryIndexRequest) -> pb.RepositoryIndexResponse:
-        """List the served versions, and the refused ones with the reason."""
+        """List the served versions, the refused ones, and the one that is or was rolled out, with the reason."""
         _check_repository(request.repository_name)
         index = pb.RepositoryIndexResponse.ModelIndex
         entries = []
         for name in self._models.names():
             served = self._models.get(name)
-            entries += [index(name=name, version=str(number), state="READY") for number in sorted(served.versions)]
+            entries += [
+                index(name=name, version=str(number), state="READY", reason=served.remarks.get(number, ""))
+                for number in sorted(served.versions)
+            ]
             if not request.ready:
+                reasons = {**served.remarks, **served.refusals}
                 entries += [
                     index(name=name, version=str(number), state="UNAVAILABLE", reason=reason)
-                    for number, reason in sorted(served.refusals.items())
+                    for number, reason in sorted(reasons.items())
+                    if number not in served.versions
                 ]
         return pb.RepositoryIndexResponse(models=entries)
 
@@ -140,14 +146,17 @@ class KServeControl:
         return find_model(self._models, self._server, name, version)
 
 
-def find_model(models: ModelRegistry, server: ServerState, name: str, version: str) -> Model:
+def find_model(
+    models: ModelRegistry, server: ServerState, name: str, version: str, find_key: FindKey | None = None
+) -> Model:
     """Return a model.
 
     Args:
         models: The served models.
         server: Must take requests.
         name: Name of the model; may be empty where there is just one.
-        version: A number, a label, or empty for the latest.
+        version: A number, a label, or empty for the default.
+        find_key: As in `ModelRegistry.find`.
 
     Raises:
         InvalidRequest: No version has the label, or no name was given although there are several models.
@@ -157,10 +166,10 @@ def find_model(models: ModelRegistry, server: ServerState, name: str, version: s
     if not server.ready:
         raise Unavailable("the server takes no requests now")
     if not version:
-        return models.find(name)
+        return models.find(name, find_key=find_key)
     number = to_version(version)
     if number is None:
-        return models.find(name, label=version)
+        return models.find(name, 0, version, find_key)
     if not number:
         raise NotFound(f"there is no version 0 of model {name!r}; versions begin with 1")
     return models.find(name, number)

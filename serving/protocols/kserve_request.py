@@ -29,14 +29,16 @@ class RequestHead:
     Attributes:
         message: The request; its raw contents may be missing.
         name: Name of the model.
-        version: Number or label of the version; empty for the latest.
+        version: Number or label of the version; may be empty.
+        id: Of the request; may be empty.
         encoded: Whether the images are encoded.
     """
 
-    __slots__ = ("_resolved", "encoded", "message", "name", "version")
+    __slots__ = ("_resolved", "encoded", "id", "message", "name", "version")
 
     def __init__(self, message: pb.ModelInferRequest) -> None:
-        self.message, self.name, self.version = message, message.model_name, message.model_version
+        self.message, self.id = message, message.id
+        self.name, self.version = message.model_name, message.model_version
         self.encoded = len(message.inputs) == 1 and message.inputs[0].datatype == ENCODED
         self._resolved: tuple[Manifest | None, Any] = None, None
 

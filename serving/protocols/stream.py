@@ -42,6 +42,9 @@ class StreamItem(Call):
         """Address of the caller."""
         return self._call.peer
 
+    def _find_own_key(self) -> str:
+        return self._call.find_id()  # one version for the whole stream
+
     def _send(self, response: bytes, _: Trailers) -> None:
         self._stream.complete(self, self._stream.protocol.respond(self, response))
 

@@ -18,12 +18,13 @@ from protos import tensorflow_serving_pb2 as pb
 from serving.errors import STATUSES, FailedPrecondition, InvalidRequest, Unsupported
 from serving.models.model import Model
 from serving.models.registry import ModelRegistry
+from serving.models.split import FindKey
 from serving.protocols.base import ServerContext, reply_methods, services_of
 from serving.protocols.handler import InferenceHandler, ParsedRequest
 from serving.protocols.inputs import Check, InputDecoder, to_bytes, to_version
 from serving.runtimes.base import Images
 from serving.scheduling.queue import BatchResult
-from serving.transports.call import Methods, Unary
+from serving.transports.call import Call, Methods, Unary
 
 SERVICES = services_of(pb.DESCRIPTOR)
 PREDICT = "/tensorflow.serving.PredictionService/Predict"
@@ -46,9 +47,9 @@ class TfServing:
         """Return whether its images are encoded."""
         return any(tensor.dtype == tf.DT_STRING for tensor in request.inputs.values())
 
-    def find(self, request: pb.PredictRequest) -> Model:
+    def find(self, request: pb.PredictRequest, call: Call) -> Model:
         """Return the model that the request names."""
-        return _find(self._models, request.model_spec)
+        return _find(self._models, request.model_spec, call.find_key)
 
     def read(self, request: pb.PredictRequest, model: Model, check: Check) -> ParsedRequest:
         """Return what the request asks of the model."""
@@ -153,22 +154,22 @@ def _to_status(version: int, refusal: str | None) -> pb.ModelVersionStatus:
     return state(version=version, state=state.END, status=status)
 
 
-def _find(models: ModelRegistry, spec: pb.ModelSpec) -> Model:
+def _find(models: ModelRegistry, spec: pb.ModelSpec, find_key: FindKey | None = None) -> Model:
     if spec.signature_name not in ("", SIGNATURE):
         raise FailedPrecondition(f"there is no signature {spec.signature_name!r}; models have {SIGNATURE!r}")
     match spec.WhichOneof("version_choice"):
         case "version":
             number = spec.version.value
             if number < 1:
-                raise InvalidRequest(f"the version is {number}; versions begin with 1, and none means the latest")
+                raise InvalidRequest(f"the version is {number}; versions begin with 1, and none means the default")
             return models.find(spec.name, number)
         case "version_label":
             label = spec.version_label
             if numbered := to_version(label):  # perf_analyzer gives the version as a label
                 return models.find(spec.name, numbered)
-            return models.find(spec.name, label=label)
+            return models.find(spec.name, 0, label, find_key)
         case _:
-            return models.find(spec.name)
+            return models.find(spec.name, find_key=find_key)
 
 
 def _specify(model: Model) -> pb.ModelSpec:

@@ -126,17 +126,25 @@ class Batcher:
         if needs_worker:
             self._threads.submit(self._run_worker)
 
-    def probe(self, images: Images) -> None:
+    def probe(self, images: Images, callback: Callable[[Outcome], None] = lambda _: None) -> bool:
         """Compute images of the server's own, if there is nothing else to do; nothing counts that, except `answered`.
 
         Requests of callers go before it, and share no batch with it.
+
+        Args:
+            images: As in `enqueue`.
+            callback: As in `enqueue`.
+
+        Returns:
+            Whether the images will be computed.
         """
-        entry = Entry(images, float("inf"), lambda: True, lambda _: None, PROBE_PRIORITY)
+        entry = Entry(images, float("inf"), lambda: True, callback, PROBE_PRIORITY)
         with self._lock:
             if self._closed or self._workers:
-                return
+                return False
             self._push(entry)
         self._threads.submit(self._run_worker)
+        return True
 
     def check(self, deadline: float) -> None:
         """Raise the error with which a request would be refused now, whatever it holds: it need not be decoded.

@@ -1,4 +1,4 @@
-"""Tokens: who may call, and who may load and unload models."""
+"""Tokens: who may call, and who may change which models are served."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from serving.transports.tls import ServerTls
 
 OPEN = "/grpc.health.v1.Health/"  # health probes have no token
 # Methods that change the server for all callers: the right to classify does not include them.
-ADMIN = tuple(f"/inference.GRPCInferenceService/RepositoryModel{verb}" for verb in ("Load", "Unload"))
+ADMIN = (
+    *(f"/inference.GRPCInferenceService/RepositoryModel{verb}" for verb in ("Load", "Unload")),
+    *(f"/resnet.v1.Admin/{method}" for method in ("SetShadow", "StartRollout", "StopRollout")),
+)
 REFRESH_SECONDS = 1.0  # between looks at the files
 
 log = logging.getLogger(__name__)
@@ -73,7 +76,7 @@ class Tokens:
             return PermissionDenied("this method requires an administrator's token")
         if for_admins and self._closed:
             return PermissionDenied(
-                "this server does not load or unload models by request: it was started without an administrator's token"
+                "this server takes no request that changes its models: it was started without an administrator's token"
             )
         return None
 

@@ -51,6 +51,7 @@ class Call(ABC):
         ended: Called once with the result: None or the error.
         active: The set of active calls that this one counts in until it is answered.
         refused: Whether it was answered with an error.
+        message_id: The id that the caller gave it in the message, where the protocol has such a field.
     """
 
     span: Any = None
@@ -58,6 +59,8 @@ class Call(ABC):
     ended: Callable[[ServingError | None], None] | None = None
     active: set[Call] | None = None
     refused = False
+    message_id = ""
+    _id = ""
 
     def __init__(self, method: str, payload: bytes, metadata: Metadata, remaining: float | None) -> None:
         """Start the clock; `remaining` is the time to the deadline in seconds, None without one."""
@@ -112,10 +115,23 @@ class Call(ABC):
         return self.method.rpartition(".")[2]
 
     def find_id(self) -> str:
-        """Return the id that the caller gave the request, cut to printable ASCII, or else a new one."""
-        given = next((value for key, value in self.metadata if key == REQUEST_ID), "")
-        plain = "".join(sign for sign in str(given) if "!" <= sign <= "~")
-        return plain[:MAX_ID] or f"{PROCESS}-{next(COUNTER):x}"
+        """Return the id that the caller gave the request, cut to printable ASCII, or else one of the server's own."""
+        if not self._id:
+            plain = "".join(sign for sign in self._find_given(REQUEST_ID) if "!" <= sign <= "~")
+            self._id = plain[:MAX_ID] or f"{PROCESS}-{next(COUNTER):x}"
+        return self._id
+
+    def find_key(self, header: str) -> str:
+        """Return what decides which version answers while two share the requests: a header, or else the request id."""
+        return self._find_given(header) or self._find_own_key()
+
+    def _find_own_key(self) -> str:
+        return self.find_id()
+
+    def _find_given(self, header: str) -> str:
+        """Return the value of a header; of the request id also what the message has."""
+        given = next((str(value) for key, value in self.metadata if key == header), "")
+        return given or (self.message_id if header == REQUEST_ID else "")
 
     def leave(self) -> None:
         """Count as active no longer."""

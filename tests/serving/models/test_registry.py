@@ -14,7 +14,8 @@ from export import manifest
 from serving.errors import InvalidRequest, NotFound, ServingError, Unavailable
 from serving.models.model import Model
 from serving.models.registry import ModelRegistry, ServedVersions
-from serving.models.statistics import Statistics
+from serving.models.split import TrafficSplit
+from serving.models.statistics import Statistics, TrackedRequest
 from serving.scheduling.batcher import Batcher
 from tests.serving.scheduling.bench import GatedEngine, images
 from tests.serving.waiting import submit
@@ -72,11 +73,11 @@ def models(make_model: Maker) -> ModelRegistry:
 @pytest.mark.parametrize(
     ("name", "version", "label", "found"),
     [
-        ("cats", 0, "", ("cats", 10)),
+        ("cats", 0, "", ("cats", 1)),
         ("cats", 2, "", ("cats", 2)),
         ("cats", 0, "stable", ("cats", 1)),
         ("cats", 10, "stable", ("cats", 10)),
-        ("", 0, "", ("cats", 10)),
+        ("", 0, "", ("cats", 1)),
         ("", 2, "", ("cats", 2)),
         ("", 0, "canary", ("cats", 2)),
     ],
@@ -84,10 +85,70 @@ def models(make_model: Maker) -> ModelRegistry:
 def test_a_request_finds_the_version_that_it_names(
     name: str, version: int, label: str, found: tuple[str, int], models: ModelRegistry
 ) -> None:
-    """The latest if it names none; a single model need not be named."""
+    """The stable one if it names none; a single model need not be named."""
     models.refuse("dogs", 1, "it is broken")
     model = models.find(name, version, label)
     assert (model.name, model.version) == found
+
+
+def test_without_a_stable_version_the_latest_is_the_default(models: ModelRegistry, make_model: Maker) -> None:
+    """But none that is served for a comparison only, unless there is no other."""
+    models.retain("cats", (1, 2, 10), {"canary": 2})
+    assert models.find("cats").version == 10
+    models.set_aside("cats", 10)  # it is served already
+    models.set_aside("cats", 11)
+    models.add(make_model("cats", 11))
+    assert models.find("cats").version == 10
+    assert models.find("cats", 11).version == 11
+    models.retain("cats", (2, 10), {}, aside={10})
+    assert models.find("cats").version == 2
+    models.retain("cats", (10,), {}, aside={10})
+    assert models.find("cats").version == 10
+
+
+def test_two_versions_share_the_requests_that_choose_neither(models: ModelRegistry) -> None:
+    """By the key of each, also those for the stable version; never what asks about the server."""
+    models.split("cats", TrafficSplit(1, 10, 50.0, "user"))
+    keys = [str(number) for number in range(200)]
+    found = {key: models.find("cats", find_key={"user": key}.__getitem__).version for key in keys}
+    assert set(found.values()) == {1, 10}
+    assert found == {key: models.find("", 0, "stable", {"user": key}.__getitem__).version for key in keys}
+    for version, label, expected in ((2, "", 2), (1, "", 1), (0, "canary", 2)):
+        assert {models.find("cats", version, label, lambda _, key=key: key).version for key in keys} == {expected}
+    assert models.find("cats").version == 1
+    models.retain("cats", (1, 2), {"stable": 1})  # the new version is removed from the disk
+    assert {models.find("cats", find_key=lambda _, key=key: key).version for key in keys} == {1}
+    models.split("cats", None)
+    assert models.get("cats").split is None
+
+
+def test_whoever_follows_a_model_is_told_of_all_its_versions(models: ModelRegistry, make_model: Maker) -> None:
+    """Also of those that come later, until it follows no longer."""
+
+    class Ends:
+        """Counts requests by version."""
+
+        def __init__(self) -> None:
+            self.versions: list[int] = []
+
+        def end(self, request: TrackedRequest) -> None:
+            """Count a request."""
+            self.versions.append(request.version)
+
+    ends, others = Ends(), Ends()
+    models.follow("cats", ends)
+    models.follow("cats", others)
+    models.add(make_model("cats", 11))
+    models.add(make_model("dogs", 1))
+    for model in models:
+        model.statistics.begin().fail(NotFound("gone"))
+    assert ends.versions == others.versions == [1, 2, 10, 11]
+    models.unfollow("cats", ends)
+    models.add(make_model("cats", 12))
+    for model in models:
+        model.statistics.begin().fail(NotFound("gone"))
+    assert ends.versions == [1, 2, 10, 11]
+    assert others.versions == [1, 2, 10, 11, 1, 2, 10, 11, 12]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +221,7 @@ def test_a_refusal_is_recorded_until_it_is_out_of_date(models: ModelRegistry, ma
     models.refuse("cats", 3, "it is broken")
     models.refuse("cats", 4, "it is signed by nobody")
     assert models.get("cats").refusals == {3: "it is broken", 4: "it is signed by nobody"}
-    assert models.find("cats").version == 10
+    assert models.find("cats", 10).version == 10
     assert models.get("cats").labels == {"stable": 1, "canary": 2}
     models.retain("cats", (10, 99), {"stable": 1, "latest": 10}, keep_refusals=[3, 99])
     assert models.get("cats").refusals == {3: "it is broken"}

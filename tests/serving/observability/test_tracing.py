@@ -161,7 +161,7 @@ def test_phases_belong_to_the_call_that_they_began_with(collector: Collector, re
     tracer = tracing.provider.get_tracer("test")
     with tracer.start_as_current_span("first") as first:
         request = model.statistics.begin(first)
-        request.decoded()
+        request.decoded(np.zeros((1, 1, 1, 3), np.uint8))
         with tracer.start_as_current_span("second"):
             request.fail(InvalidRequest("for a reason"))
     tracing.close()

@@ -85,7 +85,7 @@ class ImageReader:
         """Return that it is."""
         return True
 
-    def find(self, _: bytes) -> Model:
+    def find(self, _: bytes, __: Call) -> Model:
         """Return the model."""
         return self._model
 
@@ -240,7 +240,7 @@ def test_who_observes_requests_harms_none(model: Model, caplog: pytest.LogCaptur
             """Fail."""
             raise ValueError(request)
 
-    model.statistics.observer = Observer()
+    model.statistics.observers = (Observer(),)
     assert handle(model, RecordedCall(), ImageReader(model)) == b"\0"
     assert "an observer of requests failed" in caplog.text
 

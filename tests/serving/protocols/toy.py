@@ -9,7 +9,7 @@ from serving.protocols.handler import InferenceHandler, ParsedRequest
 from serving.protocols.inputs import Check, InputDecoder
 from serving.protocols.outputs import find_top
 from serving.scheduling.queue import BatchResult
-from serving.transports.call import Methods, Unary
+from serving.transports.call import Call, Methods, Unary
 
 SERVICES = ("toy.v1.Toy",)
 
@@ -28,7 +28,7 @@ class Toy:
         """Return that pixels are not."""
         return False
 
-    def find(self, _: bytes) -> Model:
+    def find(self, _: bytes, __: Call) -> Model:
         """Return the only model."""
         return self._models.find("")
 

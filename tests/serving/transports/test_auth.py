@@ -92,7 +92,7 @@ def test_any_of_several_tokens_opens() -> None:
         assert check(tokens, CLASSIFY, given).startswith(CALLER)
 
 
-CLOSED = "this server does not load or unload models by request: it was started without an administrator's token"
+CLOSED = "this server takes no request that changes its models: it was started without an administrator's token"
 NEEDS_ADMIN = "this method requires an administrator's token"
 
 

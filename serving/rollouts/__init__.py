@@ -1,0 +1,1 @@
+"""Proof in production: shadows compare the answers of versions, rollouts replace one by another, a guard decides."""

@@ -1,0 +1,154 @@
+"""Shadows: some of the answered requests are computed by another version, too, and the answers are compared.
+
+That happens after the answer was sent, on idle capacity only. What waits too long for that is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import NamedTuple
+
+from resnet import BadInput
+from serving.models.statistics import TrackedRequest
+from serving.rollouts.agreement import Agreement
+from serving.rollouts.idle import IdleCapacity
+from serving.rollouts.others import FindOther, ShadowFailed
+from serving.runtimes.base import Images, Probabilities
+
+MAX_IMAGES = 256  # that wait; the images of one request beyond these are not compared
+MAX_WAIT_SECONDS = 1.0
+LOOK_SECONDS = 0.001  # between two looks whether the server is idle
+
+log = logging.getLogger(__name__)
+
+
+class ShadowedRequest(NamedTuple):
+    """A request that was answered, to be compared."""
+
+    request_id: str
+    version: int
+    images: Images
+    given: Probabilities
+    arrived: float
+
+
+class ShadowCounts(NamedTuple):
+    """What became of the images to compare: those that were dropped, and those that failed."""
+
+    dropped: int
+    failed: int
+    problem: str
+
+
+class Shadow:
+    """Observes the requests for a model, and compares a share of the answers with those of another version.
+
+    It has a thread of its own until `close`.
+    """
+
+    def __init__(
+        self,
+        agreement: Agreement,
+        find_other: FindOther,
+        is_idle: Callable[[], bool],
+        percent: float = 100.0,
+    ) -> None:
+        """Start.
+
+        Args:
+            agreement: Counts how the answers compare.
+            find_other: Finds what to compare with.
+            is_idle: Returns whether the server has nothing else to do.
+            percent: Share of the requests, 0 to 100.
+
+        Raises:
+            BadInput: The process may have no further thread.
+        """
+        self.agreement, self._find_other, self._is_idle = agreement, find_other, is_idle
+        self._share = percent / 100
+        self._queue: SimpleQueue[ShadowedRequest | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._waiting = self._dropped = self._failed = 0  # images
+        self._problem = ""
+        self._capacity = IdleCapacity()
+        self._closed = threading.Event()
+        try:
+            threading.Thread(target=self._run, name="shadow", daemon=True).start()
+        except RuntimeError:
+            raise BadInput("the server cannot start a further thread, which a shadow needs") from None
+
+    def end(self, request: TrackedRequest) -> None:
+        """Take a request that was answered."""
+        if request.answer is None or request.images is None or random.random() >= self._share:
+            return
+        if self._find_other(request.version) is None:
+            return
+        images, given = request.images[:MAX_IMAGES], request.answer.probabilities[:MAX_IMAGES]
+        with self._lock:
+            if self._waiting and self._waiting + len(images) > MAX_IMAGES:
+                self._dropped += len(images)
+                return
+            self._waiting += len(images)
+        self._queue.put(ShadowedRequest(request.find_id(), request.version, images, given.copy(), time.monotonic()))
+
+    def counts(self) -> ShadowCounts:
+        """Return what became of the images that were not compared."""
+        with self._lock:
+            return ShadowCounts(self._dropped, self._failed, self._problem)
+
+    def close(self) -> None:
+        """Compare nothing more."""
+        self._closed.set()
+        self._queue.put(None)
+
+    def _run(self) -> None:
+        while (request := self._queue.get()) is not None and not self._closed.is_set():
+            done = failed = 0
+            problem = ""
+            try:
+                done = self._compare(request)
+            except ShadowFailed as error:
+                failed, problem = len(request.images), str(error)
+            except Exception as error:  # the next request may be compared
+                log.exception("a shadow failed")
+                failed, problem = len(request.images), f"{type(error).__name__}: {error}"
+            with self._lock:
+                if problem and not self._problem:
+                    log.warning("the shadow of %s cannot compare: %s", request.request_id, problem)
+                self._problem = problem
+                self._waiting -= len(request.images)
+                self._failed += failed
+                self._dropped += len(request.images) - done - failed
+            del request  # it holds the memory of its images
+
+    def _compare(self, request: ShadowedRequest) -> int:
+        """Compare the answers for as many images as idle capacity allows, and return for how many."""
+        done = 0
+        while done < len(request.images):
+            other = self._find_other(request.version)
+            if other is None or not self._wait_until_idle(request.arrived + MAX_WAIT_SECONDS):
+                break
+            part = slice(done, done + other.chunk)
+            start = time.monotonic()
+            answers = other.compute(request.images[part])
+            if answers is None:
+                continue
+            self._capacity.record(start, time.monotonic())
+            self.agreement.add(
+                request.request_id, request.version, request.images[part], request.given[part], answers, done
+            )
+            done += len(answers)
+        return done
+
+    def _wait_until_idle(self, end: float) -> bool:
+        """Wait for the next moment in which a batch may be computed; return False if there is none until `end`."""
+        while (now := time.monotonic()) < end and not self._closed.is_set():
+            if self._capacity.may_compute(self._is_idle(), now):
+                return True
+            self._closed.wait(LOOK_SECONDS)
+        return False

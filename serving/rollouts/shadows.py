@@ -1,0 +1,161 @@
+"""The shadows of a server, one for a model: what its answers are compared with, until that is changed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from resnet import BadInput
+from serving.errors import InvalidRequest, NotFound, ServingError
+from serving.models.registry import ModelRegistry
+from serving.models.watcher import Watcher
+from serving.rollouts.agreement import Agreement
+from serving.rollouts.images import ImageFolder
+from serving.rollouts.others import FindOther, Originals, ServedOthers
+from serving.rollouts.rollout import check_pair
+from serving.rollouts.shadow import Shadow
+
+ORIGINAL = "original"  # in place of a version
+
+
+@dataclass(frozen=True)
+class ShadowSettings:
+    """What the answers for a model are compared with.
+
+    Attributes:
+        other: Number or label of a version, or `original` for the Keras original.
+        percent: Share of the requests, above 0, at most 100.
+    """
+
+    other: str
+    percent: float = 100.0
+
+
+@dataclass(frozen=True)
+class OpenShadow:
+    """A shadow, and what it holds.
+
+    Attributes:
+        settings: As it was asked for.
+        shadow: Compares the answers.
+        held: Number of the version that is served for it; 0 if none is.
+        close: Ends what computes the other answers.
+    """
+
+    settings: ShadowSettings
+    shadow: Shadow
+    held: int
+    close: Callable[[], None]
+
+
+def parse(text: str) -> Mapping[str, ShadowSettings]:
+    """Parse shadows separated by spaces, as in `digits=3:10 cats=original`.
+
+    Args:
+        text: Each is NAME=VERSION or NAME=VERSION:PERCENT; VERSION is a number, a label or `original`.
+
+    Returns:
+        The settings by the name of the model.
+
+    Raises:
+        BadInput: One cannot be parsed, or a model has two.
+    """
+    found: dict[str, ShadowSettings] = {}
+    for word in text.split():
+        name, _, rest = word.partition("=")
+        other, colon, share = rest.partition(":")
+        try:
+            percent = float(share.removesuffix("%")) if colon else 100.0
+        except ValueError:
+            percent = 0.0
+        if not (name and other and 0 < percent <= 100):
+            raise BadInput(f"{word!r} is no shadow; write NAME=VERSION:PERCENT, as in digits=3:10 or digits=original")
+        if name in found:
+            raise BadInput(f"{text!r} has two shadows for {name}; write one")
+        found[name] = ShadowSettings(other, percent)
+    return found
+
+
+class Shadows:
+    """The open shadows of a server."""
+
+    def __init__(
+        self,
+        models: ModelRegistry,
+        watcher: Watcher,
+        is_idle: Callable[[], bool],
+        keep_images: Path | None = None,
+    ) -> None:
+        """Begin without any.
+
+        Args:
+            models: The served models.
+            watcher: Loads the versions to compare with.
+            is_idle: As in `Shadow`.
+            keep_images: Folder for the images that are answered most differently; None keeps none.
+        """
+        self._models, self._watcher, self._is_idle, self._keep_images = models, watcher, is_idle, keep_images
+        self._lock = threading.Lock()  # held while a version is loaded, too
+        self._open: dict[str, OpenShadow] = {}
+
+    def find(self, name: str) -> OpenShadow | None:
+        """Return the shadow of a model."""
+        return self._open.get(name)
+
+    def set(self, name: str, settings: ShadowSettings | None) -> None:
+        """Compare the answers for a model from now on, in place of what they were compared with; None ends that.
+
+        Raises:
+            ServingError: There is no such version, or it cannot be loaded or compared; nothing is changed.
+            BadInput: Keras is missing, or the process may have no further thread.
+        """
+        with self._lock:
+            opened = None if settings is None else self._start(name, settings)
+            if before := self._open.pop(name, None):
+                self._end(name, before)
+            if opened:
+                self._models.follow(name, opened.shadow)
+                self._open[name] = opened
+
+    def close(self) -> None:
+        """End all."""
+        for name in list(self._open):
+            self.set(name, None)
+
+    def _start(self, name: str, settings: ShadowSettings) -> OpenShadow:
+        if not 0 < settings.percent <= 100:
+            raise InvalidRequest(f"a shadow's share is a percentage above 0, at most 100; not {settings.percent:g}")
+        folder, _ = self._watcher.find_folder(name)
+        served = self._models.get(name)
+        if not served.versions:
+            raise NotFound(f"model {name!r} is not served")
+        stable, held, other = served.versions[served.default], 0, settings.other
+        if other == ORIGINAL:
+            originals = Originals(self._models, name, folder)
+            find_other: FindOther = originals
+        elif other.isascii() and other.isdecimal():
+            held = int(other[:19])
+            find_other = ServedOthers(self._models, name, lambda _: held)
+        elif other in served.labels:
+            find_other = ServedOthers(self._models, name, lambda _: self._models.get(name).labels.get(other))
+        else:
+            raise NotFound(f"model {name!r} has no version or label {other!r}")
+        version = self._watcher.hold(name, held) if held else stable
+        try:
+            check_pair(version, stable)
+            images = None if self._keep_images is None else ImageFolder(self._keep_images / name)
+            shadow = Shadow(Agreement(stable.manifest.labels, images), find_other, self._is_idle, settings.percent)
+        except (ServingError, BadInput):
+            if held:
+                self._watcher.release(name, held)
+            raise
+        return OpenShadow(settings, shadow, held, originals.close if other == ORIGINAL else lambda: None)
+
+    def _end(self, name: str, opened: OpenShadow) -> None:
+        self._models.unfollow(name, opened.shadow)
+        opened.shadow.close()
+        opened.close()
+        if opened.held:
+            self._watcher.release(name, opened.held)
