@@ -39,7 +39,7 @@ QUICK = RolloutSettings(steps=[0, 25, 100], hold_seconds=1, max_slowdown=100)
 
 
 def restart(source: ModelUnderTest, repository: Path) -> str:
-    """End the server by SIGTERM, and start it again: the rollout goes on, and each caller keeps its version."""
+    """End the server by SIGTERM, and start it again: the rollout goes on as it was. A kill after that ends it."""
     model = _make(source, repository)
     with serve(repository, *OPTIONS) as server:
         _begin(server, model)
@@ -47,26 +47,30 @@ def restart(source: ModelUnderTest, repository: Path) -> str:
         server.signal(signal.SIGTERM)
         server.wait(SETTLE_SECONDS)
     with serve(repository, *OPTIONS) as server:
-        after = _ask_all(server, model)
-        rollout = read_rollout(server.address, model.name)
-        expect(rollout.state == RolloutStatus.RUNNING, f"the rollout did not go on after a restart: {rollout.reason}")
-        expect(set(before.values()) == {STABLE, NEW}, f"50 % is {before}")
-        expect(before == after, f"the callers got other versions after a restart: {before}, then {after}")
-        stop(server.address, model.name)
-        _expect_rolled_back(server, model)
-    return f"restarted: the rollout goes on, and {len(CALLERS)} callers keep their versions; stopped: it is rolled back"
+        rollout, after = read_rollout(server.address, model.name), _ask_all(server, model)
+        expect(rollout.state == RolloutStatus.RUNNING, f"the rollout does not go on after a restart: {rollout.reason}")
+        expect(set(before.values()) == {STABLE, NEW}, f"the callers do not share the versions: {before}")
+        expect(before == after, f"the callers get other versions after a restart: {before}, then {after}")
+        server.signal(signal.SIGKILL)
+        server.wait(SETTLE_SECONDS)
+    with serve(repository, *OPTIONS) as server:
+        reason = _expect_rolled_back(server, model)
+    return f"restarted: {len(CALLERS)} callers keep their versions; killed after that: {reason}"
 
 
 def kill(source: ModelUnderTest, repository: Path) -> str:
-    """Kill the server, and start it again: the rollout is rolled back."""
+    """Kill the server and start it again: the rollout is rolled back. The version may be rolled out anew."""
     model = _make(source, repository)
     with serve(repository, *OPTIONS) as server:
         _begin(server, model)
         server.signal(signal.SIGKILL)
         server.wait(SETTLE_SECONDS)
     with serve(repository, *OPTIONS) as server:
-        reason = _expect_rolled_back(server, model)
-    return f"killed: {reason}"
+        killed = _expect_rolled_back(server, model)
+        _begin(server, model)
+        stop(server.address, model.name)
+        stopped = _expect_rolled_back(server, model)
+    return f"killed: {killed}; stopped: {stopped}"
 
 
 def remove(source: ModelUnderTest, repository: Path) -> str:
