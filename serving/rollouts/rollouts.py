@@ -275,6 +275,7 @@ class Rollouts:
                     raise FailedPrecondition(f"the files of version {record.version} have changed")
                 check_pair(model, self._find_stable(name))
                 record.state = "running"
+                self._write_first(record, folder)  # as if it began now: if the server is killed, the rollout ends
                 self._begin(record, folder, lock)
             except ServingError as error:
                 if held:
