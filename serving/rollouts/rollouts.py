@@ -234,7 +234,7 @@ class Rollouts:
         self._models.split(name, None)  # at once; all else can wait
         record, worst = running.rollout.record, running.rollout.shadow.agreement.counts().worst
         record.state, record.reason = "rolled_back", reason
-        differing = [one for one in worst if one.difference]
+        differing = [one for one in worst if one.answer != one.other_answer]
         if differing:
             record.reason += f"; the requests that differ most: {', '.join(map(str, differing))}"
         self._end(name)
