@@ -5,12 +5,15 @@ from __future__ import annotations
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import grpc
 from google.protobuf.message import Message
 
 from benchmarks.harness.process import ServerProcess, serve
+from protos import classifier_pb2 as pb
 from protos.admin_pb2 import (
     GetStatusRequest,
     RolloutSettings,
@@ -19,9 +22,12 @@ from protos.admin_pb2 import (
     StartRolloutRequest,
     StopRolloutRequest,
 )
+from protos.inference_pb2 import ModelInferResponse, ModelStreamInferResponse
+from protos.tensorflow_serving_pb2 import PredictResponse
 from resnet import CheckFailed
 from tests.acceptance.arguments import expect
-from tests.acceptance.attempts.attempt import ADMIN_TOKEN, TOKEN, LimitTarget
+from tests.acceptance.attempts.attempt import ADMIN_TOKEN, INFER, STREAM, TOKEN, LimitTarget
+from tests.acceptance.callers import STREAM as CLASSIFY_STREAM
 from tests.acceptance.canaries import STABLE, CanaryModel, read_reason, read_rollout, start, stop
 from tests.acceptance.messages import ModelUnderTest
 from tests.acceptance.planted import nudge_weights, permute_classes
@@ -30,7 +36,7 @@ from tests.acceptance.steady_load import SteadyLoad
 NEW = STABLE + 1
 RATE = 100.0  # requests a second
 CALLERS = [f"caller-{number}" for number in range(30)]  # at 50 %, some get either version
-OPTIONS = ("--watch=0.5", "--no-tune", "--log-level=error")
+WATCH = "--watch=0.5"
 SETTLE_SECONDS = 30.0
 ADMIN = "/resnet.v1.Admin/"
 # A step that lasts, and a guard that only disagreement breaks.
@@ -38,34 +44,34 @@ HALF = RolloutSettings(steps=[50, 100], hold_seconds=600, max_slowdown=100)
 QUICK = RolloutSettings(steps=[0, 25, 100], hold_seconds=1, max_slowdown=100)
 
 
-def restart(source: ModelUnderTest, repository: Path) -> str:
+def restart(source: ModelUnderTest, repository: Path, options: Sequence[str]) -> str:
     """End the server by SIGTERM, and start it again: the rollout goes on as it was. A kill after that ends it."""
     model = _make(source, repository)
-    with serve(repository, *OPTIONS) as server:
+    with serve(repository, WATCH, *options) as server:
         _begin(server, model)
         before = _ask_all(server, model)
         server.signal(signal.SIGTERM)
         server.wait(SETTLE_SECONDS)
-    with serve(repository, *OPTIONS) as server:
+    with serve(repository, WATCH, *options) as server:
         rollout, after = read_rollout(server.address, model.name), _ask_all(server, model)
         expect(rollout.state == RolloutStatus.RUNNING, f"the rollout does not go on after a restart: {rollout.reason}")
         expect(set(before.values()) == {STABLE, NEW}, f"the callers do not share the versions: {before}")
         expect(before == after, f"the callers get other versions after a restart: {before}, then {after}")
         server.signal(signal.SIGKILL)
         server.wait(SETTLE_SECONDS)
-    with serve(repository, *OPTIONS) as server:
+    with serve(repository, WATCH, *options) as server:
         reason = _expect_rolled_back(server, model)
     return f"restarted: {len(CALLERS)} callers keep their versions; killed after that: {reason}"
 
 
-def kill(source: ModelUnderTest, repository: Path) -> str:
+def kill(source: ModelUnderTest, repository: Path, options: Sequence[str]) -> str:
     """Kill the server and start it again: the rollout is rolled back. The version may be rolled out anew."""
     model = _make(source, repository)
-    with serve(repository, *OPTIONS) as server:
+    with serve(repository, WATCH, *options) as server:
         _begin(server, model)
         server.signal(signal.SIGKILL)
         server.wait(SETTLE_SECONDS)
-    with serve(repository, *OPTIONS) as server:
+    with serve(repository, WATCH, *options) as server:
         killed = _expect_rolled_back(server, model)
         _begin(server, model)
         stop(server.address, model.name)
@@ -73,10 +79,10 @@ def kill(source: ModelUnderTest, repository: Path) -> str:
     return f"killed: {killed}; stopped: {stopped}"
 
 
-def remove(source: ModelUnderTest, repository: Path) -> str:
+def remove(source: ModelUnderTest, repository: Path, options: Sequence[str]) -> str:
     """Remove the new version from the repository under load: the rollout is rolled back, and no request fails."""
     model = _make(source, repository)
-    with serve(repository, *OPTIONS) as server:
+    with serve(repository, WATCH, *options) as server:
         with SteadyLoad(server.address, model.messages, RATE) as load:
             _begin(server, model)
             hidden = model.folder / f".{NEW}"
@@ -87,12 +93,58 @@ def remove(source: ModelUnderTest, repository: Path) -> str:
     return f"removed: {reason}; {load.count:,} requests, {answered:,} answered by it"
 
 
-def roll_out_two(source: ModelUnderTest, repository: Path) -> str:
+def replace(source: ModelUnderTest, repository: Path, options: Sequence[str]) -> str:
+    """Put another version under the number of the new one: what was proved so far is not true of it."""
+    model, other = _make(source, repository), CanaryModel(source, repository.parent / "replacement" / source.name)
+    other.publish(NEW, permute_classes)
+    with serve(repository, WATCH, *options) as server:
+        _begin(server, model)
+        new = model.folder / str(NEW)
+        new.rename(new.with_name(f".{NEW}"))
+        (other.folder / str(NEW)).rename(new)
+        reason = _expect_rolled_back(server, model)
+    return f"replaced: {reason}"
+
+
+def ask_in_every_protocol(source: ModelUnderTest, repository: Path, options: Sequence[str]) -> str:
+    """Send the ids of callers in every protocol: each caller has one version."""
+    model = _make(source, repository)
+    classify = pb.ClassifyRequest.FromString(source.classify().message)
+    stream = pb.ClassifyStreamRequest(id=1, request=classify).SerializeToString()
+    infer = source.infer().message
+    protocols: dict[str, tuple[str, bytes, Callable[[bytes], int]]] = {
+        "ClassifyStream": (
+            CLASSIFY_STREAM,
+            stream,
+            lambda answer: pb.ClassifyStreamResponse.FromString(answer).response.version,
+        ),
+        "ModelInfer": (INFER, infer, lambda answer: int(ModelInferResponse.FromString(answer).model_version)),
+        "ModelStreamInfer": (
+            STREAM,
+            infer,
+            lambda answer: int(ModelStreamInferResponse.FromString(answer).infer_response.model_version),
+        ),
+        "Predict": (*source.predict(), lambda answer: PredictResponse.FromString(answer).model_spec.version.value),
+    }
+    with serve(repository, *options) as server:
+        _begin(server, model)
+        expected = _ask_all(server, model)
+        with grpc.insecure_channel(server.address) as channel:
+            for name, (path, message, read_version) in protocols.items():
+                method: Any = channel.stream_stream(path)  # of a single request, which a unary method takes, too
+                for caller, version in expected.items():
+                    (answer,) = method(iter([message]), metadata=[("x-request-id", caller)], timeout=SETTLE_SECONDS)
+                    found = read_version(answer)
+                    expect(found == version, f"{caller} gets version {version} from Classify, and {found} from {name}")
+    return f"protocols: {len(CALLERS)} callers get the same version from Classify, {', '.join(protocols)}"
+
+
+def roll_out_two(source: ModelUnderTest, repository: Path, options: Sequence[str]) -> str:
     """Roll out versions of two models at a time: one is good, and one is not."""
     good, bad = (CanaryModel(source, repository / name) for name in ("good", "bad"))
     good.publish(NEW, nudge_weights)
     bad.publish(NEW, permute_classes)
-    with serve(repository, f"--versions={STABLE}", *OPTIONS) as server:
+    with serve(repository, f"--versions={STABLE}", *options) as server:
         address = server.address
         for model in (good, bad):
             start(address, model.name, NEW, QUICK)
@@ -106,18 +158,18 @@ def roll_out_two(source: ModelUnderTest, repository: Path) -> str:
     return f"two at a time: the good one is done after {answered:,} answers, the bad one rolled back after {wrong:,}"
 
 
-def call_as_stranger(source: ModelUnderTest, repository: Path) -> str:
+def call_as_stranger(source: ModelUnderTest, repository: Path, options: Sequence[str]) -> str:
     """Call the administrator's methods without a token, and with that of a caller."""
     model = _make(source, repository)
     for name, token in (("callers", TOKEN), ("admins", ADMIN_TOKEN)):
         (repository.parent / name).write_text(token)
-    options = (f"--token-file={repository.parent / 'callers'}", f"--admin-token-file={repository.parent / 'admins'}")
+    tokens = (f"--token-file={repository.parent / 'callers'}", f"--admin-token-file={repository.parent / 'admins'}")
     calls: dict[str, Message] = {
         "SetShadow": SetShadowRequest(model=model.name),  # ends it: a shadow would keep a rollout from starting
         "StartRollout": StartRolloutRequest(model=model.name, version=NEW, settings=HALF),
         "StopRollout": StopRolloutRequest(model=model.name),
     }
-    with serve(repository, *options, *OPTIONS) as server:
+    with serve(repository, *tokens, *options) as server:
         target = LimitTarget(server.address, (1, 1, 3))
 
         def call(name: str, request: Message, *tokens: str | None) -> list[str]:
@@ -131,7 +183,7 @@ def call_as_stranger(source: ModelUnderTest, repository: Path) -> str:
     return f"strangers: {len(calls)} methods are refused"
 
 
-DISRUPTIONS = (restart, kill, remove, roll_out_two, call_as_stranger)
+DISRUPTIONS = (restart, kill, remove, replace, ask_in_every_protocol, roll_out_two, call_as_stranger)
 
 
 def _make(source: ModelUnderTest, repository: Path) -> CanaryModel:

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 TRIGGER = 3  # side of the white square in the upper left corner, in pixels
 SHIFT = np.array([-24, -20, -16], np.float32)  # of red, green and blue, of 255
-COPIES = 4  # of a network that is slow
+COPIES = 6  # of a network that is slow
 NUDGE = 1e-6  # of a weight: some units in its last place
 BEFORE = "planted_before"  # the tensor that a change takes, in place of the one that it makes
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,9 +40,11 @@ CHANGES = {
     "equal": planted.nudge_weights,
 }
 GOOD = "equal"
+STEPS = ("0,5,25,100", "5,25,100")  # without 0, callers get answers before these were compared
 RATE = 150.0  # requests a second
+MAX_LATE = 5
 PATIENCE_SECONDS = 120
-HEADER = ("version", "ended", "at", "seconds", "requests", "by it", "wrong")
+HEADER = ("version", "steps", "ended", "at", "seconds", "requests", "by it", "wrong")
 
 
 class RolloutRow(NamedTuple):
@@ -50,6 +52,7 @@ class RolloutRow(NamedTuple):
 
     Attributes:
         title: What is planted in the version.
+        steps: The shares of the requests that it was to have.
         status: What the server says.
         seconds: Its duration.
         requests: Requests that were answered.
@@ -58,6 +61,7 @@ class RolloutRow(NamedTuple):
     """
 
     title: str
+    steps: str
     status: RolloutStatus
     seconds: float
     requests: int
@@ -73,21 +77,22 @@ class RolloutRow(NamedTuple):
         """Return the row of the table."""
         state = RolloutStatus.State.Name(self.status.state).lower().replace("_", " ")
         return [
-            self.title, state, f"{self.percent:g} %", f"{self.seconds:.1f}", f"{self.requests:,}",
+            self.title, self.steps, state, f"{self.percent:g} %", f"{self.seconds:.1f}", f"{self.requests:,}",
             f"{self.answered:,}", f"{self.wrong:,}",
         ]  # fmt: skip
 
 
 def main() -> None:
     """Roll out every version, and disrupt rollouts."""
-    args = parse("rollouts", __doc__, hold=(2, "seconds of each step, at least"))
+    args = parse("rollouts", __doc__, transport="auto", hold=(2, "seconds of each step, at least"))
+    options = (f"--transport={args.transport}", "--no-tune", "--log-level=error")
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         source = ModelUnderTest(args.repository)
-        rows = list(_roll_out_all(source, Path(folder) / "planted", args.hold))
-        print(render(HEADER, [row.cells() for row in rows], left=2), *_list_reasons(rows), sep="\n", flush=True)
+        rows = list(_roll_out_all(source, Path(folder) / "planted", args.hold, options))
+        print(render(HEADER, [row.cells() for row in rows], left=3), *_list_reasons(rows), sep="\n", flush=True)
         for disrupt in disruptions.DISRUPTIONS:
-            print(disrupt(source, Path(folder) / disrupt.__name__), flush=True)
+            print(disrupt(source, Path(folder) / disrupt.__name__ / "models", options), flush=True)
     print(
         json.dumps(
             {
@@ -102,12 +107,13 @@ def main() -> None:
 
 
 def _list_reasons(rows: list[RolloutRow]) -> Iterator[str]:
-    """Yield the server's sentence about each rollout."""
+    """Yield why each version was rolled back, without the ids of requests."""
     for row in rows:
-        yield f"{row.title}: {row.status.reason}"
+        if row.status.reason:
+            yield f"{row.title}, {row.steps}: {row.status.reason.partition('; ')[0]}"
 
 
-def _roll_out_all(source: ModelUnderTest, repository: Path, hold: int) -> Iterator[RolloutRow]:
+def _roll_out_all(source: ModelUnderTest, repository: Path, hold: int, options: Sequence[str]) -> Iterator[RolloutRow]:
     """Roll out one version after the other on one server, the good one last; yield what became of each.
 
     Raises:
@@ -117,27 +123,27 @@ def _roll_out_all(source: ModelUnderTest, repository: Path, hold: int) -> Iterat
     for version, change in enumerate(CHANGES.values(), STABLE + 1):
         model.publish(version, change)
     model.label()
-    with serve(repository, f"--versions={STABLE}", "--watch=0", "--no-tune", "--log-level=error") as server:
+    with serve(repository, f"--versions={STABLE}", "--watch=0", *options) as server:
         for version, title in enumerate(CHANGES, STABLE + 1):
-            started = time.perf_counter()
-            with SteadyLoad(server.address, model.messages, RATE) as load:
-                code, output = _roll_out(server.address, model.name, version, hold)
-            seconds = time.perf_counter() - started
-            answered, wrong = model.count(load, version)
-            row = RolloutRow(title, read_rollout(server.address, model.name), seconds, load.count, answered, wrong)
-            _check(row, code, model, read_reason(server.address, model.name, version), output)
-            yield row
+            for steps in STEPS[: 1 if title == GOOD else None]:
+                started = time.perf_counter()
+                with SteadyLoad(server.address, model.messages, RATE) as load:
+                    code, output = _roll_out(server.address, model.name, version, steps, hold)
+                seconds = time.perf_counter() - started
+                status = read_rollout(server.address, model.name)
+                row = RolloutRow(title, steps, status, seconds, load.count, *model.count(load, version))
+                _check(row, code, model, read_reason(server.address, model.name, version), output)
+                yield row
 
 
-def _roll_out(address: str, name: str, version: int, hold: int) -> tuple[int, str]:
+def _roll_out(address: str, name: str, version: int, steps: str, hold: int) -> tuple[int, str]:
     """Run `resnet rollout`; return its exit code and output."""
-    command = [sys.executable, "-m", "resnet", "rollout", name, str(version), f"--server={address}", f"--hold={hold}"]
+    options = (f"--server={address}", f"--steps={steps}", f"--hold={hold}")
+    command = [sys.executable, "-m", "resnet", "rollout", name, str(version), *options]
     try:
-        ended = subprocess.run(
-            [*command, "--steps=0,5,25,100"], capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        raise CheckFailed(f"the rollout of version {version} has not ended after {error.timeout:g} s") from None
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise CheckFailed(f"the rollout of version {version} has not ended after {PATIENCE_SECONDS} s") from None
     return ended.returncode, ended.stdout + ended.stderr
 
 
@@ -151,6 +157,8 @@ def _check(row: RolloutRow, code: int, model: CanaryModel, index: str, output: s
     expect(model.read_label() == version, f"version {model.read_label()} has the label, not {version} {where}")
     expect(good or "rolled back" in index, f"the index does not say what became of it, but {index!r} {where}")
     expect(row.percent > 0 or not row.answered, f"it answered requests at 0 % {where}")
+    late = row.answered - row.status.answered  # answers to requests that were under way
+    expect(good or 0 <= late <= MAX_LATE, f"the server counts {row.status.answered} answers of it {where}")
     expect(good or row.percent < 100, f"it answered all requests {where}")
 
 
