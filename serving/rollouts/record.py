@@ -41,7 +41,12 @@ class RolloutSettings(GuardSettings):
             BadInput: One is out of range.
         """
         steps = self.steps
-        if not steps or steps[-1] != 100 or steps[0] < 0 or sorted(set(steps)) != [*steps]:
+        if (
+            not steps
+            or steps[-1] != 100
+            or not all(0 <= step <= 100 for step in steps)
+            or sorted(set(steps)) != [*steps]
+        ):
             given = ",".join(f"{step:g}" for step in steps)
             raise BadInput(f"the steps are percentages that grow from 0 or more to 100, as in 1,5,25,100; not {given}")
         for name, low, high in (
