@@ -369,6 +369,7 @@ def test_a_real_server_is_shown(transport: str, tmp_path: Path, capsys: pytest.C
     with Server(ModelRegistry([model]), "127.0.0.1", 0, Limits(), transport=transport) as server:
         with Client(server.address) as client:
             client.classify(np.zeros((2, SIDE, SIDE, 3), np.uint8))
+        capsys.readouterr()  # what was printed while the version was made
         assert cli.main(["status", server.address]) == 0
         assert cli.main(["status", server.address, "--json"]) == 0
     *screen, line = capsys.readouterr().out.splitlines()
