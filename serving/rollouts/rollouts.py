@@ -286,6 +286,7 @@ class Rollouts:
                     raise FailedPrecondition(f"the files of version {record.version} have changed")
                 check_pair(model, self._find_stable(name))
                 record.state = "running"
+                self._write_first(record, folder)  # from now on, an end without notice rolls it back
                 self._begin(record, folder, lock)
             except ServingError as error:
                 if held:

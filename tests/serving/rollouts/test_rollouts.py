@@ -226,10 +226,14 @@ def test_a_server_that_ended_in_order_goes_on(site: Site) -> None:
     assert status(site).record.state == "done"
 
 
-def test_a_server_that_was_killed_rolls_back(site: Site, caplog: pytest.LogCaptureFixture) -> None:
-    """The new version may have been the reason."""
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_server_that_was_killed_rolls_back(restarts: int, site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    """The new version may have been the reason; also after restarts in order."""
     site.rollouts.roll_out(NAME, 2, QUICK)
     site.pass_step()
+    for _ in range(restarts):
+        site.rollouts.close()
+        site.restart()
     site.rollouts._running[NAME].lock.release()  # as the end of a process does
     site.restart()
     found = status(site)
