@@ -246,8 +246,8 @@ class Rollouts:
         self._models.split(name, None)  # at once; all else can wait
         record, worst = running.rollout.record, running.rollout.shadow.agreement.counts().worst
         record.state, record.reason = "rolled_back", reason
-        if worst:
-            record.reason += f"; the requests that differ most: {', '.join(map(str, worst))}"
+        if differing := [one for one in worst if one.answer != one.other_answer]:
+            record.reason += f"; the requests that differ most: {', '.join(map(str, differing))}"
         self._end(name)
         log.error("%s/%d was %s", name, record.version, record.describe())
 
