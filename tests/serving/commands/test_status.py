@@ -345,7 +345,10 @@ def test_a_unix_socket_a_model_and_a_token_can_be_named(tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (Unauthenticated("this server requires a token"), "the server refused: this server requires a token"),
+        (
+            Unauthenticated("this server requires a token"),
+            "the server refused: this server requires a token; give the file with its token as --token-file",
+        ),
         (NotFound("there is no model 'cats'"), "the server refused: there is no model 'cats'"),
         (DeadlineExceeded("silent"), "the server at {} did not answer in time"),
         (Unavailable("it stops"), "no server answers at {} (it stops); start one with `resnet serve`"),
