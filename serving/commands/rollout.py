@@ -42,7 +42,7 @@ class RolloutArguments:
     version: int | None = option(None, "version to roll out", low=1, metavar="VERSION", positional=True)
     stop: bool = option(False, "roll the running rollout back")
     detach: bool = option(False, "start the rollout, and do not wait for its end")
-    server: str = option(DEFAULT_SERVER, "HOST:PORT or unix:PATH")
+    server: str = option(DEFAULT_SERVER, "server address, or unix:PATH", metavar="HOST:PORT")
     steps: tuple[float, ...] = option(
         (),
         "shares of the requests in percent, ascending to 100; 0 compares answers without sending any "

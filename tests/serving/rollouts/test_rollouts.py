@@ -124,6 +124,18 @@ def test_a_version_with_other_answers_answers_nobody(site: Site, caplog: pytest.
     assert site.models.get(NAME).remarks == {2: f"rolled back at 0 %: {reason}"}
 
 
+def test_requests_with_the_same_class_are_no_reason(site: Site) -> None:
+    """However much a probability differs."""
+    site.engines[2].fault = lambda images: images // 2
+    site.rollouts.roll_out(NAME, 2, QUICK)
+    site.pass_step()
+    site.rollouts.stop(NAME)
+    found = status(site)
+    assert found.shadow is not None
+    assert found.shadow.agreement.counts().worst
+    assert found.record.reason == "by request"
+
+
 def test_a_version_that_becomes_wrong_later_is_found_out_then(site: Site) -> None:
     """Each step is judged by itself, also the last one, where the stable version is compared with."""
     site.rollouts.roll_out(NAME, 2, QUICK)
@@ -250,10 +262,14 @@ def test_a_server_that_ended_in_order_goes_on(site: Site) -> None:
     assert status(site).record.state == "done"
 
 
-def test_a_server_that_was_killed_rolls_back(site: Site, caplog: pytest.LogCaptureFixture) -> None:
-    """The new version may have been the reason."""
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_server_that_was_killed_rolls_back(restarts: int, site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    """The new version may have been the reason; also after restarts in order."""
     site.rollouts.roll_out(NAME, 2, QUICK)
     site.pass_step()
+    for _ in range(restarts):
+        site.rollouts.close()
+        site.restart()
     site.rollouts._running[NAME].lock.release()  # as the end of a process does
     site.restart()
     found = status(site)
