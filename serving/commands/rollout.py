@@ -53,7 +53,7 @@ class RolloutArguments:
     hold: str = option("", "least time of a step, such as 30s, 10m or 1h (default: 60s)", metavar="TIME")
     by: str = option("", "header whose value decides which version answers (default: x-request-id)", metavar="HEADER")
     min_agreement: float | None = option(
-        None, "least share of images with the same class, in percent (default: 99)", high=100, metavar="PERCENT"
+        None, "least share of images with the same class, in percent (default: 99)", high=99.99, metavar="PERCENT"
     )
     max_failures: float | None = option(
         None,

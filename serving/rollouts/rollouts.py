@@ -26,6 +26,7 @@ from serving.rollouts.shadow import Shadow
 from serving.threads import WorkerPool, start_vital
 
 LOOK_SECONDS = 0.2  # between two looks of the guard
+WORST = "; the requests that differ most: "
 
 log = logging.getLogger(__name__)
 
@@ -260,7 +261,7 @@ class Rollouts:
         record.state, record.reason = "rolled_back", reason
         differing = [one for one in worst if one.answer != one.other_answer]
         if differing:
-            record.reason += f"; the requests that differ most: {', '.join(map(str, differing))}"
+            record.reason += f"{WORST}{', '.join(map(str, differing))}"
         self._end(name)
         log.error("%s/%d was %s", name, record.version, record.describe())
 
