@@ -1,16 +1,14 @@
-"""What a shadow compares with: another served version, or the Keras original of the one that answers."""
+"""What a shadow compares with: another served version, or whatever else computes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from serving.errors import ServingError
 from serving.models.model import Model
 from serving.models.registry import ModelRegistry
-from serving.rollouts.original import OriginalProcess
 from serving.runtimes.base import Images, Probabilities
 from serving.scheduling.batcher import Batcher
 from serving.scheduling.queue import BatchResult, Outcome
@@ -97,29 +95,3 @@ class ServedOthers:
         if found is None or found[0] is not model:  # it was loaded again
             found = self._found[number] = model, OtherVersion(model.batcher)
         return found[1]
-
-
-class Originals:
-    """Finds the Keras original of the default version of a model, which another process computes."""
-
-    def __init__(self, models: ModelRegistry, name: str, folder: Path) -> None:
-        """Look for versions of a model in its folder; the process starts with the first request."""
-        self._models, self._name, self._folder = models, name, folder
-        self._found: tuple[Model, OriginalProcess] | None = None
-
-    def __call__(self, version: int) -> Other | None:
-        """As in `FindOther`."""
-        served = self._models.get(self._name)
-        if version not in served.versions or version != served.default:
-            return None
-        model = served.versions[version]
-        if self._found is None or self._found[0] is not model:
-            self.close()
-            self._found = model, OriginalProcess(self._folder / str(version))
-        return self._found[1]
-
-    def close(self) -> None:
-        """End the process."""
-        if self._found:
-            self._found[1].close()
-            self._found = None

@@ -11,9 +11,11 @@ from resnet import BadInput
 from serving.errors import InvalidRequest, NotFound, ServingError
 from serving.models.registry import ModelRegistry
 from serving.models.watcher import Watcher
+from serving.rollouts import original
 from serving.rollouts.agreement import Agreement
 from serving.rollouts.images import ImageFolder
-from serving.rollouts.others import FindOther, Originals, ServedOthers
+from serving.rollouts.original import Originals
+from serving.rollouts.others import FindOther, ServedOthers
 from serving.rollouts.rollout import check_pair
 from serving.rollouts.shadow import Shadow
 
@@ -133,6 +135,7 @@ class Shadows:
             raise NotFound(f"model {name!r} is not served")
         stable, held, other = served.versions[served.default], 0, settings.other
         if other == ORIGINAL:
+            original.check(stable.manifest)
             originals = Originals(self._models, name, folder)
             find_other: FindOther = originals
         elif other.isascii() and other.isdecimal():
