@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import select
 import subprocess
 import sys
 from collections.abc import Callable
@@ -40,6 +42,18 @@ def forbid(*_):
     raise PermissionError
 os.sched_setscheduler = forbid
 """
+
+# It says which process it is, and is never loaded.
+LOADING = """
+import os, threading
+from export import answering
+def load(*_):
+    print(os.getpid(), flush=True)
+    threading.Event().wait()
+answering.load = load
+answering.main()
+"""
+STARTER = "import subprocess, sys; subprocess.run(sys.argv[1:], stdin=subprocess.PIPE, stdout=subprocess.PIPE)"
 
 
 @pytest.fixture
@@ -128,6 +142,17 @@ def test_nothing_but_answers_is_on_stdout(version: Path, recorded: Manifest, cha
     assert [len(answer) for answer in unpack(done.stdout)] == [0, 2]
     assert sorted(done.stderr.splitlines()) == sorted([b"loaded", b"started a program", *manners, b"1000", b""])
     assert done.returncode == 0
+
+
+def test_it_ends_with_who_started_it(version: Path, recorded: Manifest) -> None:
+    """Also while it loads, and if that process had no time to say so."""
+    command = [sys.executable, "-c", LOADING, str(version), recorded.digest]
+    with subprocess.Popen([sys.executable, "-c", STARTER, *command], stderr=subprocess.PIPE) as starter:
+        assert starter.stderr
+        descriptor = os.pidfd_open(int(starter.stderr.readline()))
+        starter.kill()
+    assert select.select([descriptor], [], [], 30)[0]
+    os.close(descriptor)
 
 
 @pytest.mark.parametrize(
