@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import io
 import math
 import os
+import select
 import signal
 import struct
 import sys
@@ -61,19 +63,28 @@ def main() -> None:
     args = parser.parse_args()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
+    images = os.fdopen(os.dup(sys.stdin.fileno()), "rb")
     end_with_parent()
+    if has_ended(images):  # with a process that ended before the line above
+        return
     yield_to_others()
     cli.set_variables()
     recorded = manifest.read(args.folder)
     if recorded.digest != args.digest:
         raise BadInput(f"{args.folder} was replaced by another version")
-    answer(sys.stdin.buffer, answers, load(args.folder, recorded), recorded)
+    answer(images, answers, load(args.folder, recorded), recorded)
 
 
 def end_with_parent() -> None:
-    """Have Linux end this process with the thread that started it. Until it is loaded it does not look at stdin."""
+    """Have Linux end this process with the thread that started it, as it reads nothing while it loads."""
     with suppress(AttributeError):  # another system has no such function
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def has_ended(file: io.BufferedReader) -> bool:
+    """Return whether a pipe has an end, and nothing before it."""
+    readable, _, _ = select.select([file], [], [], 0)
+    return bool(readable) and not file.peek(1)
 
 
 def yield_to_others() -> None:

@@ -50,6 +50,8 @@ COMMANDS = {
     "models": Command("export.commands.models", "export", "list, show, label, verify and prune model versions"),
     "serve": Command("serving.commands.serve", "serving", "serve models over gRPC"),
     "tune": Command("serving.commands.tune", "serving", "find the fastest threads and runtime for a model on this CPU"),
+    "status": Command("serving.commands.status", "serving", "show what a server runs, how fast, and its rollouts"),
+    "rollout": Command("serving.commands.rollout", "serving", "give a new version a growing share of the requests"),
     "classify": Command("serving.commands.classify", "serving", "classify image files through a running server"),
     "load": Command("benchmarks.load.command", "load", "measure the latency and throughput of a server under load"),
     "bench": Command("benchmarks.bench.command", "all", "compare a served model with its Keras original"),

@@ -54,6 +54,7 @@ def option(
     choices: Sequence[str] = (),
     metavar: str = "",
     required: bool = False,
+    positional: bool = False,
     group: str = "",
 ) -> Any:
     """Declare an option.
@@ -67,6 +68,7 @@ def option(
         choices: All values that there are, where its type is no Literal; none allows any.
         metavar: What the help calls the value.
         required: With the default MISSING: a flag that must be given, in place of a positional argument.
+        positional: With another default: a positional argument that may be left out, in place of a flag.
         group: Heading in the help, for this option and the following ones until the next heading.
     """
     metadata = {
@@ -75,7 +77,7 @@ def option(
         "high": high,
         "choices": tuple(choices),
         "metavar": metavar,
-        "positional": default is MISSING and not required,
+        "positional": positional or (default is MISSING and not required),
         "group": group,
     }
     return dataclasses.field(default=default, metadata=metadata)
@@ -163,12 +165,12 @@ def add_options(
         if kind.type is bool:
             negatable = layered or field.default
             shape = {"action": argparse.BooleanOptionalAction if negatable else "store_true", "default": None}
-        positional = field.metadata["positional"]
+        positional, needed = field.metadata["positional"], field.default is MISSING
         if positional:
-            shape |= {"nargs": "?"} if layered else {}
-        elif field.default is MISSING:
+            shape |= {} if needed and not layered else {"nargs": "?"}
+        elif needed:
             shape |= {"required": True}
-        elif show_defaults and kind.type is not bool:
+        if show_defaults and not needed and kind.type is not bool:
             meaning += _show_default(field.default)
         group.add_argument(field.name if positional else flag(field), help=meaning, **shape)
 

@@ -168,6 +168,7 @@ def make_rollouts(config: Config, registry: ModelRegistry, watcher: Watcher) -> 
         except ServingError as error:
             raise BadInput(f"--shadow {name}={settings.other}: {error}") from None
     rollouts = Rollouts(registry, watcher, is_idle, config.keep_images)
+    rollouts.resume()
     rollouts.start()
     return shadows, rollouts
 

@@ -67,14 +67,26 @@ def find_required(name: str) -> list[str]:
     words = []
     for action in make_parser(name)._actions:
         if action.required or not action.option_strings:
-            words += [f"{action.option_strings[0]}=x"] if action.option_strings else ["x"]
+            words += [f"{action.option_strings[0]}=1"] if action.option_strings else ["1"]
     return words
 
 
 def test_the_numbers_are_found() -> None:
     """The tests below are about these."""
     assert len(NUMBERS) > 60
-    commands = {"train", "degradation", "export", "verify", "serve", "tune", "classify", "load", "bench", "demo"}
+    commands = {
+        "train",
+        "degradation",
+        "export",
+        "verify",
+        "serve",
+        "tune",
+        "rollout",
+        "classify",
+        "load",
+        "bench",
+        "demo",
+    }
     assert {name for name, _ in NUMBERS} == commands
 
 

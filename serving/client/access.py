@@ -14,6 +14,7 @@ from resnet.files import read_file
 from resnet.options import option
 from resnet.tokens import read_tokens
 from serving.client.channel import CallMetadata, Tls
+from serving.errors import DeadlineExceeded, ServingError, Unavailable
 
 
 class CallerAccess(NamedTuple):
@@ -70,3 +71,13 @@ class AccessOptions:
         )
         tls = None if authority is None else Tls(authority, certificate, key, self.tls_name)
         return CallerAccess(tls, None if self.token_file is None else read_tokens(self.token_file)[0])
+
+
+def to_bad_input(error: ServingError, server: str) -> BadInput:
+    """Return a failed call as a sentence for the user of a command; `server` is what was called."""
+    match error:
+        case Unavailable():
+            return BadInput(f"no server answers at {server} ({error}); start one with `resnet serve`")
+        case DeadlineExceeded():
+            return BadInput(f"the server at {server} did not answer in time")
+    return BadInput(f"the server refused: {error}")

@@ -20,8 +20,8 @@ from resnet import BadInput
 from resnet.files import read_file
 from resnet.options import add_options, check, option, read
 from serving.client import DEFAULT_SERVER, Client, Result
-from serving.client.access import AccessOptions
-from serving.errors import InvalidRequest, ServingError, Unavailable
+from serving.client.access import AccessOptions, to_bad_input
+from serving.errors import InvalidRequest, ServingError
 
 DAY = 86_400.0
 
@@ -75,12 +75,8 @@ def run(args: argparse.Namespace) -> None:
                 timeout=options.timeout,
             )
             results = list(zip(args.images, answers, strict=True))
-        except Unavailable as error:
-            raise BadInput(
-                f"no server answers at {', '.join(servers)} ({error}); start one with `resnet serve`"
-            ) from None
         except ServingError as error:
-            raise BadInput(f"the server refused: {error}") from None
+            raise to_bad_input(error, ", ".join(servers)) from None
     records = [_record(path, result) for path, result in results]
     print(json.dumps(records, indent=1) if options.json else _table(results))
     failed = [record for record in records if "error" in record]

@@ -39,8 +39,13 @@ class ServedVersions:
 
     @property
     def default(self) -> int:
-        """The number of the version for requests that name none: the stable one, or without that label the latest."""
-        return self.labels.get(STABLE) or max(self.versions, key=lambda number: (number not in self.aside, number))
+        """The number of the version for requests that name none: the stable one, or without that label the latest.
+
+        0 if none is served.
+        """
+        if STABLE in self.labels:
+            return self.labels[STABLE]
+        return max(self.versions, key=lambda number: (number not in self.aside, number), default=0)
 
 
 class ModelRegistry:

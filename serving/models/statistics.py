@@ -59,17 +59,18 @@ class TrackedRequest:
     Attributes:
         span: Its span in a trace, if it is traced.
         find_id: Returns its id.
+        arrived_ns: When it began, on the clock of `time.perf_counter_ns`.
         images: Its images, uint8 [n, height, width, 3], once they are decoded.
         decode_ns: Time to decode them, in nanoseconds.
         answer: Its result, once it is answered.
         error: Why it failed, once it has.
     """
 
-    __slots__ = ("_arrived", "_statistics", "answer", "decode_ns", "error", "find_id", "images", "span")
+    __slots__ = ("_statistics", "answer", "arrived_ns", "decode_ns", "error", "find_id", "images", "span")
 
     def __init__(self, statistics: Statistics, span: Any, find_id: Callable[[], str]) -> None:
         self._statistics, self.span, self.find_id = statistics, span, find_id
-        self._arrived = time.perf_counter_ns()
+        self.arrived_ns = time.perf_counter_ns()
         self.decode_ns = 0
         self.images: Images | None = None
         self.answer: BatchResult | None = None
@@ -86,7 +87,7 @@ class TrackedRequest:
 
     def elapsed_ns(self) -> int:
         """Return the time since its arrival, in nanoseconds."""
-        return time.perf_counter_ns() - self._arrived
+        return time.perf_counter_ns() - self.arrived_ns
 
     def end(self, answer: BatchResult) -> None:
         """Count it as answered."""

@@ -109,7 +109,8 @@ class Agreement:
             np.add.at(self._images, classes, 1)
             np.add.at(self._same, classes[is_same], 1)
             self._max_difference = max(self._max_difference, difference.difference)
-            if len(self._worst) < WORST or difference.rank > self._worst[-1].rank:
+            is_among_them = len(self._worst) < WORST or difference.rank > self._worst[-1].rank
+            if difference.difference and is_among_them:
                 self._keep(difference, images[index])
 
     def counts(self) -> AgreementCounts:

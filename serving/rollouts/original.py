@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -21,8 +20,6 @@ import numpy as np
 from export.answering import ANSWER, ERROR, IMAGES, MODEL, VARIABLES
 from export.manifest import Manifest
 from resnet import BadInput
-from serving.models.registry import ModelRegistry
-from serving.rollouts.others import Other, ShadowFailed
 from serving.runtimes.base import Images, Probabilities
 
 COMMAND = sys.executable, "-P", "-m", "export.answering"  # -P: a folder `export` where the server runs is not ours
@@ -35,95 +32,63 @@ END_SECONDS = 10.0
 SHOWN = 500  # characters of an error
 
 
-def check(recorded: Manifest) -> None:
-    """Check that the original of a version can be computed here.
-
-    Raises:
-        BadInput: The version has none, or Keras or TensorFlow is not installed.
-    """
-    for name in NEEDED:
-        if not find_spec(name):
-            raise BadInput(f"a shadow of the Keras original needs {name}; install resnet with its extra 'original'")
-    if MODEL not in recorded.files:
-        raise BadInput(f"{recorded.model}/{recorded.version} has no Keras original; export the model again")
-
-
-class Originals:
-    """Finds the Keras original of the default version of a model."""
-
-    def __init__(self, models: ModelRegistry, name: str, folder: Path) -> None:
-        """Look for versions of a model in its folder; a process starts with the first images."""
-        self._models, self._name, self._process = models, name, OriginalProcess(folder)
-
-    def __call__(self, version: int) -> Other | None:
-        """As in `FindOther`."""
-        served = self._models.get(self._name)
-        if version not in served.versions or version != served.default:
-            return None
-        return Original(self._process, served.versions[version].manifest)
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.close()
-
-
-@dataclass
-class Original:
-    """The Keras original of one version, as `Other`."""
-
-    process: OriginalProcess
-    recorded: Manifest
-    chunk: int = 8
-
-    def compute(self, images: Images) -> Probabilities | None:
-        """As in `Other`."""
-        return self.process.compute(self.recorded, images)
+class OriginalError(Exception):
+    """The Keras original cannot compute; the message says why."""
 
 
 class OriginalProcess:
-    """Computes by the Keras originals of a model's versions, on one core, while the machine has nothing else to do.
+    """Computes by the Keras original of a version, on one core, while the machine has nothing else to do.
 
-    The process starts with the first images, and again if the version changes. If it ends, or gives no answer in
-    `ANSWER_SECONDS`, the next images after `PAUSE_SECONDS` start it again. It ends with the server, however that ends.
+    The process starts with the first images. If it ends, or gives no answer in `ANSWER_SECONDS`, the next images after
+    `PAUSE_SECONDS` start it again. It ends with the server, however that ends.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Prepare to start it, for a model in REPOSITORY/NAME."""
-        self._folder = folder
-        self._recorded: Manifest | None = None
+    def __init__(self, folder: Path, recorded: Manifest) -> None:
+        """Prepare to start it.
+
+        Args:
+            folder: REPOSITORY/NAME/VERSION.
+            recorded: The manifest of the version that is served; another one in its folder is not loaded.
+        """
+        self._folder, self._recorded = folder, recorded
         self._child: _Child | None = None
         self._busy = threading.Lock()  # held while images are computed
         self._closed = False
         self._problem, self._next_start = "", 0.0
 
-    def compute(self, recorded: Manifest, images: Images) -> Probabilities | None:
-        """Return the answers of an original, unless it is not loaded yet, or closed. One thread calls it.
-
-        Args:
-            recorded: The manifest of the version that is served; another one in its folder is not loaded.
-            images: uint8 [n, height, width, 3].
-
-        Returns:
-            float32 [n, classes].
+    def check(self) -> None:
+        """Check that the original can be computed here.
 
         Raises:
-            ShadowFailed: It cannot be computed, or could not less than `PAUSE_SECONDS` ago.
+            BadInput: The version has none, or Keras or TensorFlow is not installed.
+        """
+        for name in NEEDED:
+            if not find_spec(name):
+                raise BadInput(f"a shadow of the Keras original needs {name}; install resnet with its extra 'original'")
+        if MODEL not in self._recorded.files:
+            raise BadInput(f"{self._folder} has no Keras original; export the model again")
+
+    def compute(self, images: Images) -> Probabilities | None:
+        """Map uint8 [n, height, width, 3] to float32 [n, classes]. One thread calls it, and lives as long.
+
+        Returns:
+            None while it is loaded, and once it is closed.
+
+        Raises:
+            OriginalError: It cannot compute, or could not less than `PAUSE_SECONDS` ago.
         """
         with self._busy:
-            if self._recorded is None or recorded.digest != self._recorded.digest:
-                self._end()
-                self._recorded, self._next_start = recorded, 0.0
             if time.monotonic() < self._next_start:
-                raise ShadowFailed(self._problem)
+                raise OriginalError(self._problem)
             try:
-                return self._compute(recorded, images)
-            except ShadowFailed as error:
+                return self._compute(images)
+            except OriginalError as error:
                 self._end()
                 if self._closed:
                     return None
-                self._problem = f"the Keras original of {recorded.model}/{recorded.version} {error}"
+                self._problem = f"the Keras original of {self._recorded.model}/{self._recorded.version} {error}"
                 self._next_start = time.monotonic() + PAUSE_SECONDS
-                raise ShadowFailed(self._problem) from None
+                raise OriginalError(self._problem) from None
 
     def close(self) -> None:
         """End the process, also while it computes."""
@@ -133,13 +98,13 @@ class OriginalProcess:
         with self._busy:
             self._end()
 
-    def _compute(self, recorded: Manifest, images: Images) -> Probabilities | None:
+    def _compute(self, images: Images) -> Probabilities | None:
         if not self._child and not self._closed:
             try:
-                self._child = _Child(self._folder / str(recorded.version), recorded)
+                self._child = _Child(self._folder, self._recorded)
             except OSError as error:
-                raise ShadowFailed(f"cannot be started ({error.strerror})") from None
-        # `close` kills the child that it sees; else it was called before this line.
+                raise OriginalError(f"cannot be started ({error.strerror})") from None
+        # `close` kills the child that it sees; if it saw none, it was called before this line.
         if self._closed or not self._child or not self._child.is_loaded():
             return None
         return self._child.compute(images)
@@ -151,7 +116,7 @@ class OriginalProcess:
 
 
 class _Child:
-    """A running process; its errors are `ShadowFailed`, as the end of a sentence about the original."""
+    """A running process; its errors are `OriginalError`, as the end of a sentence about the original."""
 
     def __init__(self, folder: Path, recorded: Manifest) -> None:
         self._classes = len(recorded.labels)
@@ -183,9 +148,9 @@ class _Child:
             except TimeoutError:
                 if time.monotonic() < self._start_end:
                     return False
-                raise ShadowFailed(f"was not loaded in {START_SECONDS:g} s") from None
+                raise OriginalError(f"was not loaded in {START_SECONDS:g} s") from None
             except OSError:
-                raise ShadowFailed(self._explain_end()) from None
+                raise OriginalError(self._explain_end()) from None
             self._receive(0)
             self._loaded = True
         return True
@@ -197,9 +162,9 @@ class _Child:
             self._socket.sendall(IMAGES.pack(*images.shape[:3]))
             self._socket.sendall(np.ascontiguousarray(images).data)
         except TimeoutError:
-            raise ShadowFailed(f"took no images in {ANSWER_SECONDS:g} s") from None
+            raise OriginalError(f"took no images in {ANSWER_SECONDS:g} s") from None
         except OSError:
-            raise ShadowFailed(self._explain_end()) from None
+            raise OriginalError(self._explain_end()) from None
         return self._receive(len(images))
 
     def kill(self) -> None:
@@ -218,12 +183,12 @@ class _Child:
         try:
             shape, expected = ANSWER.unpack(self._read(ANSWER.size)), (images, self._classes)
             if shape != expected:
-                raise ShadowFailed(f"gave an answer of shape {list(shape)}, not {list(expected)}")
+                raise OriginalError(f"gave an answer of shape {list(shape)}, not {list(expected)}")
             return np.frombuffer(self._read(4 * math.prod(shape)), "<f4").reshape(shape)
         except TimeoutError:
-            raise ShadowFailed(f"gave no answer in {ANSWER_SECONDS:g} s") from None
+            raise OriginalError(f"gave no answer in {ANSWER_SECONDS:g} s") from None
         except OSError:
-            raise ShadowFailed(self._explain_end()) from None
+            raise OriginalError(self._explain_end()) from None
 
     def _read(self, size: int) -> bytes:
         content = self._answers.read(size)

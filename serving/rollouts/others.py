@@ -1,14 +1,17 @@
-"""What a shadow compares with: another served version, or whatever else computes."""
+"""What a shadow compares with: another served version, or the Keras original of the one that answers."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from serving.errors import ServingError
 from serving.models.model import Model
 from serving.models.registry import ModelRegistry
+from serving.rollouts.original import OriginalError, OriginalProcess
 from serving.runtimes.base import Images, Probabilities
 from serving.scheduling.batcher import Batcher
 from serving.scheduling.queue import BatchResult, Outcome
@@ -36,8 +39,20 @@ class Other(Protocol):
         ...
 
 
-FindOther = Callable[[int], Other | None]
-"""Returns what computes the requests that a version has answered; None if they are not compared."""
+class Others(Protocol):
+    """Finds what computes the requests that a version has answered."""
+
+    def covers(self, version: int, /) -> bool:
+        """Return whether the requests that a version has answered are compared; callers wait for this."""
+        ...
+
+    def find(self, version: int, /) -> Other | None:
+        """Return what computes them; None if they are no longer compared."""
+        ...
+
+    def close(self) -> None:
+        """Compute nothing more."""
+        ...
 
 
 class OtherVersion:
@@ -71,8 +86,25 @@ class OtherVersion:
         return outcome.probabilities
 
 
+class OtherOriginal:
+    """The Keras original of a version, in a process of its own."""
+
+    chunk = 8
+
+    def __init__(self, process: OriginalProcess) -> None:
+        """Compute with that process."""
+        self._process = process
+
+    def compute(self, images: Images) -> Probabilities | None:
+        """As in `Other`."""
+        try:
+            return self._process.compute(images)
+        except OriginalError as error:
+            raise ShadowFailed(str(error)) from None
+
+
 class ServedOthers:
-    """Finds another served version, by the number of the one that answered."""
+    """Other served versions, by the number of the one that answered."""
 
     def __init__(self, models: ModelRegistry, name: str, find_number: Callable[[int], int | None]) -> None:
         """Look for versions of a model.
@@ -80,18 +112,74 @@ class ServedOthers:
         Args:
             models: The served models.
             name: Name of the model.
-            find_number: Returns the number of the other version.
+            find_number: Returns the number of the other version; None compares nothing.
         """
         self._models, self._name, self._find_number = models, name, find_number
         self._found: dict[int, tuple[Model, OtherVersion]] = {}
 
-    def __call__(self, version: int) -> Other | None:
-        """As in `FindOther`."""
+    def covers(self, version: int) -> bool:
+        """As in `Others`."""
         number = self._find_number(version)
-        model = self._models.get(self._name).versions.get(number or 0)
-        if number is None or model is None or number == version:
+        return number is not None and number != version and number in self._models.get(self._name).versions
+
+    def find(self, version: int) -> Other | None:
+        """As in `Others`."""
+        number = self._find_number(version)
+        if number is None or number == version:
+            return None
+        model = self._models.get(self._name).versions.get(number)
+        if model is None:
+            self._found.pop(number, None)
             return None
         found = self._found.get(number)
         if found is None or found[0] is not model:  # it was loaded again
             found = self._found[number] = model, OtherVersion(model.batcher)
         return found[1]
+
+    def close(self) -> None:
+        """As in `Others`."""
+        self._found.clear()
+
+
+class Originals:
+    """The Keras original of the default version of a model."""
+
+    def __init__(self, models: ModelRegistry, name: str, folder: Path) -> None:
+        """Look for it in the folder of the model.
+
+        Raises:
+            BadInput: The default version has none, or Keras or TensorFlow is not installed.
+        """
+        self._models, self._name, self._folder = models, name, folder
+        self._lock = threading.Lock()
+        self._closed = False
+        served = models.get(name)
+        self._found = self._prepare(served.versions[served.default])
+        self._found[1].check()
+
+    def covers(self, version: int) -> bool:
+        """As in `Others`."""
+        served = self._models.get(self._name)
+        return version in served.versions and version == served.default
+
+    def find(self, version: int) -> Other | None:
+        """As in `Others`; the process starts with the first images."""
+        model = self._models.get(self._name).versions.get(version)
+        if model is None or not self.covers(version):
+            return None
+        with self._lock:
+            if self._closed:
+                return None
+            if self._found[0] is not model:  # another version is the default now
+                self._found[1].close()
+                self._found = self._prepare(model)
+            return OtherOriginal(self._found[1])
+
+    def close(self) -> None:
+        """End the process."""
+        with self._lock:
+            self._closed = True
+            self._found[1].close()
+
+    def _prepare(self, model: Model) -> tuple[Model, OriginalProcess]:
+        return model, OriginalProcess(self._folder / str(model.version), model.manifest)

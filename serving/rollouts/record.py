@@ -41,18 +41,23 @@ class RolloutSettings(GuardSettings):
             BadInput: One is out of range.
         """
         steps = self.steps
-        if not steps or steps[-1] != 100 or steps[0] < 0 or sorted(set(steps)) != [*steps]:
+        if (
+            not steps
+            or steps[-1] != 100
+            or not all(0 <= step <= 100 for step in steps)
+            or sorted(set(steps)) != [*steps]
+        ):
             given = ",".join(f"{step:g}" for step in steps)
             raise BadInput(f"the steps are percentages that grow from 0 or more to 100, as in 1,5,25,100; not {given}")
-        for name, low, high in (
-            ("hold_seconds", 0, 1e6),
-            ("min_agreement", 0, 1),
-            ("max_failures", 0, 1),
-            ("max_slowdown", 1, 1e3),
-            ("min_requests", 1, 1e9),
+        for name, value, low, high in (
+            ("hold_seconds", self.hold_seconds, 0, 1e6),
+            ("min_agreement, in percent,", 100 * self.min_agreement, 0, 100),
+            ("max_failures, in points,", 100 * self.max_failures, 0, 100),
+            ("max_slowdown", self.max_slowdown, 1, 1e3),
+            ("min_requests", self.min_requests, 1, 1e9),
         ):
-            if not low <= getattr(self, name) <= high:
-                raise BadInput(f"{name} must be from {low:g} to {high:g}, not {getattr(self, name):g}")
+            if not low <= value <= high:
+                raise BadInput(f"{name} must be from {low:g} to {high:g}, not {value:g}")
 
 
 class RolloutRecord(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

@@ -50,7 +50,8 @@ class Rollout:
         labels = models.get(record.model).versions[record.version].manifest.labels
         pair = {record.stable: record.version, record.version: record.stable}
         self.shadow = Shadow(Agreement(labels, images), ServedOthers(models, record.model, pair.get), is_idle)
-        self._traffic = Traffic([record.stable, record.version])
+        # A version that computes for the shadow answers later meanwhile, most of all the new one.
+        self._traffic = Traffic([record.stable, record.version], self.shadow.overlaps)
         self._step_began = 0.0
         self._before = 0, 0  # images compared before this step, and those with the same class
         self._answered, self._failed = record.answered, record.failed  # before this step
@@ -106,12 +107,14 @@ class Rollout:
         checks = [guard.check_agreement(int(counts.same.sum()) - same, int(counts.images.sum()) - images, settings)]
         if record.percent:
             canary, stable = self._traffic.count(record.version), self._traffic.count(record.stable)
-            checks += [guard.check_requests(canary, settings), guard.check_failures(canary, stable, settings)]
+            failures = guard.check_failures(canary, stable, settings)
+            is_early = self.seconds(now) < min(SETTLE_SECONDS, settings.hold_seconds)
+            if record.percent == 100 and failures.verdict == "broken" and is_early:
+                # The stable version has no requests at the same time, which would have failed in the same moments.
+                failures = failures._replace(verdict="undecided")
+            checks += [guard.check_requests(canary, settings), failures]
             if record.percent < 100:
                 checks += [guard.check_median(canary, stable, settings), guard.check_tail(canary, stable, settings)]
-            elif self.seconds(now) < min(SETTLE_SECONDS, settings.hold_seconds):
-                # The stable version has no requests at the same time, which would have failed in the same moments.
-                checks[-1] = checks[-1]._replace(verdict="undecided")
         return checks
 
     def count(self) -> None:

@@ -25,7 +25,7 @@ from serving.rollouts.rollout import Rollout, check_pair, list_open
 from serving.rollouts.shadow import Shadow
 from serving.threads import start_vital
 
-TICK_SECONDS = 0.2  # between two looks of the guard
+LOOK_SECONDS = 0.2  # between two looks of the guard
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ class Rollouts:
         watcher: Watcher,
         is_idle: Callable[[], bool],
         keep_images: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Watch nothing yet: `start` does.
 
@@ -74,7 +75,9 @@ class Rollouts:
             watcher: Loads versions, and sets labels.
             is_idle: As in `Shadow`.
             keep_images: Folder for the images that are answered most differently; None keeps none.
+            clock: Returns the time by which steps last, in seconds.
         """
+        self._clock = clock
         self._models, self._watcher, self._is_idle, self._keep_images = models, watcher, is_idle, keep_images
         self._lock = threading.Lock()
         self._running: dict[str, _Running] = {}
@@ -83,7 +86,15 @@ class Rollouts:
         self._wake, self._closed = threading.Event(), False
 
     def start(self) -> None:
-        """Go on with what another process left in order, and watch from now on.
+        """Watch the rollouts on a thread of its own.
+
+        Raises:
+            BadInput: The process may have no further thread.
+        """
+        start_vital(self._run, "rollouts")
+
+    def resume(self) -> None:
+        """Go on with the rollouts that a process left in order, and roll back those of one that did not end so.
 
         Raises:
             BadInput: The process may have no further thread.
@@ -92,7 +103,6 @@ class Rollouts:
             with suppress(ServingError, OSError):
                 folder, _ = self._watcher.find_folder(name)
                 self._resume(name, folder)
-        start_vital(self._run, "rollouts")
 
     def close(self) -> None:
         """End in order: rollouts go on when the server is started again."""
@@ -103,13 +113,15 @@ class Rollouts:
                 running.rollout.count()
                 self._write(running)
                 running.rollout.shadow.close()
+                running.lock.release()
+            self._running.clear()
         self._wake.set()
 
-    def tick(self, now: float) -> None:
-        """Look at each rollout once; `now` is the time in seconds."""
+    def look(self) -> None:
+        """Ask the guard about each rollout once, and do what it says."""
         with self._lock:
             for name in list(self._running):
-                self._look(name, now)
+                self._look(name)
 
     def roll_out(self, name: str, version: int, settings: RolloutSettings) -> None:
         """Start to roll a version out.
@@ -168,7 +180,7 @@ class Rollouts:
             running = self._running.get(name)
             if running is None:
                 return self._ended.get(name)
-            rollout, now = running.rollout, time.monotonic()
+            rollout, now = running.rollout, self._clock()
             rollout.count()
             seconds, hold = rollout.seconds(now), rollout.record.settings.hold_seconds
             waits_for = list_open(running.checks) or f"the step lasts {hold:g} s"
@@ -176,16 +188,16 @@ class Rollouts:
 
     def _run(self) -> None:
         while not self._closed:
-            self._wake.wait(TICK_SECONDS if self._running else None)
+            self._wake.wait(LOOK_SECONDS if self._running else None)
             self._wake.clear()
             try:
-                self.tick(time.monotonic())
+                self.look()
             except Exception:  # the next look may succeed
                 log.exception("a look at the rollouts failed")
 
-    def _look(self, name: str, now: float) -> None:
+    def _look(self, name: str) -> None:
         """Ask the guard about a rollout, and do what it says. The lock is held."""
-        running = self._running[name]
+        running, now = self._running[name], self._clock()
         rollout, record = running.rollout, running.rollout.record
         if reason := rollout.find_end():
             self._roll_back(name, reason)
@@ -212,7 +224,7 @@ class Rollouts:
         images = None if self._keep_images is None else ImageFolder(self._keep_images / record.model)
         rollout = Rollout(record, self._models, self._is_idle, images)
         with self._lock:
-            rollout.begin(time.monotonic())
+            rollout.begin(self._clock())
             self._running[record.model] = _Running(rollout, folder, lock)
             self._remark(record)
 
@@ -234,9 +246,8 @@ class Rollouts:
         self._models.split(name, None)  # at once; all else can wait
         record, worst = running.rollout.record, running.rollout.shadow.agreement.counts().worst
         record.state, record.reason = "rolled_back", reason
-        differing = [one for one in worst if one.difference]
-        if differing:
-            record.reason += f"; the requests that differ most: {', '.join(map(str, differing))}"
+        if worst:
+            record.reason += f"; the requests that differ most: {', '.join(map(str, worst))}"
         self._end(name)
         log.error("%s/%d was %s", name, record.version, record.describe())
 
@@ -244,7 +255,7 @@ class Rollouts:
         """Record how a rollout ended. The lock is held."""
         running = self._running.pop(name)
         rollout, record = running.rollout, running.rollout.record
-        seconds = rollout.seconds(time.monotonic())
+        seconds = rollout.seconds(self._clock())
         record.ended = time.time()
         rollout.end()
         self._ended[name] = RolloutStatus(record, seconds, running.checks, rollout.shadow, "")

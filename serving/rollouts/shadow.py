@@ -17,7 +17,7 @@ from resnet import BadInput
 from serving.models.statistics import TrackedRequest
 from serving.rollouts.agreement import Agreement
 from serving.rollouts.idle import IdleCapacity
-from serving.rollouts.others import FindOther, ShadowFailed
+from serving.rollouts.others import Other, Others, ShadowFailed
 from serving.runtimes.base import Images, Probabilities
 
 MAX_IMAGES = 256  # that wait; the images of one request beyond these are not compared
@@ -54,7 +54,7 @@ class Shadow:
     def __init__(
         self,
         agreement: Agreement,
-        find_other: FindOther,
+        others: Others,
         is_idle: Callable[[], bool],
         percent: float = 100.0,
     ) -> None:
@@ -62,20 +62,21 @@ class Shadow:
 
         Args:
             agreement: Counts how the answers compare.
-            find_other: Finds what to compare with.
+            others: What to compare with.
             is_idle: Returns whether the server has nothing else to do.
             percent: Share of the requests, 0 to 100.
 
         Raises:
             BadInput: The process may have no further thread.
         """
-        self.agreement, self._find_other, self._is_idle = agreement, find_other, is_idle
+        self.agreement, self._others, self._is_idle = agreement, others, is_idle
         self._share = percent / 100
         self._queue: SimpleQueue[ShadowedRequest | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._waiting = self._dropped = self._failed = 0  # images
         self._problem = ""
         self._capacity = IdleCapacity()
+        self._is_computing, self._computed_ns = False, 0
         self._closed = threading.Event()
         try:
             threading.Thread(target=self._run, name="shadow", daemon=True).start()
@@ -86,7 +87,7 @@ class Shadow:
         """Take a request that was answered."""
         if request.answer is None or request.images is None or random.random() >= self._share:
             return
-        if self._find_other(request.version) is None:
+        if not self._others.covers(request.version):
             return
         images, given = request.images[:MAX_IMAGES], request.answer.probabilities[:MAX_IMAGES]
         with self._lock:
@@ -101,10 +102,15 @@ class Shadow:
         with self._lock:
             return ShadowCounts(self._dropped, self._failed, self._problem)
 
+    def overlaps(self, request: TrackedRequest) -> bool:
+        """Return whether something was computed for the shadow while a request lasted, which ends now."""
+        return self._is_computing or self._computed_ns >= request.arrived_ns
+
     def close(self) -> None:
         """Compare nothing more."""
         self._closed.set()
         self._queue.put(None)
+        self._others.close()
 
     def _run(self) -> None:
         while (request := self._queue.get()) is not None and not self._closed.is_set():
@@ -115,11 +121,10 @@ class Shadow:
             except ShadowFailed as error:
                 failed, problem = len(request.images), str(error)
             except Exception as error:  # the next request may be compared
-                log.exception("a shadow failed")
                 failed, problem = len(request.images), f"{type(error).__name__}: {error}"
+            if problem and problem != self._problem:
+                log.warning("answers cannot be compared: %s", problem)
             with self._lock:
-                if problem and not self._problem:
-                    log.warning("the shadow of %s cannot compare: %s", request.request_id, problem)
                 self._problem = problem
                 self._waiting -= len(request.images)
                 self._failed += failed
@@ -130,20 +135,30 @@ class Shadow:
         """Compare the answers for as many images as idle capacity allows, and return for how many."""
         done = 0
         while done < len(request.images):
-            other = self._find_other(request.version)
+            other = self._others.find(request.version)
             if other is None or not self._wait_until_idle(request.arrived + MAX_WAIT_SECONDS):
                 break
             part = slice(done, done + other.chunk)
-            start = time.monotonic()
-            answers = other.compute(request.images[part])
+            answers = self._compute(other, request.images[part])
             if answers is None:
                 continue
-            self._capacity.record(start, time.monotonic())
+            if answers.shape != request.given[part].shape:
+                raise ShadowFailed(f"version {request.version} has other classes than the one that it is compared with")
             self.agreement.add(
                 request.request_id, request.version, request.images[part], request.given[part], answers, done
             )
             done += len(answers)
         return done
+
+    def _compute(self, other: Other, images: Images) -> Probabilities | None:
+        start, self._is_computing = time.monotonic(), True
+        try:
+            answers = other.compute(images)
+        finally:
+            self._computed_ns, self._is_computing = time.perf_counter_ns(), False
+        if answers is not None:
+            self._capacity.record(start, time.monotonic())
+        return answers
 
     def _wait_until_idle(self, end: float) -> bool:
         """Wait for the next moment in which a batch may be computed; return False if there is none until `end`."""

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resnet import BadInput
-from serving.errors import InvalidRequest, NotFound, ServingError
+from serving.errors import FailedPrecondition, InvalidRequest, NotFound, ServingError
 from serving.models.registry import ModelRegistry
 from serving.models.watcher import Watcher
-from serving.rollouts import original
 from serving.rollouts.agreement import Agreement
 from serving.rollouts.images import ImageFolder
-from serving.rollouts.original import Originals
-from serving.rollouts.others import FindOther, ServedOthers
+from serving.rollouts.others import Originals, Others, ServedOthers
 from serving.rollouts.rollout import check_pair
 from serving.rollouts.shadow import Shadow
 
@@ -43,13 +41,11 @@ class OpenShadow:
         settings: As it was asked for.
         shadow: Compares the answers.
         held: Number of the version that is served for it; 0 if none is.
-        close: Ends what computes the other answers.
     """
 
     settings: ShadowSettings
     shadow: Shadow
     held: int
-    close: Callable[[], None]
 
 
 def parse(text: str) -> Mapping[str, ShadowSettings]:
@@ -133,32 +129,32 @@ class Shadows:
         served = self._models.get(name)
         if not served.versions:
             raise NotFound(f"model {name!r} is not served")
-        stable, held, other = served.versions[served.default], 0, settings.other
+        stable, other = served.versions[served.default], settings.other
+        is_number = other.isascii() and other.isdecimal()
+        number = int(other[:19]) if is_number else served.labels.get(other, 0)
         if other == ORIGINAL:
-            original.check(stable.manifest)
-            originals = Originals(self._models, name, folder)
-            find_other: FindOther = originals
-        elif other.isascii() and other.isdecimal():
-            held = int(other[:19])
-            find_other = ServedOthers(self._models, name, lambda _: held)
-        elif other in served.labels:
-            find_other = ServedOthers(self._models, name, lambda _: self._models.get(name).labels.get(other))
-        else:
+            others: Others = Originals(self._models, name, folder)
+        elif not is_number and not number:
             raise NotFound(f"model {name!r} has no version or label {other!r}")
-        version = self._watcher.hold(name, held) if held else stable
+        elif number == stable.version:
+            raise FailedPrecondition(f"version {number} of model {name!r} answers by itself; compare it with another")
+        elif is_number:
+            others = ServedOthers(self._models, name, lambda _: number)
+        else:
+            others = ServedOthers(self._models, name, lambda _: self._models.get(name).labels.get(other))
+        version = self._watcher.hold(name, number) if is_number else served.versions.get(number, stable)
         try:
             check_pair(version, stable)
             images = None if self._keep_images is None else ImageFolder(self._keep_images / name)
-            shadow = Shadow(Agreement(stable.manifest.labels, images), find_other, self._is_idle, settings.percent)
+            shadow = Shadow(Agreement(stable.manifest.labels, images), others, self._is_idle, settings.percent)
         except (ServingError, BadInput):
-            if held:
-                self._watcher.release(name, held)
+            if is_number:
+                self._watcher.release(name, number)
             raise
-        return OpenShadow(settings, shadow, held, originals.close if other == ORIGINAL else lambda: None)
+        return OpenShadow(settings, shadow, number if is_number else 0)
 
     def _end(self, name: str, opened: OpenShadow) -> None:
         self._models.unfollow(name, opened.shadow)
         opened.shadow.close()
-        opened.close()
         if opened.held:
             self._watcher.release(name, opened.held)

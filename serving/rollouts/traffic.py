@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -19,9 +19,18 @@ LATENCIES = 5000  # that are kept of each version
 class Traffic:
     """Observes the requests for a model, and counts those for each of some versions."""
 
-    def __init__(self, versions: Sequence[int]) -> None:
-        """Begin with nothing counted."""
-        self._lock = threading.Lock()
+    def __init__(
+        self,
+        versions: Sequence[int],
+        is_disturbed: Callable[[TrackedRequest], bool] = lambda request: False,  # noqa: ARG005
+    ) -> None:
+        """Begin with nothing counted.
+
+        Args:
+            versions: Numbers of the versions.
+            is_disturbed: Returns whether the latency of a request that ends says nothing about its version.
+        """
+        self._lock, self._is_disturbed = threading.Lock(), is_disturbed
         self._counters = {version: _Counter() for version in versions}
 
     def end(self, request: TrackedRequest) -> None:
@@ -32,7 +41,8 @@ class Traffic:
         with self._lock:
             if request.answer is not None:
                 counter.answered += 1
-                counter.latencies.append((request.elapsed_ns(), time.monotonic()))
+                if not self._is_disturbed(request):
+                    counter.latencies.append((request.elapsed_ns(), time.monotonic()))
             elif is_failure(request.error):
                 counter.failed += 1
 

@@ -81,5 +81,6 @@ def test_panels_have_their_own_place_and_number(dashboard: dict[str, Any]) -> No
 
 def expressions(dashboard: dict[str, Any]) -> list[str]:
     """Return all that is asked of Prometheus."""
-    variables = [variable["definition"] for variable in dashboard["templating"]["list"] if "definition" in variable]
-    return [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]] + variables
+    queries = [variable["query"] for variable in dashboard["templating"]["list"] if variable["type"] == "query"]
+    targets = [target for panel in dashboard["panels"] if panel["type"] != "row" for target in panel["targets"]]
+    return [target["expr"] for target in targets] + [query["query"] for query in queries]

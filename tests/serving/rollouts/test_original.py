@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import grpc
@@ -19,19 +18,12 @@ from numpy.typing import NDArray
 
 from benchmarks.harness.process import serve
 from export import manifest
-from export.manifest import Manifest
 from protos import admin_pb2
 from protos.admin_pb2_grpc import AdminStub
 from resnet import BadInput
 from serving.client import Client
-from serving.config import Compute
-from serving.models import loader
-from serving.models.registry import ModelRegistry
-from serving.models.watcher import Watcher
 from serving.rollouts import original
-from serving.rollouts.original import Original, OriginalProcess, Originals
-from serving.rollouts.others import ShadowFailed
-from serving.rollouts.shadows import Shadows, ShadowSettings
+from serving.rollouts.original import OriginalError, OriginalProcess
 from serving.runtimes.base import Images, Probabilities
 from tests.versions import list_file, write_version
 
@@ -56,19 +48,14 @@ AVERAGE = "write(read().mean(axis=(1, 2)))"
 @pytest.fixture
 def version(tmp_path: Path) -> Path:
     """The folder of a version with a file in the place of the Keras original."""
-    return make_version(tmp_path / "models" / "colors" / "1")
-
-
-def make_version(folder: Path) -> Path:
-    """Write a version with its number in the place of the Keras original."""
-    write_version(folder)
-    list_file(folder, "model.keras", folder.name.encode())
+    folder = write_version(tmp_path / "models" / "colors" / "1")
+    list_file(folder, "model.keras", b"model")
     return folder
 
 
-def wait_for_answers(process: OriginalProcess, recorded: Manifest, images: Images) -> Probabilities:
+def wait_for_answers(process: OriginalProcess, images: Images) -> Probabilities:
     """Compute images as soon as the original is loaded."""
-    while (answers := process.compute(recorded, images)) is None:
+    while (answers := process.compute(images)) is None:
         pass
     return answers
 
@@ -77,7 +64,7 @@ class FakeOriginals:
     """Code that runs in the place of the original, and how often it was started."""
 
     def __init__(self, version: Path, patch: pytest.MonkeyPatch) -> None:
-        self.process, self.recorded = OriginalProcess(version.parent), manifest.read(version)
+        self.process = OriginalProcess(version, manifest.read(version))
         self._patch, self._log = patch, version.parents[2] / "started"
 
     def run(self, code: str, load: str = "") -> None:
@@ -92,11 +79,11 @@ class FakeOriginals:
 
     def compute(self, images: Images = IMAGES) -> Probabilities:
         """Return the answers to images."""
-        return wait_for_answers(self.process, self.recorded, images)
+        return wait_for_answers(self.process, images)
 
     def fail(self, images: Images = IMAGES) -> str:
         """Return why images cannot be computed."""
-        with pytest.raises(ShadowFailed) as caught:
+        with pytest.raises(OriginalError) as caught:
             self.compute(images)
         return str(caught.value).removeprefix("the Keras original of colors/1 ")
 
@@ -113,17 +100,17 @@ def test_the_original_is_computed(
     repository: Path, heldout: tuple[NDArray[np.uint8], NDArray[np.int32]], probabilities: NDArray[np.float32]
 ) -> None:
     """It answers what it did at the export; when it is closed, its process is gone."""
-    recorded, images = manifest.read(repository / "digits" / "1"), heldout[0]
-    original.check(recorded)
-    process = OriginalProcess(repository / "digits")
+    folder, images = repository / "digits" / "1", heldout[0]
+    process = OriginalProcess(folder, manifest.read(folder))
+    process.check()
     for start, end in ((0, 1), (1, 4), (4, 40)):
-        answers = wait_for_answers(process, recorded, images[start:end])
+        answers = wait_for_answers(process, images[start:end])
         np.testing.assert_allclose(answers, probabilities[start:end], atol=1e-5)
     child = process._child
     process.close()
     assert child
     assert child._process.returncode == -signal.SIGKILL
-    assert process.compute(recorded, images[:1]) is None
+    assert process.compute(images[:1]) is None
 
 
 @pytest.mark.slow
@@ -159,8 +146,8 @@ def test_nobody_waits_while_it_loads(fake: FakeOriginals, tmp_path: Path) -> Non
     """The images have to, in the meantime."""
     os.mkfifo(tmp_path / "load")
     fake.run(AVERAGE, load=f"open({str(tmp_path / 'load')!r}).read()")
-    assert fake.process.compute(fake.recorded, IMAGES) is None
-    assert fake.process.compute(fake.recorded, IMAGES) is None
+    assert fake.process.compute(IMAGES) is None
+    assert fake.process.compute(IMAGES) is None
     (tmp_path / "load").write_text("")
     np.testing.assert_allclose(fake.compute(), IMAGES.mean(axis=(1, 2)))
     assert fake.starts == 1
@@ -173,53 +160,20 @@ def test_one_that_is_never_loaded_is_killed(fake: FakeOriginals, monkeypatch: py
     assert fake.fail() == "was not loaded in 0 s"
 
 
-def test_another_version_has_another_original(fake: FakeOriginals, version: Path) -> None:
-    """Its process takes the place of the one before, also if that could not start a moment ago."""
-    number = "images = read(); write(np.full((len(images), 3), float(open(sys.argv[1] + '/model.keras').read())))"
-    second = manifest.read(make_version(version.with_name("2")))
-    fake.run(f"while True: {number}")
-    assert fake.compute()[0, 0] == 1
-    assert wait_for_answers(fake.process, second, IMAGES)[0, 0] == 2
-    fake.run("sys.exit(1)")
-    fake.fail()
-    fake.run(f"while True: {number}")
-    assert wait_for_answers(fake.process, second, IMAGES)[0, 0] == 2
+@pytest.mark.parametrize("missing", ["keras", "tensorflow"])
+def test_keras_must_be_installed(fake: FakeOriginals, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else whoever asks for the comparison is told so, before any process starts."""
+    monkeypatch.setattr(original, "find_spec", lambda name: None if name == missing else object())
+    with pytest.raises(BadInput, match=f"needs {missing}; install resnet with its extra 'original'"):
+        fake.process.check()
 
 
-def test_the_original_of_the_default_version_is_found(version: Path) -> None:
-    """Requests that another version answered are not compared."""
-    load = partial(loader.load, compute=Compute(device="cpu", tune=False, prove="off"))
-    models = ModelRegistry([load(version), load(make_version(version.with_name("2")))])
-    originals = Originals(models, "colors", version.parent)
-    found = originals(2)
-    assert isinstance(found, Original)
-    assert found.recorded.version == 2
-    assert originals(1) is None
-    assert originals(3) is None
-
-
-def test_what_cannot_be_compared_is_refused(version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before any process starts: Keras is missing, or the version has no original by its manifest."""
-    recorded = manifest.read(version)
-    for missing in ("keras", "tensorflow"):
-        monkeypatch.setattr(original, "find_spec", lambda name, missing=missing: None if name == missing else object())
-        with pytest.raises(BadInput, match=f"needs {missing}; install resnet with its extra 'original'"):
-            original.check(recorded)
+def test_the_version_must_have_an_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its manifest."""
     monkeypatch.setattr(original, "find_spec", lambda _: object())
-    original.check(recorded)
-    del recorded.files["model.keras"]
+    folder = write_version(tmp_path / "colors" / "1")
     with pytest.raises(BadInput, match="colors/1 has no Keras original; export the model again"):
-        original.check(recorded)
-
-
-def test_a_shadow_without_keras_is_refused(version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At once, in place of a failure for each request."""
-    monkeypatch.setattr(original, "find_spec", lambda _: None)
-    models = ModelRegistry()
-    watcher = Watcher(version.parents[1], models, partial(loader.load, compute=Compute(device="cpu", prove="off")))
-    watcher.start()
-    with pytest.raises(BadInput, match="a shadow of the Keras original needs keras"):
-        Shadows(models, watcher, lambda: True).set("colors", ShadowSettings("original"))
+        OriginalProcess(folder, manifest.read(folder)).check()
 
 
 def test_the_server_loads_neither_keras_nor_tensorflow() -> None:
@@ -231,10 +185,10 @@ def test_the_server_loads_neither_keras_nor_tensorflow() -> None:
 
 def test_only_the_served_version_is_loaded(version: Path) -> None:
     """Another one in its folder is not."""
-    recorded = manifest.read(version)
+    process = OriginalProcess(version, manifest.read(version))
     list_file(version, "model.keras", b"other")
-    with pytest.raises(ShadowFailed, match=r"colors/1 ended with exit code 2: .*/colors/1 was replaced"):
-        wait_for_answers(OriginalProcess(version.parent), recorded, IMAGES)
+    with pytest.raises(OriginalError, match=r"colors/1 ended with exit code 2: .*/colors/1 was replaced"):
+        wait_for_answers(process, IMAGES)
 
 
 def test_a_package_of_the_same_name_is_not_run(version: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,8 +197,8 @@ def test_a_package_of_the_same_name_is_not_run(version: Path, tmp_path: Path, mo
     (tmp_path / "export" / "__init__.py").write_text("raise SystemExit('mine')")
     monkeypatch.chdir(tmp_path)
     (version / "model.keras").unlink()
-    with pytest.raises(ShadowFailed, match="model.keras cannot be read"):
-        wait_for_answers(OriginalProcess(version.parent), manifest.read(version), IMAGES)
+    with pytest.raises(OriginalError, match="model.keras cannot be read"):
+        wait_for_answers(OriginalProcess(version, manifest.read(version)), IMAGES)
 
 
 @pytest.mark.parametrize(
@@ -335,7 +289,7 @@ def test_closing_interrupts_a_computation(fake: FakeOriginals, tmp_path: Path) -
     with ThreadPoolExecutor() as threads:
 
         def compute() -> Probabilities | None:
-            while (answers := fake.process.compute(fake.recorded, IMAGES)) is None and not fake.process._closed:
+            while (answers := fake.process.compute(IMAGES)) is None and not fake.process._closed:
                 pass
             return answers
 
@@ -343,5 +297,5 @@ def test_closing_interrupts_a_computation(fake: FakeOriginals, tmp_path: Path) -
         (tmp_path / "computes").read_text()
         fake.process.close()
         assert answers.result() is None
-    assert fake.process.compute(fake.recorded, IMAGES) is None
+    assert fake.process.compute(IMAGES) is None
     assert fake.process._child is None
