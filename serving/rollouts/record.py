@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +18,9 @@ from serving.errors import REQUEST_ID
 from serving.rollouts.guard import GuardSettings
 
 NAME = ".rollout.json"  # hidden, so that nobody takes it for a version or a label
+
+HEADER = re.compile("[a-z0-9_.-]{1,100}")
+MAX_STEPS = 100
 
 State = Literal["running", "paused", "done", "rolled_back"]
 
@@ -35,29 +40,31 @@ class RolloutSettings(GuardSettings):
     header: str = REQUEST_ID
 
     def __post_init__(self) -> None:
-        """GuardCheck the numbers.
+        """Check the settings.
 
         Raises:
-            BadInput: One is out of range.
+            BadInput: One is out of range, or the header cannot be one.
         """
         steps = self.steps
-        if (
-            not steps
-            or steps[-1] != 100
-            or not all(0 <= step <= 100 for step in steps)
-            or sorted(set(steps)) != [*steps]
-        ):
+        if len(steps) > MAX_STEPS:
+            raise BadInput(f"a rollout has at most {MAX_STEPS} steps, not {len(steps):,}")
+        if not steps or steps[-1] != 100 or not all(0 <= low < high for low, high in pairwise(steps)):
             given = ",".join(f"{step:g}" for step in steps)
             raise BadInput(f"the steps are percentages that grow from 0 or more to 100, as in 1,5,25,100; not {given}")
-        for name, value, low, high in (
-            ("hold_seconds", self.hold_seconds, 0, 1e6),
-            ("min_agreement, in percent,", 100 * self.min_agreement, 0, 100),
-            ("max_failures, in points,", 100 * self.max_failures, 0, 100),
-            ("max_slowdown", self.max_slowdown, 1, 1e3),
-            ("min_requests", self.min_requests, 1, 1e9),
+        if not HEADER.fullmatch(self.header):
+            raise BadInput(
+                f"{self.header[:100]!r} is no name of a header, such as x-user; gRPC allows a-z, 0-9, _, . and -"
+            )
+        for name, low, high, form in (
+            ("hold_seconds", 0, 1e6, "g"),
+            ("min_agreement", 0, 1, ".1%"),
+            ("max_failures", 0, 1, ".1%"),
+            ("max_slowdown", 1, 1e3, "g"),
+            ("min_requests", 1, 1e9, "g"),
         ):
+            value = getattr(self, name)
             if not low <= value <= high:
-                raise BadInput(f"{name} must be from {low:g} to {high:g}, not {value:g}")
+                raise BadInput(f"{name} must be from {low:{form}} to {high:{form}}, not {value:{form}}")
 
 
 class RolloutRecord(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

@@ -91,14 +91,16 @@ class Rollout:
     def find_end(self) -> str | None:
         """Return why the rollout cannot go on, whatever the guard says; None if it can."""
         record, served = self.record, self._models.get(self.record.model)
-        for number in (record.version, record.stable):
-            if number not in served.versions:
-                return f"version {number} is no longer served"
+        labelled = served.labels.get(STABLE, 0)
+        if record.version not in served.versions:
+            return f"version {record.version} is no longer served"
         if served.versions[record.version].manifest.digest != record.digest:
             return f"the files of version {record.version} have changed"
-        if (labelled := served.labels.get(STABLE)) != record.stable:
-            return f"the label {STABLE!r} was {f'moved to version {labelled}' if labelled else 'removed'}"
-        return None
+        if labelled not in (0, record.stable):
+            return f"the label {STABLE!r} was moved to version {labelled}"
+        if record.stable not in served.versions:
+            return f"version {record.stable} is no longer served"
+        return None if labelled else f"the label {STABLE!r} was removed"
 
     def check(self, now: float) -> list[GuardCheck]:
         """Return what the guard says of this step; `now` as in `advance`."""
@@ -135,7 +137,7 @@ class Rollout:
 
 
 def check_pair(model: Model, stable: Model) -> None:
-    """GuardCheck that the answers of two versions can be compared.
+    """Check that the answers of two versions can be compared.
 
     Raises:
         FailedPrecondition: They take other images, or have other classes.

@@ -246,8 +246,9 @@ class Rollouts:
         self._models.split(name, None)  # at once; all else can wait
         record, worst = running.rollout.record, running.rollout.shadow.agreement.counts().worst
         record.state, record.reason = "rolled_back", reason
-        if worst:
-            record.reason += f"; the requests that differ most: {', '.join(map(str, worst))}"
+        differing = [one for one in worst if one.answer != one.other_answer]
+        if differing:
+            record.reason += f"; the requests that differ most: {', '.join(map(str, differing))}"
         self._end(name)
         log.error("%s/%d was %s", name, record.version, record.describe())
 
@@ -286,6 +287,7 @@ class Rollouts:
                     raise FailedPrecondition(f"the files of version {record.version} have changed")
                 check_pair(model, self._find_stable(name))
                 record.state = "running"
+                self._write_first(record, folder)  # as if it began now: if the server is killed, the rollout ends
                 self._begin(record, folder, lock)
             except ServingError as error:
                 if held:

@@ -64,6 +64,7 @@ CHECKS = (
     AcceptanceCheck("signals", MODELS, {"rounds": 20}, TRANSPORTS),
     AcceptanceCheck("restarts", MODELS, {"requests": 5000, "restarts": 14}, TRANSPORTS),
     AcceptanceCheck("reloads", MODELS, {"reloads": 100}),
+    AcceptanceCheck("rollouts", MODELS, {"hold": 2}, TRANSPORTS),
     AcceptanceCheck("churn", MODELS, {"seconds": 60}),
     AcceptanceCheck("scarcity", MODELS, {"steps": 5}, TRANSPORTS),
     AcceptanceCheck("places", (*MODELS, "--run={run}")),

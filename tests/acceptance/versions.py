@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -20,15 +21,21 @@ from export.reference import Reference
 
 MODEL = "model.onnx"
 
+GraphChange = Callable[[onnx.ModelProto], None]
+"""Changes a graph in place."""
 
-def publish(source: Path, folder: Path, labels: Sequence[str] = ()) -> NDArray[np.float32]:
-    """Copy a version, give its classes other biases by the number that it gets, and return its answers.
+
+def publish(
+    source: Path, folder: Path, change: GraphChange | None = None, labels: Sequence[str] = ()
+) -> NDArray[np.float32]:
+    """Copy a version, change its ONNX graph, and return its answers.
 
     The files that stay the same are links. The certificate says that the original is what the new ONNX file computes.
 
     Args:
         source: Folder of a version.
         folder: REPOSITORY/NAME/VERSION to make; it appears complete, by a rename.
+        change: What to change; None gives the classes other biases, by the number of the version.
         labels: Other names of the classes.
 
     Returns:
@@ -38,7 +45,9 @@ def publish(source: Path, folder: Path, labels: Sequence[str] = ()) -> NDArray[n
     shutil.copytree(source, staged, copy_function=link)
     for name in (MODEL, manifest.NAME, reference.NAME):
         (staged / name).unlink()  # a link to the original, which must not change
-    onnx.save(_shift(onnx.load(source / MODEL), int(folder.name)), staged / MODEL)
+    graph = onnx.load(source / MODEL)
+    (change or partial(_shift, int(folder.name)))(graph)
+    onnx.save(graph, staged / MODEL)
     original = manifest.read(source)
     stored = reference.load(source, original)
     answers = compute(staged, stored.images)
@@ -83,7 +92,7 @@ def _certify(certificate: Certificate, stored: Reference, answers: NDArray[np.fl
     return msgspec.structs.replace(certificate, accuracy=accuracy, variants=variants)
 
 
-def _shift(model: onnx.ModelProto, number: int) -> onnx.ModelProto:
+def _shift(number: int, model: onnx.ModelProto) -> None:
     """Add `number`, modulo 7, to the logit of each class in turn: the answers differ, and stay probabilities."""
     classes = model.graph.output[0].type.tensor_type.shape.dim[-1].dim_value
     biases = [tensor for tensor in model.graph.initializer if list(tensor.dims) == [classes]]
@@ -93,4 +102,3 @@ def _shift(model: onnx.ModelProto, number: int) -> onnx.ModelProto:
     values = numpy_helper.to_array(bias).copy()
     values[number % classes] += 1 + number % 7
     bias.CopyFrom(numpy_helper.from_array(values, bias.name))
-    return model

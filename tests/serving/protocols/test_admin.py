@@ -214,7 +214,7 @@ def test_the_status_says_what_runs(site: Site, transport: Transport) -> None:
         (
             lambda admin: start(admin, 2, pb.RolloutSettings(min_agreement=120)),
             "INVALID_ARGUMENT",
-            "min_agreement, in percent, must be from 0 to 100, not 120",
+            "min_agreement must be from 0.0% to 100.0%, not 120.0%",
         ),
         (
             lambda admin: admin.StopRollout(pb.StopRolloutRequest(model=NAME)),
