@@ -159,8 +159,7 @@ class Originals:
 
     def covers(self, version: int) -> bool:
         """As in `Others`."""
-        served = self._models.get(self._name)
-        return version in served.versions and version == served.default
+        return version == self._models.get(self._name).default
 
     def find(self, version: int) -> Other | None:
         """As in `Others`; the process starts with the first images."""
