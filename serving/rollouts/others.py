@@ -95,7 +95,7 @@ class OtherOriginal:
         """Compute with that process."""
         self._process = process
 
-    def compute(self, images: Images) -> Probabilities:
+    def compute(self, images: Images) -> Probabilities | None:
         """As in `Other`."""
         try:
             return self._process.compute(images)
