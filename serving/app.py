@@ -6,12 +6,12 @@ import dataclasses
 import logging
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from export import signature
-from resnet import BadInput
+from resnet import CheckFailed
 from resnet.tokens import read_tokens
 from serving import logs, process, threads
 from serving.config import Config
@@ -22,7 +22,7 @@ from serving.models.registry import ModelRegistry
 from serving.models.watcher import Watcher
 from serving.rollouts.images import ImageFolder
 from serving.rollouts.rollouts import Rollouts
-from serving.rollouts.shadows import Shadows
+from serving.rollouts.shadows import Shadows, ShadowSettings
 from serving.rollouts.shadows import parse as parse_shadows
 from serving.server import Server
 from serving.signals import Signals
@@ -51,10 +51,18 @@ def serve(config: Config) -> None:
         tracing = start_tracing(config)
         registry = ModelRegistry()
         load, policies = make_loader(config, tracing), version_policy.parse(config.versions)
+        wanted = parse_shadows(config.shadow or "")
         watcher = Watcher(config.repository, registry, load, policies)
-        if not signals.run(lambda: watcher.start(config.strict)):
-            return
         shadows, rollouts = make_rollouts(config, registry, watcher)
+
+        def load_all() -> None:
+            watcher.start(config.strict)
+            open_shadows(shadows, wanted, config.strict)
+            rollouts.resume()
+
+        if not signals.run(load_all):
+            return
+        rollouts.start()
         server = Server(
             registry,
             config.host,
@@ -150,10 +158,10 @@ def make_loader(config: Config, tracing: Tracing | None = None) -> Callable[[Pat
 
 
 def make_rollouts(config: Config, registry: ModelRegistry, watcher: Watcher) -> tuple[Shadows, Rollouts]:
-    """Open the shadows of --shadow, and go on with the rollouts that an earlier server left in order.
+    """Return what compares the versions of the server.
 
     Raises:
-        BadInput: A shadow cannot be opened, or the folder of --keep-images cannot be written.
+        BadInput: The folder of --keep-images cannot be written.
     """
     if config.keep_images:
         ImageFolder(config.keep_images)
@@ -162,15 +170,24 @@ def make_rollouts(config: Config, registry: ModelRegistry, watcher: Watcher) -> 
         return not any(model.batcher.is_busy for model in registry)
 
     shadows = Shadows(registry, watcher, is_idle, config.keep_images)
-    for name, settings in parse_shadows(config.shadow or "").items():
+    return shadows, Rollouts(registry, watcher, is_idle, config.keep_images)
+
+
+def open_shadows(shadows: Shadows, wanted: Mapping[str, ShadowSettings], strict: bool) -> None:
+    """Open the shadows of --shadow; one that cannot be opened costs a warning, or with `strict` the start.
+
+    Raises:
+        BadInput: Keras is missing for a comparison with the original.
+        CheckFailed: With `strict`, one cannot be opened.
+    """
+    for name, settings in wanted.items():
         try:
             shadows.set(name, settings)
         except ServingError as error:
-            raise BadInput(f"--shadow {name}={settings.other}: {error}") from None
-    rollouts = Rollouts(registry, watcher, is_idle, config.keep_images)
-    rollouts.resume()
-    rollouts.start()
-    return shadows, rollouts
+            problem = f"--shadow {name}={settings.other}: {error}"
+            if strict:
+                raise CheckFailed(f"--strict: {problem}") from None
+            log.warning("%s; nothing is compared", problem)
 
 
 def serve_metrics(

@@ -118,9 +118,9 @@ class Shadows:
                 self._open[name] = opened
 
     def close(self) -> None:
-        """End all."""
-        for name in list(self._open):
-            self.set(name, None)
+        """Compare nothing more; this waits for nothing that is being loaded."""
+        for opened in list(self._open.values()):
+            opened.shadow.close()
 
     def _start(self, name: str, settings: ShadowSettings) -> OpenShadow:
         if not 0 < settings.percent <= 100:

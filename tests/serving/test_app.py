@@ -36,6 +36,17 @@ def test_serve_says_what_it_serves_and_ends_on_a_signal(repository: Path, number
     assert process.returncode == 0
 
 
+def test_a_shadow_that_cannot_be_opened_costs_only_itself(repository: Path) -> None:
+    """A version may be removed between two starts; --strict accepts nothing that is missing."""
+    warning = "--shadow digits=7: the repository has no version 7 of model 'digits'; it has [1]"
+    with serve(repository, "--no-tune", "--no-strict", "--shadow=digits=7") as server:
+        assert server.address
+    assert any(line.rstrip().endswith(f"{warning}; nothing is compared") for line in server.errors)
+    with serve(repository, "--no-tune", "--shadow=digits=7") as server, pytest.raises(BadInput) as caught:
+        assert server.address
+    assert str(caught.value).endswith(f"--strict: {warning}")
+
+
 def test_serving_loads_no_tensorflow() -> None:
     """Server, client and command line work in an environment that has neither TensorFlow nor Keras."""
     code = """
@@ -55,6 +66,8 @@ print([name for name in ("tensorflow", "keras", "onnx", "matplotlib", "sklearn")
         (["{models}", "--port", "{used}"], "the port is in use"),
         (["{models}", "--host", "256.0.0.1", "--port", "0"], "the server cannot listen on 256.0.0.1:0"),
         (["{models}", "--device", "cuda"], "--device cuda"),
+        (["{models}", "--shadow", "digits"], "'digits' is no shadow; write NAME=VERSION:PERCENT, as in digits=3:10"),
+        (["{models}", "--keep-images", "{models}/digits/1/labels.txt/x"], "cannot be written: Not a directory"),
         (["{models}", "--device", "cuda", "--runtime", "openvino"], "--runtime openvino computes on the CPU"),
     ],
 )
