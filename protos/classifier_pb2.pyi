@@ -48,7 +48,9 @@ class ClassifyRequest(_message.Message):
     model: _builtins.str
     """Name of the model; may be empty if the server has only one."""
     version: _builtins.int
-    """Version of the model; 0 is the version that has the label or, without a label, the latest version."""
+    """Version of the model; 0 is the version that has the label or, without a label, the default: the version with the label
+    `stable`, or without such a version the latest.
+    """
     top_k: _builtins.int
     """Classes to return for each image, the most probable first; 0 returns 5, or all if the model has fewer."""
     version_label: _builtins.str

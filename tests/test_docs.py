@@ -27,6 +27,7 @@ from PIL import Image
 from benchmarks.harness.process import ServerProcess
 from resnet import cli
 from tests.acceptance.certificates import issue
+from tests.serving.models.test_watcher import add
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -37,6 +38,7 @@ SHORT = {
     "load": ["--seconds=0.2", "--rounds=1", "--warm-up=0.1"],
     "tune": ["--max-batch=2"],
     "serve": ["--port=0", "--no-tune"],
+    "rollout": ["--detach"],  # nobody sends requests
 }
 CLASSES = ("cat", "dog", "cow", "hen", "fox", "owl", "bee")
 COMMAND = re.compile(r"^(?:[A-Z_]+=\S+ )?(?:resnet|python|openssl|model_signing|make|pip) .*$", re.MULTILINE)
@@ -116,7 +118,7 @@ class Reader:
     def _call(self, name: str, words: list[str]) -> None:
         target = words.pop() if ">" in words else None
         words = [word for word in words if word != ">"]
-        if name == "classify" and "--server" not in words:
+        if name in ("classify", "rollout") and "--server" not in words:
             words += ["--server", self._find_address()]
         words = ["digits" if word == "cifar10" else word for word in words]  # which Keras would download
         with pytest.MonkeyPatch.context() as patch:
@@ -167,6 +169,7 @@ def reader(run: Path, repository: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     shutil.copytree(run, "demo/runs/digits")
     shutil.copytree(repository, "models")
+    add(tmp_path / "models", 2)
     make_images(tmp_path)
     make_models(tmp_path)
     authority = issue("authority")

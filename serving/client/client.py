@@ -81,7 +81,7 @@ class Client:
             images: Files or pixels.
             top_k: Classes to return for each image; 0 returns 5, or all if the model has fewer.
             model: Name of the model; may be empty if the server has only one.
-            version: Version number, or a label such as "stable"; 0 is the latest version.
+            version: Version number, or a label such as "stable"; 0 is the server's default.
             timeout: Seconds until the client gives up; None waits forever.
 
         Raises:

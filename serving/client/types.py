@@ -84,7 +84,7 @@ class ClassifyOptions:
     Attributes:
         top_k: Classes to return for each image; 0 returns 5, or all if the model has fewer.
         model: Name of the model; may be empty if the server has only one.
-        version: Version number, or a label; 0 is the latest version.
+        version: Version number, or a label; 0 is the server's default.
 
     Raises:
         ValueError: `top_k` or `version` are out of range.

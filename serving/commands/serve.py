@@ -1,7 +1,10 @@
 """Serve the models of a repository over gRPC: the latest version of each, or those that --versions names.
 
-A new version takes over once it is loaded and checked; SIGHUP scans for one at once. Each option can also be set by an
-environment variable (RESNET_PORT for --port) or a key of a TOML file; --print-config writes such a file.
+A new version takes over once it is loaded and checked; SIGHUP scans for one at once. If a version has the label
+`stable`, requests that name none go to it, and `resnet rollout` brings another one in its place.
+
+Each option can also be set by an environment variable (RESNET_PORT for --port) or a key of a TOML file; --print-config
+writes such a file.
 
 Examples:
   resnet serve models

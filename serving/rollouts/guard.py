@@ -21,6 +21,7 @@ Verdict = Literal["undecided", "passed", "broken"]
 # 3.3 (one side: 0.05 %) ends fewer than one of a hundred rollouts of an equal version. 1.645 is 95 % on one side.
 BREAKS, PASSES = 3.3, 1.645
 MIN_IMAGES = MIN_REQUESTS = 50  # before these, one chance difference weighs too much
+MIN_FAILURES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,7 @@ def check_failures(canary: TrafficCounts, stable: TrafficCounts, settings: Guard
     total, others = canary.answered + canary.failed, stable.answered + stable.failed
     share, usual = wilson(canary.failed, total, BREAKS), wilson(stable.failed, others, BREAKS)
     detail = f"{canary.failed:,} of {total:,} requests failed, {stable.failed:,} of {others:,} of the stable version"
-    if share.low > usual.high + settings.max_failures:
+    if canary.failed >= MIN_FAILURES and share.low > usual.high + settings.max_failures:
         allowed = f"at most {usual.high:.2%} + {settings.max_failures:.2%} are allowed"
         return GuardCheck("failures", "broken", f"{detail}: at least {share.low:.2%}, {allowed}")
     return GuardCheck("failures", "passed", detail)
