@@ -3,9 +3,9 @@
     python -m export.answering REPOSITORY/NAME/VERSION DIGEST
 
 loads the original of this version, whose manifest must have this digest, and answers frames of images on stdin with
-frames on stdout. The first answer, to no images, says that it is loaded. It ends when stdin does. It computes while the
-machine has nothing else to do, and in the environment `VARIABLES` on one thread. What fails is one line on stderr, and
-an exit code above 0.
+frames on stdout. The first answer, to no images, says that it is loaded. It ends when stdin does, and with the thread
+that started it. It computes while the machine has nothing else to do, and in the environment `VARIABLES` on one thread.
+What fails is one line on stderr, and an exit code above 0.
 
 A frame of images is `IMAGES` and uint8 [n, height, width, 3], an answer `ANSWER` and float32 [n, classes], all
 little-endian. Loading this module needs no TensorFlow.
@@ -14,8 +14,12 @@ little-endian. Loading this module needs no TensorFlow.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import io
 import math
 import os
+import select
+import signal
 import struct
 import sys
 from contextlib import suppress
@@ -46,6 +50,7 @@ VARIABLES = {
 NICEST = 19
 ERROR = "error"  # begins the line that says what failed
 FIRST_TO_KILL = "1000"
+PR_SET_PDEATHSIG = 1  # from prctl.h
 
 
 def main() -> None:
@@ -58,12 +63,28 @@ def main() -> None:
     args = parser.parse_args()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
+    images = os.fdopen(os.dup(sys.stdin.fileno()), "rb")
+    end_with_parent()
+    if has_ended(images):  # with a process that ended before the line above
+        return
     yield_to_others()
     cli.set_variables()
     recorded = manifest.read(args.folder)
     if recorded.digest != args.digest:
         raise BadInput(f"{args.folder} was replaced by another version")
-    answer(sys.stdin.buffer, answers, load(args.folder, recorded), recorded)
+    answer(images, answers, load(args.folder, recorded), recorded)
+
+
+def end_with_parent() -> None:
+    """Have Linux end this process with the thread that started it, as it reads nothing while it loads."""
+    with suppress(AttributeError):  # another system has no such function
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def has_ended(file: io.BufferedReader) -> bool:
+    """Return whether a pipe has an end, and nothing before it."""
+    readable, _, _ = select.select([file], [], [], 0)
+    return bool(readable) and not file.peek(1)
 
 
 def yield_to_others() -> None:

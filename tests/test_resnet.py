@@ -115,6 +115,7 @@ def test_the_wheel_runs_in_an_empty_environment(wheel: Path, repository: Path, a
     shown = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert shown == "False\n"
     assert resnet("classify", str(image), "--server", address).returncode == 0
+    assert resnet("status", address).returncode == 0
     refused = resnet("demo")
     assert (refused.returncode, "with its extra 'all'" in refused.stderr) == (2, True)
     install("[serving]")

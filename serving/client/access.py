@@ -14,7 +14,7 @@ from resnet.files import read_file
 from resnet.options import option
 from resnet.tokens import read_tokens
 from serving.client.channel import CallMetadata, Tls
-from serving.errors import DeadlineExceeded, ServingError, Unavailable
+from serving.errors import DeadlineExceeded, ServingError, Unauthenticated, Unavailable
 
 
 class CallerAccess(NamedTuple):
@@ -80,4 +80,6 @@ def to_bad_input(error: ServingError, server: str) -> BadInput:
             return BadInput(f"no server answers at {server} ({error}); start one with `resnet serve`")
         case DeadlineExceeded():
             return BadInput(f"the server at {server} did not answer in time")
+        case Unauthenticated():
+            return BadInput(f"the server refused: {error}; give the file with its token as --token-file")
     return BadInput(f"the server refused: {error}")

@@ -42,7 +42,7 @@ class RolloutArguments:
     version: int | None = option(None, "version to roll out", low=1, metavar="VERSION", positional=True)
     stop: bool = option(False, "roll the running rollout back")
     detach: bool = option(False, "start the rollout, and do not wait for its end")
-    server: str = option(DEFAULT_SERVER, "HOST:PORT or unix:PATH")
+    server: str = option(DEFAULT_SERVER, "server address, or unix:PATH", metavar="HOST:PORT")
     steps: tuple[float, ...] = option(
         (),
         "shares of the requests in percent, ascending to 100; 0 compares answers without sending any "
@@ -53,7 +53,7 @@ class RolloutArguments:
     hold: str = option("", "least time of a step, such as 30s, 10m or 1h (default: 60s)", metavar="TIME")
     by: str = option("", "header whose value decides which version answers (default: x-request-id)", metavar="HEADER")
     min_agreement: float | None = option(
-        None, "least share of images with the same class, in percent (default: 99)", high=100, metavar="PERCENT"
+        None, "least share of images with the same class, in percent (default: 99)", high=99.99, metavar="PERCENT"
     )
     max_failures: float | None = option(
         None,

@@ -48,6 +48,7 @@ class Watcher:
         self._policies = {"": VersionPolicy(), **(policies or {})}
         self._unloaded: set[str] = set()
         self._held: Counter[tuple[str, int]] = Counter()
+        self._held_lock = threading.Lock()
         self._problems: dict[str, str] = {}
         self._loaded: dict[tuple[str, int], Hashable] = {}
         self._refused: dict[tuple[str, int], Hashable] = {}
@@ -147,20 +148,24 @@ class Watcher:
             folder, available = self.find_folder(name)
             if number not in available:
                 raise NotFound(f"the repository has no version {number} of model {name!r}; it has {available}")
-            self._held[name, number] += 1
+            with self._held_lock:
+                self._held[name, number] += 1
             self._models.set_aside(name, number)
             self._refused.pop((name, number), None)  # it may have been refused for what was mended since
             problem = self._update(folder, self._find_policy(name), retry=False)
             served = self._models.get(name)
             if number not in served.versions:
-                self._held[name, number] -= 1
+                self.release(name, number)
                 reason = served.refusals.get(number) or problem
                 raise FailedPrecondition(f"version {number} of model {name!r} cannot be served: {reason}")
             return served.versions[number]
 
     def release(self, name: str, number: int) -> None:
-        """Take back a `hold`: after the last one, a version is served no longer than the policy of its model says."""
-        with self._lock:
+        """Take back a `hold`: after the last one, a version is served no longer than the policy of its model says.
+
+        This waits for nothing that is being loaded.
+        """
+        with self._held_lock:
             self._held[name, number] -= 1
 
     def label(self, name: str, label: str, number: int) -> None:

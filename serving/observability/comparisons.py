@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from serving.models.registry import ModelRegistry
 from serving.rollouts.guard import PASSES, wilson
-from serving.rollouts.rollouts import Rollouts
+from serving.rollouts.rollouts import WORST, Rollouts
 from serving.rollouts.shadow import Shadow
 from serving.rollouts.shadows import Shadows
 
 LABELS = ("model", "version")
+OTHERS = ("model", "other", "source")  # the source is a shadow or a rollout
 
 
 class ComparisonsCollector(Collector):
@@ -25,9 +26,9 @@ class ComparisonsCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Return the metrics."""
-        images = CounterMetricFamily("resnet_shadow_images", "Images to compare", labels=("model", "other", "result"))
+        images = CounterMetricFamily("resnet_shadow_images", "Images to compare", labels=(*OTHERS, "result"))
         difference = GaugeMetricFamily(
-            "resnet_shadow_max_difference", "Largest difference of a probability", labels=("model", "other")
+            "resnet_shadow_max_difference", "Largest difference of a probability", labels=OTHERS
         )
         percent = GaugeMetricFamily("resnet_rollout_percent", "Share of the requests", labels=LABELS)
         agreement = GaugeMetricFamily(
@@ -38,22 +39,25 @@ class ComparisonsCollector(Collector):
         )
         for name in self._models.names():
             if opened := self._shadows.find(name):
-                _add_shadow(images, difference, name, opened.settings.other, opened.shadow)
+                _add_shadow(images, difference, [name, opened.settings.other, "shadow"], opened.shadow)
             if not (status := self._rollouts.find(name)):
                 continue
             record, labels = status.record, [name, str(status.record.version)]
-            info.add_metric([*labels, str(record.stable), record.state, record.reason], 1)
+            reason = record.reason.partition(WORST)[0]  # ids of requests are no labels
+            info.add_metric([*labels, str(record.stable), record.state, reason], 1)
             if record.state == "running":
                 percent.add_metric(labels, record.percent)
             if status.shadow:
-                _add_shadow(images, difference, name, str(record.version), status.shadow)
+                _add_shadow(images, difference, [name, str(record.version), "rollout"], status.shadow)
                 counts = status.shadow.agreement.counts()
                 for bound, value in wilson(int(counts.same.sum()), int(counts.images.sum()), PASSES)._asdict().items():
                     agreement.add_metric([*labels, bound], value)
         return images, difference, percent, agreement, info
 
 
-def _add_shadow(images: Metric, difference: Metric, name: str, other: str, shadow: Shadow) -> None:
+def _add_shadow(
+    images: CounterMetricFamily, difference: GaugeMetricFamily, labels: Sequence[str], shadow: Shadow
+) -> None:
     compared, counts = shadow.agreement.counts(), shadow.counts()
     same = int(compared.same.sum())
     results = {
@@ -63,5 +67,5 @@ def _add_shadow(images: Metric, difference: Metric, name: str, other: str, shado
         "failed": counts.failed,
     }
     for result, value in results.items():
-        images.add_sample("resnet_shadow_images_total", {"model": name, "other": other, "result": result}, value)
-    difference.add_sample("resnet_shadow_max_difference", {"model": name, "other": other}, compared.max_difference)
+        images.add_metric([*labels, result], value)
+    difference.add_metric(labels, compared.max_difference)

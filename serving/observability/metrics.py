@@ -18,8 +18,8 @@
 | resnet_proof_seconds        | duration of that proof                                                    |
 | resnet_refused_info         | 1 for each version that was refused                                       |
 | resnet_default_info         | 1 for the version that answers requests that name none                    |
-| resnet_shadow_images_total  | images to compare with the version `other`, by `result`                   |
-| resnet_shadow_max_difference | largest difference of a probability from that version                    |
+| resnet_shadow_images_total  | images to compare with `other`, by `source` (shadow, rollout), `result`   |
+| resnet_shadow_max_difference | largest difference of a probability from `other`, by `source`            |
 | resnet_rollout_percent      | share of the requests that the version of a running rollout answers       |
 | resnet_rollout_agreement    | `bound` (low, high) of the share of images with the stable version's class |
 | resnet_rollout_info         | 1 for the running or last rollout, with `stable`, `state`, `reason`       |

@@ -86,7 +86,8 @@ def wilson(count: int, total: int, z: float) -> Interval:
     share, scale = count / total, 1 + z * z / total
     middle = (share + z * z / (2 * total)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
-    return Interval(max(0.0, middle - half), min(1.0, middle + half))
+    # Of none or all, one bound is 0 or 1, which rounding would miss.
+    return Interval(max(0.0, middle - half) if count else 0.0, min(1.0, middle + half) if count < total else 1.0)
 
 
 def check_agreement(same: int, images: int, settings: GuardSettings) -> GuardCheck:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -24,6 +25,7 @@ from serving.runtimes.base import Images, Probabilities
 COMMAND = sys.executable, "-P", "-m", "export.answering"  # -P: a folder `export` where the server runs is not ours
 NEEDED = "keras", "tensorflow"
 START_SECONDS = 600.0  # it loads in the idle time of a server that may have little
+LOOK_SECONDS = 0.1  # for which a look waits whether it is loaded
 ANSWER_SECONDS = 60.0
 PAUSE_SECONDS = 60.0
 END_SECONDS = 10.0
@@ -31,14 +33,14 @@ SHOWN = 500  # characters of an error
 
 
 class OriginalError(Exception):
-    """The Keras original gives no answer; the message says why."""
+    """The Keras original cannot compute; the message says why."""
 
 
 class OriginalProcess:
-    """Computes images by the Keras original of a version, on one core, and while the machine has nothing else to do.
+    """Computes by the Keras original of a version, on one core, while the machine has nothing else to do.
 
-    It starts with the first images, which takes seconds. If it ends, or gives no answer in `ANSWER_SECONDS`, the next
-    images after `PAUSE_SECONDS` start it again. It ends with this process, however that ends.
+    The process starts with the first images. If it ends, or gives no answer in `ANSWER_SECONDS`, the next images after
+    `PAUSE_SECONDS` start it again. It ends with the server, however that ends.
     """
 
     def __init__(self, folder: Path, recorded: Manifest) -> None:
@@ -62,17 +64,18 @@ class OriginalProcess:
         """
         for name in NEEDED:
             if not find_spec(name):
-                raise BadInput(
-                    f"a comparison with the Keras original needs {name}; install resnet with its extra 'original'"
-                )
+                raise BadInput(f"a shadow of the Keras original needs {name}; install resnet with its extra 'original'")
         if MODEL not in self._recorded.files:
-            raise BadInput(f"{self._folder} has no Keras original to compare with; export the model again")
+            raise BadInput(f"{self._folder} has no Keras original; export the model again")
 
-    def compute(self, images: Images) -> Probabilities:
-        """Map uint8 [n, height, width, 3] to float32 [n, classes]. One thread calls it.
+    def compute(self, images: Images) -> Probabilities | None:
+        """Map uint8 [n, height, width, 3] to float32 [n, classes]. One thread calls it, and lives as long.
+
+        Returns:
+            None while it is loaded, and once it is closed.
 
         Raises:
-            OriginalError: It gives no answer, or did not less than `PAUSE_SECONDS` ago; or it was closed.
+            OriginalError: It cannot compute, or could not less than `PAUSE_SECONDS` ago.
         """
         with self._busy:
             if time.monotonic() < self._next_start:
@@ -81,35 +84,30 @@ class OriginalProcess:
                 return self._compute(images)
             except OriginalError as error:
                 self._end()
-                reason = "is closed" if self._closed else error
-                self._problem = f"the Keras original of {self._recorded.model}/{self._recorded.version} {reason}"
+                if self._closed:
+                    return None
+                self._problem = f"the Keras original of {self._recorded.model}/{self._recorded.version} {error}"
                 self._next_start = time.monotonic() + PAUSE_SECONDS
                 raise OriginalError(self._problem) from None
 
     def close(self) -> None:
-        """End it, also while it computes."""
+        """End the process, also while it computes."""
         self._closed = True
         if child := self._child:
             child.kill()
         with self._busy:
             self._end()
 
-    def _compute(self, images: Images) -> Probabilities:
-        classes = len(self._recorded.labels)
-        self._check_open()
-        if not self._child:
+    def _compute(self, images: Images) -> Probabilities | None:
+        if not self._child and not self._closed:
             try:
-                self._child = _Child(self._folder, self._recorded.digest)
+                self._child = _Child(self._folder, self._recorded)
             except OSError as error:
                 raise OriginalError(f"cannot be started ({error.strerror})") from None
-            self._check_open()  # as `close` may have seen no child
-            self._child.receive(0, classes, START_SECONDS)
-        self._child.send(images)
-        return self._child.receive(len(images), classes, ANSWER_SECONDS)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise OriginalError
+        # `close` kills the child that it sees; if it saw none, it was called before this line.
+        if self._closed or not self._child or not self._child.is_loaded():
+            return None
+        return self._child.compute(images)
 
     def _end(self) -> None:
         if self._child:
@@ -120,7 +118,9 @@ class OriginalProcess:
 class _Child:
     """A running process; its errors are `OriginalError`, as the end of a sentence about the original."""
 
-    def __init__(self, folder: Path, digest: str) -> None:
+    def __init__(self, folder: Path, recorded: Manifest) -> None:
+        self._classes = len(recorded.labels)
+        self._loaded, self._start_end = False, time.monotonic() + START_SECONDS
         with ExitStack() as stack:
             self._errors = stack.enter_context(TemporaryFile())  # a pipe would have to be read all the time
             self._socket, theirs = map(stack.enter_context, socket.socketpair())
@@ -129,7 +129,7 @@ class _Child:
             # compete with the server as an equal: Linux shares the processor between sessions first, see autogroups
             # in sched(7).
             self._process = subprocess.Popen(
-                [*COMMAND, str(folder), digest],
+                [*COMMAND, str(folder), recorded.digest],
                 stdin=theirs.fileno(),
                 stdout=theirs.fileno(),
                 stderr=self._errors,
@@ -139,8 +139,24 @@ class _Child:
             theirs.close()
             self._files = stack.pop_all()
 
-    def send(self, images: Images) -> None:
-        """Send a batch."""
+    def is_loaded(self) -> bool:
+        """Return whether it is loaded, or will be within `LOOK_SECONDS`."""
+        if not self._loaded:
+            self._socket.settimeout(LOOK_SECONDS)
+            try:
+                self._socket.recv(1, socket.MSG_PEEK)
+            except TimeoutError:
+                if time.monotonic() < self._start_end:
+                    return False
+                raise OriginalError(f"was not loaded in {START_SECONDS:g} s") from None
+            except OSError:
+                raise OriginalError(self._explain_end()) from None
+            self._receive(0)
+            self._loaded = True
+        return True
+
+    def compute(self, images: Images) -> Probabilities:
+        """Return the answers to images."""
         self._socket.settimeout(ANSWER_SECONDS)
         try:
             self._socket.sendall(IMAGES.pack(*images.shape[:3]))
@@ -149,19 +165,7 @@ class _Child:
             raise OriginalError(f"took no images in {ANSWER_SECONDS:g} s") from None
         except OSError:
             raise OriginalError(self._explain_end()) from None
-
-    def receive(self, images: int, classes: int, seconds: float) -> Probabilities:
-        """Wait so many seconds for the answer to so many images."""
-        self._socket.settimeout(seconds)
-        try:
-            shape = ANSWER.unpack(self._read(ANSWER.size))
-            if shape != (images, classes):
-                raise OriginalError(f"gave an answer of shape {list(shape)}, not {[images, classes]}")
-            return np.frombuffer(self._read(4 * images * classes), "<f4").reshape(shape)
-        except TimeoutError:
-            raise OriginalError(f"gave no answer in {seconds:g} s") from None
-        except OSError:
-            raise OriginalError(self._explain_end()) from None
+        return self._receive(len(images))
 
     def kill(self) -> None:
         """End the process; whoever waits for its answer gets an error."""
@@ -172,6 +176,19 @@ class _Child:
         self._process.kill()
         self._process.wait()
         self._files.close()
+
+    def _receive(self, images: int) -> Probabilities:
+        """Wait for the answer to so many images."""
+        self._socket.settimeout(ANSWER_SECONDS)
+        try:
+            shape, expected = ANSWER.unpack(self._read(ANSWER.size)), (images, self._classes)
+            if shape != expected:
+                raise OriginalError(f"gave an answer of shape {list(shape)}, not {list(expected)}")
+            return np.frombuffer(self._read(4 * math.prod(shape)), "<f4").reshape(shape)
+        except TimeoutError:
+            raise OriginalError(f"gave no answer in {ANSWER_SECONDS:g} s") from None
+        except OSError:
+            raise OriginalError(self._explain_end()) from None
 
     def _read(self, size: int) -> bytes:
         content = self._answers.read(size)

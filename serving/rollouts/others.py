@@ -95,7 +95,7 @@ class OtherOriginal:
         """Compute with that process."""
         self._process = process
 
-    def compute(self, images: Images) -> Probabilities:
+    def compute(self, images: Images) -> Probabilities | None:
         """As in `Other`."""
         try:
             return self._process.compute(images)
@@ -116,6 +116,7 @@ class ServedOthers:
         """
         self._models, self._name, self._find_number = models, name, find_number
         self._found: dict[int, tuple[Model, OtherVersion]] = {}
+        self._closed = False
 
     def covers(self, version: int) -> bool:
         """As in `Others`."""
@@ -125,7 +126,7 @@ class ServedOthers:
     def find(self, version: int) -> Other | None:
         """As in `Others`."""
         number = self._find_number(version)
-        if number is None or number == version:
+        if number is None or number == version or self._closed:
             return None
         model = self._models.get(self._name).versions.get(number)
         if model is None:
@@ -137,8 +138,9 @@ class ServedOthers:
         return found[1]
 
     def close(self) -> None:
-        """As in `Others`."""
-        self._found.clear()
+        """As in `Others`; whoever keeps what was counted keeps no memory of an engine."""
+        self._closed = True
+        self._found = {}
 
 
 class Originals:

@@ -57,7 +57,7 @@ class RolloutSettings(GuardSettings):
             )
         for name, low, high, form in (
             ("hold_seconds", 0, 1e6, "g"),
-            ("min_agreement", 0, 1, ".1%"),
+            ("min_agreement", 0, 0.9999, ".2%"),  # no number of images shows more
             ("max_failures", 0, 1, ".1%"),
             ("max_slowdown", 1, 1e3, "g"),
             ("min_requests", 1, 1e9, "g"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from resnet import BadInput
-from serving.errors import FailedPrecondition, NotFound, ServingError
+from serving.errors import FailedPrecondition, NotFound, ServingError, Unavailable
 from serving.models.model import Model
 from serving.models.registry import STABLE, ModelRegistry
 from serving.models.watcher import Watcher
@@ -23,9 +23,10 @@ from serving.rollouts.images import ImageFolder
 from serving.rollouts.record import FolderLock, RolloutRecord, RolloutSettings
 from serving.rollouts.rollout import Rollout, check_pair, list_open
 from serving.rollouts.shadow import Shadow
-from serving.threads import start_vital
+from serving.threads import WorkerPool, start_vital
 
 LOOK_SECONDS = 0.2  # between two looks of the guard
+WORST = "; the requests that differ most: "
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class _Running:
     def __init__(self, rollout: Rollout, folder: Path, lock: FolderLock) -> None:
         self.rollout, self.folder, self.lock = rollout, folder, lock
         self.checks: tuple[GuardCheck, ...] = ()
+        self.is_finishing = False
 
 
 class Rollouts:
@@ -76,6 +78,9 @@ class Rollouts:
             is_idle: As in `Shadow`.
             keep_images: Folder for the images that are answered most differently; None keeps none.
             clock: Returns the time by which steps last, in seconds.
+
+        Raises:
+            BadInput: The process may have no further thread.
         """
         self._clock = clock
         self._models, self._watcher, self._is_idle, self._keep_images = models, watcher, is_idle, keep_images
@@ -84,6 +89,7 @@ class Rollouts:
         self._ended: dict[str, RolloutStatus] = {}
         self._starting: set[str] = set()  # models of which a version is being loaded
         self._wake, self._closed = threading.Event(), False
+        self._finisher = WorkerPool(1, "finish")  # setting a label waits while a version is loaded
 
     def start(self) -> None:
         """Watch the rollouts on a thread of its own.
@@ -120,8 +126,9 @@ class Rollouts:
     def look(self) -> None:
         """Ask the guard about each rollout once, and do what it says."""
         with self._lock:
-            for name in list(self._running):
-                self._look(name)
+            for name, running in list(self._running.items()):
+                if not running.is_finishing:
+                    self._look(name)
 
     def roll_out(self, name: str, version: int, settings: RolloutSettings) -> None:
         """Start to roll a version out.
@@ -151,8 +158,8 @@ class Rollouts:
                 )
                 try:
                     check_pair(model, stable)
-                    self._watcher.label(name, STABLE, stable.version)
                     self._write_first(record, folder)
+                    self._label_first(record, folder)
                     self._begin(record, folder, lock)
                 except BaseException:
                     self._watcher.release(name, version)
@@ -170,7 +177,7 @@ class Rollouts:
             NotFound: None runs.
         """
         with self._lock:
-            if name not in self._running:
+            if name not in self._running or self._running[name].is_finishing:
                 raise NotFound(f"no rollout of model {name!r} runs")
             self._roll_back(name, "by request")
 
@@ -208,12 +215,13 @@ class Rollouts:
                 broken = next(check for check in running.checks if check.verdict == "broken")
                 self._roll_back(name, f"{broken.name}: {broken.detail}")
             case "passed" if rollout.seconds(now) >= record.settings.hold_seconds:
-                if not rollout.advance(now):
-                    self._finish(name)
-                    return
-                self._write(running)
-                self._remark(record)
-                log.info("%s/%d %s", name, record.version, record.describe())
+                if rollout.advance(now):
+                    self._write(running)
+                    self._remark(record)
+                    log.info("%s/%d %s", name, record.version, record.describe())
+                else:
+                    running.is_finishing = True
+                    self._finisher.submit(self._finish, name, running)
 
     def _begin(self, record: RolloutRecord, folder: Path, lock: FolderLock) -> None:
         """Start a rollout whose versions are served.
@@ -228,16 +236,21 @@ class Rollouts:
             self._running[record.model] = _Running(rollout, folder, lock)
             self._remark(record)
 
-    def _finish(self, name: str) -> None:
-        """Make the new version the stable one. The lock is held."""
-        record = self._running[name].rollout.record
+    def _finish(self, name: str, running: _Running) -> None:
+        """Make the new version the stable one."""
+        record, problem = running.rollout.record, ""
         try:
             self._watcher.label(name, STABLE, record.version)
         except ServingError as error:
-            self._roll_back(name, str(error))
-            return
-        record.state = "done"
-        self._end(name)
+            problem = str(error)
+        with self._lock:
+            if self._running.get(name) is not running:
+                return  # the server ends
+            if problem:
+                self._roll_back(name, problem)
+                return
+            record.state = "done"
+            self._end(name)
         log.info("%s/%d is %s", name, record.version, record.describe())
 
     def _roll_back(self, name: str, reason: str) -> None:
@@ -248,7 +261,7 @@ class Rollouts:
         record.state, record.reason = "rolled_back", reason
         differing = [one for one in worst if one.answer != one.other_answer]
         if differing:
-            record.reason += f"; the requests that differ most: {', '.join(map(str, differing))}"
+            record.reason += f"{WORST}{', '.join(map(str, differing))}"
         self._end(name)
         log.error("%s/%d was %s", name, record.version, record.describe())
 
@@ -313,9 +326,12 @@ class Rollouts:
 
         Raises:
             FailedPrecondition: One runs, or is being started.
+            Unavailable: The server ends.
         """
         with self._lock:
-            if name in self._running or name in self._starting or self._closed:
+            if self._closed:
+                raise Unavailable("the server is shutting down")
+            if name in self._running or name in self._starting:
                 raise FailedPrecondition(f"a rollout of model {name!r} runs; `resnet rollout {name} --stop` ends it")
             self._starting.add(name)
         try:
@@ -344,6 +360,14 @@ class Rollouts:
             raise FailedPrecondition(
                 f"the rollout cannot be recorded in {folder} ({error.strerror}); the server must be able to write there"
             ) from None
+
+    def _label_first(self, record: RolloutRecord, folder: Path) -> None:
+        """Label the stable version; if that fails, nothing of the rollout stays."""
+        try:
+            self._watcher.label(record.model, STABLE, record.stable)
+        except ServingError:
+            (folder / records.NAME).unlink(missing_ok=True)
+            raise
 
     def _write(self, running: _Running) -> None:
         """Write the record; a rollout goes on without, as its folder may be gone."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import select
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from export.manifest import Manifest
 from resnet import BadInput, CheckFailed
 from tests.versions import list_file, write_version
 
+FRAME = IMAGES.pack(2, 4, 4) + bytes(2 * 4 * 4 * 3)
 ANSWERING = [sys.executable, "-m", "export.answering"]
 
 # Its library prints where answers belong, and reports how the system schedules it.
@@ -40,6 +43,18 @@ def forbid(*_):
     raise PermissionError
 os.sched_setscheduler = forbid
 """
+
+# It says which process it is, and is never loaded.
+LOADING = """
+import os, threading
+from export import answering
+def load(*_):
+    print(os.getpid(), flush=True)
+    threading.Event().wait()
+answering.load = load
+answering.main()
+"""
+STARTER = "import subprocess, sys; subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, stdout=subprocess.PIPE).wait()"
 
 
 @pytest.fixture
@@ -82,7 +97,7 @@ def average(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     return images.mean(axis=(1, 2), dtype=np.float32)
 
 
-def answer_all(version: Path, digest: str, frames: bytes = b"", code: str = "") -> subprocess.CompletedProcess[bytes]:
+def answer_all(version: Path, digest: str, frames: bytes = FRAME, code: str = "") -> subprocess.CompletedProcess[bytes]:
     """Run the process, or code in its place, with these frames."""
     command = [sys.executable, "-c", code] if code else ANSWERING
     return subprocess.run([*command, version, digest], input=frames, capture_output=True, check=False)
@@ -102,8 +117,8 @@ def test_frames_are_answered_in_turn(recorded: Manifest) -> None:
 @pytest.mark.parametrize("end", [1, IMAGES.size, -1])
 def test_it_ends_with_its_input(recorded: Manifest, end: int) -> None:
     """In the middle of a frame too, which is not answered."""
-    frame, answers = pack(np.zeros((2, 4, 4, 3), np.uint8)), io.BytesIO()
-    answering.answer(io.BytesIO(frame + frame[:end]), answers, average, recorded)
+    answers = io.BytesIO()
+    answering.answer(io.BytesIO(FRAME + FRAME[:end]), answers, average, recorded)
     assert [len(answer) for answer in unpack(answers.getvalue())] == [0, 2]
 
 
@@ -113,21 +128,36 @@ def test_what_cannot_be_computed_is_said_in_a_sentence(recorded: Manifest) -> No
     def fail(images: NDArray[np.uint8]) -> NDArray[np.float32]:
         raise RuntimeError(f"no memory\nfor {len(images)} images")
 
-    frame = pack(np.zeros((2, 4, 4, 3), np.uint8))
     with pytest.raises(CheckFailed, match=r"^a batch of shape \[2, 4, 4, 3\] cannot be computed \(no memory\)$"):
-        answering.answer(io.BytesIO(frame), io.BytesIO(), fail, recorded)
+        answering.answer(io.BytesIO(FRAME), io.BytesIO(), fail, recorded)
     with pytest.raises(BadInput, match=r"has 3 labels for an output of shape \[2, 2\]"):
-        answering.answer(io.BytesIO(frame), io.BytesIO(), lambda images: average(images)[:, :2], recorded)
+        answering.answer(io.BytesIO(FRAME), io.BytesIO(), lambda images: average(images)[:, :2], recorded)
 
 
 @pytest.mark.parametrize(("change", "manners"), [("", [b"True 0"]), (FORBIDDEN, [b"False 19"])])
 def test_nothing_but_answers_is_on_stdout(version: Path, recorded: Manifest, change: str, manners: list[bytes]) -> None:
     """What libraries print goes to stderr. The process gives way to all others, as far as the system lets it."""
-    frames = pack(np.zeros((2, 4, 4, 3), np.uint8))
-    done = answer_all(version, recorded.digest, frames, NOISY.format(change=change))
+    done = answer_all(version, recorded.digest, code=NOISY.format(change=change))
     assert [len(answer) for answer in unpack(done.stdout)] == [0, 2]
     assert sorted(done.stderr.splitlines()) == sorted([b"loaded", b"started a program", *manners, b"1000", b""])
     assert done.returncode == 0
+
+
+def test_it_ends_with_who_started_it(version: Path, recorded: Manifest) -> None:
+    """Also while it loads, and if that process had no time to say so."""
+    command = [sys.executable, "-c", LOADING, str(version), recorded.digest]
+    with subprocess.Popen([sys.executable, "-c", STARTER, *command], stderr=subprocess.PIPE) as starter:
+        assert starter.stderr
+        descriptor = os.pidfd_open(int(starter.stderr.readline()))
+        starter.kill()
+    assert select.select([descriptor], [], [], 30)[0]
+    os.close(descriptor)
+
+
+def test_it_does_not_load_for_nobody(version: Path, recorded: Manifest) -> None:
+    """Who started it may end even before it can ask for that."""
+    done = answer_all(version, recorded.digest, frames=b"", code=LOADING)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,10 @@ def test_a_rollout_can_be_stopped(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("refusal", "message"),
     [
-        (Unauthenticated("this server requires a token"), "the server refused: this server requires a token"),
+        (
+            Unauthenticated("this server requires a token"),
+            "the server refused: this server requires a token; give the file with its token as --token-file",
+        ),
         (PermissionDenied("this method requires more"), "the server refused: this method requires more"),
         (NotFound("there is no model 'digits'"), "the server refused: there is no model 'digits'"),
         (FailedPrecondition("2 is the stable version"), "the server refused: 2 is the stable version"),

@@ -5,16 +5,24 @@ from __future__ import annotations
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 
 from protos import admin_pb2 as pb
 from resnet import cli
+from serving.client import Client
 from serving.commands import status
+from serving.config import Compute, Limits
 from serving.errors import DeadlineExceeded, NotFound, ServingError, Unauthenticated, Unavailable
+from serving.models import loader
+from serving.models.registry import ModelRegistry
+from serving.server import Server
 from tests.serving.commands.scripted import FakeClock, play
+from tests.versions import SIDE, write_version
 
 BOUNDS = (1_000_000, 2_000_000, 5_000_000)
 PLAN = "2 threads for 1 image, 1 thread, spinning, for 2 to 32 images"
@@ -337,7 +345,10 @@ def test_a_unix_socket_a_model_and_a_token_can_be_named(tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (Unauthenticated("this server requires a token"), "the server refused: this server requires a token"),
+        (
+            Unauthenticated("this server requires a token"),
+            "the server refused: this server requires a token; give the file with its token as --token-file",
+        ),
         (NotFound("there is no model 'cats'"), "the server refused: there is no model 'cats'"),
         (DeadlineExceeded("silent"), "the server at {} did not answer in time"),
         (Unavailable("it stops"), "no server answers at {} (it stops); start one with `resnet serve`"),
@@ -353,6 +364,22 @@ def test_what_fails_is_one_sentence(
         if isinstance(error, Unauthenticated | NotFound):
             assert cli.main(["status", address, "--watch"]) == 2
     assert not clock.pauses
+
+
+def test_a_real_server_is_shown(transport: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With what it has answered."""
+    model = loader.load(write_version(tmp_path / "models" / "colors" / "1"), Compute(device="cpu", tune=False))
+    with Server(ModelRegistry([model]), "127.0.0.1", 0, Limits(), transport=transport) as server:
+        with Client(server.address) as client:
+            client.classify(np.zeros((2, SIDE, SIDE, 3), np.uint8))
+        capsys.readouterr()  # what was printed while the version was made
+        assert cli.main(["status", server.address]) == 0
+        assert cli.main(["status", server.address, "--json"]) == 0
+    *screen, line = capsys.readouterr().out.splitlines()
+    assert screen[0].startswith(f"{server.address}: ready, resnet {version('resnet')}, transport {transport}, up ")
+    assert screen[4].startswith("| colors/1 | default |        0.0 |      0.0 |  0.0%* |")
+    (shown,) = json.loads(line)["models"][0]["versions"]
+    assert (shown["images"], shown["requests"], sum(shown["latency"]["counts"])) == (2, {"OK": 1}, 1)
 
 
 def test_an_older_server_is_named_as_such(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,13 @@ import pytest
 from serving.client import Client
 from serving.config import Compute, Limits
 from serving.models import loader, registry
+from serving.models.watcher import Watcher
 from serving.observability.metrics import MetricsServer
+from serving.rollouts.record import RolloutSettings
+from serving.rollouts.rollouts import Rollouts
+from serving.rollouts.shadows import Shadows
 from serving.server import Server
+from tests.versions import SIDE, write_version
 
 METRIC = re.compile(r"\bresnet_\w+")
 
@@ -32,18 +38,33 @@ def dashboard() -> dict[str, Any]:
 
 
 @pytest.fixture
-def page(repository: Path) -> Iterator[str]:
-    """What Prometheus reads of a server that has answered, and has refused a version."""
-    served = registry.ModelRegistry([loader.load(repository / "digits" / "1", Compute(device="cpu"))])
-    served.refuse("digits", 2, "its files were changed")
+def page(tmp_path: Path) -> Iterator[str]:
+    """What Prometheus reads of a server that has answered and refused, and that rolls a version out."""
+    for number in (1, 2):
+        write_version(tmp_path / "models" / "colors" / str(number))
+    served = registry.ModelRegistry()
+    watcher = Watcher(tmp_path / "models", served, partial(loader.load, compute=Compute(device="cpu")))
+    (tmp_path / "models" / "colors" / "stable").symlink_to("1")
+    watcher.start()
+    shadows = Shadows(served, watcher, lambda: True)
+    rollouts = Rollouts(served, watcher, lambda: True)
+    rollouts.roll_out("colors", 2, RolloutSettings())
+    served.refuse("colors", 3, "its files were changed")
     with Server(served, "127.0.0.1", 0, Limits()) as server, Client(server.address) as client:
-        client.classify(np.zeros((1, 32, 32, 3), np.uint8))
-    refusals = {"RESOURCE_EXHAUSTED": 1}
+        client.classify(np.zeros((1, SIDE, SIDE, 3), np.uint8))
     with (
-        MetricsServer(served, "127.0.0.1", 0, refusals=refusals) as metrics,
+        MetricsServer(
+            served,
+            "127.0.0.1",
+            0,
+            refusals={"RESOURCE_EXHAUSTED": 1},
+            shadows=shadows,
+            rollouts=rollouts,
+        ) as metrics,
         urlopen(f"http://{metrics.address}/metrics") as answer,
     ):
         yield answer.read().decode()
+    rollouts.close()
 
 
 def test_every_metric_that_is_asked_for_is_on_the_page(dashboard: dict[str, Any], page: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +66,8 @@ class Site:
     Attributes:
         engines: The engine of each version, before or after it is loaded.
         now: The time of the guard, in seconds.
+        gate: While it is cleared, nothing can be loaded.
+        is_loading: Whether something was to be loaded.
     """
 
     def __init__(self, root: Path, versions: int = 2, policies: dict[str, VersionPolicy] | None = None) -> None:
@@ -73,6 +76,8 @@ class Site:
             write_version(self.folder / str(number))
         self.engines = {number: ColorEngine() for number in range(1, 10)}
         self.numbers, self.now = itertools.count(), 100.0
+        self.gate, self.is_loading = threading.Event(), False
+        self.gate.set()
         self.restart()
 
     @property
@@ -90,6 +95,8 @@ class Site:
         self.rollouts.resume()
 
     def _load(self, folder: Path) -> Model:
+        self.is_loading = not self.gate.is_set()
+        assert self.gate.wait(20)
         recorded = manifest.read(folder)
         engine = self.engines[recorded.version]
         statistics = Statistics(recorded.model, recorded.version)

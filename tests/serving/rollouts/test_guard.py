@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -53,6 +55,12 @@ def test_agreement_is_judged_by_its_bounds(same: int, images: int, verdict: str)
     check = guard.check_agreement(same, images, SETTINGS)
     assert check.verdict == verdict
     assert f"{same:,} of {images:,} images have the same class" in check.detail
+
+
+def test_equal_answers_break_nothing_even_where_all_must_agree() -> None:
+    """Whatever the number of images: no bound of all is below all, as rounding would have it."""
+    strict = dataclasses.replace(SETTINGS, min_agreement=1.0)
+    assert {guard.check_agreement(count, count, strict).verdict for count in range(1000)} == {"undecided"}
 
 
 @pytest.mark.parametrize(

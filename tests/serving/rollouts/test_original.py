@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import signal
 import subprocess
 import sys
-import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from benchmarks.harness.process import serve
 from export import manifest
+from protos import admin_pb2
+from protos.admin_pb2_grpc import AdminStub
 from resnet import BadInput
+from serving.client import Client
 from serving.rollouts import original
 from serving.rollouts.original import OriginalError, OriginalProcess
+from serving.runtimes.base import Images, Probabilities
 from tests.versions import list_file, write_version
 
 IMAGES = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
@@ -38,21 +44,6 @@ write(np.zeros((0, 3)))
 """
 AVERAGE = "write(read().mean(axis=(1, 2)))"
 
-# A server that computes once, and then says which process it uses.
-SERVER = """
-import signal, sys
-from pathlib import Path
-import numpy as np
-from export import manifest
-from serving.rollouts import original
-original.COMMAND = sys.executable, "-c", sys.argv[2]
-folder = Path(sys.argv[1])
-process = original.OriginalProcess(folder, manifest.read(folder))
-process.compute(np.zeros((1, 4, 4, 3), np.uint8))
-print(process._child._process.pid, flush=True)
-signal.pause()
-"""
-
 
 @pytest.fixture
 def version(tmp_path: Path) -> Path:
@@ -62,6 +53,13 @@ def version(tmp_path: Path) -> Path:
     return folder
 
 
+def wait_for_answers(process: OriginalProcess, images: Images) -> Probabilities:
+    """Compute images as soon as the original is loaded."""
+    while (answers := process.compute(images)) is None:
+        pass
+    return answers
+
+
 class FakeOriginals:
     """Code that runs in the place of the original, and how often it was started."""
 
@@ -69,9 +67,9 @@ class FakeOriginals:
         self.process = OriginalProcess(version, manifest.read(version))
         self._patch, self._log = patch, version.parents[2] / "started"
 
-    def run(self, code: str) -> None:
-        """Run this code from the next start on, once it is loaded."""
-        start = f"open({str(self._log)!r}, 'a').write('.')\n"
+    def run(self, code: str, load: str = "") -> None:
+        """Run this code from the next start on, once it is loaded by the code `load`."""
+        start = f"open({str(self._log)!r}, 'a').write('.')\n{load}\n"
         self._patch.setattr(original, "COMMAND", (sys.executable, "-c", start + CHILD + code))
 
     @property
@@ -79,27 +77,23 @@ class FakeOriginals:
         """Number of processes so far."""
         return len(self._log.read_text())
 
-    def fail(self, images: NDArray[np.uint8] = IMAGES) -> str:
+    def compute(self, images: Images = IMAGES) -> Probabilities:
+        """Return the answers to images."""
+        return wait_for_answers(self.process, images)
+
+    def fail(self, images: Images = IMAGES) -> str:
         """Return why images cannot be computed."""
         with pytest.raises(OriginalError) as caught:
-            self.process.compute(images)
+            self.compute(images)
         return str(caught.value).removeprefix("the Keras original of colors/1 ")
 
 
 @pytest.fixture
-def fake(version: Path, monkeypatch: pytest.MonkeyPatch) -> FakeOriginals:
+def fake(version: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeOriginals]:
     """An original that is no Keras model."""
-    return FakeOriginals(version, monkeypatch)
-
-
-def wait_for_end(pid: int) -> None:
-    """Wait until a process of somebody else has ended."""
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    assert select.select([descriptor], [], [], 30)[0]
-    os.close(descriptor)
+    fake = FakeOriginals(version, monkeypatch)
+    yield fake
+    fake.process.close()
 
 
 def test_the_original_is_computed(
@@ -110,22 +104,60 @@ def test_the_original_is_computed(
     process = OriginalProcess(folder, manifest.read(folder))
     process.check()
     for start, end in ((0, 1), (1, 4), (4, 40)):
-        np.testing.assert_allclose(process.compute(images[start:end]), probabilities[start:end], atol=1e-5)
+        answers = wait_for_answers(process, images[start:end])
+        np.testing.assert_allclose(answers, probabilities[start:end], atol=1e-5)
     child = process._child
     process.close()
     assert child
     assert child._process.returncode == -signal.SIGKILL
-    with pytest.raises(OriginalError, match="the Keras original of digits/1 is closed"):
-        process.compute(images[:1])
+    assert process.compute(images[:1]) is None
+
+
+@pytest.mark.slow
+def test_a_server_compares_with_the_original(
+    repository: Path, heldout: tuple[NDArray[np.uint8], NDArray[np.int32]]
+) -> None:
+    """All its answers are those of the original."""
+    with (
+        serve(repository, "--shadow=digits=original", "--no-tune", "--prove=off", "--log-level=warning") as server,
+        Client(server.address) as client,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        compared = 0
+        while compared < 10:
+            client.classify(heldout[0][:3])
+            status = AdminStub(channel).GetStatus(admin_pb2.GetStatusRequest()).models[0].shadow
+            assert (status.other, status.percent, status.failed, status.problem) == ("original", 100, 0, "")
+            compared = status.agreement.images
+    assert status.agreement.same == status.agreement.images
+    assert status.agreement.max_difference < 1e-5
+    assert not server.errors
 
 
 def test_one_process_answers_many_times(fake: FakeOriginals) -> None:
     """Images need not lie in memory one after the other."""
     fake.run(f"while True: {AVERAGE}")
     for images in (IMAGES, IMAGES[:, ::2, ::2], IMAGES[:1], LARGE):
-        np.testing.assert_allclose(fake.process.compute(images), images.mean(axis=(1, 2)), rtol=1e-6)
+        np.testing.assert_allclose(fake.compute(images), images.mean(axis=(1, 2)), rtol=1e-6)
     assert fake.starts == 1
-    fake.process.close()
+
+
+def test_nobody_waits_while_it_loads(fake: FakeOriginals, tmp_path: Path) -> None:
+    """The images have to, in the meantime."""
+    os.mkfifo(tmp_path / "load")
+    fake.run(AVERAGE, load=f"open({str(tmp_path / 'load')!r}).read()")
+    assert fake.process.compute(IMAGES) is None
+    assert fake.process.compute(IMAGES) is None
+    (tmp_path / "load").write_text("")
+    np.testing.assert_allclose(fake.compute(), IMAGES.mean(axis=(1, 2)))
+    assert fake.starts == 1
+
+
+def test_one_that_is_never_loaded_is_killed(fake: FakeOriginals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the end."""
+    monkeypatch.setattr(original, "START_SECONDS", 0)
+    fake.run("", load="import time; time.sleep(60)")
+    assert fake.fail() == "was not loaded in 0 s"
 
 
 @pytest.mark.parametrize("missing", ["keras", "tensorflow"])
@@ -140,7 +172,7 @@ def test_the_version_must_have_an_original(tmp_path: Path, monkeypatch: pytest.M
     """By its manifest."""
     monkeypatch.setattr(original, "find_spec", lambda _: object())
     folder = write_version(tmp_path / "colors" / "1")
-    with pytest.raises(BadInput, match="colors/1 has no Keras original to compare with"):
+    with pytest.raises(BadInput, match="colors/1 has no Keras original; export the model again"):
         OriginalProcess(folder, manifest.read(folder)).check()
 
 
@@ -152,13 +184,11 @@ def test_the_server_loads_neither_keras_nor_tensorflow() -> None:
 
 
 def test_only_the_served_version_is_loaded(version: Path) -> None:
-    """Neither another original in its folder, nor a folder that happens to be called as our package."""
+    """Another one in its folder is not."""
     process = OriginalProcess(version, manifest.read(version))
     list_file(version, "model.keras", b"other")
-    with pytest.raises(
-        OriginalError, match=r"colors/1 ended with exit code 2: .*/colors/1 was replaced by another version"
-    ):
-        process.compute(IMAGES)
+    with pytest.raises(OriginalError, match=r"colors/1 ended with exit code 2: .*/colors/1 was replaced"):
+        wait_for_answers(process, IMAGES)
 
 
 def test_a_package_of_the_same_name_is_not_run(version: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +198,7 @@ def test_a_package_of_the_same_name_is_not_run(version: Path, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     (version / "model.keras").unlink()
     with pytest.raises(OriginalError, match="model.keras cannot be read"):
-        OriginalProcess(version, manifest.read(version)).compute(IMAGES)
+        wait_for_answers(OriginalProcess(version, manifest.read(version)), IMAGES)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +220,7 @@ def test_what_ended_it_is_said(fake: FakeOriginals, code: str, reason: str) -> N
     """With the last line of its error output; and again, until it may start again."""
     fake.run(code)
     if code.startswith(AVERAGE):
-        fake.process.compute(IMAGES)
+        fake.compute()
     assert fake.fail() == reason
     assert fake.fail() == reason
     assert fake.starts == 1
@@ -209,9 +239,8 @@ def test_it_starts_again_after_a_pause(fake: FakeOriginals, monkeypatch: pytest.
     fake.run("read(); sys.exit(1)")
     fake.fail()
     fake.run(AVERAGE)
-    np.testing.assert_allclose(fake.process.compute(IMAGES), IMAGES.mean(axis=(1, 2)))
+    np.testing.assert_allclose(fake.compute(), IMAGES.mean(axis=(1, 2)))
     assert fake.starts == 2
-    fake.process.close()
 
 
 @pytest.mark.parametrize(
@@ -254,25 +283,19 @@ def test_the_environment_is_for_one_thread_and_no_gpu(fake: FakeOriginals) -> No
 
 
 def test_closing_interrupts_a_computation(fake: FakeOriginals, tmp_path: Path) -> None:
-    """A server that ends does not wait for it."""
+    """A server that ends does not wait for it, and has no failure to report."""
     os.mkfifo(tmp_path / "computes")
     fake.run(f"read(); open({str(tmp_path / 'computes')!r}, 'w').close(); time.sleep(60)")
-    reasons: list[str] = []
-    thread = threading.Thread(target=lambda: reasons.append(fake.fail()))
-    thread.start()
-    (tmp_path / "computes").read_text()
-    fake.process.close()
-    thread.join()
-    assert reasons == ["is closed"]
-    assert fake.fail() == "is closed"
+    with ThreadPoolExecutor() as threads:
 
+        def compute() -> Probabilities | None:
+            while (answers := fake.process.compute(IMAGES)) is None and not fake.process._closed:
+                pass
+            return answers
 
-def test_it_ends_when_the_server_is_killed(version: Path) -> None:
-    """Nothing is left, though the server had no time to say so."""
-    code = CHILD + f"while True: {AVERAGE}"
-    command = [sys.executable, "-c", SERVER, str(version), code]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout
-        pid = int(server.stdout.readline())
-        server.kill()
-    wait_for_end(pid)
+        answers = threads.submit(compute)
+        (tmp_path / "computes").read_text()
+        fake.process.close()
+        assert answers.result() is None
+    assert fake.process.compute(IMAGES) is None
+    assert fake.process._child is None

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import gc
 import logging
 import os
 import shutil
+import threading
+import weakref
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from export import repository
-from serving.errors import DeadlineExceeded, FailedPrecondition, InvalidRequest, NotFound, Overloaded, ServingError
+from serving.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    ServingError,
+    Unavailable,
+)
 from serving.models.version_policy import ALL, VersionPolicy
 from serving.rollouts import record as records
 from serving.rollouts.record import FolderLock
@@ -21,6 +32,7 @@ from serving.rollouts.rollouts import RolloutStatus
 from serving.rollouts.traffic import Traffic, is_failure
 from tests.conftest import edit_manifest
 from tests.serving.rollouts.site import NAME, QUICK, Site, fail, swap_red_and_green
+from tests.serving.test_watchdog import await_true
 from tests.versions import write_version
 
 
@@ -110,6 +122,18 @@ def test_a_version_with_other_answers_answers_nobody(site: Site, caplog: pytest.
     site.restart()
     assert status(site).record.reason == reason
     assert site.models.get(NAME).remarks == {2: f"rolled back at 0 %: {reason}"}
+
+
+def test_requests_with_the_same_class_are_no_reason(site: Site) -> None:
+    """However much a probability differs."""
+    site.engines[2].fault = lambda images: images // 2
+    site.rollouts.roll_out(NAME, 2, QUICK)
+    site.pass_step()
+    site.rollouts.stop(NAME)
+    found = status(site)
+    assert found.shadow is not None
+    assert found.shadow.agreement.counts().worst
+    assert found.record.reason == "by request"
 
 
 def test_a_version_that_becomes_wrong_later_is_found_out_then(site: Site) -> None:
@@ -227,7 +251,7 @@ def test_a_server_that_ended_in_order_goes_on(site: Site) -> None:
         site.ask()
     answered = status(site).record.answered
     site.rollouts.close()
-    with pytest.raises(FailedPrecondition):
+    with pytest.raises(Unavailable, match="the server is shutting down"):
         site.rollouts.roll_out(NAME, 2, QUICK)
     site.restart()
     found = status(site)
@@ -238,10 +262,14 @@ def test_a_server_that_ended_in_order_goes_on(site: Site) -> None:
     assert status(site).record.state == "done"
 
 
-def test_a_server_that_was_killed_rolls_back(site: Site, caplog: pytest.LogCaptureFixture) -> None:
-    """The new version may have been the reason."""
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_server_that_was_killed_rolls_back(restarts: int, site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    """The new version may have been the reason; also after restarts in order."""
     site.rollouts.roll_out(NAME, 2, QUICK)
     site.pass_step()
+    for _ in range(restarts):
+        site.rollouts.close()
+        site.restart()
     site.rollouts._running[NAME].lock.release()  # as the end of a process does
     site.restart()
     found = status(site)
@@ -427,3 +455,40 @@ def test_traffic_is_counted_for_the_two_versions_only(site: Site) -> None:
     assert (traffic.count(1).latencies_ns > 0).all()
     traffic.forget(1)
     assert [(traffic.count(one).answered, len(traffic.count(one).times)) for one in (1, 2)] == [(0, 0), (1, 1)]
+
+
+@pytest.mark.parametrize("is_good", [True, False])
+def test_what_was_counted_keeps_no_version_alive(is_good: bool, tmp_path: Path) -> None:
+    """Its engine may hold gigabytes."""
+    site = Site(tmp_path, policies={"": VersionPolicy(listed=(2 if is_good else 1,))})
+    repository.label(site.folder, "stable", 1)
+    site.watcher.scan()
+    site.rollouts.roll_out(NAME, 2, QUICK)
+    batcher = weakref.ref(site.models.get(NAME).versions[1 if is_good else 2].batcher)
+    site.pass_step()
+    if is_good:
+        site.pass_step()
+        site.pass_step()
+    else:
+        site.rollouts.stop(NAME)
+    site.watcher.scan()
+    gc.collect()
+    await_true(lambda: batcher() is None)
+    assert status(site).shadow is not None
+
+
+def test_a_version_that_is_loaded_holds_no_rollout_up(site: Site) -> None:
+    """Not its rollback, nor another one; only the label of the last step waits."""
+    site.rollouts.roll_out(NAME, 2, dataclasses.replace(QUICK, steps=(50.0, 100.0)))
+    write_version(site.root / "others" / "1")
+    site.gate.clear()
+    loading = threading.Thread(target=site.watcher.scan)
+    loading.start()
+    await_true(lambda: site.is_loading)
+    for _ in range(100):
+        site.ask(version=1)
+    site.engines[2].fault = fail
+    assert await_roll_back(site).startswith("failures: ")
+    assert {site.ask() for _ in range(20)} == {1}
+    site.gate.set()
+    loading.join()
