@@ -166,10 +166,13 @@ class ModelRegistry:
         with self._lock:
             served = self.get(model.name)
             model.statistics.observers += self._observers.get(model.name, ())
+            split = served.split
+            if split and split.canary == model.version and model.version in served.versions:
+                split = None  # it is another one under the same number
             refusals = {number: reason for number, reason in served.refusals.items() if number != model.version}
             self._replace(
                 model.name,
-                replace(served, versions={**served.versions, model.version: model}, refusals=refusals),
+                replace(served, versions={**served.versions, model.version: model}, refusals=refusals, split=split),
             )
 
     def refuse(self, name: str, version: int, reason: str) -> None:

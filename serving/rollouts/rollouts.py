@@ -309,6 +309,8 @@ class Rollouts:
             else:
                 log.info("%s/%d %s", name, record.version, record.describe())
                 return
+        elif record.state == "running" and self._models.get(name).labels.get(STABLE) == record.version:
+            record.state = "done"  # the server ended just after it had moved the label
         elif record.state == "running":
             reason = "the server ended without notice"
         if reason:

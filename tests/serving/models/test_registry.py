@@ -106,7 +106,7 @@ def test_without_a_stable_version_the_latest_is_the_default(models: ModelRegistr
     assert models.find("cats").version == 10
 
 
-def test_two_versions_share_the_requests_that_choose_neither(models: ModelRegistry) -> None:
+def test_two_versions_share_the_requests_that_choose_neither(models: ModelRegistry, make_model: Maker) -> None:
     """By the key of each, also those for the stable version; never what asks about the server."""
     models.split("cats", TrafficSplit(1, 10, 50.0, "user"))
     keys = [str(number) for number in range(200)]
@@ -118,7 +118,9 @@ def test_two_versions_share_the_requests_that_choose_neither(models: ModelRegist
     assert models.find("cats").version == 1
     models.retain("cats", (1, 2), {"stable": 1})  # the new version is removed from the disk
     assert {models.find("cats", find_key=lambda _, key=key: key).version for key in keys} == {1}
-    models.split("cats", None)
+    models.add(make_model("cats", 10))
+    assert models.get("cats").split is not None
+    models.add(make_model("cats", 10))  # another one under its number
     assert models.get("cats").split is None
 
 
