@@ -314,6 +314,17 @@ def test_a_server_that_went_on_and_was_killed_rolls_back(site: Site) -> None:
     assert status(site).record.state == "rolled_back"
 
 
+def test_a_server_that_was_killed_after_it_moved_the_label_was_done(site: Site) -> None:
+    """The record comes last."""
+    site.rollouts.roll_out(NAME, 2, QUICK)
+    repository.label(site.folder, "stable", 2)
+    site.rollouts._running[NAME].lock.release()
+    site.restart()
+    assert status(site).record.state == "done"
+    assert site.models.get(NAME).remarks == {2: "rolled out, in place of version 1"}
+    assert {site.ask() for _ in range(50)} == {2}
+
+
 def test_only_one_server_goes_on(site: Site) -> None:
     """Another one of the same repository neither starts nor ends a rollout, and serves the stable version."""
     site.rollouts.roll_out(NAME, 2, QUICK)
