@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 # A request that comes while a shadow computes shares the cores with it, or waits. That happens in this part of the idle
-# moments only: so rarely that the 99th percentile stays as it is. A busy server has few such moments, and no shadow
-# begins while anything waits, so that its queues become no longer.
+# moments only: so rarely that the 99th percentile stays as it is.
 PART = 0.25
-SMOOTHING = 0.02  # weight of one look; at a look a millisecond, the last tenth of a second counts
-MIN_IDLE = 1e-4
+# A busy server has few idle moments, and whatever else is computed makes its queues longer. Below this share of idle
+# looks, nothing is computed.
+RESERVE = 0.05
+SMOOTHING = 0.02  # weight of one look: the last fifty count
+MIN_SHARE = 1e-5
+# Each look takes a little of the interpreter. While the server is busy, it is looked at less and less often.
+FIRST_PAUSE, LAST_PAUSE = 0.001, 0.008  # seconds
 
 
 class IdleCapacity:
@@ -15,11 +19,12 @@ class IdleCapacity:
 
     Attributes:
         idle: Share of the recent looks at which the server was idle.
+        pause: Seconds until the next look.
     """
 
-    def __init__(self) -> None:
-        """Begin as if the server had been busy."""
-        self.idle = 0.0
+    def __init__(self, reserve: float = RESERVE) -> None:
+        """Begin as if the server had been busy; compute nothing while less than `reserve` of the time is idle."""
+        self.idle, self.pause, self._reserve = 0.0, FIRST_PAUSE, reserve
         self._ended = self._spent = 0.0
 
     def may_compute(self, is_idle: bool, now: float) -> bool:
@@ -30,8 +35,9 @@ class IdleCapacity:
             now: The time, in seconds.
         """
         self.idle += SMOOTHING * (is_idle - self.idle)
-        share = PART * max(MIN_IDLE, self.idle)
-        return is_idle and now - self._ended >= self._spent * (1 / share - 1)
+        self.pause = FIRST_PAUSE if is_idle else min(2 * self.pause, LAST_PAUSE)
+        share = PART * (self.idle - self._reserve)
+        return is_idle and share > MIN_SHARE and now - self._ended >= self._spent * (1 / share - 1)
 
     def record(self, start: float, end: float) -> None:
         """Record that a batch was computed, with its times in seconds."""

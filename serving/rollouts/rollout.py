@@ -49,7 +49,10 @@ class Rollout:
         self.record, self._models = record, models
         labels = models.get(record.model).versions[record.version].manifest.labels
         pair = {record.stable: record.version, record.version: record.stable}
-        self.shadow = Shadow(Agreement(labels, images), ServedOthers(models, record.model, pair.get), is_idle)
+        # Without a reserve: on a busy server, too, a rollout has to find something out.
+        self.shadow = Shadow(
+            Agreement(labels, images), ServedOthers(models, record.model, pair.get), is_idle, reserve=0.0
+        )
         # A version that computes for the shadow answers later meanwhile, most of all the new one.
         self._traffic = Traffic([record.stable, record.version], self.shadow.overlaps)
         self._step_began = 0.0

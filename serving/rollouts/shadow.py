@@ -16,13 +16,12 @@ from typing import NamedTuple
 from resnet import BadInput
 from serving.models.statistics import TrackedRequest
 from serving.rollouts.agreement import Agreement
-from serving.rollouts.idle import IdleCapacity
+from serving.rollouts.idle import RESERVE, IdleCapacity
 from serving.rollouts.others import Other, Others, ShadowFailed
 from serving.runtimes.base import Images, Probabilities
 
 MAX_IMAGES = 256  # that wait; the images of one request beyond these are not compared
 MAX_WAIT_SECONDS = 1.0
-LOOK_SECONDS = 0.001  # between two looks whether the server is idle
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +56,7 @@ class Shadow:
         others: Others,
         is_idle: Callable[[], bool],
         percent: float = 100.0,
+        reserve: float = RESERVE,
     ) -> None:
         """Start.
 
@@ -65,6 +65,7 @@ class Shadow:
             others: What to compare with.
             is_idle: Returns whether the server has nothing else to do.
             percent: Share of the requests, 0 to 100.
+            reserve: As in `IdleCapacity`.
 
         Raises:
             BadInput: The process may have no further thread.
@@ -75,7 +76,7 @@ class Shadow:
         self._lock = threading.Lock()
         self._waiting = self._dropped = self._failed = 0  # images
         self._problem = ""
-        self._capacity = IdleCapacity()
+        self._capacity = IdleCapacity(reserve)
         self._is_computing, self._computed_ns = False, 0
         self._closed = threading.Event()
         try:
@@ -91,10 +92,13 @@ class Shadow:
             return
         images, given = request.images[:MAX_IMAGES], request.answer.probabilities[:MAX_IMAGES]
         with self._lock:
-            if self._waiting and self._waiting + len(images) > MAX_IMAGES:
+            is_full = self._waiting and self._waiting + len(images) > MAX_IMAGES
+            if is_full:
                 self._dropped += len(images)
-                return
-            self._waiting += len(images)
+            else:
+                self._waiting += len(images)
+        if is_full:
+            return
         self._queue.put(ShadowedRequest(request.find_id(), request.version, images, given.copy(), time.monotonic()))
 
     def counts(self) -> ShadowCounts:
@@ -165,5 +169,5 @@ class Shadow:
         while (now := time.monotonic()) < end and not self._closed.is_set():
             if self._capacity.may_compute(self._is_idle(), now):
                 return True
-            self._closed.wait(LOOK_SECONDS)
+            self._closed.wait(self._capacity.pause)
         return False
