@@ -20,7 +20,7 @@ from serving.rollouts.idle import RESERVE, IdleCapacity
 from serving.rollouts.others import Other, Others, ShadowFailed
 from serving.runtimes.base import Images, Probabilities
 
-MAX_IMAGES = 256  # that wait; the images of one request beyond these are not compared
+MAX_IMAGES = 64  # that wait; the images of one request beyond these are not compared
 MAX_WAIT_SECONDS = 1.0
 
 log = logging.getLogger(__name__)
@@ -75,6 +75,8 @@ class Shadow:
         self._queue: SimpleQueue[ShadowedRequest | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._waiting = self._dropped = self._failed = 0  # images
+        self._skipped = 0  # nearly: threads that count at the same time may count one
+        self._is_full = False  # until all that waits is done
         self._problem = ""
         self._capacity = IdleCapacity(reserve)
         self._is_computing, self._computed_ns = False, 0
@@ -90,21 +92,22 @@ class Shadow:
             return
         if not self._others.covers(request.version):
             return
+        if self._is_full:  # the callers of a busy server wait for no more than this
+            self._skipped += len(request.images)
+            return
         images, given = request.images[:MAX_IMAGES], request.answer.probabilities[:MAX_IMAGES]
         with self._lock:
-            is_full = self._waiting and self._waiting + len(images) > MAX_IMAGES
-            if is_full:
-                self._dropped += len(images)
-            else:
-                self._waiting += len(images)
-        if is_full:
-            return
+            if self._waiting and self._waiting + len(images) > MAX_IMAGES:
+                self._is_full = True
+                self._skipped += len(images)
+                return
+            self._waiting += len(images)
         self._queue.put(ShadowedRequest(request.find_id(), request.version, images, given.copy(), time.monotonic()))
 
     def counts(self) -> ShadowCounts:
         """Return what became of the images that were not compared."""
         with self._lock:
-            return ShadowCounts(self._dropped, self._failed, self._problem)
+            return ShadowCounts(self._dropped + self._skipped, self._failed, self._problem)
 
     def overlaps(self, request: TrackedRequest) -> bool:
         """Return whether something was computed for the shadow while a request lasted, which ends now."""
@@ -131,6 +134,7 @@ class Shadow:
             with self._lock:
                 self._problem = problem
                 self._waiting -= len(request.images)
+                self._is_full = self._is_full and self._waiting > 0
                 self._failed += failed
                 self._dropped += len(request.images) - done - failed
             del request  # it holds the memory of its images
