@@ -11,7 +11,7 @@ RESERVE = 0.05
 SMOOTHING = 0.02  # weight of one look: the last fifty count
 MIN_SHARE = 1e-5
 # Each look takes a little of the interpreter. While the server is busy, it is looked at less and less often.
-FIRST_PAUSE, LAST_PAUSE = 0.001, 0.008  # seconds
+FIRST_PAUSE, LAST_PAUSE, LEFT_ALONE = 0.001, 0.008, 0.032  # seconds; the last, while nothing may be computed
 
 
 class IdleCapacity:
@@ -35,7 +35,8 @@ class IdleCapacity:
             now: The time, in seconds.
         """
         self.idle += SMOOTHING * (is_idle - self.idle)
-        self.pause = FIRST_PAUSE if is_idle else min(2 * self.pause, LAST_PAUSE)
+        last = LAST_PAUSE if self.idle >= self._reserve else LEFT_ALONE
+        self.pause = FIRST_PAUSE if is_idle else min(2 * self.pause, last)
         share = PART * (self.idle - self._reserve)
         return is_idle and share > MIN_SHARE and now - self._ended >= self._spent * (1 / share - 1)
 

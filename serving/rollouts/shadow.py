@@ -75,7 +75,7 @@ class Shadow:
         self._queue: SimpleQueue[ShadowedRequest | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._waiting = self._dropped = self._failed = 0  # images
-        self._skipped = 0  # nearly: threads that count at the same time may count one
+        self._skipped = 0  # before their share was taken; nearly, as threads that count at the same time may count one
         self._is_full = False  # until all that waits is done
         self._problem = ""
         self._capacity = IdleCapacity(reserve)
@@ -88,18 +88,18 @@ class Shadow:
 
     def end(self, request: TrackedRequest) -> None:
         """Take a request that was answered."""
-        if request.answer is None or request.images is None or random.random() >= self._share:
-            return
-        if not self._others.covers(request.version):
+        if request.answer is None or request.images is None:
             return
         if self._is_full:  # the callers of a busy server wait for no more than this
             self._skipped += len(request.images)
+            return
+        if random.random() >= self._share or not self._others.covers(request.version):
             return
         images, given = request.images[:MAX_IMAGES], request.answer.probabilities[:MAX_IMAGES]
         with self._lock:
             if self._waiting and self._waiting + len(images) > MAX_IMAGES:
                 self._is_full = True
-                self._skipped += len(images)
+                self._dropped += len(images)
                 return
             self._waiting += len(images)
         self._queue.put(ShadowedRequest(request.find_id(), request.version, images, given.copy(), time.monotonic()))
@@ -107,7 +107,7 @@ class Shadow:
     def counts(self) -> ShadowCounts:
         """Return what became of the images that were not compared."""
         with self._lock:
-            return ShadowCounts(self._dropped + self._skipped, self._failed, self._problem)
+            return ShadowCounts(self._dropped + round(self._share * self._skipped), self._failed, self._problem)
 
     def overlaps(self, request: TrackedRequest) -> bool:
         """Return whether something was computed for the shadow while a request lasted, which ends now."""

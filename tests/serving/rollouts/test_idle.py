@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from serving.rollouts.idle import FIRST_PAUSE, LAST_PAUSE, PART, RESERVE, IdleCapacity
+from serving.rollouts.idle import FIRST_PAUSE, LAST_PAUSE, LEFT_ALONE, PART, RESERVE, IdleCapacity
 
 BATCH = 0.003  # seconds
 
@@ -40,10 +40,11 @@ def test_a_busy_server_is_left_alone() -> None:
 
 
 def test_a_busy_server_is_looked_at_less_often() -> None:
-    """Until it is idle."""
-    capacity = IdleCapacity()
-    pauses = []
-    for is_idle in (False, False, False, False, False, True):
-        capacity.may_compute(is_idle, 0)
-        pauses.append(capacity.pause)
-    assert pauses == [2 * FIRST_PAUSE, 4 * FIRST_PAUSE, LAST_PAUSE, LAST_PAUSE, LAST_PAUSE, FIRST_PAUSE]
+    """Until it is idle; least of all while nothing may be computed anyway."""
+    for reserve, last in ((0.0, LAST_PAUSE), (RESERVE, LEFT_ALONE)):
+        capacity = IdleCapacity(reserve)
+        pauses = []
+        for is_idle in (*[False] * 7, True):
+            capacity.may_compute(is_idle, 0)
+            pauses.append(capacity.pause)
+        assert pauses == [*(min(FIRST_PAUSE * 2**power, last) for power in range(1, 8)), FIRST_PAUSE]
