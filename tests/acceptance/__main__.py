@@ -65,6 +65,7 @@ CHECKS = (
     AcceptanceCheck("restarts", MODELS, {"requests": 5000, "restarts": 14}, TRANSPORTS),
     AcceptanceCheck("reloads", MODELS, {"reloads": 100}),
     AcceptanceCheck("rollouts", MODELS, {"hold": 2}, TRANSPORTS),
+    AcceptanceCheck("alarms", (), {"rollouts": 1000}),
     AcceptanceCheck("churn", MODELS, {"seconds": 60}),
     AcceptanceCheck("scarcity", MODELS, {"steps": 5}, TRANSPORTS),
     AcceptanceCheck("places", (*MODELS, "--run={run}")),
