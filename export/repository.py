@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
+
 from export.manifest import NAME as MANIFEST
 from resnet import BadInput
 
 STAGING, NEW = ".staging-", ".new-"
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 VERSION = re.compile(r"[1-9][0-9]{0,17}")  # as in protocols, where it is a 64-bit integer
+ROLLOUT = ".rollout.json"  # of a server, in the folder of a model; hidden, so that nobody takes it for a label
 RESERVED = ("config.pbtxt", "labels.txt")  # Triton reads them in the folder of a model
 
 
@@ -243,7 +246,7 @@ def publish(staged: Path, finish: Callable[[int], None]) -> Path:
 
 
 def prune(model: Path, keep: int) -> Iterator[Path]:
-    """Remove old versions of a model, except labelled ones, and the staging folders of killed exports.
+    """Remove old versions of a model, except those with a label or in a rollout, and what killed exports left.
 
     Args:
         model: REPOSITORY/NAME.
@@ -252,13 +255,30 @@ def prune(model: Path, keep: int) -> Iterator[Path]:
     Yields:
         Each removed folder.
     """
-    labelled = labels(model).values()
-    for number in [number for number in versions(model)[:-keep] if number not in labelled]:
+    needed = {*labels(model).values(), *_list_rolled_out(model)}
+    for number in [number for number in versions(model)[:-keep] if number not in needed]:
         # Renamed first, so that nobody sees an incomplete version.
         hidden = (model / str(number)).rename(model / f"{STAGING}{secrets.token_hex(8)}")
         shutil.rmtree(hidden, ignore_errors=True)
         yield model / str(number)
     yield from _sweep(model)
+
+
+def _list_rolled_out(model: Path) -> list[int]:
+    """Return the versions of a rollout that has not ended."""
+    try:
+        record = msgspec.json.decode((model / ROLLOUT).read_bytes(), type=_RolloutVersions)
+    except (OSError, msgspec.DecodeError):
+        return []
+    return [record.version, record.stable] if record.state in ("running", "paused") else []
+
+
+class _RolloutVersions(msgspec.Struct):
+    """What the record of a rollout says of its versions; `serving.rollouts.record` has the rest."""
+
+    version: int
+    stable: int
+    state: str
 
 
 def _sweep(model: Path) -> Iterator[Path]:

@@ -28,6 +28,7 @@ from serving.client.screen import describe_outcome, describe_step, printable, re
 from serving.errors import DeadlineExceeded, ServingError, Unavailable
 
 POLL_SECONDS = 0.5
+REPEAT_SECONDS = 30.0  # until the figures of what is waited for are printed again
 GONE_SECONDS = 60.0  # a server takes so long to come back at most
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 DURATION = re.compile(r"(\d{1,9}(?:\.\d+)?)([smh]?)", re.ASCII)
@@ -53,7 +54,11 @@ class RolloutArguments:
     hold: str = option("", "least time of a step, such as 30s, 10m or 1h (default: 60s)", metavar="TIME")
     by: str = option("", "header whose value decides which version answers (default: x-request-id)", metavar="HEADER")
     min_agreement: float | None = option(
-        None, "least share of images with the same class, in percent (default: 99)", high=99.99, metavar="PERCENT"
+        None,
+        "least share of images with the same class, in percent (default: 99)",
+        low=1,
+        high=99.99,
+        metavar="PERCENT",
     )
     max_failures: float | None = option(
         None,
@@ -148,7 +153,7 @@ def follow(admin: AdminClient, options: RolloutCommand, version: int) -> pb.Roll
         CheckFailed: Another rollout took its place.
         Unavailable: The server was gone for too long.
     """
-    said, gone_since = None, None
+    said, said_at, gone_since = None, 0.0, None
     while True:
         try:
             rollout = find_rollout(admin.read_status(options.model), version)
@@ -163,8 +168,9 @@ def follow(admin: AdminClient, options: RolloutCommand, version: int) -> pb.Roll
             gone_since = None
             line = ": ".join(part for part in (describe_step(rollout), rollout.reason) if part)
             kind = f"{rollout.step} {FIGURE.sub('', rollout.reason)}"  # the figures change all the time
-        if kind != said:
+        if kind != said or (kind and time.monotonic() - said_at >= REPEAT_SECONDS):
             print(printable(line), flush=True)
+            said_at = time.monotonic()
         said = kind
         time.sleep(POLL_SECONDS)
 

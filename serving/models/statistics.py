@@ -60,16 +60,17 @@ class TrackedRequest:
         span: Its span in a trace, if it is traced.
         find_id: Returns its id.
         arrived_ns: When it began, on the clock of `time.perf_counter_ns`.
+        is_split: Whether a rollout decided which version answers.
         images: Its images, uint8 [n, height, width, 3], once they are decoded.
         decode_ns: Time to decode them, in nanoseconds.
         answer: Its result, once it is answered.
         error: Why it failed, once it has.
     """
 
-    __slots__ = ("_statistics", "answer", "arrived_ns", "decode_ns", "error", "find_id", "images", "span")
+    __slots__ = ("_statistics", "answer", "arrived_ns", "decode_ns", "error", "find_id", "images", "is_split", "span")
 
-    def __init__(self, statistics: Statistics, span: Any, find_id: Callable[[], str]) -> None:
-        self._statistics, self.span, self.find_id = statistics, span, find_id
+    def __init__(self, statistics: Statistics, span: Any, find_id: Callable[[], str], is_split: bool) -> None:
+        self._statistics, self.span, self.find_id, self.is_split = statistics, span, find_id, is_split
         self.arrived_ns = time.perf_counter_ns()
         self.decode_ns = 0
         self.images: Images | None = None
@@ -156,9 +157,9 @@ class Statistics:
         self._pending: deque[tuple[int, int, int, int, int, int]] = deque()
         self._last_ns = 0
 
-    def begin(self, span: Any = None, find_id: Callable[[], str] = str) -> TrackedRequest:
+    def begin(self, span: Any = None, find_id: Callable[[], str] = str, is_split: bool = False) -> TrackedRequest:
         """Return a new running request; arguments as in `TrackedRequest`."""
-        return TrackedRequest(self, span, find_id)
+        return TrackedRequest(self, span, find_id, is_split)
 
     def count(self, request: TrackedRequest, answer: BatchResult) -> None:
         """Count an answered request, and notify the observers."""

@@ -6,12 +6,13 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from export import manifest, repository
 from export.inspection import fingerprint
 from resnet import BadInput, CheckFailed
-from serving.errors import FailedPrecondition, NotFound
+from serving.errors import FailedPrecondition, NotFound, ServingError
 from serving.models.model import Model
 from serving.models.registry import ModelRegistry
 from serving.models.version_policy import VersionPolicy
@@ -167,6 +168,13 @@ class Watcher:
         """
         with self._held_lock:
             self._held[name, number] -= 1
+
+    def refresh(self, name: str) -> None:
+        """Serve what the policy, the labels and the holds of a model choose now."""
+        with self._lock, suppress(ServingError):
+            folder, _ = self.find_folder(name)
+            if name not in self._unloaded:
+                self._update(folder, self._find_policy(name), retry=False)
 
     def label(self, name: str, label: str, number: int) -> None:
         """Set a label in the repository, and serve its version under it at once.

@@ -99,7 +99,7 @@ class InferenceHandler(Generic[RequestT]):
         except Exception as error:
             refuse(call, error)
             return
-        tracked = model.statistics.begin(call.span, call.find_id)
+        tracked = model.statistics.begin(call.span, call.find_id, call.is_split)
         try:
             if waited:
                 call.check()

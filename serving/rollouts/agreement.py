@@ -95,7 +95,7 @@ class Agreement:
         classes, others = given.argmax(axis=1), other.argmax(axis=1)
         # An answer that is no number differs from any other as much as probabilities can.
         differences = np.nan_to_num(np.abs(given - other).max(axis=1), nan=1.0)
-        is_same = classes == others
+        is_same = (classes == others) & np.isfinite(given).all(axis=1) & np.isfinite(other).all(axis=1)
         index = int(np.lexsort((differences, ~is_same))[-1])
         difference = Difference(
             request_id,

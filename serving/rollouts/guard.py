@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -105,10 +105,12 @@ def check_agreement(same: int, images: int, settings: GuardSettings) -> GuardChe
 def check_failures(canary: TrafficCounts, stable: TrafficCounts, settings: GuardSettings) -> GuardCheck:
     """Return whether the new version fails no more requests than the stable one."""
     total, others = canary.answered + canary.failed, stable.answered + stable.failed
-    share, usual = wilson(canary.failed, total, BREAKS), wilson(stable.failed, others, BREAKS)
+    share, usual = wilson(canary.failed, total, BREAKS), wilson(stable.failed, others, BREAKS).high
+    if others < MIN_REQUESTS:  # of which nothing can be said: then none, or as many as did, is what may fail
+        usual = stable.failed / others if others else 0.0
     detail = f"{canary.failed:,} of {total:,} requests failed, {stable.failed:,} of {others:,} of the stable version"
-    if canary.failed >= MIN_FAILURES and share.low > usual.high + settings.max_failures:
-        allowed = f"at most {usual.high:.2%} + {settings.max_failures:.2%} are allowed"
+    if canary.failed >= MIN_FAILURES and share.low > usual + settings.max_failures:
+        allowed = f"at most {usual:.2%} + {settings.max_failures:.2%} are allowed"
         return GuardCheck("failures", "broken", f"{detail}: at least {share.low:.2%}, {allowed}")
     return GuardCheck("failures", "passed", detail)
 
@@ -120,7 +122,7 @@ def check_median(canary: TrafficCounts, stable: TrafficCounts, settings: GuardSe
     times what is allowed.
     """
     if min(len(canary.latencies_ns), len(stable.latencies_ns)) < MIN_REQUESTS:
-        return GuardCheck("p50", "undecided", "too few requests to compare")
+        return GuardCheck("p50", "undecided", _count_few(canary, stable))
     limit = settings.max_slowdown * _bound_quantile(stable.latencies_ns, 0.5)
     return _judge_latency("p50", 0.5, canary, stable, limit, canary.latencies_ns > limit)
 
@@ -132,7 +134,7 @@ def check_tail(canary: TrafficCounts, stable: TrafficCounts, settings: GuardSett
     counts as slow only if it takes longer, too, than each of the stable version within a second of it.
     """
     if min(len(canary.latencies_ns), len(stable.latencies_ns)) < MIN_REQUESTS:
-        return GuardCheck("p99", "undecided", "too few requests to compare")
+        return GuardCheck("p99", "undecided", _count_few(canary, stable))
     limit = settings.max_slowdown * _bound_quantile(stable.latencies_ns, 0.99)
     moments = np.floor(stable.times).astype(np.int64)
     worst: dict[int, int] = {}
@@ -143,6 +145,11 @@ def check_tail(canary: TrafficCounts, stable: TrafficCounts, settings: GuardSett
         for moment, ns in zip(np.floor(canary.times).tolist(), canary.latencies_ns.tolist(), strict=True)
     ]
     return _judge_latency("p99", 0.99, canary, stable, limit, np.array(slow))
+
+
+def _count_few(canary: TrafficCounts, stable: TrafficCounts) -> str:
+    few = f"{len(canary.latencies_ns):,} requests, {len(stable.latencies_ns):,} of the stable version"
+    return f"{few}; {MIN_REQUESTS} of each are needed"
 
 
 def _judge_latency(
@@ -160,6 +167,19 @@ def _judge_latency(
 def _bound_quantile(values: NDArray[np.int64], quantile: float) -> float:
     """Return the upper bound of a quantile, whose value in a sample may be too low."""
     return find_quantile(values, wilson(round(quantile * len(values)), len(values), BREAKS).high)
+
+
+def share_window(canary: TrafficCounts, stable: TrafficCounts) -> tuple[TrafficCounts, TrafficCounts]:
+    """Return both with the latencies of the same time only: of a version with more requests, fewer seconds are kept."""
+    if not len(canary.times) or not len(stable.times):
+        return canary, stable
+    start = max(canary.times.min(), stable.times.min())
+    return _cut(canary, start), _cut(stable, start)
+
+
+def _cut(counts: TrafficCounts, start: float) -> TrafficCounts:
+    kept = counts.times >= start
+    return replace(counts, latencies_ns=counts.latencies_ns[kept], times=counts.times[kept])
 
 
 def find_quantile(values: NDArray[np.int64], quantile: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 from hashlib import blake2b
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from export import files
 from resnet import BadInput
 
 ODD = re.compile(r"[^A-Za-z0-9_-]")
@@ -30,7 +32,7 @@ class ImageFolder:
         """
         self._folder = folder
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(0o700, parents=True, exist_ok=True)  # images of callers
             probe = folder / f".{blake2b(str(folder).encode(), digest_size=4).hexdigest()}"
             probe.touch()
             probe.unlink()
@@ -45,9 +47,10 @@ class ImageFolder:
 
     def keep(self, request_id: str, image: int, pixels: NDArray[np.uint8]) -> None:
         """Write an image, uint8 [height, width, 3]; if that fails, a warning says so."""
-        path = self.find(request_id, image)
+        path, content = self.find(request_id, image), io.BytesIO()
+        Image.fromarray(pixels).save(content, "PNG")
         try:
-            Image.fromarray(pixels).save(path)
+            files.write(path, content.getvalue())
         except OSError as error:
             log.warning("an image cannot be kept in %s: %s", path, error.strerror)
 

@@ -17,11 +17,15 @@ from serving.scheduling.batcher import Batcher
 from serving.scheduling.queue import BatchResult, Outcome
 
 MAX_CHUNK, CHUNK_NS = 256, 2e6  # images and nanoseconds of computing: a request that comes meanwhile shares the cores
-TIMEOUT_SECONDS = 60.0
+TIMEOUT_SECONDS = 10.0  # the watchdog ends a server of which a version hangs for 30
 
 
 class ShadowFailed(Exception):
     """The other version cannot compute; the message says why."""
+
+
+class ShadowHangs(ShadowFailed):
+    """The other version gives no answer, and will give none."""
 
 
 class Other(Protocol):
@@ -80,7 +84,7 @@ class OtherVersion:
         try:
             outcome = results.get(timeout=TIMEOUT_SECONDS)
         except Empty:
-            raise ShadowFailed(f"no answer in {TIMEOUT_SECONDS:g} s") from None
+            raise ShadowHangs(f"no answer in {TIMEOUT_SECONDS:g} s") from None
         if isinstance(outcome, ServingError):
             raise ShadowFailed(str(outcome))
         return outcome.probabilities

@@ -12,15 +12,17 @@ from typing import Literal
 
 import msgspec
 
-from export import files
+from export import files, repository
 from resnet import BadInput
 from serving.errors import REQUEST_ID
 from serving.rollouts.guard import GuardSettings
 
-NAME = ".rollout.json"  # hidden, so that nobody takes it for a version or a label
+NAME = repository.ROLLOUT
 
 HEADER = re.compile("[a-z0-9_.-]{1,100}")
 MAX_STEPS = 100
+MAX_SALT = 64  # of a key of BLAKE2b
+LARGEST = 2**62
 
 State = Literal["running", "paused", "done", "rolled_back"]
 
@@ -57,7 +59,12 @@ class RolloutSettings(GuardSettings):
             )
         for name, low, high, form in (
             ("hold_seconds", 0, 1e6, "g"),
-            ("min_agreement", 0, 0.9999, ".2%"),  # no number of images shows more
+            (
+                "min_agreement",
+                0.01,
+                0.9999,
+                ".2%",
+            ),  # no number of images shows more; less is meant as a share, not percent
             ("max_failures", 0, 1, ".1%"),
             ("max_slowdown", 1, 1e3, "g"),
             ("min_requests", 1, 1e9, "g"),
@@ -76,6 +83,7 @@ class RolloutRecord(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         digest: Hash of its manifest: other files under its number are another version.
         stable: Number of the stable version when it began.
         settings: How it is rolled out.
+        salt: As in `TrafficSplit`.
         step: Index of the current or last step.
         state: `paused` by a server that ended in order.
         reason: Why it was rolled back.
@@ -90,6 +98,7 @@ class RolloutRecord(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     digest: str
     stable: int
     settings: RolloutSettings
+    salt: str = ""
     step: int = 0
     state: State = "running"
     reason: str = ""
@@ -97,6 +106,18 @@ class RolloutRecord(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     failed: int = 0
     started: float = 0.0
     ended: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what no server has written.
+
+        Raises:
+            ValueError: A value is out of range.
+        """
+        in_range = all(0 <= number < LARGEST for number in (self.answered, self.failed, self.started, self.ended))
+        is_pair = 0 < self.version < LARGEST and 0 < self.stable < LARGEST and self.version != self.stable
+        is_text = len(self.salt) <= MAX_SALT and self.salt.isprintable() and self.reason.isprintable()
+        if not (in_range and is_pair and is_text and 0 <= self.step < len(self.settings.steps)):
+            raise ValueError("a value is out of range")
 
     @property
     def percent(self) -> float:

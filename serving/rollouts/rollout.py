@@ -16,7 +16,10 @@ from serving.rollouts.others import ServedOthers
 from serving.rollouts.record import RolloutRecord
 from serving.rollouts.shadow import Shadow
 from serving.rollouts.traffic import Traffic
+from serving.scheduling.batcher import Batcher
 
+KEPT = 10  # times as many latencies of the stable version as of the new one
+STALL_SECONDS, STALL_BATCHES = 5.0, 10  # without a batch although there is work; the longer of both
 SETTLE_SECONDS = 5.0  # of the last step, before failures in a moment may end the rollout
 
 
@@ -56,6 +59,7 @@ class Rollout:
         # A version that computes for the shadow answers later meanwhile, most of all the new one.
         self._traffic = Traffic([record.stable, record.version], self.shadow.overlaps)
         self._step_began = 0.0
+        self._progress = -1, 0.0  # batches of the new version, and since when it is so many
         self._before = 0, 0  # images compared before this step, and those with the same class
         self._answered, self._failed = record.answered, record.failed  # before this step
 
@@ -91,8 +95,8 @@ class Rollout:
         """Return how long the step has lasted."""
         return now - self._step_began
 
-    def find_end(self) -> str | None:
-        """Return why the rollout cannot go on, whatever the guard says; None if it can."""
+    def find_end(self, now: float) -> str | None:
+        """Return why the rollout cannot go on, whatever the guard says; None if it can; `now` as in `advance`."""
         record, served = self.record, self._models.get(self.record.model)
         labelled = served.labels.get(STABLE, 0)
         if record.version not in served.versions:
@@ -103,7 +107,18 @@ class Rollout:
             return f"the label {STABLE!r} was moved to version {labelled}"
         if record.stable not in served.versions:
             return f"version {record.stable} is no longer served"
-        return None if labelled else f"the label {STABLE!r} was removed"
+        if not labelled:
+            return f"the label {STABLE!r} was removed"
+        return self._find_stall(served.versions[record.version].batcher, now)
+
+    def _find_stall(self, batcher: Batcher, now: float) -> str | None:
+        """Return that the new version hangs: what waits for it neither fails nor is answered."""
+        if not batcher.is_busy or batcher.answered != self._progress[0]:
+            self._progress = batcher.answered, now
+        seconds = now - self._progress[1]
+        if seconds <= max(STALL_SECONDS, STALL_BATCHES * batcher.expected_ns / 1e9):
+            return None
+        return f"version {self.record.version} has computed nothing for {seconds:.0f} s, although requests wait"
 
     def check(self, now: float) -> list[GuardCheck]:
         """Return what the guard says of this step; `now` as in `advance`."""
@@ -119,6 +134,7 @@ class Rollout:
                 failures = failures._replace(verdict="undecided")
             checks += [guard.check_requests(canary, settings), failures]
             if record.percent < 100:
+                canary, stable = guard.share_window(canary, stable)
                 checks += [guard.check_median(canary, stable, settings), guard.check_tail(canary, stable, settings)]
         return checks
 
@@ -134,8 +150,8 @@ class Rollout:
         self._before = int(counts.images.sum()), int(counts.same.sum())
         self._traffic.forget(record.version)
         if record.percent < 100:  # the last step is compared with the one before
-            self._traffic.forget(record.stable)
-        split = TrafficSplit(record.stable, record.version, record.percent, record.settings.header)
+            self._traffic.forget(record.stable, min(1.0, KEPT * record.percent / 100))
+        split = TrafficSplit(record.stable, record.version, record.percent, record.settings.header, record.salt)
         self._models.split(record.model, split)
 
 

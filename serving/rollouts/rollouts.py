@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from export import repository
 from resnet import BadInput
 from serving.errors import FailedPrecondition, NotFound, ServingError, Unavailable
 from serving.models.model import Model
@@ -154,6 +156,7 @@ class Rollouts:
                     digest=model.manifest.digest,
                     stable=stable.version,
                     settings=settings,
+                    salt=secrets.token_hex(16),
                     started=time.time(),
                 )
                 try:
@@ -206,7 +209,7 @@ class Rollouts:
         """Ask the guard about a rollout, and do what it says. The lock is held."""
         running, now = self._running[name], self._clock()
         rollout, record = running.rollout, running.rollout.record
-        if reason := rollout.find_end():
+        if reason := rollout.find_end(now):
             self._roll_back(name, reason)
             return
         running.checks = tuple(rollout.check(now))
@@ -228,20 +231,30 @@ class Rollouts:
 
         Raises:
             BadInput: The process may have no further thread.
+            Unavailable: The server ends; nothing of the rollout stays.
         """
         images = None if self._keep_images is None else ImageFolder(self._keep_images / record.model)
         rollout = Rollout(record, self._models, self._is_idle, images)
         with self._lock:
-            rollout.begin(self._clock())
-            self._running[record.model] = _Running(rollout, folder, lock)
-            self._remark(record)
+            if not self._closed:
+                rollout.begin(self._clock())
+                self._running[record.model] = _Running(rollout, folder, lock)
+                self._remark(record)
+                return
+        rollout.shadow.close()
+        (folder / records.NAME).unlink(missing_ok=True)
+        raise Unavailable("the server is shutting down")
 
     def _finish(self, name: str, running: _Running) -> None:
         """Make the new version the stable one."""
         record, problem = running.rollout.record, ""
         try:
-            self._watcher.label(name, STABLE, record.version)
-        except ServingError as error:
+            # On the disk, where somebody may have moved it since the last scan.
+            if repository.labels(running.folder).get(STABLE) != record.stable:
+                problem = f"the label {STABLE!r} was moved by hand"
+            else:
+                self._watcher.label(name, STABLE, record.version)
+        except (ServingError, OSError) as error:
             problem = str(error)
         with self._lock:
             if self._running.get(name) is not running:
@@ -277,6 +290,8 @@ class Rollouts:
         self._remark(record)
         running.lock.release()
         self._watcher.release(name, record.version)
+        if record.state == "rolled_back":  # it may hang, which is no reason to end the server
+            self._finisher.submit(self._watcher.refresh, name)
 
     def _resume(self, name: str, folder: Path) -> None:
         """Go on with the rollout that a server left in order, or record that it ended with the server."""
@@ -291,8 +306,10 @@ class Rollouts:
             lock = FolderLock(folder)
         except OSError:
             return  # another server goes on with it
-        reason = ""
-        if record.state == "paused":
+        reason, is_open = "", record.state in ("running", "paused")
+        if is_open and self._models.get(name).labels.get(STABLE) == record.version:
+            record.state, record.ended = "done", time.time()  # the server ended just after it had moved the label
+        elif record.state == "paused":
             held = False
             try:
                 model, held = self._watcher.hold(name, record.version), True
@@ -309,8 +326,6 @@ class Rollouts:
             else:
                 log.info("%s/%d %s", name, record.version, record.describe())
                 return
-        elif record.state == "running" and self._models.get(name).labels.get(STABLE) == record.version:
-            record.state = "done"  # the server ended just after it had moved the label
         elif record.state == "running":
             reason = "the server ended without notice"
         if reason:

@@ -17,7 +17,7 @@ from resnet import BadInput
 from serving.models.statistics import TrackedRequest
 from serving.rollouts.agreement import Agreement
 from serving.rollouts.idle import RESERVE, IdleCapacity
-from serving.rollouts.others import Other, Others, ShadowFailed
+from serving.rollouts.others import Other, Others, ShadowFailed, ShadowHangs
 from serving.runtimes.base import Images, Probabilities
 
 MAX_IMAGES = 64  # that wait; the images of one request beyond these are not compared
@@ -57,6 +57,7 @@ class Shadow:
         is_idle: Callable[[], bool],
         percent: float = 100.0,
         reserve: float = RESERVE,
+        on_hang: Callable[[], object] = lambda: None,
     ) -> None:
         """Start.
 
@@ -66,12 +67,13 @@ class Shadow:
             is_idle: Returns whether the server has nothing else to do.
             percent: Share of the requests, 0 to 100.
             reserve: As in `IdleCapacity`.
+            on_hang: Called when the other version gives no answer any more, after which nothing is compared.
 
         Raises:
             BadInput: The process may have no further thread.
         """
         self.agreement, self._others, self._is_idle = agreement, others, is_idle
-        self._share = percent / 100
+        self._share, self._on_hang = percent / 100, on_hang
         self._queue: SimpleQueue[ShadowedRequest | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._waiting = self._dropped = self._failed = 0  # images
@@ -125,6 +127,10 @@ class Shadow:
             problem = ""
             try:
                 done = self._compare(request)
+            except ShadowHangs as error:
+                log.error("answers are compared no longer: %s", error)
+                self._on_hang()
+                return
             except ShadowFailed as error:
                 failed, problem = len(request.images), str(error)
             except Exception as error:  # the next request may be compared

@@ -146,12 +146,23 @@ class Shadows:
         try:
             check_pair(version, stable)
             images = None if self._keep_images is None else ImageFolder(self._keep_images / name)
-            shadow = Shadow(Agreement(stable.manifest.labels, images), others, self._is_idle, settings.percent)
+            shadow = Shadow(
+                Agreement(stable.manifest.labels, images),
+                others,
+                self._is_idle,
+                settings.percent,
+                on_hang=lambda: self._end_hanging(name),
+            )
         except (ServingError, BadInput):
             if is_number:
                 self._watcher.release(name, number)
             raise
         return OpenShadow(settings, shadow, number if is_number else 0)
+
+    def _end_hanging(self, name: str) -> None:
+        """End a shadow whose version hangs, and take that out of service before a watchdog ends the server for it."""
+        self.set(name, None)
+        self._watcher.refresh(name)
 
     def _end(self, name: str, opened: OpenShadow) -> None:
         self._models.unfollow(name, opened.shadow)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections import deque
@@ -17,7 +18,7 @@ LATENCIES = 5000  # that are kept of each version
 
 
 class Traffic:
-    """Observes the requests for a model, and counts those for each of some versions."""
+    """Observes the requests for a model, and counts those for each of some versions that did not choose it."""
 
     def __init__(
         self,
@@ -36,12 +37,12 @@ class Traffic:
     def end(self, request: TrackedRequest) -> None:
         """Count a request."""
         counter = self._counters.get(request.version)
-        if counter is None:
+        if counter is None or not request.is_split:
             return
         with self._lock:
             if request.answer is not None:
                 counter.answered += 1
-                if not self._is_disturbed(request):
+                if random.random() < counter.kept and not self._is_disturbed(request):
                     counter.latencies.append((request.elapsed_ns(), time.monotonic()))
             elif is_failure(request.error):
                 counter.failed += 1
@@ -54,15 +55,15 @@ class Traffic:
         ns, times = zip(*latencies, strict=True) if latencies else ((), ())
         return TrafficCounts(answered, failed, np.array(ns, np.int64), np.array(times, np.float64))
 
-    def forget(self, version: int) -> None:
-        """Begin again with a version."""
+    def forget(self, version: int, kept: float = 1.0) -> None:
+        """Begin again with a version, and keep a share of its latencies, so that they are of more seconds."""
         with self._lock:
-            self._counters[version] = _Counter()
+            self._counters[version] = _Counter(kept)
 
 
 class _Counter:
-    def __init__(self) -> None:
-        self.answered = self.failed = 0
+    def __init__(self, kept: float = 1.0) -> None:
+        self.answered, self.failed, self.kept = 0, 0, kept
         self.latencies: deque[tuple[int, float]] = deque(maxlen=LATENCIES)  # nanoseconds, and when, in seconds
 
 

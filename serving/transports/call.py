@@ -52,6 +52,7 @@ class Call(ABC):
         active: The set of active calls that this one counts in until it is answered.
         refused: Whether it was answered with an error.
         message_id: The id that the caller gave it in the message, where the protocol has such a field.
+        is_split: Whether its key decided which version answers.
     """
 
     span: Any = None
@@ -60,6 +61,7 @@ class Call(ABC):
     active: set[Call] | None = None
     refused = False
     message_id = ""
+    is_split = False
     _id = ""
 
     def __init__(self, method: str, payload: bytes, metadata: Metadata, remaining: float | None) -> None:
@@ -123,6 +125,7 @@ class Call(ABC):
 
     def find_key(self, header: str) -> str:
         """Return what decides which version answers while two share the requests: a header, or else the request id."""
+        self.is_split = True
         return self._find_given(header) or self._find_own_key()
 
     def _find_own_key(self) -> str:

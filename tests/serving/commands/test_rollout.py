@@ -99,13 +99,13 @@ def test_settings_that_are_left_out_are_not_sent(tmp_path: Path) -> None:
     """The server has the defaults; zero is a setting. The token goes with each call."""
     (tmp_path / "token").write_text("sesame\n")
     words = (
-        "--steps=0,2.5,100 --hold=1.5h --by=x-user --min-agreement=0 --max-failures=0 --max-slowdown=2 --min-requests=7"
+        "--steps=0,2.5,100 --hold=1.5h --by=x-user --min-agreement=2 --max-failures=0 --max-slowdown=2 --min-requests=7"
     )
     settings = pb.RolloutSettings(
         steps=[0, 2.5, 100],
         hold_seconds=5400,
         header="x-user",
-        min_agreement=0,
+        min_agreement=2,
         max_failures=0,
         max_slowdown=2,
         min_requests=7,

@@ -214,7 +214,7 @@ def test_the_status_says_what_runs(site: Site, transport: Transport) -> None:
         (
             lambda admin: start(admin, 2, pb.RolloutSettings(min_agreement=120)),
             "INVALID_ARGUMENT",
-            "min_agreement must be from 0.00% to 99.99%, not 120.00%",
+            "min_agreement must be from 1.00% to 99.99%, not 120.00%",
         ),
         (
             lambda admin: admin.StopRollout(pb.StopRolloutRequest(model=NAME)),

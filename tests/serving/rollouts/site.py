@@ -105,10 +105,16 @@ class Site:
     def ask(self, color: str = "blue", key: str = "", version: int = 0, name: str = NAME, count: int = 1) -> int:
         """Make a request for images of a color; return the version that answered it or failed."""
         request_id = key or f"r{next(self.numbers)}"
-        model = self.models.find(name, version, "", lambda _: request_id)
+        asked: list[str] = []
+
+        def find_key(header: str) -> str:
+            asked.append(header)
+            return request_id
+
+        model = self.models.find(name, version, "", find_key)
         pixels = np.zeros((count, SIDE, SIDE, 3), np.uint8)
         pixels[..., COLORS.index(color)] = 200
-        tracked = model.statistics.begin(None, lambda: request_id)
+        tracked = model.statistics.begin(None, lambda: request_id, bool(asked))
         tracked.decoded(pixels)
         try:
             tracked.end(submit(model.batcher, pixels))

@@ -72,7 +72,8 @@ def test_the_ten_requests_that_differ_most_are_kept_each_once() -> None:
 def test_an_answer_that_is_no_number_differs_most() -> None:
     """It has no class that could be the same."""
     agreement = Agreement(LABELS)
-    agreement.add("nan", 1, pictures(1), answers((0, 0, 1)), answers((float("nan"),) * 3))
+    agreement.add("nan", 1, pictures(1), answers((1, 0, 0)), answers((float("nan"),) * 3))  # whose argmax is 0
+    agreement.add("both", 1, pictures(1), answers((float("nan"),) * 3), answers((float("nan"),) * 3))
     counts = agreement.counts()
     assert counts.max_difference == 1
     assert counts.same.sum() == 0

@@ -71,6 +71,10 @@ def test_equal_answers_break_nothing_even_where_all_must_agree() -> None:
         ((0, 2), (1000, 0), "passed"),  # chance
         ((1, 3), (1000, 0), "broken"),
         ((0, 3), (0, 60), "passed"),  # both fail
+        ((0, 3), (0, 5), "passed"),
+        ((0, 8), (0, 0), "broken"),  # nobody else is asked: what fails is the new version's fault
+        ((796, 4), (0, 0), "passed"),
+        ((0, 400), (3, 0), "broken"),
         ((900, 100), (9000, 1000), "passed"),
         ((900, 100), (9950, 50), "broken"),
         ((995, 5), (10_000, 0), "passed"),  # within the point that is allowed
@@ -110,6 +114,18 @@ def test_what_slows_all_for_a_moment_is_nobodys_fault() -> None:
     for moment, verdict in ((9.5, "passed"), (11.4, "passed"), (12.5, "broken"), (70.0, "broken")):
         canary = traffic([*quick, *slow], times=[*times, *[moment] * 20])
         assert guard.check_tail(canary, stable, SETTINGS).verdict == verdict
+
+
+def test_latencies_of_the_same_time_are_compared() -> None:
+    """Of a version with more requests, fewer seconds are kept; the load may have been another before."""
+    canary = traffic([*[9.0] * 100, *[1.0] * 100], times=np.arange(200))
+    stable = traffic([1.0] * 1000, times=np.linspace(100, 200, 1000))
+    assert guard.check_median(canary, stable, SETTINGS).verdict == "passed"
+    assert guard.check_tail(canary, stable, SETTINGS).verdict == "broken"
+    ours, theirs = guard.share_window(canary, stable)
+    assert (len(ours.times), len(theirs.times), ours.answered) == (100, 1000, 200)
+    assert guard.check_tail(ours, theirs, SETTINGS).verdict == "passed"
+    assert guard.share_window(traffic(), stable)[1] is stable
 
 
 def test_few_requests_are_no_ground_for_anything() -> None:

@@ -44,8 +44,8 @@ def test_a_header_that_no_call_can_have_is_refused(header: str) -> None:
     [
         ("hold_seconds", math.inf, "hold_seconds must be from 0 to 1e[+]06, not inf"),
         ("hold_seconds", -1.0, "hold_seconds must be from 0 to 1e[+]06, not -1"),
-        ("min_agreement", math.nan, "min_agreement must be from 0.00% to 99.99%, not nan%"),
-        ("min_agreement", 1.01, "min_agreement must be from 0.00% to 99.99%, not 101.00%"),
+        ("min_agreement", math.nan, "min_agreement must be from 1.00% to 99.99%, not nan%"),
+        ("min_agreement", 1.01, "min_agreement must be from 1.00% to 99.99%, not 101.00%"),
         ("max_failures", math.nan, "max_failures must be from 0.0% to 100.0%, not nan%"),
         ("max_failures", -0.1, "max_failures must be from 0.0% to 100.0%, not -10.0%"),
         ("max_slowdown", 0.5, "max_slowdown must be from 1 to 1000, not 0.5"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import gc
+import json
 import logging
 import os
 import shutil
@@ -12,6 +13,7 @@ import threading
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -25,11 +27,13 @@ from serving.errors import (
     ServingError,
     Unavailable,
 )
+from serving.models.split import TrafficSplit
 from serving.models.version_policy import ALL, VersionPolicy
 from serving.rollouts import record as records
 from serving.rollouts.record import FolderLock
 from serving.rollouts.rollouts import RolloutStatus
 from serving.rollouts.traffic import Traffic, is_failure
+from serving.runtimes.base import Images
 from tests.conftest import edit_manifest
 from tests.serving.rollouts.site import NAME, QUICK, Site, fail, swap_red_and_green
 from tests.serving.test_watchdog import await_true
@@ -237,8 +241,7 @@ def test_a_label_that_is_moved_is_the_reason_also_where_it_alone_had_a_version_s
 def test_the_label_is_moved_or_the_rollout_fails(site: Site) -> None:
     """A version that cannot become the stable one stays what it was."""
     site.rollouts.roll_out(NAME, 2, dataclasses.replace(QUICK, steps=(100.0,)))
-    (site.folder / "stable").unlink()
-    (site.folder / "stable").mkdir()  # a folder of its own, which is no label
+    (site.folder / ".staging-stable").mkdir()  # in the way of the new link
     site.pass_step()
     assert status(site).record.reason.startswith("the label 'stable' of model 'colors' cannot be set: ")
 
@@ -314,11 +317,15 @@ def test_a_server_that_went_on_and_was_killed_rolls_back(site: Site) -> None:
     assert status(site).record.state == "rolled_back"
 
 
-def test_a_server_that_was_killed_after_it_moved_the_label_was_done(site: Site) -> None:
+@pytest.mark.parametrize("is_orderly", [True, False])
+def test_a_server_that_ended_after_it_moved_the_label_was_done(is_orderly: bool, site: Site) -> None:
     """The record comes last."""
     site.rollouts.roll_out(NAME, 2, QUICK)
     repository.label(site.folder, "stable", 2)
-    site.rollouts._running[NAME].lock.release()
+    if is_orderly:
+        site.rollouts.close()
+    else:
+        site.rollouts._running[NAME].lock.release()
     site.restart()
     assert status(site).record.state == "done"
     assert site.models.get(NAME).remarks == {2: "rolled out, in place of version 1"}
@@ -336,6 +343,30 @@ def test_only_one_server_goes_on(site: Site) -> None:
         other.rollouts.roll_out(NAME, 2, QUICK)
     assert {other.ask() for _ in range(50)} == {1}
     assert status(site).record.state == "running"
+
+
+@pytest.mark.parametrize("state", ["running", "paused", "rolled_back", "done"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("step", 99),
+        ("step", -1),
+        ("answered", -5),
+        ("answered", 2**70),
+        ("version", 1),
+        ("stable", 0),
+        ("reason", "a\x1b"),
+    ],
+)
+def test_a_record_with_absurd_values_is_none(name: str, value: object, state: str, site: Site) -> None:
+    """A server starts, whatever it finds."""
+    site.rollouts.roll_out(NAME, 2, QUICK)
+    site.rollouts.close()
+    content = json.loads((site.folder / records.NAME).read_text())
+    (site.folder / records.NAME).write_text(json.dumps({**content, "state": state, name: value}))
+    site.restart()
+    assert site.rollouts.find(NAME) is None
+    assert {site.ask() for _ in range(20)} == {1}
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model": "colors"}', ""])
@@ -455,17 +486,89 @@ def test_what_callers_do_wrong_is_no_failure_of_a_version(error: Exception | Non
 
 
 def test_traffic_is_counted_for_the_two_versions_only(site: Site) -> None:
-    """Until it is forgotten."""
+    """Until it is forgotten; who names a version does not count."""
     traffic = Traffic([1, 2])
     site.models.follow(NAME, traffic)
     site.watcher.hold(NAME, 2)
-    for version in (1, 1, 2):
+    site.models.split(NAME, TrafficSplit(1, 2, 0))
+    site.ask()
+    site.ask()
+    site.models.split(NAME, TrafficSplit(1, 2, 100))
+    site.ask()
+    for version in (1, 2):
         site.ask(version=version)
-    site.models.find(NAME, 2).statistics.begin().fail(Overloaded("full"))
+        site.models.find(NAME, version).statistics.begin().fail(Overloaded("full"))
+    site.models.find(NAME, 2).statistics.begin(None, str, True).fail(Overloaded("full"))
     assert [(traffic.count(one).answered, traffic.count(one).failed) for one in (1, 2)] == [(2, 0), (1, 1)]
     assert (traffic.count(1).latencies_ns > 0).all()
     traffic.forget(1)
     assert [(traffic.count(one).answered, len(traffic.count(one).times)) for one in (1, 2)] == [(0, 0), (1, 1)]
+
+
+def test_a_label_that_was_moved_since_the_last_scan_stays(site: Site) -> None:
+    """Whoever moved it knows more."""
+    write_version(site.folder / "3")
+    site.rollouts.roll_out(NAME, 2, dataclasses.replace(QUICK, steps=(100.0,)))
+    repository.label(site.folder, "stable", 3)
+    site.pass_step()
+    assert status(site).record.reason == "the label 'stable' was moved by hand"
+    assert repository.labels(site.folder) == {"stable": 3}
+
+
+def test_a_version_that_hangs_is_rolled_back(site: Site) -> None:
+    """Although nothing fails that could be counted."""
+    site.rollouts.roll_out(NAME, 2, dataclasses.replace(QUICK, steps=(50.0, 100.0)))
+    hanging, go_on = threading.Event(), threading.Event()
+
+    def hang(images: Images) -> Images:
+        hanging.set()
+        assert go_on.wait(20)
+        return images
+
+    site.engines[2].fault = hang
+    site.models.find(NAME, 2).batcher.enqueue(np.zeros((1, 4, 4, 3), np.uint8), lambda _: None)
+    assert hanging.wait(20)
+    for _ in range(2):
+        site.rollouts.look()
+        assert status(site).record.state == "running"
+        site.now += 4
+    site.rollouts.look()
+    assert status(site).record.reason == "version 2 has computed nothing for 8 s, although requests wait"
+    await_true(lambda: list(site.models.get(NAME).versions) == [1])  # so that no watchdog ends the server for it
+    go_on.set()
+
+
+def test_a_rollout_that_a_server_starts_as_it_ends_leaves_nothing(site: Site) -> None:
+    """Nobody was told that it began."""
+    site.gate.clear()
+    outcome: list[Exception] = []
+
+    def roll_out() -> None:
+        try:
+            site.rollouts.roll_out(NAME, 2, QUICK)
+        except Unavailable as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=roll_out)
+    thread.start()
+    await_true(lambda: site.is_loading)
+    site.rollouts.close()
+    site.gate.set()
+    thread.join()
+    assert len(outcome) == 1
+    assert not (site.folder / records.NAME).exists()
+    site.restart()
+    assert site.rollouts.find(NAME) is None
+
+
+def test_a_version_in_a_rollout_is_not_pruned(site: Site) -> None:
+    """Nor the stable one; after the end it is."""
+    for number in (3, 4):
+        write_version(site.folder / str(number))
+    site.rollouts.roll_out(NAME, 2, QUICK)
+    assert [path.name for path in repository.prune(site.folder, 1)] == ["3"]
+    site.rollouts.stop(NAME)
+    assert [path.name for path in repository.prune(site.folder, 1)] == ["2"]
 
 
 @pytest.mark.parametrize("is_good", [True, False])

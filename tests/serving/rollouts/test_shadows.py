@@ -252,6 +252,23 @@ def test_what_cannot_be_computed_now_is_computed_later(site: Site) -> None:
     shadow.close()
 
 
+def test_a_version_that_hangs_is_compared_with_no_longer(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And served no longer: the watchdog would end the server for it."""
+    monkeypatch.setattr(others, "TIMEOUT_SECONDS", 0.05)
+    go_on = threading.Event()
+
+    def hang(batch: Images) -> Images:
+        assert go_on.wait(20)
+        return batch
+
+    site.engines[2].fault = hang
+    site.shadows.set(NAME, ShadowSettings("2"))
+    site.ask_until(lambda: site.shadows.find(NAME) is None)
+    await_true(lambda: list(site.models.get(NAME).versions) == [1])
+    assert site.ask() == 1
+    go_on.set()
+
+
 def test_a_share_is_compared(site: Site) -> None:
     """And nothing of a version that is not covered, nor of a request that failed."""
     gates, agreement = Gates(), Agreement(COLORS)
