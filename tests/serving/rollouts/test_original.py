@@ -96,23 +96,6 @@ def fake(version: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeOrigina
     fake.process.close()
 
 
-def test_the_original_is_computed(
-    repository: Path, heldout: tuple[NDArray[np.uint8], NDArray[np.int32]], probabilities: NDArray[np.float32]
-) -> None:
-    """It answers what it did at the export; when it is closed, its process is gone."""
-    folder, images = repository / "digits" / "1", heldout[0]
-    process = OriginalProcess(folder, manifest.read(folder))
-    process.check()
-    for start, end in ((0, 1), (1, 4), (4, 40)):
-        answers = wait_for_answers(process, images[start:end])
-        np.testing.assert_allclose(answers, probabilities[start:end], atol=1e-5)
-    child = process._child
-    process.close()
-    assert child
-    assert child._process.returncode == -signal.SIGKILL
-    assert process.compute(images[:1]) is None
-
-
 @pytest.mark.slow
 def test_a_server_compares_with_the_original(
     repository: Path, heldout: tuple[NDArray[np.uint8], NDArray[np.int32]]
