@@ -50,7 +50,7 @@ class ComparisonsCollector(Collector):
             if status.shadow:
                 _add_shadow(images, difference, [name, str(record.version), "rollout"], status.shadow)
                 counts = status.shadow.agreement.counts()
-                for bound, value in wilson(int(counts.same.sum()), int(counts.images.sum()), PASSES)._asdict().items():
+                for bound, value in wilson(counts.all_same, counts.all_images, PASSES)._asdict().items():
                     agreement.add_metric([*labels, bound], value)
         return images, difference, percent, agreement, info
 
@@ -59,10 +59,9 @@ def _add_shadow(
     images: CounterMetricFamily, difference: GaugeMetricFamily, labels: Sequence[str], shadow: Shadow
 ) -> None:
     compared, counts = shadow.agreement.counts(), shadow.counts()
-    same = int(compared.same.sum())
     results = {
-        "same": same,
-        "different": int(compared.images.sum()) - same,
+        "same": compared.all_same,
+        "different": compared.all_images - compared.all_same,
         "dropped": counts.dropped,
         "failed": counts.failed,
     }

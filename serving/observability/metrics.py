@@ -1,29 +1,29 @@
 """Metrics for Prometheus, labelled by `model` and `version`; `serving.models.statistics` counts them.
 
-| metric                      | meaning                                                                   |
-|-----------------------------|---------------------------------------------------------------------------|
-| resnet_requests_total       | requests, by gRPC status (`code`)                                         |
-| resnet_refused_calls_total  | calls refused before a model was looked up, by `code` alone               |
-| resnet_images_total         | images answered                                                           |
-| resnet_request_seconds      | histogram: latency of answered requests, from parsing to the response     |
-| resnet_queue_seconds        | histogram: time in the queue of answered requests                         |
-| resnet_compute_seconds      | histogram: compute time of the batches of answered requests               |
-| resnet_batch_images         | histogram: images per batch                                               |
-| resnet_queued_images        | images in the queue                                                       |
-| resnet_batch_cost_seconds   | compute time of a batch, by its number of `images`                        |
-| resnet_model_info           | 1 for each served version, with `precision`, `provider`, `plan`, `digest` |
-| resnet_certificate_accuracy | accuracy of the original model on the held-out images, 0 to 1             |
-| resnet_proof_images         | images that proved the engine here, with its `device` and `runtime`       |
-| resnet_proof_max_difference | largest difference of a probability from the original in that proof       |
-| resnet_proof_seconds        | duration of that proof                                                    |
-| resnet_refused_info         | 1 for each version that was refused                                       |
-| resnet_default_info         | 1 for the version that answers requests that name none                    |
-| resnet_shadow_images_total  | images to compare with `other`, by `source` (shadow, rollout), `result`   |
-| resnet_shadow_max_difference | largest difference of a probability from `other`, by `source`            |
-| resnet_rollout_percent      | share of the requests that the version of a running rollout answers       |
-| resnet_rollout_agreement    | `bound` (low, high) of the share of images with the stable version's class |
-| resnet_rollout_info         | 1 for the running or last rollout, with `stable`, `state`, `reason`       |
-| resnet_build_info           | 1, with `version`, `onnxruntime` and `transport` in place of the labels   |
+| metric                       | meaning                                                                    |
+|------------------------------|----------------------------------------------------------------------------|
+| resnet_requests_total        | requests, by gRPC status (`code`)                                          |
+| resnet_refused_calls_total   | calls refused before a model was looked up, by `code` alone                |
+| resnet_images_total          | images answered                                                            |
+| resnet_request_seconds       | histogram: latency of answered requests, from parsing to the response      |
+| resnet_queue_seconds         | histogram: time in the queue of answered requests                          |
+| resnet_compute_seconds       | histogram: compute time of the batches of answered requests                |
+| resnet_batch_images          | histogram: images per batch                                                |
+| resnet_queued_images         | images in the queue                                                        |
+| resnet_batch_cost_seconds    | compute time of a batch, by its number of `images`                         |
+| resnet_model_info            | 1 for each served version, with `precision`, `provider`, `plan`, `digest`  |
+| resnet_certificate_accuracy  | accuracy of the original model on the held-out images, 0 to 1              |
+| resnet_proof_images          | images that proved the engine here, with its `device` and `runtime`        |
+| resnet_proof_max_difference  | largest difference of a probability from the original in that proof        |
+| resnet_proof_seconds         | duration of that proof                                                     |
+| resnet_refused_info          | 1 for each version that was refused                                        |
+| resnet_default_info          | 1 for the version that answers requests that name none                     |
+| resnet_shadow_images_total   | images to compare with `other`, by `source` (shadow, rollout), `result`    |
+| resnet_shadow_max_difference | largest difference of a probability from `other`, by `source`              |
+| resnet_rollout_percent       | share of the requests that the version of a running rollout answers        |
+| resnet_rollout_agreement     | `bound` (low, high) of the share of images with the stable version's class |
+| resnet_rollout_info          | 1 for the running or last rollout, with `stable`, `state`, `reason`        |
+| resnet_build_info            | 1, with `version`, `onnxruntime` and `transport` in place of the labels    |
 """
 
 from __future__ import annotations

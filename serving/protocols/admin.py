@@ -212,11 +212,10 @@ def _describe_shadow(shadow: Shadow, other: str, percent: float) -> pb.ShadowSta
 
 
 def _describe_agreement(counts: AgreementCounts) -> pb.Agreement:
-    images, same = int(counts.images.sum()), int(counts.same.sum())
-    low, high = wilson(same, images, PASSES)
+    low, high = wilson(counts.all_same, counts.all_images, PASSES)
     return pb.Agreement(
-        images=images,
-        same=same,
+        images=counts.all_images,
+        same=counts.all_same,
         low=low,
         high=high,
         max_difference=counts.max_difference,

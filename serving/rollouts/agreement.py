@@ -62,6 +62,16 @@ class AgreementCounts:
     max_difference: float
     worst: Sequence[Difference]
 
+    @property
+    def all_images(self) -> int:
+        """Compared images of all classes."""
+        return int(self.images.sum())
+
+    @property
+    def all_same(self) -> int:
+        """Those of them with the same most probable class."""
+        return int(self.same.sum())
+
 
 class Agreement:
     """Counts how answers compare; threads may share it."""
@@ -122,12 +132,10 @@ class Agreement:
 
     def _keep(self, difference: Difference, pixels: NDArray[np.uint8]) -> None:
         """Keep a request among the worst, with its worst image. The lock is held."""
-        others = [one for one in self._worst if one.request_id != difference.request_id]
-        if len(others) < len(self._worst) and any(
-            one.rank >= difference.rank for one in self._worst if one.request_id == difference.request_id
-        ):
+        before, mine = self._worst, [one for one in self._worst if one.request_id == difference.request_id]
+        if any(one.rank >= difference.rank for one in mine):
             return
-        before = self._worst
+        others = [one for one in before if one not in mine]
         self._worst = sorted([*others, difference], key=lambda one: one.rank, reverse=True)[:WORST]
         if self._folder:
             for one in before:

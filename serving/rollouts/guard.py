@@ -136,15 +136,13 @@ def check_tail(canary: TrafficCounts, stable: TrafficCounts, settings: GuardSett
     if min(len(canary.latencies_ns), len(stable.latencies_ns)) < MIN_REQUESTS:
         return GuardCheck("p99", "undecided", _count_few(canary, stable))
     limit = settings.max_slowdown * _bound_quantile(stable.latencies_ns, 0.99)
-    moments = np.floor(stable.times).astype(np.int64)
-    worst: dict[int, int] = {}
-    for moment, ns in zip(moments.tolist(), stable.latencies_ns.tolist(), strict=True):
-        worst[moment] = max(worst.get(moment, 0), ns)
-    slow = [
-        ns > max(limit, *(worst.get(moment + shift, 0) for shift in (-1, 0, 1)))
-        for moment, ns in zip(np.floor(canary.times).tolist(), canary.latencies_ns.tolist(), strict=True)
-    ]
-    return _judge_latency("p99", 0.99, canary, stable, limit, np.array(slow))
+    start = min(canary.times.min(), stable.times.min())
+    ours, theirs = ((np.floor(counts.times) - np.floor(start)).astype(np.int64) for counts in (canary, stable))
+    worst = np.zeros(2 + max(ours.max(), theirs.max()) + 1, np.int64)  # of each second, and one before and after
+    np.maximum.at(worst, theirs + 1, stable.latencies_ns)
+    near = np.maximum.reduce([worst[ours], worst[ours + 1], worst[ours + 2]])
+    slow = canary.latencies_ns > np.maximum(limit, near)
+    return _judge_latency("p99", 0.99, canary, stable, limit, slow)
 
 
 def _count_few(canary: TrafficCounts, stable: TrafficCounts) -> str:

@@ -7,6 +7,7 @@ import logging
 import re
 from hashlib import blake2b
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,11 @@ class ImageFolder:
             probe.unlink()
         except OSError as error:
             raise BadInput(f"--keep-images {folder} cannot be written: {error.strerror}") from None
+
+    @classmethod
+    def open(cls, root: Path | None, model: str) -> Self | None:
+        """Return the folder of a model below `root`; None if no images are kept. Errors are as above."""
+        return None if root is None else cls(root / model)
 
     def find(self, request_id: str, image: int) -> Path:
         """Return the file for an image of a request; an id may have any characters."""

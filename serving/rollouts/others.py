@@ -16,7 +16,7 @@ from serving.runtimes.base import Images, Probabilities
 from serving.scheduling.batcher import Batcher
 from serving.scheduling.queue import BatchResult, Outcome
 
-MAX_CHUNK, CHUNK_NS = 256, 2e6  # images and nanoseconds of computing: a request that comes meanwhile shares the cores
+MAX_CHUNK, CHUNK_NS = 64, 2e6  # images and nanoseconds of computing: a request that comes meanwhile shares the cores
 TIMEOUT_SECONDS = 10.0  # the watchdog ends a server of which a version hangs for 30
 
 
@@ -124,22 +124,21 @@ class ServedOthers:
 
     def covers(self, version: int) -> bool:
         """As in `Others`."""
-        number = self._find_number(version)
-        return number is not None and number != version and number in self._models.get(self._name).versions
+        return self._find_model(version) is not None
 
     def find(self, version: int) -> Other | None:
         """As in `Others`."""
-        number = self._find_number(version)
-        if number is None or number == version or self._closed:
+        model = self._find_model(version)
+        if model is None or self._closed:
             return None
-        model = self._models.get(self._name).versions.get(number)
-        if model is None:
-            self._found.pop(number, None)
-            return None
-        found = self._found.get(number)
+        found = self._found.get(model.version)
         if found is None or found[0] is not model:  # it was loaded again
-            found = self._found[number] = model, OtherVersion(model.batcher)
+            found = self._found[model.version] = model, OtherVersion(model.batcher)
         return found[1]
+
+    def _find_model(self, version: int) -> Model | None:
+        number = self._find_number(version)
+        return None if number in (None, version) else self._models.get(self._name).versions.get(number)
 
     def close(self) -> None:
         """As in `Others`; whoever keeps what was counted keeps no memory of an engine."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -123,6 +124,11 @@ class RolloutRecord(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     def percent(self) -> float:
         """Share of the requests that the new version answers in this step."""
         return self.settings.steps[self.step]
+
+    def end(self, state: State, reason: str = "") -> None:
+        """Note how it ended, and when; of the reason what a line may hold, as class names and errors may have more."""
+        self.state, self.ended = state, time.time()
+        self.reason = "".join(sign if sign.isprintable() else " " for sign in reason)
 
     def describe(self) -> str:
         """Return what becomes of the rollout, in one clause."""

@@ -124,7 +124,7 @@ class Rollout:
         """Return what the guard says of this step; `now` as in `advance`."""
         record, settings = self.record, self.record.settings
         counts, (images, same) = self.shadow.agreement.counts(), self._before
-        checks = [guard.check_agreement(int(counts.same.sum()) - same, int(counts.images.sum()) - images, settings)]
+        checks = [guard.check_agreement(counts.all_same - same, counts.all_images - images, settings)]
         if record.percent:
             canary, stable = self._traffic.count(record.version), self._traffic.count(record.stable)
             failures = guard.check_failures(canary, stable, settings)
@@ -147,7 +147,7 @@ class Rollout:
         record = self.record
         self._step_began = now
         counts = self.shadow.agreement.counts()
-        self._before = int(counts.images.sum()), int(counts.same.sum())
+        self._before = counts.all_images, counts.all_same
         self._traffic.forget(record.version)
         if record.percent < 100:  # the last step is compared with the one before
             self._traffic.forget(record.stable, min(1.0, KEPT * record.percent / 100))

@@ -22,7 +22,7 @@ from serving.models.watcher import Watcher
 from serving.rollouts import record as records
 from serving.rollouts.guard import GuardCheck, find_verdict
 from serving.rollouts.images import ImageFolder
-from serving.rollouts.record import FolderLock, RolloutRecord, RolloutSettings
+from serving.rollouts.record import FolderLock, RolloutRecord, RolloutSettings, State
 from serving.rollouts.rollout import Rollout, check_pair, list_open
 from serving.rollouts.shadow import Shadow
 from serving.threads import WorkerPool, start_vital
@@ -233,8 +233,7 @@ class Rollouts:
             BadInput: The process may have no further thread.
             Unavailable: The server ends; nothing of the rollout stays.
         """
-        images = None if self._keep_images is None else ImageFolder(self._keep_images / record.model)
-        rollout = Rollout(record, self._models, self._is_idle, images)
+        rollout = Rollout(record, self._models, self._is_idle, ImageFolder.open(self._keep_images, record.model))
         with self._lock:
             if not self._closed:
                 rollout.begin(self._clock())
@@ -262,8 +261,7 @@ class Rollouts:
             if problem:
                 self._roll_back(name, problem)
                 return
-            record.state = "done"
-            self._end(name)
+            self._end(name, "done")
         log.info("%s/%d is %s", name, record.version, record.describe())
 
     def _roll_back(self, name: str, reason: str) -> None:
@@ -271,20 +269,19 @@ class Rollouts:
         running = self._running[name]
         self._models.split(name, None)  # at once; all else can wait
         record, worst = running.rollout.record, running.rollout.shadow.agreement.counts().worst
-        record.state, record.reason = "rolled_back", reason
         differing = [one for one in worst if one.answer != one.other_answer]
         if differing:
-            record.reason += f"{WORST}{', '.join(map(str, differing))}"
-        self._end(name)
+            reason += f"{WORST}{', '.join(map(str, differing))}"
+        self._end(name, "rolled_back", reason)
         log.error("%s/%d was %s", name, record.version, record.describe())
 
-    def _end(self, name: str) -> None:
+    def _end(self, name: str, state: State, reason: str = "") -> None:
         """Record how a rollout ended. The lock is held."""
         running = self._running.pop(name)
         rollout, record = running.rollout, running.rollout.record
         seconds = rollout.seconds(self._clock())
-        record.ended = time.time()
         rollout.end()
+        record.end(state, reason)
         self._ended[name] = RolloutStatus(record, seconds, running.checks, rollout.shadow, "")
         self._write(running)
         self._remark(record)
@@ -308,7 +305,7 @@ class Rollouts:
             return  # another server goes on with it
         reason, is_open = "", record.state in ("running", "paused")
         if is_open and self._models.get(name).labels.get(STABLE) == record.version:
-            record.state, record.ended = "done", time.time()  # the server ended just after it had moved the label
+            record.end("done")  # the server ended just after it had moved the label
         elif record.state == "paused":
             held = False
             try:
@@ -329,7 +326,7 @@ class Rollouts:
         elif record.state == "running":
             reason = "the server ended without notice"
         if reason:
-            record.state, record.reason, record.ended = "rolled_back", reason, time.time()
+            record.end("rolled_back", reason)
             log.error("%s/%d was %s", name, record.version, record.describe())
             with suppress(OSError):
                 record.write(folder)
