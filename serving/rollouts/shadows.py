@@ -145,7 +145,7 @@ class Shadows:
         version = self._watcher.hold(name, number) if is_number else served.versions.get(number, stable)
         try:
             check_pair(version, stable)
-            images = None if self._keep_images is None else ImageFolder(self._keep_images / name)
+            images = ImageFolder.open(self._keep_images, name)
             shadow = Shadow(
                 Agreement(stable.manifest.labels, images),
                 others,
