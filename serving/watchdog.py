@@ -17,13 +17,13 @@ import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NamedTuple
 
 from serving.errors import ServingError
 from serving.models.model import Model
 from serving.models.registry import ModelRegistry
 from serving.protocols.inputs import InputDecoder
 from serving.scheduling.batcher import Batcher
+from serving.scheduling.liveness import Liveness
 from serving.threads import WorkerPool, start_vital
 
 LOOK_SECONDS = 1.0  # between two looks
@@ -61,8 +61,8 @@ class Watchdog:
         self._models, self._decoder, self._workers, self._set_live = models, decoder, workers, set_live
         self.live = True
         self._looks = 0
-        self._decoding = _Part()
-        self._computing: dict[Batcher, _Part] = {}
+        self._decoding = Liveness()
+        self._computing: dict[Batcher, Liveness] = {}
         self._answered: dict[Batcher, int] = {}  # at the last probe
         self._is_probing = False
         self._stopped = threading.Event()
@@ -83,14 +83,14 @@ class Watchdog:
         """Look at each part once: has one that has work done any of it since the last look?"""
         models = list(self._models)
         stuck = []
-        self._decoding = self._decoding.look(self._workers.done + self._decoder.decoded, self._is_probing)
-        if self._decoding.silent_seconds > STUCK_SECONDS:
+        self._decoding = self._decoding.look(self._workers.done + self._decoder.decoded, self._is_probing, LOOK_SECONDS)
+        if self._decoding.silent > STUCK_SECONDS:
             stuck.append("the decoding of images")
         parts, self._computing = self._computing, {}
         for model in models:
             batcher = model.batcher
-            part = parts.get(batcher, _Part()).look(batcher.answered, batcher.is_busy)
-            if part.silent_seconds > max(STUCK_SECONDS, STUCK_BATCHES * batcher.expected_ns / 1e9):
+            part = parts.get(batcher, Liveness()).look(batcher.answered, batcher.is_busy, LOOK_SECONDS)
+            if part.silent > max(STUCK_SECONDS, STUCK_BATCHES * batcher.expected_ns / 1e9):
                 stuck.append(f"{model.name}/{model.version}")
             self._computing[batcher] = part
         self._looks += 1
@@ -115,22 +115,6 @@ class Watchdog:
     def _run(self) -> None:
         while not self._stopped.wait(LOOK_SECONDS):
             self.look()
-
-
-class _Part(NamedTuple):
-    """What was seen of a part: its progress, and in how many looks since it had work and made none."""
-
-    progress: int = -1
-    silent: int = 0
-
-    def look(self, progress: int, has_work: bool) -> _Part:
-        """Return what is seen now."""
-        return _Part(progress, self.silent + 1 if has_work and progress == self.progress else 0)
-
-    @property
-    def silent_seconds(self) -> float:
-        """For how long it had work and made no progress."""
-        return self.silent * LOOK_SECONDS
 
 
 def _report(stuck: list[str]) -> str:

@@ -17,8 +17,10 @@ from serving.rollouts.record import RolloutRecord
 from serving.rollouts.shadow import Shadow
 from serving.rollouts.traffic import Traffic
 from serving.scheduling.batcher import Batcher
+from serving.scheduling.liveness import Liveness
 
 KEPT = 10  # times as many latencies of the stable version as of the new one
+LOOK_SECONDS = 0.2  # between two looks of the guard
 STALL_SECONDS, STALL_BATCHES = 5.0, 10  # without a batch although there is work; the longer of both
 SETTLE_SECONDS = 5.0  # of the last step, before failures in a moment may end the rollout
 
@@ -59,7 +61,7 @@ class Rollout:
         # A version that computes for the shadow answers later meanwhile, most of all the new one.
         self._traffic = Traffic([record.stable, record.version], self.shadow.overlaps)
         self._step_began = 0.0
-        self._progress = -1, 0.0  # batches of the new version, and since when it is so many
+        self._liveness, self._looked = Liveness(), 0.0  # at the new version, and when
         self._before = 0, 0  # images compared before this step, and those with the same class
         self._answered, self._failed = record.answered, record.failed  # before this step
 
@@ -113,9 +115,9 @@ class Rollout:
 
     def _find_stall(self, batcher: Batcher, now: float) -> str | None:
         """Return that the new version hangs: what waits for it neither fails nor is answered."""
-        if not batcher.is_busy or batcher.answered != self._progress[0]:
-            self._progress = batcher.answered, now
-        seconds = now - self._progress[1]
+        passed, self._looked = min(now - self._looked, LOOK_SECONDS), now
+        self._liveness = self._liveness.look(batcher.answered, batcher.is_busy, passed)
+        seconds = self._liveness.silent
         if seconds <= max(STALL_SECONDS, STALL_BATCHES * batcher.expected_ns / 1e9):
             return None
         return f"version {self.record.version} has computed nothing for {seconds:.0f} s, although requests wait"

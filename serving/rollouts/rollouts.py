@@ -23,11 +23,10 @@ from serving.rollouts import record as records
 from serving.rollouts.guard import GuardCheck, find_verdict
 from serving.rollouts.images import ImageFolder
 from serving.rollouts.record import FolderLock, RolloutRecord, RolloutSettings, State
-from serving.rollouts.rollout import Rollout, check_pair, list_open
+from serving.rollouts.rollout import LOOK_SECONDS, Rollout, check_pair, list_open
 from serving.rollouts.shadow import Shadow
 from serving.threads import WorkerPool, start_vital
 
-LOOK_SECONDS = 0.2  # between two looks of the guard
 WORST = "; the requests that differ most: "
 
 log = logging.getLogger(__name__)

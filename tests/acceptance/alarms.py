@@ -23,8 +23,7 @@ from resnet import CheckFailed, cli
 from serving.rollouts import guard
 from serving.rollouts.guard import GuardCheck, GuardSettings, TrafficCounts
 from serving.rollouts.record import RolloutSettings
-from serving.rollouts.rollout import SETTLE_SECONDS
-from serving.rollouts.rollouts import LOOK_SECONDS
+from serving.rollouts.rollout import LOOK_SECONDS, SETTLE_SECONDS
 
 MAX_TICKS = 10_000  # of a step: more than half an hour
 ALLOWED = 0.01
