@@ -154,7 +154,7 @@ def paths(tmp_path: Path) -> dict[str, str]:
         "models list {}",
         "models show {}",
         "tune {}",
-        "train --out out --data {}",
+        pytest.param("train --out out --data {}", marks=pytest.mark.slow),  # loads TensorFlow
     ],
 )
 def test_a_path_that_is_no_such_file_is_one_sentence(

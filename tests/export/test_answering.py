@@ -134,6 +134,7 @@ def test_what_cannot_be_computed_is_said_in_a_sentence(recorded: Manifest) -> No
         answering.answer(io.BytesIO(FRAME), io.BytesIO(), lambda images: average(images)[:, :2], recorded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "manners"), [("", [b"True 0"]), (FORBIDDEN, [b"False 19"])])
 def test_nothing_but_answers_is_on_stdout(version: Path, recorded: Manifest, change: str, manners: list[bytes]) -> None:
     """What libraries print goes to stderr. The process gives way to all others, as far as the system lets it."""
@@ -143,6 +144,7 @@ def test_nothing_but_answers_is_on_stdout(version: Path, recorded: Manifest, cha
     assert done.returncode == 0
 
 
+@pytest.mark.slow
 def test_it_ends_with_who_started_it(version: Path, recorded: Manifest) -> None:
     """Also while it loads, and if that process had no time to say so."""
     command = [sys.executable, "-c", LOADING, str(version), recorded.digest]
@@ -154,12 +156,14 @@ def test_it_ends_with_who_started_it(version: Path, recorded: Manifest) -> None:
     os.close(descriptor)
 
 
+@pytest.mark.slow
 def test_it_does_not_load_for_nobody(version: Path, recorded: Manifest) -> None:
     """Who started it may end even before it can ask for that."""
     done = answer_all(version, recorded.digest, frames=b"", code=LOADING)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tamper", "message"),
     [

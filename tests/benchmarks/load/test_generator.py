@@ -120,6 +120,7 @@ def test_a_large_request_takes_more_of_the_memory() -> None:
         assert GrpcSender(replace(endpoint, requests=(bytes(2**20),))).limit == 256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_processes_end_with_their_parent(number: int) -> None:
     """However it ends, and whatever they do: here they wait for a command."""

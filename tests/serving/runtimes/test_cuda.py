@@ -204,7 +204,7 @@ def test_requests_are_concatenated_where_the_gpu_fetches_them(machine: Machine, 
     assert inside.result(10) == [True, False, True, True]
 
 
-@pytest.mark.parametrize("devices", [1, 3])
+@pytest.mark.parametrize("devices", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_prefetched_batches_get_their_own_answers(
     machine: Machine, path: Path, devices: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
