@@ -17,6 +17,7 @@ import dataclasses
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
+from resnet import BadInput
 from resnet.options import add_options, check, option, read
 from serving.config import Compute
 
@@ -30,6 +31,7 @@ class PredictionOptions:
     top_k: int = option(1, "classes to write per image", low=1, metavar="K")
     all: bool = option(False, "write the probabilities of all classes, in the order of the model's labels")
     column: str | None = option(None, "column of Parquet files with the images (default: it is found)", metavar="NAME")
+    on: str | None = option(None, "predict on a Ray cluster: ray, or ray=ADDRESS", metavar="ray[=ADDRESS]")
     resume: bool = option(False, "continue a run that was interrupted")
     max_batch: int | None = option(
         None, "images in the largest batch (default: 32 on a CPU, 256 on a GPU)", low=1, high=65_536
@@ -43,6 +45,13 @@ class PredictCommand(Compute, PredictionOptions):
     def __post_init__(self) -> None:
         check(self)
         Compute.check(self, lambda name: f"--{name.replace('_', '-')}")
+        if self.on is not None and self.on.partition("=")[0] != "ray":
+            raise BadInput(f"--on must be ray or ray=ADDRESS, not {self.on!r}")
+
+    @property
+    def cluster(self) -> str | None:
+        """The address of the Ray cluster; None without --on."""
+        return None if self.on is None else self.on.partition("=")[2]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     job = PredictionJob(
         args.data, options.model, options.to, options.top_k, options.all, options.column, options.max_batch, compute
     )
-    done = job.run(options.resume)
+    done = job.run(options.resume, options.cluster)
     failed = f", of which {done.errors:,} could not be read" if done.errors else ""
     rate = f"{done.predicted / done.seconds:,.0f} images/s" if done.predicted else "nothing was left to predict"
     print(f"{options.to}: {done.images:,} images{failed}; {rate}")

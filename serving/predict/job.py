@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from export import repository
@@ -74,11 +75,12 @@ class PredictionJob:
     max_batch: int | None = None
     compute: Compute = Compute()
 
-    def run(self, resume: bool = False) -> PredictionSummary:
+    def run(self, resume: bool = False, cluster: str | None = None) -> PredictionSummary:
         """Predict all images, and write the output.
 
         Args:
             resume: Take up a run that did not end.
+            cluster: Address of a Ray cluster to predict on, as `cluster.predict` takes it; None predicts here.
 
         Raises:
             BadInput: The data, the model or the output cannot be used.
@@ -87,7 +89,7 @@ class PredictionJob:
         worker = ShardWorker(self)
         files = [file for place in self.data for file in places.find(place)]
         shards = find_shards(files, worker.version.image_shape, self.column)
-        if not shards:
+        if all(shard.images == 0 for shard in shards):
             raise BadInput(
                 f"{' '.join(self.data)} holds no images; name files, folders or globs of .jpg, .png, .tar, .parquet, "
                 ".npy or .npz"
@@ -101,10 +103,14 @@ class PredictionJob:
         left = [(number, shard) for number, shard in enumerate(shards) if number not in journal.finished]
         counts = [shard.images for _, shard in left]
         total = sum(filter(None, counts)) if None not in counts else None
-        if left:
+        if cluster is None and left:
             worker.open()
         with PredictionProgress(total, len(left)) as progress:
-            for piece in worker.predict(left, progress.add):
+            if cluster is None:
+                pieces = worker.predict(left, progress.add)
+            else:
+                pieces = _find_cluster().predict(cluster, self, worker.version.folder, left, progress.add)
+            for piece in pieces:
                 journal.add(*piece)
                 progress.finish_shard()
             seconds = progress.seconds
@@ -113,6 +119,14 @@ class PredictionJob:
         return PredictionSummary(
             sum(shard.images for shard in finished), sum(shard.errors for shard in finished), progress.images, seconds
         )
+
+
+def _find_cluster() -> ModuleType:
+    try:
+        from serving.predict import cluster
+    except ModuleNotFoundError:
+        raise BadInput("--on ray needs Ray; install resnet with its extra 'ray' (pip install 'resnet[ray]')") from None
+    return cluster
 
 
 class ShardWorker:

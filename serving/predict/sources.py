@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path, PurePosixPath
@@ -26,6 +27,8 @@ SHARD = 2048  # images: seconds of work, and many batches
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # all but the first three become errors
 TARS, ARRAYS, TABLES = (".tar", ".tar.gz", ".tgz"), (".npy", ".npz"), (".parquet", ".pq")
 NO_PARQUET = "{} needs pyarrow; install resnet with its extra 'predict' (pip install 'resnet[predict]')"
+
+DAMAGED = (tarfile.TarError, EOFError, zlib.error)
 
 ImageShape = tuple[int, int, int]
 """Height, width and 3."""
@@ -138,21 +141,23 @@ class TarMembers:
     images: int | None
 
     def read(self, step: int) -> Iterator[ImageChunk]:
-        """Yield them; what is no image is left out."""
-        keys: list[str] = []
-        contents: list[bytes] = []
-        with places.open_place(self.place) as file, explaining_tar(self.place):
+        """Yield them; what is no image is left out, and the rest of a damaged archive is one that cannot be read."""
+        keys, contents = list[str](), list[bytes | Exception]()
+        with places.open_place(self.place) as file:
             file.seek(self.start)
-            with tarfile.open(fileobj=cast(BinaryIO, _Slice(file, self.size)), mode="r|*") as archive:
-                for member in archive:
-                    if not _is_image(member):
-                        continue
-                    content = archive.extractfile(member)
-                    keys.append(f"{self.place}/{member.name}")
-                    contents.append(content.read() if content else b"")
-                    if len(keys) == step:
-                        yield ImageChunk(keys, contents)
-                        keys, contents = [], []
+            source = cast(BinaryIO, _Slice(file, self.size))
+            try:
+                with tarfile.open(fileobj=source, mode="r|*") as archive:
+                    for member in filter(_is_image, archive):
+                        content = archive.extractfile(member)
+                        contents.append(content.read() if content else b"")
+                        keys.append(f"{self.place}/{member.name}")
+                        _forget(archive)
+                        if len(keys) == step:
+                            yield ImageChunk(keys, contents)
+                            keys, contents = [], []
+            except DAMAGED as error:
+                keys, contents = [*keys, self.place], [*contents, error]
         if keys:
             yield ImageChunk(keys, contents)
 
@@ -168,24 +173,19 @@ def _cut_tar(file: DataFile) -> Iterator[TarMembers]:
         yield TarMembers(file.place, 0, file.size, None)
         return
     start = images = 0
-    with places.open_place(file.place) as opened, explaining_tar(file.place), tarfile.open(fileobj=opened) as archive:
+    with places.open_place(file.place) as opened, suppress(*DAMAGED), tarfile.open(fileobj=opened) as archive:
         for member in archive:
             if images == SHARD:
                 yield TarMembers(file.place, start, member.offset - start, images)
                 start, images = member.offset, 0
             images += _is_image(member)
-            archive.members = []  # type: ignore[attr-defined]  # which would grow with the archive
-    if images:
-        yield TarMembers(file.place, start, file.size - start, images)
+            _forget(archive)
+    yield TarMembers(file.place, start, file.size - start, images)
 
 
-@contextmanager
-def explaining_tar(place: str) -> Iterator[None]:
-    """Convert the errors of broken archives to `BadInput`."""
-    try:
-        yield
-    except (tarfile.TarError, EOFError) as error:
-        raise BadInput(f"{place} is no tar archive, or is damaged ({error}); make it again") from None
+def _forget(archive: tarfile.TarFile) -> None:
+    """Free the headers that were read, so that memory does not grow with the archive."""
+    archive.members = []  # type: ignore[attr-defined]
 
 
 class _Slice:
@@ -218,7 +218,8 @@ class ArrayRows:
                 count = min(step, self.start + self.images - row)
                 content = file.read(count * size)
                 if len(content) < count * size:
-                    raise BadInput(f"{self.place} is truncated; write it again")
+                    yield ImageChunk([self.place], [EOFError(f"it ends before row {row + count}")])
+                    return
                 keys = [f"{self.place}#{number}" for number in range(row, row + count)]
                 yield ImageChunk(keys, np.frombuffer(content, np.uint8).reshape(count, *self.shape))
 

@@ -43,26 +43,33 @@ class TableRows:
     shape: ImageShape
 
     def read(self, step: int) -> Iterator[ImageChunk]:
-        """Yield the images of the rows."""
+        """Yield the images of the rows; the rest of a damaged file is one that cannot be read."""
+        with _open(self.place) as table:
+            try:
+                yield from self._read(table, step)
+            except (pa.ArrowException, OSError) as error:  # Arrow has both for damage
+                if isinstance(error, OSError) and places.is_remote(self.place):
+                    raise  # it may be read later
+                yield ImageChunk([self.place], [error])
+
+    def _read(self, table: ParquetFile, step: int) -> Iterator[ImageChunk]:
         row = self.first
         columns = [self.column] if self.key is None else [self.column, self.key]
-        with _open(self.place) as table:
-            for batch in table.iter_batches(step, self.groups, columns):
-                keys = [f"{self.place}#{number}" for number in range(row, row + len(batch))]
-                row += len(batch)
-                column = batch.column(self.column)
-                names = batch.column(self.key) if self.key is not None else None
-                if pa.types.is_struct(column.type):
-                    names = column.field("path") if "path" in column.type.names else names
-                    column = column.field("bytes")
-                if names is not None:
-                    named = zip(names.to_pylist(), keys, strict=True)
-                    keys = [key if name is None else str(name) for name, key in named]
-                if pa.types.is_fixed_size_binary(column.type):
-                    pixels = np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, *self.shape)
-                    yield ImageChunk(keys, pixels[column.offset :][: len(column)])
-                else:
-                    yield ImageChunk(keys, [content or b"" for content in column.to_pylist()])
+        for batch in table.iter_batches(step, self.groups, columns):
+            keys = [f"{self.place}#{number}" for number in range(row, row + len(batch))]
+            row += len(batch)
+            column = batch.column(self.column)
+            names = batch.column(self.key) if self.key is not None else None
+            if pa.types.is_struct(column.type):
+                names = column.field("path") if "path" in column.type.names else names
+                column = column.field("bytes")
+            if names is not None:
+                keys = [key if name is None else str(name) for name, key in zip(names.to_pylist(), keys, strict=True)]
+            if pa.types.is_fixed_size_binary(column.type):
+                pixels = np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, *self.shape)
+                yield ImageChunk(keys, pixels[column.offset :][: len(column)])
+            else:
+                yield ImageChunk(keys, [content or b"" for content in column.to_pylist()])
 
 
 def cut(place: str, shape: ImageShape, rows: int, column: str | None) -> Iterator[TableRows]:
@@ -90,9 +97,10 @@ def cut(place: str, shape: ImageShape, rows: int, column: str | None) -> Iterato
 def _open(place: str) -> Iterator[ParquetFile]:
     with places.open_place(place) as file:
         try:
-            yield ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
+            table = ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
         except pa.ArrowException as error:
             raise BadInput(f"{place} is no Parquet file, or is damaged ({error}); write it again") from None
+        yield table
 
 
 def _choose_column(place: str, schema: pa.Schema, shape: ImageShape, wanted: str | None) -> str:
