@@ -53,6 +53,7 @@ COMMANDS = {
     "status": Command("serving.commands.status", "serving", "show what a server runs, how fast, and its rollouts"),
     "rollout": Command("serving.commands.rollout", "serving", "give a new version a growing share of the requests"),
     "classify": Command("serving.commands.classify", "serving", "classify image files through a running server"),
+    "predict": Command("serving.commands.predict", "serving", "classify many images without a server, into one file"),
     "load": Command("benchmarks.load.command", "load", "measure the latency and throughput of a server under load"),
     "bench": Command("benchmarks.bench.command", "all", "compare a served model with its Keras original"),
     "demo": Command("benchmarks.demo", "all", "train, export, serve and measure on handwritten digits"),

@@ -76,10 +76,14 @@ def load(
         CheckFailed: It is not signed by the key that is trusted, or does not compute what was certified.
     """
     version = CheckedVersion(folder, read_checked(folder, trust))
+    return start_placement(version.manifest, find_placement(version, compute, batching.max_batch), batching)
+
+
+def find_placement(version: CheckedVersion, compute: Compute, max_batch: int) -> Placement:
+    """Return the engine of a version, chosen and proved; errors as in `load`, except for those of its files."""
     if compute.precision == "auto":
-        return start_placement(version.manifest, selection.choose(version, compute, batching.max_batch), batching)
-    variant = find_variant(folder, version.manifest, compute.precision)
-    return start_placement(version.manifest, place(version, variant, compute, batching.max_batch), batching)
+        return selection.choose(version, compute, max_batch)
+    return place(version, find_variant(version.folder, version.manifest, compute.precision), compute, max_batch)
 
 
 def start_placement(manifest: Manifest, placed: Placement, batching: Batching) -> Model:

@@ -50,6 +50,12 @@ class CheckedVersion:
     def __str__(self) -> str:
         return f"{self.manifest.model}/{self.manifest.version}"
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """The shape of one input image: (height, width, 3)."""
+        height, width, channels = self.manifest.input.shape[1:]
+        return height, width, channels
+
     @cached_property
     def reference(self) -> Reference:
         """The held-out images and the answers of the Keras original, read when they are needed."""

@@ -1,0 +1,136 @@
+"""Predictions on a Ray cluster: `ray.data` maps the shards over actors, each of which holds one engine.
+
+An actor has a GPU where there are some, and else all cores of a node. The model travels with the job; the data must be
+where every node can read it. A shard that is lost with a node is computed again, and the journal takes each once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+
+from resnet import BadInput, CheckFailed
+from resnet.packages import find_version
+from serving.predict.job import CountImages, NumberedShard, Piece, PredictionJob, ShardWorker
+
+MISSING = "No module named"
+
+
+def predict(
+    address: str, job: PredictionJob, folder: Path, shards: Sequence[NumberedShard], count: CountImages
+) -> Iterator[Piece]:
+    """Yield the pieces of the output that belong to shards, as they are finished.
+
+    Args:
+        address: Of the cluster; empty is the one that this machine belongs to, or else one on this machine alone.
+        job: What is predicted.
+        folder: The version of the model.
+        shards: The shards.
+        count: Called with the images of each piece.
+
+    Raises:
+        BadInput: There is no such cluster, it lacks what it needs, or a shard cannot be read.
+        CheckFailed: The model does not compute what was certified.
+    """
+    try:
+        ray.init(address or None, log_to_driver=False, ignore_reinit_error=True, logging_level="error")
+    except Exception as error:  # RuntimeError for another version, ConnectionError, ValueError
+        raise BadInput(f"--on ray={address}: {_shorten(error)}") from None
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    name = Path(folder.parent.name, folder.name)
+    items = [{"shard": pickle.dumps(shard)} for shard in shards]
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    try:
+        done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            ShardActor,
+            fn_args=([ray.put(files)],),
+            fn_constructor_args=(job, name, os.getcwd()),
+            batch_size=1,
+            **_find_resources(job, len(items)),
+        )
+        for row in done.iter_rows():
+            finished, piece = pickle.loads(row["piece"])
+            count(finished.images)
+            yield finished, piece
+    except (BadInput, CheckFailed, GeneratorExit):
+        raise
+    except Exception as error:
+        raise _explain(error) from None
+
+
+class ShardActor:
+    """Holds one engine, on one node."""
+
+    def __init__(self, job: PredictionJob, name: Path, working: str) -> None:
+        """Wait for the model.
+
+        Args:
+            job: What is predicted.
+            name: NAME/VERSION of the model.
+            working: Where relative paths of the data start.
+        """
+        if Path(working).is_dir():
+            os.chdir(working)
+        self._job, self._name = job, name
+        self._worker: ShardWorker | None = None
+
+    def __call__(self, batch: Mapping[str, Any], files: Sequence[ray.ObjectRef]) -> dict[str, list[bytes]]:
+        """Return the pieces of a batch of shards; `files` holds the files of the model, by their path in its folder."""
+        worker = self._worker = self._worker or self._open(ray.get(files[0]))
+        shards = [pickle.loads(shard) for shard in batch["shard"]]
+        return {"piece": [pickle.dumps(piece) for piece in worker.predict(shards)]}
+
+    def _open(self, files: Mapping[str, bytes]) -> ShardWorker:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary, self._name)
+            for path, content in files.items():
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / path).write_bytes(content)
+            worker = ShardWorker(replace(self._job, model=folder))
+            worker.open()
+        return worker
+
+
+def _find_resources(job: PredictionJob, shards: int) -> dict[str, Any]:
+    """Return how many actors there are to be, and what each has."""
+    pool = ray.data.ActorPoolStrategy
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    if gpus and job.compute.device != "cpu":
+        return {"compute": pool(size=min(gpus, shards)), "num_gpus": 1}
+    cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
+    if not cores:
+        raise BadInput("--on ray: no node of the cluster has a core to compute with")
+    actors = sum(count // min(cores) for count in cores)
+    return {"compute": pool(size=min(actors, shards)), "num_cpus": min(cores)}
+
+
+def _explain(error: Exception) -> Exception:
+    """Return what to tell the user of an error on a node: that of this package, if it is one."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, BadInput | CheckFailed):
+            kind = BadInput if isinstance(cause, BadInput) else CheckFailed
+            return kind(_shorten(cause))
+        cause = cause.__cause__
+    if MISSING in str(error):
+        reason = next(line for line in str(error).splitlines() if MISSING in line).strip()
+        return BadInput(
+            f"--on ray: a node cannot run this ({reason}); install resnet {find_version('resnet')} with the extras "
+            "'serving' and 'ray' on every node"
+        )
+    return error
+
+
+def _shorten(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,189 @@
+"""A prediction from its data to its output: what `resnet predict` does, for programs too."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from export import repository
+from export.manifest import NAME as MANIFEST
+from resnet import BadInput
+from serving.config import Batching, Compute
+from serving.models import loader
+from serving.models.placement import CheckedVersion
+from serving.predict import places
+from serving.predict.formats import RowLayout, find_format
+from serving.predict.journal import FinishedShard, Journal, RunIdentity
+from serving.predict.predictor import Predictor
+from serving.predict.prefetch import prefetch
+from serving.predict.progress import PredictionProgress
+from serving.predict.sources import Shard, find_shards
+from serving.runtimes.gpu import cuda
+
+GPU_BATCH = 256  # images: larger batches cost a GPU less for each
+SHARDS_AHEAD = 2  # that wait to be written
+
+NumberedShard = tuple[int, Shard]
+Piece = tuple[FinishedShard, bytes]
+CountImages = Callable[[int], None]
+
+
+class PredictionSummary(NamedTuple):
+    """What came of a prediction.
+
+    Attributes:
+        images: Images in the output.
+        errors: Those of them that could not be read.
+        predicted: Images that this run predicted; the others are of a run that it resumed.
+        seconds: How long that took.
+    """
+
+    images: int
+    errors: int
+    predicted: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PredictionJob:
+    """What to predict, and how.
+
+    Attributes:
+        data: Paths of files and folders, globs, and URLs of those.
+        model: The folder of a model, whose latest version is taken, or of a version or label.
+        to: Path or URL of the output; its ending says the format.
+        top_k: Classes to answer for each image, the most probable first.
+        all: Answer the probabilities of all classes.
+        column: The column of Parquet files that holds the images; None finds it.
+        max_batch: Images in the largest batch; None is the usual number for the device.
+        compute: Where and how to compute.
+    """
+
+    data: Sequence[str]
+    model: Path
+    to: str
+    top_k: int = 1
+    all: bool = False
+    column: str | None = None
+    max_batch: int | None = None
+    compute: Compute = Compute()
+
+    def run(self, resume: bool = False, cluster: str | None = None) -> PredictionSummary:
+        """Predict all images, and write the output.
+
+        Args:
+            resume: Take up a run that did not end.
+            cluster: Address of a Ray cluster to predict on, as `cluster.predict` takes it; None predicts here.
+
+        Raises:
+            BadInput: The data, the model or the output cannot be used.
+            CheckFailed: The model does not compute what was certified.
+        """
+        worker = ShardWorker(self)
+        files = [file for place in self.data for file in places.find(place)]
+        shards = find_shards(files, worker.version.image_shape, self.column)
+        if all(shard.images == 0 for shard in shards):
+            raise BadInput(
+                f"{' '.join(self.data)} holds no images; name files, folders or globs of .jpg, .png, .tar, .parquet, "
+                ".npy or .npz"
+            )
+        identity = RunIdentity(
+            data=hashlib.sha256(repr((files, shards)).encode("utf-8", "surrogateescape")).hexdigest(),
+            model=f"{worker.version} {worker.version.manifest.digest} in {self.compute.precision}",
+            answers=repr(worker.layout),
+        )
+        journal = Journal(self.to, identity, resume)
+        left = [(number, shard) for number, shard in enumerate(shards) if number not in journal.finished]
+        counts = [shard.images for _, shard in left]
+        total = sum(filter(None, counts)) if None not in counts else None
+        if cluster is None and left:
+            worker.open()
+        with PredictionProgress(total, len(left)) as progress:
+            if cluster is None:
+                pieces = worker.predict(left, progress.add)
+            else:
+                pieces = _find_cluster().predict(cluster, self, worker.version.folder, left, progress.add)
+            for piece in pieces:
+                journal.add(*piece)
+                progress.finish_shard()
+            seconds = progress.seconds
+        finished = journal.finished.values()
+        journal.publish(worker.form)
+        return PredictionSummary(
+            sum(shard.images for shard in finished), sum(shard.errors for shard in finished), progress.images, seconds
+        )
+
+
+def _find_cluster() -> ModuleType:
+    try:
+        from serving.predict import cluster
+    except ModuleNotFoundError:
+        raise BadInput("--on ray needs Ray; install resnet with its extra 'ray' (pip install 'resnet[ray]')") from None
+    return cluster
+
+
+class ShardWorker:
+    """Predicts shards with an engine on this machine, and encodes the answers.
+
+    Attributes:
+        version: The version of the model, checked.
+        layout: The columns of the answers.
+        form: Encodes them.
+    """
+
+    def __init__(self, job: PredictionJob) -> None:
+        """Check the model of a job, and what else can be checked before it is opened.
+
+        Raises:
+            BadInput: The model, the output or an option cannot be used.
+        """
+        loader.check_options(job.compute.device, job.compute.runtime)
+        is_version = (job.model / MANIFEST).is_file()
+        folder = job.model.resolve() if is_version else repository.latest(job.model)
+        self.version = CheckedVersion(folder, loader.read_checked(folder))
+        labels = self.version.manifest.labels
+        self.layout = RowLayout(str(self.version), labels, min(job.top_k, len(labels)), job.all)
+        self.form = find_format(job.to, self.layout)
+        self._job = job
+
+    def open(self) -> None:
+        """Open the engine, and prove it.
+
+        Raises:
+            BadInput: The model cannot be computed.
+            CheckFailed: It does not compute what was certified.
+        """
+        compute = self._job.compute
+        on_gpu = compute.device in ("cuda", "tensorrt") or (compute.device == "auto" and cuda.is_available())
+        max_batch = self._job.max_batch or (GPU_BATCH if on_gpu else Batching.max_batch)
+        placed = loader.find_placement(self.version, compute, max_batch)
+        self._predictor = Predictor(self.version, placed, max_batch)
+
+    def predict(self, shards: Iterable[NumberedShard], count: CountImages = lambda _: None) -> Iterator[Piece]:
+        """Yield the pieces of the output that belong to shards; `count` is called with the images of each batch.
+
+        Raises:
+            BadInput: A shard cannot be read.
+        """
+        with closing(prefetch(self._collect(shards, count), SHARDS_AHEAD)) as collected:
+            for finished, rows in collected:
+                yield finished, self.form.encode(rows)
+
+    def _collect(
+        self, shards: Iterable[NumberedShard], count: CountImages
+    ) -> Iterator[tuple[FinishedShard, list[tuple[Any, ...]]]]:
+        """Yield each shard with the rows of its answers."""
+        for number, batches in groupby(self._predictor.run(shards), itemgetter(0)):
+            rows, errors = list[tuple[Any, ...]](), 0
+            for _, answers in batches:
+                rows += self.layout.list_rows(answers, self.form.exact)
+                errors += len(answers.errors)
+                count(len(answers.keys))
+            yield FinishedShard(number, len(rows), errors), rows

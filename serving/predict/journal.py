@@ -1,0 +1,171 @@
+"""The folder of a run that has not ended, FILE.parts: what was finished, shard by shard, so that it can be resumed.
+
+A shard is finished when its piece is on the disk and a line of `journal.jsonl` says so. The first line says of what.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+import msgspec
+
+from resnet import BadInput
+from serving.predict import places
+from serving.predict.formats import OutputFormat
+
+NAME, SUFFIX = "journal.jsonl", ".parts"
+FREE = "free some, and run the same command with --resume: what was finished is kept"
+
+
+class RunIdentity(msgspec.Struct, frozen=True):
+    """What a run must have in common with the one that it resumes.
+
+    Attributes:
+        data: SHA-256 of the names, sizes and times of the files, and of how they are cut into shards.
+        model: Name, version, variant and digest of the model.
+        answers: What is answered, and the size of a batch, on which the last digits depend.
+    """
+
+    data: str
+    model: str
+    answers: str
+
+
+class FinishedShard(msgspec.Struct, frozen=True):
+    """A line of the journal: a shard, its images, and those that could not be read."""
+
+    shard: int
+    images: int
+    errors: int
+
+
+class Journal:
+    """Keeps the pieces of a run, and makes the output of them.
+
+    Attributes:
+        finished: The finished shards, by number.
+        folder: Where they are.
+    """
+
+    def __init__(self, to: str, identity: RunIdentity, resume: bool) -> None:
+        """Start a run, or resume it.
+
+        Args:
+            to: Path or URL of the output.
+            identity: What is run.
+            resume: Take up what there is.
+
+        Raises:
+            BadInput: There is an output already, or a run that is not to be resumed, or not this one, or that is not
+                over; or the folder cannot be written.
+        """
+        if places.exists(to):
+            raise BadInput(f"--to {to} exists; remove it, or name another file")
+        self._to, self._remote = to, places.is_remote(to)
+        target = Path(PurePosixPath(to).name) if self._remote else Path(to)
+        self.folder = target.with_name(target.name + SUFFIX)
+        self.finished: dict[int, FinishedShard] = {}
+        if resume and self.folder.is_dir():
+            self._resume(identity)
+            return
+        with _explain(self.folder):
+            try:
+                self.folder.mkdir(parents=True)
+            except FileExistsError:
+                raise BadInput(
+                    f"{self.folder} holds a run that did not end; continue it with --resume, or remove the folder"
+                ) from None
+            self._lines = (self.folder / NAME).open("ab", buffering=0)
+            self._lock()
+            self._append(identity)
+
+    def _resume(self, identity: RunIdentity) -> None:
+        path = self.folder / NAME
+        with _explain(self.folder):
+            self._lines = path.open("ab", buffering=0)
+            self._lock()
+            content = path.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]  # a line that was not written to its end says nothing
+            os.truncate(path, len(whole))
+        first, *lines = whole.splitlines() or [b""]
+        try:
+            begun = msgspec.json.decode(first, type=RunIdentity) if first else identity
+            finished = [msgspec.json.decode(line, type=FinishedShard) for line in lines]
+        except msgspec.DecodeError as error:
+            raise BadInput(f"{path} is damaged ({error}); remove {self.folder} and begin anew") from None
+        for name in RunIdentity.__struct_fields__:
+            if getattr(begun, name) != getattr(identity, name):
+                raise BadInput(
+                    f"{self.folder} was begun with other {name}; repeat its command with --resume, or remove the folder"
+                )
+        if not first:
+            self._append(identity)
+        self.finished = {shard.shard: shard for shard in finished}
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(f"another process is writing {self.folder}; wait for its end") from None
+        except OSError:  # a file system without locks
+            return
+
+    def add(self, shard: FinishedShard, piece: bytes) -> None:
+        """Keep the piece of a finished shard, once and for all.
+
+        Raises:
+            BadInput: It cannot be written.
+        """
+        if shard.shard in self.finished:  # a cluster may compute a shard twice
+            return
+        with _explain(self.folder):
+            part = self._find_piece(shard.shard)
+            with part.open("wb") as file:
+                file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+            self._append(shard)
+        self.finished[shard.shard] = shard
+
+    def _append(self, line: msgspec.Struct) -> None:
+        self._lines.write(msgspec.json.encode(line) + b"\n")
+        os.fsync(self._lines.fileno())
+
+    def _find_piece(self, number: int) -> Path:
+        return self.folder / f"{number:07}"
+
+    def publish(self, form: OutputFormat) -> None:
+        """Make the output of the pieces; it appears whole. Then the folder is removed.
+
+        Raises:
+            BadInput: It cannot be written.
+        """
+        whole = self.folder / "whole"
+        with _explain(self.folder):
+            with whole.open("wb") as file:
+                form.merge(map(self._find_piece, sorted(self.finished)), file)
+                file.flush()
+                os.fsync(file.fileno())
+            if not self._remote:
+                whole.replace(self._to)
+        if self._remote:
+            places.upload(whole, self._to)
+        self._lines.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextmanager
+def _explain(folder: Path) -> Iterator[None]:
+    """Convert the errors of writing to `BadInput`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise BadInput(f"{folder} cannot be written: {error.strerror}; {FREE}") from None
+        raise BadInput(f"{folder} cannot be written ({error.strerror})") from None
