@@ -86,6 +86,7 @@ class PredictionJob:
             BadInput: The data, the model or the output cannot be used.
             CheckFailed: The model does not compute what was certified.
         """
+        remote = None if cluster is None else _find_cluster()
         worker = ShardWorker(self)
         files = [file for place in self.data for file in places.find(place)]
         shards = find_shards(files, worker.version.image_shape, self.column)
@@ -103,13 +104,13 @@ class PredictionJob:
         left = [(number, shard) for number, shard in enumerate(shards) if number not in journal.finished]
         counts = [shard.images for _, shard in left]
         total = sum(filter(None, counts)) if None not in counts else None
-        if cluster is None and left:
+        if left and remote is None:
             worker.open()
         with PredictionProgress(total, len(left)) as progress:
-            if cluster is None:
+            if remote is None:
                 pieces = worker.predict(left, progress.add)
             else:
-                pieces = _find_cluster().predict(cluster, self, worker.version.folder, left, progress.add)
+                pieces = remote.predict(cluster, self, worker.version.folder, left, progress.add)
             for piece in pieces:
                 journal.add(*piece)
                 progress.finish_shard()
