@@ -137,6 +137,7 @@ class ShardWorker:
         version: The version of the model, checked.
         layout: The columns of the answers.
         form: Encodes them.
+        predictor: Computes them, once the worker is open.
     """
 
     def __init__(self, job: PredictionJob) -> None:
@@ -165,7 +166,7 @@ class ShardWorker:
         on_gpu = compute.device in ("cuda", "tensorrt") or (compute.device == "auto" and cuda.is_available())
         max_batch = self._job.max_batch or (GPU_BATCH if on_gpu else Batching.max_batch)
         placed = loader.find_placement(self.version, compute, max_batch)
-        self._predictor = Predictor(self.version, placed, max_batch)
+        self.predictor = Predictor(self.version, placed, max_batch)
 
     def predict(self, shards: Iterable[NumberedShard], count: CountImages = lambda _: None) -> Iterator[Piece]:
         """Yield the pieces of the output that belong to shards; `count` is called with the images of each batch.
@@ -181,7 +182,7 @@ class ShardWorker:
         self, shards: Iterable[NumberedShard], count: CountImages
     ) -> Iterator[tuple[FinishedShard, list[tuple[Any, ...]]]]:
         """Yield each shard with the rows of its answers."""
-        for number, batches in groupby(self._predictor.run(shards), itemgetter(0)):
+        for number, batches in groupby(self.predictor.run(shards), itemgetter(0)):
             rows, errors = list[tuple[Any, ...]](), 0
             for _, answers in batches:
                 rows += self.layout.list_rows(answers, self.form.exact)
