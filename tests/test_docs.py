@@ -38,6 +38,7 @@ SHORT = {
     "load": ["--seconds=0.2", "--rounds=1", "--warm-up=0.1"],
     "tune": ["--max-batch=2"],
     "serve": ["--port=0", "--no-tune"],
+    "predict": ["--no-tune"],
     "rollout": ["--detach"],  # nobody sends requests
 }
 CLASSES = ("cat", "dog", "cow", "hen", "fox", "owl", "bee")

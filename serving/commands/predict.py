@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
@@ -72,7 +73,11 @@ def run(args: argparse.Namespace) -> None:
     job = PredictionJob(
         args.data, options.model, options.to, options.top_k, options.all, options.column, options.max_batch, compute
     )
-    done = job.run(options.resume, options.cluster)
+    try:
+        done = job.run(options.resume, options.cluster)
+    except KeyboardInterrupt:
+        print("\nwhat was finished is kept; the same command with --resume continues", file=sys.stderr, end="")
+        raise
     failed = f", of which {done.errors:,} could not be read" if done.errors else ""
     rate = f"{done.predicted / done.seconds:,.0f} images/s" if done.predicted else "nothing was left to predict"
     print(f"{options.to}: {done.images:,} images{failed}; {rate}")

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 import ray.data
@@ -41,8 +41,9 @@ def predict(
         BadInput: There is no such cluster, it lacks what it needs, or a shard cannot be read.
         CheckFailed: The model does not compute what was certified.
     """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it would print lines about the nature of ray.data
     try:
-        ray.init(address or None, log_to_driver=False, ignore_reinit_error=True, logging_level="error")
+        ray.init(address or None, log_to_driver=False, ignore_reinit_error=True, logging_level=logging.ERROR)
     except Exception as error:  # RuntimeError for another version, ConnectionError, ValueError
         raise BadInput(f"--on ray={address}: {_shorten(error)}") from None
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -52,9 +53,8 @@ def predict(
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            ShardActor,
-            fn_args=([ray.put(files)],),
-            fn_constructor_args=(job, name, os.getcwd()),
+            cast(Any, ShardActor),
+            fn_constructor_args=(job, [ray.put(files)], name, Path.cwd()),
             batch_size=1,
             **_find_resources(job, len(items)),
         )
@@ -71,40 +71,37 @@ def predict(
 class ShardActor:
     """Holds one engine, on one node."""
 
-    def __init__(self, job: PredictionJob, name: Path, working: str) -> None:
-        """Wait for the model.
+    def __init__(
+        self, job: PredictionJob, files: Sequence[ray.ObjectRef[dict[str, bytes]]], name: Path, working: Path
+    ) -> None:
+        """Open the model, from a copy of its files on this node.
 
         Args:
             job: What is predicted.
+            files: The contents of the files of the version, by their path in it.
             name: NAME/VERSION of the model.
             working: Where relative paths of the data start.
         """
-        if Path(working).is_dir():
+        if working.is_dir():
             os.chdir(working)
-        self._job, self._name = job, name
-        self._worker: ShardWorker | None = None
-
-    def __call__(self, batch: Mapping[str, Any], files: Sequence[ray.ObjectRef]) -> dict[str, list[bytes]]:
-        """Return the pieces of a batch of shards; `files` holds the files of the model, by their path in its folder."""
-        worker = self._worker = self._worker or self._open(ray.get(files[0]))
-        shards = [pickle.loads(shard) for shard in batch["shard"]]
-        return {"piece": [pickle.dumps(piece) for piece in worker.predict(shards)]}
-
-    def _open(self, files: Mapping[str, bytes]) -> ShardWorker:
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary, self._name)
-            for path, content in files.items():
+            folder = Path(temporary, name)
+            for path, content in ray.get(files[0]).items():
                 (folder / path).parent.mkdir(parents=True, exist_ok=True)
                 (folder / path).write_bytes(content)
-            worker = ShardWorker(replace(self._job, model=folder))
-            worker.open()
-        return worker
+            self._worker = ShardWorker(replace(job, model=folder))
+            self._worker.open()
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[bytes]]:
+        """Return the pieces of a batch of shards."""
+        shards = [pickle.loads(shard) for shard in batch["shard"]]
+        return {"piece": [pickle.dumps(piece) for piece in self._worker.predict(shards)]}
 
 
 def _find_resources(job: PredictionJob, shards: int) -> dict[str, Any]:
     """Return how many actors there are to be, and what each has."""
     pool = ray.data.ActorPoolStrategy
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in cast(Any, ray).nodes() if node["Alive"]]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     if gpus and job.compute.device != "cpu":
         return {"compute": pool(size=min(gpus, shards)), "num_gpus": 1}

@@ -86,6 +86,7 @@ class PredictionJob:
             BadInput: The data, the model or the output cannot be used.
             CheckFailed: The model does not compute what was certified.
         """
+        remote = None if cluster is None else _find_cluster()
         worker = ShardWorker(self)
         files = [file for place in self.data for file in places.find(place)]
         shards = find_shards(files, worker.version.image_shape, self.column)
@@ -103,13 +104,13 @@ class PredictionJob:
         left = [(number, shard) for number, shard in enumerate(shards) if number not in journal.finished]
         counts = [shard.images for _, shard in left]
         total = sum(filter(None, counts)) if None not in counts else None
-        if cluster is None and left:
+        if left and remote is None:
             worker.open()
         with PredictionProgress(total, len(left)) as progress:
-            if cluster is None:
+            if remote is None:
                 pieces = worker.predict(left, progress.add)
             else:
-                pieces = _find_cluster().predict(cluster, self, worker.version.folder, left, progress.add)
+                pieces = remote.predict(cluster, self, worker.version.folder, left, progress.add)
             for piece in pieces:
                 journal.add(*piece)
                 progress.finish_shard()
@@ -136,6 +137,7 @@ class ShardWorker:
         version: The version of the model, checked.
         layout: The columns of the answers.
         form: Encodes them.
+        predictor: Computes them, once the worker is open.
     """
 
     def __init__(self, job: PredictionJob) -> None:
@@ -164,7 +166,7 @@ class ShardWorker:
         on_gpu = compute.device in ("cuda", "tensorrt") or (compute.device == "auto" and cuda.is_available())
         max_batch = self._job.max_batch or (GPU_BATCH if on_gpu else Batching.max_batch)
         placed = loader.find_placement(self.version, compute, max_batch)
-        self._predictor = Predictor(self.version, placed, max_batch)
+        self.predictor = Predictor(self.version, placed, max_batch)
 
     def predict(self, shards: Iterable[NumberedShard], count: CountImages = lambda _: None) -> Iterator[Piece]:
         """Yield the pieces of the output that belong to shards; `count` is called with the images of each batch.
@@ -180,7 +182,7 @@ class ShardWorker:
         self, shards: Iterable[NumberedShard], count: CountImages
     ) -> Iterator[tuple[FinishedShard, list[tuple[Any, ...]]]]:
         """Yield each shard with the rows of its answers."""
-        for number, batches in groupby(self._predictor.run(shards), itemgetter(0)):
+        for number, batches in groupby(self.predictor.run(shards), itemgetter(0)):
             rows, errors = list[tuple[Any, ...]](), 0
             for _, answers in batches:
                 rows += self.layout.list_rows(answers, self.form.exact)

@@ -8,9 +8,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 import msgspec
@@ -59,54 +58,50 @@ class Journal:
         Args:
             to: Path or URL of the output.
             identity: What is run.
-            resume: Take up what there is.
+            resume: Take up what was finished.
 
         Raises:
-            BadInput: There is an output already, or a run that is not to be resumed, or not this one, or that is not
-                over; or the folder cannot be written.
+            BadInput: There is an output already, or a run that is not to be resumed, or not this one, or that still
+                runs; or the folder cannot be written.
         """
         if places.exists(to):
             raise BadInput(f"--to {to} exists; remove it, or name another file")
         self._to, self._remote = to, places.is_remote(to)
         target = Path(PurePosixPath(to).name) if self._remote else Path(to)
         self.folder = target.with_name(target.name + SUFFIX)
-        self.finished: dict[int, FinishedShard] = {}
-        if resume and self.folder.is_dir():
-            self._resume(identity)
-            return
         with _explain(self.folder):
-            try:
-                self.folder.mkdir(parents=True)
-            except FileExistsError:
-                raise BadInput(
-                    f"{self.folder} holds a run that did not end; continue it with --resume, or remove the folder"
-                ) from None
-            self._lines = (self.folder / NAME).open("ab", buffering=0)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lines = (self.folder / NAME).open("a+b", buffering=0)
             self._lock()
-            self._append(identity)
+            self.finished = self._read(identity, resume)
+            if not self.finished:
+                self._lines.truncate(0)
+                self._append(identity)
 
-    def _resume(self, identity: RunIdentity) -> None:
-        path = self.folder / NAME
-        with _explain(self.folder):
-            self._lines = path.open("ab", buffering=0)
-            self._lock()
-            content = path.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]  # a line that was not written to its end says nothing
-            os.truncate(path, len(whole))
+    def _read(self, identity: RunIdentity, resume: bool) -> dict[int, FinishedShard]:
+        """Return the shards that were finished before."""
+        self._lines.seek(0)
+        content = self._lines.read()
+        whole = content[: content.rfind(b"\n") + 1]  # a line that was not written to its end says nothing
+        self._lines.truncate(len(whole))
         first, *lines = whole.splitlines() or [b""]
+        if not lines:
+            return {}
+        if not resume:
+            raise BadInput(
+                f"{self.folder} holds a run that did not end; continue it with --resume, or remove the folder"
+            )
         try:
-            begun = msgspec.json.decode(first, type=RunIdentity) if first else identity
+            begun = msgspec.json.decode(first, type=RunIdentity)
             finished = [msgspec.json.decode(line, type=FinishedShard) for line in lines]
         except msgspec.DecodeError as error:
-            raise BadInput(f"{path} is damaged ({error}); remove {self.folder} and begin anew") from None
+            raise BadInput(f"{self.folder / NAME} is damaged ({error}); remove the folder and begin anew") from None
         for name in RunIdentity.__struct_fields__:
             if getattr(begun, name) != getattr(identity, name):
                 raise BadInput(
                     f"{self.folder} was begun with other {name}; repeat its command with --resume, or remove the folder"
                 )
-        if not first:
-            self._append(identity)
-        self.finished = {shard.shard: shard for shard in finished}
+        return {shard.shard: shard for shard in finished}
 
     def _lock(self) -> None:
         try:
@@ -146,10 +141,10 @@ class Journal:
         Raises:
             BadInput: It cannot be written.
         """
-        whole = self.folder / "whole"
+        pieces, whole = [self._find_piece(number) for number in sorted(self.finished)], self.folder / "whole"
         with _explain(self.folder):
             with whole.open("wb") as file:
-                form.merge(map(self._find_piece, sorted(self.finished)), file)
+                form.merge(pieces, file)
                 file.flush()
                 os.fsync(file.fileno())
             if not self._remote:
@@ -157,7 +152,10 @@ class Journal:
         if self._remote:
             places.upload(whole, self._to)
         self._lines.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for path in (*pieces, whole, self.folder / NAME):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # it holds what somebody else put there
+            self.folder.rmdir()
 
 
 @contextmanager

@@ -52,6 +52,7 @@ class Predictor:
     """Predicts shards with one engine.
 
     Attributes:
+        engine: The engine.
         batch: Images in a full batch: as many as the engine computes fastest.
     """
 
@@ -59,7 +60,7 @@ class Predictor:
         """Predict with the engine that was placed; `decoders` threads decode, by default one for each core."""
         self.batch = placed.curve.find_best_batch(max_batch)
         self._manifest, self._shape = version.manifest, version.image_shape
-        self._placed, self._decoders = placed, decoders or count_cores()
+        self.engine, self._placed, self._decoders = placed.engine, placed, decoders or count_cores()
         self._budget = PixelBudget(LARGE_AT_ONCE)
 
     def run(self, shards: Iterable[tuple[int, Shard]]) -> Iterator[tuple[int, ImageAnswers]]:
@@ -130,4 +131,4 @@ class Predictor:
     def _compute(self, pixels: Images) -> Probabilities:
         if not len(pixels):
             return np.empty((0, len(self._manifest.labels)), np.float32)
-        return self._placed.engine.run(pixels)
+        return self.engine.run(pixels)
