@@ -7,6 +7,7 @@ import itertools
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,15 @@ def name_device(index: int) -> str:
     return name if error else f"{name} (CUDA {version // 1000}.{version % 1000 // 10})"
 
 
+def allow_recording() -> None:
+    """Let the calling thread use CUDA while another thread records a graph, as the engine of a new version does.
+
+    Otherwise the call fails, and so does the recording: onnxruntime records in CUDA's global mode, which forbids copies
+    and allocations to every thread that has not left that mode.
+    """
+    _check(_find_mode_exchange()())
+
+
 class Buffers:
     """Buffers for the images and probabilities of one batch, on the GPU and on the host.
 
@@ -81,6 +91,8 @@ class Buffers:
         self._host_probabilities: NDArray[np.float32] = self._pin((size, classes), np.float32)
         self.images = self._allocate(self._host_images.nbytes)
         self.probabilities = self._allocate(self._host_probabilities.nbytes)
+        # Called first, on the thread that happens to release all this, and what onnxruntime has.
+        self._free(lambda exchange: exchange(), _find_mode_exchange())
 
     def concatenate(self, parts: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
         """Concatenate images in pinned memory, at most `size`; the call after the next one overwrites the result."""
@@ -124,6 +136,12 @@ class Buffers:
     def _free(self, release: Callable[[Any], object], resource: object) -> None:
         """Release a resource when the buffers are garbage-collected; at the end of the process CUDA does it."""
         weakref.finalize(self, release, resource).atexit = False
+
+
+def _find_mode_exchange() -> Callable[[], tuple[Any, ...]]:
+    return partial(
+        cudart.cudaThreadExchangeStreamCaptureMode, cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+    )
 
 
 def _check(result: tuple[Any, ...]) -> tuple[Any, ...]:

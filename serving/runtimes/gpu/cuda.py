@@ -35,7 +35,7 @@ from serving.runtimes import Device
 from serving.runtimes.base import Concatenator, Images, Probabilities
 from serving.runtimes.cost import CostCurve
 from serving.runtimes.gpu import tensorrt
-from serving.runtimes.gpu.buffers import Buffers, count_devices, name_device
+from serving.runtimes.gpu.buffers import Buffers, allow_recording, count_devices, name_device
 from serving.runtimes.gpu.multi_gpu import MultiGpuEngine
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": tensorrt.PROVIDER}
@@ -179,6 +179,7 @@ class CudaEngine:
         self._path, self._manifest, self._device, self._tensorrt = path, manifest, device, tensorrt
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"gpu-{device}")
         self.thread: int = self._executor.submit(threading.get_ident).result()
+        self._executor.submit(allow_recording).result()
         # TensorRT computes the whole model in one step: a graph would save little.
         self._start(graphs and tensorrt is None)
         self.curve = CostCurve(self._executor.submit(self._measure).result())

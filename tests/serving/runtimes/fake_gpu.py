@@ -1,7 +1,8 @@
 """GPUs that are not there: what the engine on GPUs uses of onnxruntime and of the CUDA runtime, computed with NumPy.
 
 The fake is as strict as CUDA: a copy happens when its stream is waited for, a graph reads and writes the addresses that
-it was recorded with, and belongs to the thread that recorded it.
+it was recorded with, and belongs to the thread that recorded it. While one is recorded, calls of other threads fail and
+spoil the record, unless these have left the global mode (seen on an H200 with onnxruntime 1.31.1).
 """
 
 # ruff: noqa: D102, N801, N815  (methods have the names and arguments of what they stand for)
@@ -20,7 +21,8 @@ from numpy.typing import NDArray
 
 from export.session import NO_EXTERNAL_DATA
 
-SUCCESS, FAILURE = 0, 2
+SUCCESS, FAILURE, UNSUPPORTED = 0, 2, 900
+ERRORS = {FAILURE: b"out of memory", UNSUPPORTED: b"operation not permitted when stream is capturing"}
 CLASSES = 5
 
 
@@ -60,6 +62,7 @@ class Machine:
         partial: Whether a node of the model is left to the CPU, which onnxruntime finds out at once.
         failure: What the next run raises.
         on_run: Is called within each run, with its device.
+        on_capture: Is called while a graph is recorded.
         unplanned: Half-precision models that were denied the tensor cores: cuDNN has no plan for their convolutions.
         runs: All runs.
         sessions: The options of CUDA's provider for each session, and those of TensorRT's.
@@ -77,6 +80,7 @@ class Machine:
     partial: bool = False
     failure: Exception | None = None
     on_run: Callable[[int], object] = lambda _: None
+    on_capture: Callable[[], object] = lambda: None
     unplanned: list[str] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     sessions: list[dict[str, dict[str, str]]] = field(default_factory=list)
@@ -98,12 +102,41 @@ class CudaRuntime:
         cudaMemcpyHostToDevice = 1
         cudaMemcpyDeviceToHost = 2
 
+    class cudaStreamCaptureMode:
+        """What a thread minds."""
+
+        cudaStreamCaptureModeThreadLocal = 1
+
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self._streams: dict[int, list[tuple[int, int, int]]] = {}
+        self._unconcerned: set[int] = set()
+        self._recorder: int | None = None
+        self._spoilt = False
+
+    def record(self, work: Callable[[], object]) -> None:
+        """Do what is done while the calling thread records a graph."""
+        self._recorder, self._spoilt = threading.get_ident(), False
+        try:
+            work()
+        finally:
+            self._recorder = None
+        if self._spoilt:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def _is_forbidden(self) -> bool:
+        thread = threading.get_ident()
+        forbidden = self._recorder not in (None, thread) and thread not in self._unconcerned
+        self._spoilt |= forbidden
+        return forbidden
+
+    def cudaThreadExchangeStreamCaptureMode(self, mode: int) -> tuple[int, int]:
+        assert mode == self.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._unconcerned.add(threading.get_ident())
+        return SUCCESS, 0
 
     def cudaGetErrorString(self, error: int) -> tuple[int, bytes]:
-        return SUCCESS, {FAILURE: b"out of memory"}[error]
+        return SUCCESS, ERRORS[error]
 
     def cudaGetDeviceCount(self) -> tuple[int, int | None]:
         return (SUCCESS, self._machine.devices) if self._machine.devices else (FAILURE, None)
@@ -129,6 +162,8 @@ class CudaRuntime:
         return self._allocate(size, self._machine.pinned)
 
     def cudaFree(self, address: int) -> tuple[int]:
+        if self._is_forbidden():
+            return (UNSUPPORTED,)
         del self._machine.allocated[address]
         return (SUCCESS,)
 
@@ -141,12 +176,16 @@ class CudaRuntime:
         return (SUCCESS,)
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
+        if self._is_forbidden():
+            return (UNSUPPORTED,)
         for to, source, size in self._streams[stream]:
             ctypes.memmove(to, source, size)
         self._streams[stream].clear()
         return (SUCCESS,)
 
     def _allocate(self, size: int, possible: bool) -> tuple[int, int | None]:
+        if self._is_forbidden():
+            return UNSUPPORTED, None
         if not possible:
             return FAILURE, None
         memory = np.full(size, 0xAB, np.uint8)  # nobody cleans it
@@ -275,6 +314,7 @@ class Session:
         elif graph in self._seen:
             if not self._machine.captures:
                 raise RuntimeError("operation not permitted when stream is capturing")
+            self._machine.cudart.record(self._machine.on_capture)
             self._recorded[graph] = record
         elif graph:
             self._seen.add(graph)

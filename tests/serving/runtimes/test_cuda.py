@@ -133,6 +133,27 @@ def test_each_bucket_has_a_graph_of_its_own(machine: Machine, path: Path) -> Non
     assert sorted({(run.graph, run.images) for run in machine.runs}) == [(1, 1), (2, 2), (3, 4)]
 
 
+def test_a_graph_is_recorded_while_others_compute_and_end(machine: Machine, path: Path) -> None:
+    """As of a new version, while the one before answers, and another one goes."""
+    serving, ending = (cuda.load(path, make_manifest(), "cuda", 4) for _ in range(2))
+    size, engines = len(machine.allocated), [ending]
+    del ending
+
+    def disturb() -> None:
+        assert_answers(serving.run, pixels(3))
+        while engines:
+            with ThreadPoolExecutor(1) as executor:
+                executor.submit(engines.clear).result()
+            gc.collect()
+
+    machine.on_capture = disturb
+    new = cuda.load(path, make_manifest(), "cuda", 4)
+    assert isinstance(new, CudaEngine)
+    assert new.graphs
+    assert_answers(new.run, pixels(3))
+    assert len(machine.allocated) == size
+
+
 def test_no_graph_is_asked_for_where_there_is_none(machine: Machine, path: Path) -> None:
     """Without graphs a run has no number."""
     cuda.load(path, make_manifest(), "cuda", 4, graphs=False)
