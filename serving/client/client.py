@@ -50,8 +50,8 @@ class Client:
         """Prepare a connection, which the first call opens.
 
         Args:
-            servers: HOST:PORT, where the name may resolve to several addresses; or several IP:PORT, all IPv4 or all
-                IPv6.
+            servers: HOST:PORT, where the name may resolve to several addresses, and is looked up again every 30
+                seconds; or several IP:PORT, all IPv4 or all IPv6.
             tls: Certificates; None connects without encryption.
             token: Bearer token that the servers require.
             retries: Maximum retries of a request that was refused or reached no server, 0 to 4.

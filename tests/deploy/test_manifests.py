@@ -21,10 +21,10 @@ OURS = ["deployment.yaml", "service.yaml", "models.yaml", "disruption.yaml", "ne
 VERSIONS = ["1.30", kubernetes_validate.latest_version()]  # from the first with sleep in a preStop hook to the latest
 END_SECONDS = 10  # for a server to close, after all else
 
-Content = dict[str, Any]
+KubernetesObject = dict[str, Any]
 
 
-def read(path: Path) -> Content:
+def read(path: Path) -> KubernetesObject:
     """Return the content of a manifest."""
     content = yaml.safe_load(path.read_text())
     assert isinstance(content, dict)
@@ -32,7 +32,7 @@ def read(path: Path) -> Content:
 
 
 @pytest.fixture(params=["kubernetes", "kserve"])
-def pod(request: pytest.FixtureRequest) -> Content:
+def pod(request: pytest.FixtureRequest) -> KubernetesObject:
     """The specification of a pod that the manifests make."""
     if request.param == "kubernetes":
         return dict(read(KUBERNETES / "deployment.yaml")["spec"]["template"]["spec"])
@@ -40,7 +40,7 @@ def pod(request: pytest.FixtureRequest) -> Content:
     return {name: spec[name] for name in ("containers", "volumes")}
 
 
-def load(container: Content) -> config.Config:
+def load(container: KubernetesObject) -> config.Config:
     """Return the options of a container, in the environment that the image sets."""
     variables = dict(re.findall(r"(RESNET_\w+)=(\S+)", (DEPLOY / "Dockerfile").read_text()))
     parser = argparse.ArgumentParser()
@@ -56,7 +56,7 @@ def test_a_manifest_is_valid(name: str, version: str) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_pod_is_valid(pod: Content, version: str) -> None:
+def test_a_pod_is_valid(pod: KubernetesObject, version: str) -> None:
     """That of KServe, too, which adds no field to containers and volumes."""
     whole = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "classifier"}, "spec": pod}
     kubernetes_validate.validate(whole, version, strict=True)
@@ -93,7 +93,7 @@ def test_kustomize_applies_every_manifest() -> None:
     assert {path.name for path in KUBERNETES.iterdir()} == {*OURS, "kustomization.yaml", "autoscaling.yaml"}
 
 
-def test_the_server_takes_its_options(pod: Content) -> None:
+def test_the_server_takes_its_options(pod: KubernetesObject) -> None:
     """And listens on the ports that others are told."""
     (container,) = pod["containers"]
     options = load(container)
@@ -107,7 +107,7 @@ def test_the_server_takes_its_options(pod: Content) -> None:
     assert mounts | {"/mnt/models"} >= {"/cache", str(options.repository)}
 
 
-def test_a_pod_may_do_nothing_that_it_need_not(pod: Content) -> None:
+def test_a_pod_may_do_nothing_that_it_need_not(pod: KubernetesObject) -> None:
     """No user, no writing, no privileges."""
     (container,) = pod["containers"]
     rights = {**pod.get("securityContext", {}), **container["securityContext"]}
@@ -119,7 +119,7 @@ def test_a_pod_may_do_nothing_that_it_need_not(pod: Content) -> None:
     assert container["resources"]["limits"] == container["resources"]["requests"]
 
 
-def test_requests_have_time_to_finish(pod: Content) -> None:
+def test_requests_have_time_to_finish(pod: KubernetesObject) -> None:
     """The kubelet kills what has not ended after the period, which is 30 s unless the pod says so."""
     (container,) = pod["containers"]
     pause = container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
