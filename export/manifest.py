@@ -122,6 +122,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return hashlib.sha256(content).hexdigest()
 
 
+class _Name(msgspec.Struct):
+    model: str
+
+
 class _Header(msgspec.Struct):
     format: int
 
@@ -133,6 +137,18 @@ def read(folder: Path) -> Manifest:
         BadInput: It is missing or invalid, has another format, or belongs to another version.
     """
     return parse(folder, read_content(folder))
+
+
+def read_name(folder: Path) -> str:
+    """Return the name of the model whose version is in `folder`, whatever the folders above are called.
+
+    Raises:
+        BadInput: The manifest is missing, or has no name.
+    """
+    try:
+        return msgspec.json.decode(read_content(folder), type=_Name).model
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadInput(f"{folder / NAME} is not a valid manifest ({error}); export the model again") from None
 
 
 def read_content(folder: Path) -> bytes:

@@ -7,12 +7,14 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
 
+from export import manifest
 from export.manifest import NAME as MANIFEST
 from resnet import BadInput
 
@@ -153,6 +155,44 @@ def find_mistake(folder: Path) -> str | None:
     if versions(folder):
         return f"{folder} is a model; name its repository, {folder.parent}"
     return None
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Path]:
+    """Yield a repository; for the folder of a model, a temporary repository that links to it under the model's name.
+
+    Platforms mount a model under a name of theirs: KServe does at /mnt/models.
+
+    Raises:
+        BadInput: As in `find_name`, or no temporary folder can be made.
+    """
+    if not versions(folder):
+        yield folder
+        return
+    name = find_name(folder)
+    try:
+        link = tempfile.TemporaryDirectory(prefix="resnet-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise BadInput(
+            f"{folder} is a model, and no folder can be made for a link to it ({error}); set TMPDIR"
+        ) from None
+    with link as parent:
+        (Path(parent) / name).symlink_to(folder.absolute())
+        yield Path(parent)
+
+
+def find_name(model: Path) -> str:
+    """Return the name of the model with versions in a folder, as they have it.
+
+    Raises:
+        BadInput: No version has a manifest with a valid name.
+    """
+    for number in reversed(versions(model)):
+        with suppress(BadInput):
+            name = manifest.read_name(model / str(number))
+            if MODEL_NAME.fullmatch(name):
+                return name
+    raise BadInput(f"{model} holds no version that `resnet export` made: no manifest.json names its model")
 
 
 def explain(folder: Path) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from export import signature
+from export import repository, signature
 from resnet import CheckFailed
 from resnet.tokens import read_tokens
 from serving import logs, process, threads
@@ -45,14 +45,14 @@ def serve(config: Config) -> None:
     threads.check_room()
     # A request that the queue can never hold is too large: trying again would not help.
     config = dataclasses.replace(config, max_images=min(config.max_images, config.max_queue))
-    with Signals() as signals:
+    with Signals() as signals, repository.opened(config.repository) as folder:
         access = read_access(config)
         auth.warn_if_open(config.host, access.tls, access.token)
         tracing = start_tracing(config)
         registry = ModelRegistry()
         load, policies = make_loader(config, tracing), version_policy.parse(config.versions)
         wanted = parse_shadows(config.shadow or "")
-        watcher = Watcher(config.repository, registry, load, policies)
+        watcher = Watcher(folder, registry, load, policies)
         shadows, rollouts = make_rollouts(config, registry, watcher)
 
         def load_all() -> None:

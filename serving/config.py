@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import threading
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,6 +28,10 @@ from training.images import MAX_PIXELS
 
 PREFIX = "RESNET_"
 FILE_VARIABLE = "RESNET_CONFIG"
+
+# What Kubernetes sets in every container for a Service called resnet, or resnet-predictor: RESNET_PORT=tcp://10.0.0.1:80.
+SERVICE_VARIABLE = re.compile(rf"{PREFIX}(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
+SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://.*")
 
 LARGEST = 2**31 - 1  # of gRPC's options, and the number of milliseconds that stands for never
 COUNT = 65_536  # of what takes memory or threads each
@@ -190,7 +195,9 @@ class Origin(NamedTuple):
 class ServeOptions:
     """Options of `resnet serve` other than `Batching`, `Compute` and `Limits`."""
 
-    repository: Path = option(MISSING, "model repository, written by `resnet export`", group="models")
+    repository: Path = option(
+        MISSING, "model repository, written by `resnet export`, or a model of one", group="models"
+    )
     versions: str = option(
         "latest",
         "versions to serve besides labelled ones: latest, latest:N, all or numbers like 1,3; for one model "
@@ -328,9 +335,14 @@ def _read_flags(args: argparse.Namespace) -> Iterator[Setting]:
 
 
 def _read_environment(environment: Mapping[str, str]) -> Iterator[Setting]:
-    """Read the variables RESNET_*; an empty one counts as unset, as compose files pass unset variables."""
+    """Read the variables RESNET_*, except those of Kubernetes.
+
+    An empty one counts as unset, as compose files pass unset variables.
+    """
     known = {_variable(field.name): field.name for field in options(Config)}
     for variable, value in environment.items():
+        if SERVICE_VARIABLE.fullmatch(variable) or SERVICE_ADDRESS.fullmatch(value):
+            continue
         if variable.startswith(PREFIX) and variable != FILE_VARIABLE:
             if variable not in known:
                 raise BadInput(

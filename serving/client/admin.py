@@ -1,4 +1,4 @@
-"""Client of `resnet.v1.Admin`: what runs on a server, and rollouts of new versions."""
+"""Client for operators of a server: its health, and by `resnet.v1.Admin` what it runs, and rollouts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import grpc
 from protos import admin_pb2 as pb
 from protos.admin_pb2_grpc import AdminStub
 from serving.client.access import ANYONE, CallerAccess
-from serving.client.channel import from_rpc, to_options
+from serving.client.channel import HEALTH, from_rpc, to_options
 from serving.errors import Unsupported
 
 STATUS_SECONDS = 10.0
+SERVING = b"\x08\x01"  # HealthCheckResponse(status=SERVING); the client does not depend on grpcio-health-checking
 START_SECONDS = 900.0  # the server loads the version first, which may measure and prove it
 
 
@@ -26,10 +27,17 @@ class AdminClient:
 
         Args:
             server: HOST:PORT or unix:PATH.
-            access: What the server asks of its callers; all methods but `read_status` need an administrator's token.
+            access: What the server asks of its callers; `is_serving` needs no token, `read_status` a caller's, and the
+                other methods an administrator's.
         """
         self._channel = access.open_channel(server, to_options(server, tls=None))
         self._stub, self._metadata = AdminStub(self._channel), access.metadata
+
+    def is_serving(self) -> bool:
+        """Return whether the server takes requests, by its health service."""
+        with _errors():
+            check: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(HEALTH)
+            return check(b"", timeout=STATUS_SECONDS) == SERVING
 
     def read_status(self, model: str = "") -> pb.GetStatusResponse:
         """Return what the server says of one model, or of all."""

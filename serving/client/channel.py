@@ -14,6 +14,7 @@ from serving.errors import ServingError, from_status
 
 CallMetadata = tuple[tuple[str, str], ...]
 
+HEALTH = "/grpc.health.v1.Health/Check"  # of every server; it needs no token
 RECONNECT_MS, MAX_RECONNECT_MS = 100, 500  # between attempts to connect
 UNLIMITED: tuple[tuple[str, str | int], ...] = (
     ("grpc.max_send_message_length", -1),

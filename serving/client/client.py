@@ -4,9 +4,9 @@
         answer = client.classify([Path("cat.jpg").read_bytes()])
         print(answer.images[0][0].label)
 
-Requests go to all servers in turn; a stream stays with one server as long as that answers. What a server refuses as too
-many images, pixels or bytes is sent in parts. Both clients raise the errors of `serving.errors`, whose table says what
-each means and which are retried. A timeout covers all attempts.
+Requests go to all servers in turn, also to those that are added to a name; a stream stays with one server as long as
+that answers. What a server refuses as too many images, pixels or bytes is sent in parts. Both clients raise the errors
+of `serving.errors`, whose table says what each means and which are retried. A timeout covers all attempts.
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Sequence
 from contextlib import aclosing, closing
 from queue import Empty, SimpleQueue
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import grpc
 
 from protos.classifier_pb2_grpc import ClassifierStub
-from serving.client.channel import CallMetadata, Tls, from_rpc, to_options, to_target
+from serving.client.channel import HEALTH, CallMetadata, Tls, from_rpc, to_options, to_target
+from serving.client.connection import Connection, RunningCall
 from serving.client.retries import MAX_RETRIES, Patience, Retries
 from serving.client.stream import Result, StreamState
 from serving.client.tasks import AsyncImageSource, AsyncInbox, AsyncStreamCall
 from serving.client.threads import ImageSource, Inbox, StreamCall
 from serving.client.types import Answer, ClassifyOptions, ImageInput, ImageInputs, fits_one_request, to_answer
 from serving.errors import InvalidRequest, ServingError, TooLarge
+
+if TYPE_CHECKING:
+    from protos.classifier_pb2_grpc import ClassifierAsyncStub  # exists in the stub file only
 
 DEFAULT_SERVER = "127.0.0.1:8001"
 
@@ -46,8 +50,8 @@ class Client:
         """Prepare a connection, which the first call opens.
 
         Args:
-            servers: HOST:PORT, where the name may resolve to several addresses; or several IP:PORT, all IPv4 or all
-                IPv6.
+            servers: HOST:PORT, where the name may resolve to several addresses, and is looked up again every 30
+                seconds; or several IP:PORT, all IPv4 or all IPv6.
             tls: Certificates; None connects without encryption.
             token: Bearer token that the servers require.
             retries: Maximum retries of a request that was refused or reached no server, 0 to 4.
@@ -57,12 +61,21 @@ class Client:
         """
         target, options = to_target(servers, tls), to_options(servers, tls)
         Retries(retries)  # checks it
-        self._channel = (
-            grpc.secure_channel(target, tls.to_credentials(), options)
-            if tls
-            else grpc.insecure_channel(target, options)
-        )
-        self._stub, self._metadata, self._retries = ClassifierStub(self._channel), _authorize(token), retries
+
+        def open_channel() -> tuple[grpc.Channel, ClassifierStub]:
+            channel = (
+                grpc.secure_channel(target, tls.to_credentials(), options)
+                if tls
+                else grpc.insecure_channel(target, options)
+            )
+            return channel, ClassifierStub(channel)
+
+        def call_health(channel: grpc.Channel) -> RunningCall:
+            check: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(HEALTH)
+            return check.future(b"", wait_for_ready=True)
+
+        self._connection = Connection(open_channel, call_health, servers)
+        self._metadata, self._retries = _authorize(token), retries
 
     def classify(
         self,
@@ -93,7 +106,8 @@ class Client:
         retries, request = Retries(self._retries), options.to_request(images) if fits_one_request(images) else None
         while request is not None:
             try:
-                response = self._stub.Classify(request, timeout=patience.left, metadata=self._metadata)
+                _, stub = self._connection.get()
+                response = stub.Classify(request, timeout=patience.left, metadata=self._metadata)
                 return to_answer(response, len(images))
             except grpc.RpcError as error:
                 failure = from_rpc(error)
@@ -139,7 +153,8 @@ class Client:
 
     def close(self) -> None:
         """Close the connection."""
-        self._channel.close()
+        for channel in self._connection.end():
+            channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -153,7 +168,8 @@ class Client:
         with closing(ImageSource(images, inbox)) as source:
             while not state.done:
                 state.start_call()
-                call = StreamCall(self._stub, self._metadata, patience.call_timeout, inbox)
+                _channel, stub = self._connection.get()  # which `close` must find as long as the stream needs it
+                call = StreamCall(stub, self._metadata, patience.call_timeout, inbox)
                 try:
                     while not (state.done or state.broken):
                         idle = not state.waits
@@ -193,12 +209,21 @@ class AsyncClient:
         """Prepare a connection, with the arguments and errors of `Client`."""
         target, options = to_target(servers, tls), to_options(servers, tls)
         Retries(retries)  # checks it
-        self._channel = (
-            grpc.aio.secure_channel(target, tls.to_credentials(), options)
-            if tls
-            else grpc.aio.insecure_channel(target, options)
-        )
-        self._stub, self._metadata, self._retries = ClassifierStub(self._channel), _authorize(token), retries
+
+        def open_channel() -> tuple[grpc.aio.Channel, ClassifierAsyncStub]:
+            channel = (
+                grpc.aio.secure_channel(target, tls.to_credentials(), options)
+                if tls
+                else grpc.aio.insecure_channel(target, options)
+            )
+            return channel, ClassifierStub(channel)
+
+        def call_health(channel: grpc.aio.Channel) -> RunningCall:
+            check: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(HEALTH)
+            return check(b"", wait_for_ready=True)
+
+        self._connection = Connection(open_channel, call_health, servers)
+        self._metadata, self._retries = _authorize(token), retries
 
     async def classify(
         self,
@@ -214,7 +239,8 @@ class AsyncClient:
         retries, request = Retries(self._retries), options.to_request(images) if fits_one_request(images) else None
         while request is not None:
             try:
-                response = await self._stub.Classify(request, timeout=patience.left, metadata=self._metadata)
+                _, stub = self._connection.get()
+                response = await stub.Classify(request, timeout=patience.left, metadata=self._metadata)
                 return to_answer(response, len(images))
             except grpc.RpcError as error:
                 failure = from_rpc(error)
@@ -243,7 +269,8 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connection."""
-        await self._channel.close()
+        for channel in self._connection.end():
+            await channel.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -259,7 +286,8 @@ class AsyncClient:
         async with aclosing(AsyncImageSource(images, inbox)) as source:
             while not state.done:
                 state.start_call()
-                call = AsyncStreamCall(self._stub, self._metadata, patience.call_timeout, inbox)
+                _channel, stub = self._connection.get()
+                call = AsyncStreamCall(stub, self._metadata, patience.call_timeout, inbox)
                 try:
                     while not (state.done or state.broken):
                         idle = not state.waits

@@ -2,10 +2,13 @@
 
 Rates and latencies are those of the last second, or with --watch those since the last screen.
 
+With --health it prints nothing, and its exit code is 0 if the server takes requests; that needs no token.
+
 Examples:
   resnet status
   resnet status 10.0.0.1:8001 --watch
   resnet status --json --model digits
+  resnet status --health
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Any
 from google.protobuf.message import Message
 
 from protos import admin_pb2 as pb
+from resnet import CheckFailed
 from resnet.options import AMOUNT, add_options, option, read
 from serving.client.access import AccessOptions, to_bad_input
 from serving.client.admin import AdminClient
@@ -43,6 +47,7 @@ class StatusArguments:
     server: str = option(DEFAULT_SERVER, "HOST:PORT or unix:PATH", metavar="SERVER", positional=True)
     model: str = option("", "model to show (default: all)", metavar="NAME")
     json: bool = option(False, "print one JSON object; with --watch, one line each")
+    health: bool = option(False, "only check that the server takes requests, as a container's health check does")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +73,9 @@ def run(args: argparse.Namespace) -> None:
     options = read(args, StatusCommand)
     with AdminClient(options.server, options.load()) as admin:
         try:
-            if args.watch is None:
+            if options.health:
+                check_health(admin, options.server)
+            elif args.watch is None:
                 show_once(admin, options)
             else:
                 show_always(admin, options, args.watch)
@@ -77,6 +84,12 @@ def run(args: argparse.Namespace) -> None:
         except KeyboardInterrupt:
             if args.watch is None:
                 raise
+
+
+def check_health(admin: AdminClient, server: str) -> None:
+    """Raise `CheckFailed` unless the server takes requests."""
+    if not admin.is_serving():
+        raise CheckFailed(f"the server at {server} takes no requests")
 
 
 def show_once(admin: AdminClient, options: StatusCommand) -> None:

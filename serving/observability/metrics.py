@@ -10,6 +10,7 @@
 | resnet_compute_seconds       | histogram: compute time of the batches of answered requests                |
 | resnet_batch_images          | histogram: images per batch                                                |
 | resnet_queued_images         | images in the queue                                                        |
+| resnet_queued_work_seconds   | predicted time until their computation has begun, a figure to scale by     |
 | resnet_batch_cost_seconds    | compute time of a batch, by its number of `images`                         |
 | resnet_model_info            | 1 for each served version, with `precision`, `provider`, `plan`, `digest`  |
 | resnet_certificate_accuracy  | accuracy of the original model on the held-out images, 0 to 1              |
@@ -178,6 +179,7 @@ class _ModelsCollector(Collector):
         compute = HistogramMetricFamily("resnet_compute_seconds", "Compute time of the batch", labels=LABELS)
         batches = HistogramMetricFamily("resnet_batch_images", "Images per batch", labels=LABELS)
         queued = GaugeMetricFamily("resnet_queued_images", "Images in the queue", labels=LABELS)
+        work = GaugeMetricFamily("resnet_queued_work_seconds", "Predicted time in the queue", labels=LABELS)
         costs = GaugeMetricFamily(
             "resnet_batch_cost_seconds", "Compute time of a batch by size", labels=(*LABELS, "images")
         )
@@ -201,6 +203,7 @@ class _ModelsCollector(Collector):
             sizes = {size: batch.count for size, batch in counts.batches.items()}
             batches.add_metric(names, list(_size_buckets(sizes)), sum(size * count for size, count in sizes.items()))
             queued.add_metric(names, model.batcher.queued)
+            work.add_metric(names, model.batcher.queue_ns / 1e9)
             for size, ns in _sample_costs(model.batcher.curve):
                 costs.add_metric([*names, str(size)], ns / 1e9)
             accuracy.add_metric(names, model.manifest.certificate.accuracy)
@@ -235,6 +238,7 @@ class _ModelsCollector(Collector):
             compute,
             batches,
             queued,
+            work,
             costs,
             accuracy,
             proved,

@@ -19,7 +19,7 @@ from serving.config import Batching
 from serving.errors import ServingError, Unavailable
 from serving.runtimes.base import Concatenator, EngineThreads, Images, Probabilities, ThreadPool
 from serving.runtimes.cost import CostCurve
-from serving.scheduling.admission import Admission, QueueLimits, QueueState
+from serving.scheduling.admission import Admission, QueueLimits, QueueState, predict_queue_ns
 from serving.scheduling.batch import Batch
 from serving.scheduling.latency_target import LatencyTarget
 from serving.scheduling.queue import DEFAULT_PRIORITY, PROBE_PRIORITY, Entry, Outcome, RequestQueue
@@ -173,6 +173,13 @@ class Batcher:
         running = [batch.expected_ns for batch in self._running.copy()]
         return max([self.curve.ns(self._max_batch), *running]) + self._linger_ns
 
+    @property
+    def queue_ns(self) -> float:
+        """Predicted time until the computation of all queued images has begun, in nanoseconds; 0 if none waits."""
+        with self._lock:
+            state = self._find_state(self.queued, time.perf_counter_ns())
+        return predict_queue_ns(state, state.queued) if state.queued else 0.0
+
     def refusal(self, deadline: float) -> ServingError | None:
         """Return the error of a recent refusal that also holds for a request with this deadline; None if there is none.
 
@@ -207,17 +214,21 @@ class Batcher:
             return Unavailable("the server is shutting down")
         if self._is_idle() and len(entry.images) <= self._admission.limits.images:
             return None  # only a batch can correct a cost that is too high
-        state = QueueState(
+        ahead = self._queue.count_ahead(entry) + self.queued - self._queue.images
+        return self._admission.find_refusal(entry, self._find_state(ahead, entry.arrival_ns))
+
+    def _find_state(self, ahead: int, now_ns: int) -> QueueState:
+        """Return the load, as it is for a request that arrives now behind so many images. The lock is held."""
+        return QueueState(
             self.queued,
-            self._queue.count_ahead(entry) + self.queued - self._queue.images,
+            ahead,
             [(batch.start_ns, batch.expected_ns) for batch in self._running],
             self._instances,
             1 + (self._overflow / self._instances if self._may_overflow() else 0),
             self._find_max_batch(),
             self.curve,
-            entry.arrival_ns,
+            now_ns,
         )
-        return self._admission.find_refusal(entry, state)
 
     def _is_idle(self) -> bool:
         """Return whether nothing of callers waits or is computed. The lock is held."""

@@ -262,3 +262,32 @@ def test_prune_removes_what_a_killed_export_left_and_spares_one_under_way(tmp_pa
     assert repository.versions(model) == []
     assert list(repository.prune(model, keep=1)) == [staged]
     assert not list(model.iterdir())
+
+
+def test_a_model_is_opened_as_a_repository(tmp_path: Path) -> None:
+    """Of that model alone, under the name that its versions have; what is none is opened as it is."""
+    models = tmp_path / "models"
+    write_version(models / "colors" / "1")
+    (models / "others").mkdir()
+    mounted = (models / "colors").rename(tmp_path / "mounted")
+    (mounted / "2").mkdir()  # is being copied
+    with repository.opened(mounted) as folder:
+        assert [path.name for path in repository.folders(folder)] == ["colors"]
+        assert manifest.read(folder / "colors" / "1").model == "colors"
+        (mounted / "stable").symlink_to("1")
+        assert repository.labels(folder / "colors") == {"stable": 1}
+    assert not folder.exists()
+    assert repository.versions(mounted) == [1, 2]
+    for name in ("models", "nowhere"):
+        with repository.opened(tmp_path / name) as folder:
+            assert folder == tmp_path / name
+
+
+@pytest.mark.parametrize("content", [None, "no JSON", "{}", '{"model": "../../up"}'])
+def test_a_model_without_a_name_is_not_opened(content: str | None, tmp_path: Path) -> None:
+    """A name may not lead elsewhere."""
+    (tmp_path / "1").mkdir()
+    if content is not None:
+        (tmp_path / "1" / "manifest.json").write_text(content)
+    with pytest.raises(BadInput, match="holds no version that `resnet export` made"), repository.opened(tmp_path):
+        pass

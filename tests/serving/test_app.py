@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,10 +21,13 @@ from resnet import BadInput, cli
 SERVE = [sys.executable, "-m", "resnet", "serve"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_serve_says_what_it_serves_and_ends_on_a_signal(repository: Path, number: signal.Signals) -> None:
-    """The address is printed once it answers; the exit code is 0."""
-    process = subprocess.Popen([*SERVE, str(repository), "--port=0"], stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize(("number", "mounted"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_serve_says_what_it_serves_and_ends_on_a_signal(
+    number: signal.Signals, mounted: bool, repository: Path, tmp_path: Path
+) -> None:
+    """The address is printed once it answers; the exit code is 0. A model may be mounted without its repository."""
+    folder = shutil.copytree(repository / "digits", tmp_path / "model") if mounted else repository
+    process = subprocess.Popen([*SERVE, str(folder), "--port=0"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     loaded = (
         r"loaded digits/1 in fp32 on CPUExecutionProvider \(\d+ threads?.*\), files and certificate verified; "

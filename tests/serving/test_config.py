@@ -46,6 +46,25 @@ def test_a_flag_wins_over_a_variable_that_over_the_file_and_that_over_the_defaul
     assert (found.grace, found.prove) == (2.5, "64")
 
 
+@pytest.mark.parametrize("service", ["RESNET", "RESNET_METRICS", "RESNET_PREDICTOR_DEFAULT"])
+def test_variables_of_a_service_in_kubernetes_are_none_of_ours(service: str) -> None:
+    """It sets them in every container of the namespace; what a user sets is read all the same."""
+    host, port = "10.0.0.1", "8001"
+    links = {
+        "SERVICE_HOST": host,
+        "SERVICE_PORT": port,
+        "SERVICE_PORT_GRPC": port,
+        "PORT": f"tcp://{host}:{port}",
+        f"PORT_{port}_TCP": f"tcp://{host}:{port}",
+        f"PORT_{port}_TCP_PROTO": "tcp",
+        f"PORT_{port}_TCP_PORT": port,
+        f"PORT_{port}_TCP_ADDR": host,
+    }
+    environment = " ".join(f"{service}_{name}={value}" for name, value in links.items())
+    assert load("models", environment) == load("models")
+    assert load("models", f"{environment} RESNET_PORT=7 RESNET_METRICS_PORT=8").port == 7
+
+
 def test_the_file_may_be_named_by_the_environment(file: Path) -> None:
     """The flag wins here too."""
     assert load(environment=f"RESNET_CONFIG={file}").port == 1

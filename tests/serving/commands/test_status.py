@@ -391,3 +391,19 @@ def test_an_older_server_is_named_as_such(capsys: pytest.CaptureFixture[str]) ->
     server.stop(0).wait()
     message = "the server refused: it has no service resnet.v1.Admin; run a newer version of resnet there"
     assert capsys.readouterr().err == f"resnet status: {message}\n"
+
+
+def test_the_exit_code_says_whether_requests_are_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Health checks of containers ask for that, without a token."""
+    model = loader.load(write_version(tmp_path / "models" / "colors" / "1"), Compute(device="cpu", tune=False))
+    capsys.readouterr()
+    with Server(ModelRegistry([model]), "127.0.0.1", 0, Limits(), token="sesame") as server:
+        assert cli.main(["status", server.address, "--health"]) == 0
+        server.announce(False)
+        assert cli.main(["status", server.address, "--health"]) == 1
+    assert cli.main(["status", server.address, "--health"]) == 2
+    shown = capsys.readouterr()
+    assert not shown.out
+    lines = shown.err.splitlines()
+    assert lines[0] == f"resnet status: the server at {server.address} takes no requests"
+    assert lines[1].startswith(f"resnet status: no server answers at {server.address} (")

@@ -70,7 +70,7 @@ def test_the_page_agrees_with_what_was_asked(
     sizes = {bound: found["resnet_batch_images_bucket", bound] for bound in ("1.0", "2.0", "4.0", "32.0", "64.0")}
     assert sizes == {"1.0": 2, "2.0": 2, "4.0": 3, "32.0": 3, "64.0": 4}
     assert found["resnet_batch_images_sum", ""] == 45
-    assert found["resnet_queued_images", ""] == 0
+    assert found["resnet_queued_images", ""] == found["resnet_queued_work_seconds", ""] == 0
     assert found["resnet_model_info", ""] == found["resnet_build_info", ""] == 1
 
 

@@ -578,6 +578,20 @@ def test_the_queue_is_bounded_in_milliseconds_of_work(pool: ThreadPoolExecutor) 
         future.result(10)
 
 
+def test_the_queue_is_known_in_nanoseconds_of_work(pool: ThreadPoolExecutor) -> None:
+    """By which servers are added: what is under way counts, unless nothing waits for it."""
+    bench = Bench(pool, KnownCurve({1: HOUR_NS, 2: 1.8 * HOUR_NS, 4: 3 * HOUR_NS}))
+    assert bench.batcher.queue_ns == 0
+    futures = [bench.start(1)]
+    assert bench.batcher.queue_ns == 0
+    futures.append(bench.wait(2, 3))
+    assert 2.7 * HOUR_NS < bench.batcher.queue_ns <= 2.8 * HOUR_NS
+    bench.compute(2)
+    for future in futures:
+        future.result(10)
+    assert bench.batcher.queue_ns == 0
+
+
 def test_a_deadline_that_cannot_be_met_is_refused_at_once(pool: ThreadPoolExecutor) -> None:
     """As DeadlineExceeded where the computation alone would take too long; as Overloaded where the others are to blame,
     which another server may not have.
