@@ -28,6 +28,7 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # 
 TARS, ARRAYS, TABLES = (".tar", ".tar.gz", ".tgz"), (".npy", ".npz"), (".parquet", ".pq")
 NO_PARQUET = "{} needs pyarrow; install resnet with its extra 'predict' (pip install 'resnet[predict]')"
 
+READ_AT_ONCE = 128  # files of object storage, each of which takes tens of milliseconds
 DAMAGED = (tarfile.TarError, EOFError, zlib.error)
 
 ImageShape = tuple[int, int, int]
@@ -120,15 +121,12 @@ class ImageFiles:
     def read(self, step: int) -> Iterator[ImageChunk]:
         """Yield them; those on this machine are left to be read by whoever decodes them."""
         remote = places.is_remote(self.paths[0])
-        width = max(step, READ_AT_ONCE) if remote else step
+        width = -(-READ_AT_ONCE // step) * step  # a multiple of it
         for start in range(0, len(self.paths), width):
             paths = self.paths[start : start + width]
             contents = places.read_all(paths) if remote else [Path(path) for path in paths]
             for at in range(0, len(paths), step):
                 yield ImageChunk(paths[at : at + step], contents[at : at + step])
-
-
-READ_AT_ONCE = 128  # files of object storage, each of which takes tens of milliseconds
 
 
 @dataclass(frozen=True)
