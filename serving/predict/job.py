@@ -18,13 +18,12 @@ from resnet import BadInput
 from serving.config import Batching, Compute
 from serving.models import loader
 from serving.models.placement import CheckedVersion
-from serving.predict import places
 from serving.predict.formats import RowLayout, find_format
 from serving.predict.journal import FinishedShard, Journal, RunIdentity
 from serving.predict.predictor import Predictor
 from serving.predict.prefetch import prefetch
 from serving.predict.progress import PredictionProgress
-from serving.predict.sources import Shard, find_shards
+from serving.predict.sources import Shard, find_files, find_shards
 from serving.runtimes.gpu import cuda
 
 GPU_BATCH = 256  # images: larger batches cost a GPU less for each
@@ -88,7 +87,7 @@ class PredictionJob:
         """
         remote = None if cluster is None else _find_cluster()
         worker = ShardWorker(self)
-        files = [file for place in self.data for file in places.find(place)]
+        files = find_files(self.data)
         shards = find_shards(files, worker.version.image_shape, self.column)
         if all(shard.images == 0 for shard in shards):
             raise BadInput(

@@ -9,7 +9,7 @@ import os
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -27,13 +27,11 @@ SHARD = 2048  # images: seconds of work, and many batches
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # all but the first three become errors
 TARS, ARRAYS, TABLES = (".tar", ".tar.gz", ".tgz"), (".npy", ".npz"), (".parquet", ".pq")
 NO_PARQUET = "{} needs pyarrow; install resnet with its extra 'predict' (pip install 'resnet[predict]')"
-
 READ_AT_ONCE = 128  # files of object storage, each of which takes tens of milliseconds
 DAMAGED = (tarfile.TarError, EOFError, zlib.error)
 
 ImageShape = tuple[int, int, int]
 """Height, width and 3."""
-
 
 FileContents = Sequence[bytes | Path | Exception]
 """Image files: their bytes, the path of one to read, or why it cannot be read."""
@@ -70,11 +68,20 @@ class Shard(Protocol):
         ...
 
 
+def find_files(data: Iterable[str]) -> list[DataFile]:
+    """Return the files of images that paths, folders, globs and URLs name, in order; other files are left out.
+
+    Raises:
+        BadInput: There is nothing, or it cannot be read.
+    """
+    return [file for place in data for file in places.find(place) if _find_ending(file.place)]
+
+
 def find_shards(files: Sequence[DataFile], shape: ImageShape, column: str | None = None) -> list[Shard]:
-    """Return the shards of files, in order; files of other kinds are left out.
+    """Return the shards of files, in order.
 
     Args:
-        files: Files of data.
+        files: What `find_files` returned.
         shape: Of the images that the model takes.
         column: The column of Parquet files that holds the images; by default it is found.
 

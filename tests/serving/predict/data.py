@@ -30,12 +30,12 @@ FILES = {f"{number:03}.png": encode(pixels) for number, pixels in enumerate(PIXE
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes] = FILES) -> str:
-    """Write image files, half of them in a folder of their own, beside what is none."""
+    """Write image files, half of them in a folder of their own, each beside one that is none."""
     for at, (name, content) in enumerate(files.items()):
         path = folder / ("a" if at < len(files) // 2 else "b") / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    (folder / "labels.txt").write_text("red")
+        path.with_suffix(".txt").write_text("red")
     (folder / ".hidden.png").write_bytes(b"")
     return str(folder)
 
