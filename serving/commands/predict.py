@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import sys
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -68,7 +69,8 @@ def run(args: argparse.Namespace) -> None:
     from serving import logs
     from serving.predict.job import PredictionJob
 
-    logs.start("human", "info")  # measuring takes some seconds, and says so
+    logs.start("human", "warning")
+    logging.getLogger("serving").setLevel(logging.INFO)  # measuring takes some seconds, and says so
     compute = Compute(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Compute)})
     job = PredictionJob(
         args.data, options.model, options.to, options.top_k, options.all, options.column, options.max_batch, compute

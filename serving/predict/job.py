@@ -79,13 +79,13 @@ class PredictionJob:
 
         Args:
             resume: Take up a run that did not end.
-            cluster: Address of a Ray cluster to predict on, as `cluster.predict` takes it; None predicts here.
+            cluster: Address of a Ray cluster to predict on, as `cluster.connect` takes it; None predicts here.
 
         Raises:
             BadInput: The data, the model or the output cannot be used.
             CheckFailed: The model does not compute what was certified.
         """
-        remote = None if cluster is None else _find_cluster()
+        remote = None if cluster is None else _connect(cluster)
         worker = ShardWorker(self)
         files = find_files(self.data)
         shards = find_shards(files, worker.version.image_shape, self.column)
@@ -109,7 +109,7 @@ class PredictionJob:
             if remote is None:
                 pieces = worker.predict(left, progress.add)
             else:
-                pieces = remote.predict(cluster, self, worker.version.folder, left, progress.add)
+                pieces = remote.predict(self, worker.version.folder, left, progress.add)
             for piece in pieces:
                 journal.add(*piece)
                 progress.finish_shard()
@@ -121,11 +121,13 @@ class PredictionJob:
         )
 
 
-def _find_cluster() -> ModuleType:
+def _connect(address: str) -> ModuleType:
+    """Connect to a Ray cluster, and return the module that predicts there."""
     try:
         from serving.predict import cluster
     except ModuleNotFoundError:
         raise BadInput("--on ray needs Ray; install resnet with its extra 'ray' (pip install 'resnet[ray]')") from None
+    cluster.connect(address)
     return cluster
 
 

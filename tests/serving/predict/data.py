@@ -106,9 +106,7 @@ SOURCES: list[Callable[[Path], str]] = [
     write_glob,
     write_tar,
     write_compressed_tar,
-    write_table,
-    write_structs,
-    write_pixel_table,
     write_array,
     write_arrays,
 ]
+TABLES: list[Callable[[Path], str]] = [write_table, write_structs, write_pixel_table]
