@@ -129,9 +129,9 @@ def _explain(error: Exception) -> Exception:
     """Return what to tell the user of an error on a node: that of this package, if it is one."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, BadInput | CheckFailed):
-            kind = BadInput if isinstance(cause, BadInput) else CheckFailed
-            return kind(_shorten(cause))
+        raised = getattr(cause, "cause", None) or cause  # Ray's errors hold those of the node
+        if isinstance(raised, BadInput | CheckFailed):
+            return raised
         cause = cause.__cause__
     if MISSING in str(error):
         reason = next(line for line in str(error).splitlines() if MISSING in line).strip()

@@ -396,8 +396,8 @@ def test_prefetching_is_bounded_and_ends() -> None:
 
 @pytest.mark.slow
 def test_clusters_that_cannot_be_used_are_named() -> None:
-    """There is none, or its nodes lack the package."""
-    pytest.importorskip("ray", reason="the extra 'ray' is not installed")
+    """There is none, its nodes lack the package, or one says what is wrong itself."""
+    ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
     from serving.predict import cluster
 
     with pytest.raises(BadInput, match="--on ray=127.0.0.1:1: there is no cluster that can be used"):
@@ -405,3 +405,5 @@ def test_clusters_that_cannot_be_used_are_named() -> None:
     missing = cluster._explain(RuntimeError("The actor died:\n  ModuleNotFoundError: No module named 'serving'\n"))
     assert isinstance(missing, BadInput)
     assert "a node cannot run this (ModuleNotFoundError: No module named 'serving'); install resnet" in str(missing)
+    told = ray.exceptions.RayTaskError("predict", "Traceback", BadInput("x.tar does not exist")).as_instanceof_cause()
+    assert str(cluster._explain(told)) == "x.tar does not exist"
