@@ -129,7 +129,9 @@ class Journal:
         self.finished[shard.shard] = shard
 
     def _append(self, line: msgspec.Struct) -> None:
-        self._lines.write(msgspec.json.encode(line) + b"\n")
+        content = msgspec.json.encode(line) + b"\n"
+        if self._lines.write(content) < len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(self._lines.fileno())
 
     def _find_piece(self, number: int) -> Path:
