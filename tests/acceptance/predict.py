@@ -143,6 +143,7 @@ def lose_node(model: Path, data: Path, to: Path) -> dict[str, Any]:
     from ray.cluster_utils import Cluster
 
     os.environ["PYTHONPATH"] = str(ROOT)  # of the nodes
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # other work may keep the machine busy
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     node = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()

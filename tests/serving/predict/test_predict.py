@@ -301,6 +301,7 @@ def write_no_table(folder: Path) -> str:
             "images.npy/out.csv.parts cannot be written (Not a directory)",
         ),
         (data.write_array, ["--model", "nowhere"], "nowhere does not exist; `resnet export RUN --to REPOSITORY/NAME`"),
+        (data.write_array, ["--all", "--top-k", "2"], "--all writes the probabilities of all classes; leave out"),
         (data.write_array, ["--on", "spark"], "--on must be ray or ray=ADDRESS, not 'spark'"),
         (lambda _: "missing", [], "missing does not exist"),
         (lambda _: "x3://bucket/images", [], "x3://bucket/images has the unknown scheme 'x3'"),
