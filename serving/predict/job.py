@@ -99,26 +99,25 @@ class PredictionJob:
             model=f"{worker.version} {worker.version.manifest.digest} in {self.compute.precision}",
             answers=repr(worker.layout),
         )
-        journal = Journal(self.to, identity, resume)
-        left = [(number, shard) for number, shard in enumerate(shards) if number not in journal.finished]
-        counts = [shard.images for _, shard in left]
-        total = sum(filter(None, counts)) if None not in counts else None
-        if left and remote is None:
-            worker.open()
-        with PredictionProgress(total, len(left)) as progress:
-            if remote is None:
-                pieces = worker.predict(left, progress.add)
-            else:
-                pieces = remote.predict(self, worker.version.folder, left, progress.add)
-            for piece in pieces:
-                journal.add(*piece)
-                progress.finish_shard()
-            seconds = progress.seconds
-        finished = journal.finished.values()
-        journal.publish(worker.form)
-        return PredictionSummary(
-            sum(shard.images for shard in finished), sum(shard.errors for shard in finished), progress.images, seconds
-        )
+        with closing(Journal(self.to, identity, resume)) as journal:
+            left = [(number, shard) for number, shard in enumerate(shards) if number not in journal.finished]
+            if left and remote is None:
+                worker.open()
+            counts = [shard.images for _, shard in left]
+            total = sum(filter(None, counts)) if None not in counts else None
+            with PredictionProgress(total, len(left)) as progress:
+                if remote is None:
+                    pieces = worker.predict(left, progress.add)
+                else:
+                    pieces = remote.predict(self, worker.version.folder, left, progress.add)
+                for piece in pieces:
+                    journal.add(*piece)
+                    progress.finish_shard()
+                seconds = progress.seconds
+            journal.publish(worker.form)
+        done = journal.finished.values()
+        images, errors = sum(shard.images for shard in done), sum(shard.errors for shard in done)
+        return PredictionSummary(images, errors, progress.images, seconds)
 
 
 def _connect(address: str) -> ModuleType:

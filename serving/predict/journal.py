@@ -137,6 +137,10 @@ class Journal:
     def _find_piece(self, number: int) -> Path:
         return self.folder / f"{number:07}"
 
+    def close(self) -> None:
+        """Let another process resume the run."""
+        self._lines.close()
+
     def publish(self, form: OutputFormat) -> None:
         """Make the output of the pieces; it appears whole. Then the folder is removed.
 
@@ -153,7 +157,6 @@ class Journal:
                 whole.replace(self._to)
         if self._remote:
             places.upload(whole, self._to)
-        self._lines.close()
         for path in (*pieces, whole, self.folder / NAME):
             path.unlink(missing_ok=True)
         with suppress(OSError):  # it holds what somebody else put there

@@ -89,7 +89,7 @@ def find_shards(files: Sequence[DataFile], shape: ImageShape, column: str | None
         BadInput: One cannot be read, or does not hold what the model takes.
     """
     shards: list[Shard] = []
-    for ending, group in groupby(files, lambda file: _find_ending(file.place)):
+    for (ending, _), group in groupby(files, lambda file: (_find_ending(file.place), places.find_scheme(file.place))):
         if ending is IMAGES:
             found = [file.place for file in group]
             shards += [ImageFiles(tuple(found[start : start + SHARD])) for start in range(0, len(found), SHARD)]

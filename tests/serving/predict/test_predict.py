@@ -82,6 +82,33 @@ def test_urls_are_read_and_written(write: Callable[[Path], str], model: Path, tm
     assert lines[1].startswith(("memory:///in/", "000"))
 
 
+@pytest.mark.slow
+def test_paths_and_urls_may_be_mixed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is gone is a row; storage that fails ends the run, so that it can be resumed."""
+    memory = pytest.importorskip("fsspec", reason="the extra 'storage' is not installed").filesystem("memory")
+    local = data.write_folder(tmp_path / "data")
+    memory.pipe({f"/in/{name}": content for name, content in data.FILES.items()})
+    job = PredictionJob([local, "memory://in/*.png"], model, str(tmp_path / "out.csv"), compute=CPU)
+    read_one = type(memory).cat_file
+
+    def fail(error: type[Exception]) -> None:
+        def read_some(system: Any, path: str, *args: Any, **options: Any) -> bytes:
+            if path == "/in/007.png":
+                raise error("no token")
+            return bytes(read_one(system, path, *args, **options))
+
+        monkeypatch.setattr(type(memory), "cat_file", read_some)
+
+    fail(PermissionError)
+    with pytest.raises(BadInput, match="memory:///in/007.png cannot be read \\(no token\\)"):
+        job.run()
+    fail(FileNotFoundError)
+    assert job.run(resume=True).errors == 1
+    memory.rm("/", recursive=True)
+    labels = [row["label"] for row in read(tmp_path / "out.csv")]
+    assert labels == [*data.LABELS, *data.LABELS[:7], "", *data.LABELS[8:]]
+
+
 @pytest.mark.slow  # to import pyarrow takes a second
 def test_formats_agree(model: Path, tmp_path: Path) -> None:
     """The two most probable classes as CSV, JSON lines and Parquet."""
