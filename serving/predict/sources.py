@@ -242,7 +242,7 @@ def _open_array(place: str) -> Iterator[tuple[BinaryIO, tuple[int, ...]]]:
                 if dtype != np.uint8 or is_fortran:
                     raise BadInput(f"{place} holds {dtype}, not uint8 in rows; save pixels of 0 to 255")
                 yield values, shape
-        except (ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise BadInput(f"{place} is no array of pixels, or is damaged ({error})") from None
 
 
