@@ -103,14 +103,15 @@ class Predictor:
         """Yield the chunks of shards, of a batch each, with the slices of it that are being decoded."""
         for number, shard in shards:
             for keys, images in shard.read(self.batch):
-                starts = range(0, len(keys), len(keys) if isinstance(images, np.ndarray) else DECODED_AT_ONCE)
-                slices = [decoders.submit(self._decode, images[at : at + starts.step]) for at in starts]
+                if isinstance(images, np.ndarray):
+                    slices = [Future[DecodedImages]()]
+                    slices[0].set_result((images, {}))
+                else:
+                    parts = [images[at : at + DECODED_AT_ONCE] for at in range(0, len(keys), DECODED_AT_ONCE)]
+                    slices = [decoders.submit(self._decode, part) for part in parts]
                 yield number, keys, slices
 
-    def _decode(self, images: Images | FileContents) -> DecodedImages:
-        """Decode image files; pixels need none."""
-        if isinstance(images, np.ndarray):
-            return images, {}
+    def _decode(self, images: FileContents) -> DecodedImages:
         pixels, errors = np.empty((len(images), *self._shape), np.uint8), dict[int, str]()
         for at, content in enumerate(images):
             try:
