@@ -1,10 +1,10 @@
 """Measure `resnet predict` beside what bounds it: the engine alone on pixels, and the decoder alone on JPEG files.
 
-Images are made of those that the version was exported with. In each round four things are measured in turn: a loop of
+Images are made of those that the version was exported with. In each round five things are measured in turn: a loop of
 the engine alone over batches in memory, `resnet predict` on the same images as an .npy file, a loop of the decoder
-alone on all cores, and `resnet predict` on the images as JPEG files in a tar archive, or on the JPEG files in a folder.
-Medians are printed, with the peak memory of this process in each tenth of the last prediction. The last line of the
-output is one JSON object.
+alone on all cores, in threads as `resnet predict` has them and in processes, and `resnet predict` on the images as JPEG
+files in a tar archive, or on those in a folder. Medians are printed, with the peak memory of this process in each tenth
+of the last prediction. The last line of the output is one JSON object.
 
 Examples:
   python -m benchmarks.studies.predict models/digits
@@ -25,9 +25,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
+from time import sleep
 from typing import NamedTuple
 
 import numpy as np
@@ -37,12 +40,11 @@ from benchmarks.harness import environment
 from resnet import cli
 from resnet.table import render
 from serving.config import Compute
-from serving.predict import places
 from serving.predict.job import PredictionJob, ShardWorker
-from serving.predict.sources import find_shards
+from serving.predict.sources import find_files, find_shards
 from serving.runtimes.base import Images
 from serving.runtimes.cores import count_cores
-from training.images import decode
+from training.images import Resize, decode
 
 SAMPLE_SECONDS = 0.2
 STATM, PAGE = Path("/proc/self/statm"), os.sysconf("SC_PAGE_SIZE")
@@ -69,13 +71,13 @@ def main() -> None:
     compute = Compute(device=args.device, precision=args.precision)
     with tempfile.TemporaryDirectory() as temporary:
         study = Study(args.model, compute, args.images, args.jpegs, Path(temporary))
-        ways = (study.run_engine, study.predict_pixels, study.run_decoder, study.predict_jpegs)
+        ways = study.run_engine, study.predict_pixels, study.run_decoder, study.run_processes, study.predict_jpegs
         found: dict[str, list[Rate]] = {way.__name__: [] for way in ways}
         for _ in range(args.rounds):
             for way in ways:
                 found[way.__name__].append(way())
     rates = {name: Rate(*map(statistics.median, zip(*runs, strict=True))) for name, runs in found.items()}
-    engine, pixels, decoder, jpegs = rates.values()
+    engine, pixels, decoder, processes, jpegs = rates.values()
     # On a CPU both compute on the same cores, on a GPU the slower one is the bound.
     on_cpu = "CPU" in study.worker.predictor.engine.provider or "OpenVINO" in study.worker.predictor.engine.provider
     both = 1 / (1 / engine.images + 1 / decoder.images) if on_cpu else min(engine.images, decoder.images)
@@ -83,6 +85,7 @@ def main() -> None:
         ("the engine alone, on pixels", engine, engine.images),
         ("predict, on pixels", pixels, engine.images),
         ("the decoder alone, on JPEGs", decoder, decoder.images),
+        ("the same in processes", processes, decoder.images),
         ("predict, on JPEGs", jpegs, both),
     ]
     print(f"{study.worker.version} by {study.worker.predictor.engine.provider} in batches of {study.batch}")
@@ -112,7 +115,7 @@ def timing(images: int) -> Iterator[list[Rate]]:
 
 
 class Study:
-    """The four measurements; each returns images a second.
+    """The measurements; each returns images a second.
 
     Attributes:
         worker: Has the engine.
@@ -160,14 +163,20 @@ class Study:
 
     def run_decoder(self) -> Rate:
         """Decode the files on all cores."""
+        with ThreadPoolExecutor(count_cores()) as pool:
+            return self._decode(pool)
 
-        def run(files: Sequence[bytes]) -> None:
-            for content in files:
-                decode(content, self._shape[:2], self._resize)
+    def run_processes(self) -> Rate:
+        """Decode the files in as many processes, which do not send the pixels back."""
+        with ProcessPoolExecutor(count_cores(), get_context("forkserver")) as pool:
+            list(pool.map(sleep, [0.5] * count_cores()))  # all have started
+            return self._decode(pool)
 
+    def _decode(self, pool: Executor) -> Rate:
         chunks = [self._files[start : start + CHUNK] for start in range(0, len(self._files), CHUNK)]
-        with timing(len(self._files)) as rates, ThreadPoolExecutor(count_cores()) as pool:
-            list(pool.map(run, chunks))
+        decode_chunk = partial(decode_all, size=self._shape[:2], resize=self._resize)
+        with timing(len(self._files)) as rates:
+            list(pool.map(decode_chunk, chunks))
         return rates[0]
 
     def predict_jpegs(self) -> Rate:
@@ -176,13 +185,19 @@ class Study:
 
     def _predict(self, what: str, place: str) -> Rate:
         """Predict with the engine that is open."""
-        shards = find_shards(list(places.find(place)), self._shape)
+        shards = find_shards(find_files([place]), self._shape)
         images = sum(shard.images or 0 for shard in shards)
         with sample_memory() as samples, timing(images) as rates:
             for _ in self.worker.predict(enumerate(shards)):
                 pass
         self.memory[what] = [int(max(part)) * PAGE >> 20 for part in np.array_split(samples, 10) if len(part)]
         return rates[0]
+
+
+def decode_all(files: Sequence[bytes], size: tuple[int, int], resize: Resize) -> None:
+    """Decode files, and forget the pixels."""
+    for content in files:
+        decode(content, size, resize)
 
 
 @contextmanager

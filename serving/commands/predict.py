@@ -13,7 +13,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import logging
 import sys
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -46,6 +46,8 @@ class PredictCommand(Compute, PredictionOptions):
     def __post_init__(self) -> None:
         check(self)
         Compute.check(self, lambda name: f"--{name.replace('_', '-')}")
+        if self.all and self.top_k > 1:
+            raise BadInput("--all writes the probabilities of all classes; leave out --top-k")
         if self.on is not None and self.on.partition("=")[0] != "ray":
             raise BadInput(f"--on must be ray or ray=ADDRESS, not {self.on!r}")
 
@@ -68,10 +70,10 @@ def run(args: argparse.Namespace) -> None:
     from serving import logs
     from serving.predict.job import PredictionJob
 
-    logs.start("human", "info")  # measuring takes some seconds, and says so
-    compute = Compute(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Compute)})
+    logs.start("human", "warning")
+    logging.getLogger("serving").setLevel(logging.INFO)  # measuring takes some seconds, and says so
     job = PredictionJob(
-        args.data, options.model, options.to, options.top_k, options.all, options.column, options.max_batch, compute
+        args.data, options.model, options.to, options.top_k, options.all, options.column, options.max_batch, options
     )
     try:
         done = job.run(options.resume, options.cluster)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -23,29 +24,41 @@ from resnet.packages import find_version
 from serving.predict.job import CountImages, NumberedShard, Piece, PredictionJob, ShardWorker
 
 MISSING = "No module named"
+CONNECT_SECONDS = 5.0
 
 
-def predict(
-    address: str, job: PredictionJob, folder: Path, shards: Sequence[NumberedShard], count: CountImages
-) -> Iterator[Piece]:
+def connect(address: str) -> None:
+    """Connect to a cluster.
+
+    Args:
+        address: HOST:PORT; empty is the cluster that this machine belongs to, or else one on this machine alone.
+
+    Raises:
+        BadInput: There is no such cluster, or it has another version of Python or Ray.
+    """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it would print lines about the nature of ray.data
+    host, _, port = address.rpartition(":")
+    try:
+        if host and "://" not in address:  # Ray would wait for an answer without an end
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+        ray.init(address or None, log_to_driver=False, ignore_reinit_error=True, logging_level=logging.ERROR)
+    except Exception as error:  # OSError, ValueError, RuntimeError for another version
+        raise BadInput(f"--on ray={address}: there is no cluster that can be used ({_shorten(error)})") from None
+
+
+def predict(job: PredictionJob, folder: Path, shards: Sequence[NumberedShard], count: CountImages) -> Iterator[Piece]:
     """Yield the pieces of the output that belong to shards, as they are finished.
 
     Args:
-        address: Of the cluster; empty is the one that this machine belongs to, or else one on this machine alone.
         job: What is predicted.
         folder: The version of the model.
         shards: The shards.
         count: Called with the images of each piece.
 
     Raises:
-        BadInput: There is no such cluster, it lacks what it needs, or a shard cannot be read.
+        BadInput: The cluster lacks what it needs, or a shard cannot be read.
         CheckFailed: The model does not compute what was certified.
     """
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it would print lines about the nature of ray.data
-    try:
-        ray.init(address or None, log_to_driver=False, ignore_reinit_error=True, logging_level=logging.ERROR)
-    except Exception as error:  # RuntimeError for another version, ConnectionError, ValueError
-        raise BadInput(f"--on ray={address}: {_shorten(error)}") from None
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     name = Path(folder.parent.name, folder.name)
     items = [{"shard": pickle.dumps(shard)} for shard in shards]
@@ -116,9 +129,9 @@ def _explain(error: Exception) -> Exception:
     """Return what to tell the user of an error on a node: that of this package, if it is one."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, BadInput | CheckFailed):
-            kind = BadInput if isinstance(cause, BadInput) else CheckFailed
-            return kind(_shorten(cause))
+        raised = getattr(cause, "cause", None) or cause  # Ray's errors hold those of the node
+        if isinstance(raised, BadInput | CheckFailed):
+            return raised
         cause = cause.__cause__
     if MISSING in str(error):
         reason = next(line for line in str(error).splitlines() if MISSING in line).strip()

@@ -51,14 +51,15 @@ class RowLayout:
             answers: The answers.
             exact: Give probabilities as they are, not rounded to `DECIMALS`.
         """
-        top = find_top(answers.probabilities, self.top_k)
+        several = self.top_k > 1  # to sort the classes takes longer than to find the first
+        top = find_top(answers.probabilities, self.top_k) if several else answers.probabilities.argmax(1)[:, None]
         found = np.take_along_axis(answers.probabilities, top, axis=1).astype(np.float64)
         every = answers.probabilities.astype(np.float64) if self.all else found
         if not exact:
             found, every = found.round(DECIMALS), every.round(DECIMALS)
         names = [[self.labels[at] for at in row] for row in top.tolist()]
         cells: list[Sequence[Any]] = [[row[0] for row in names], found[:, 0].tolist()]
-        cells += [every.tolist()] if self.all else [names, found.tolist()] if self.top_k > 1 else []
+        cells += [every.tolist()] if self.all else [names, found.tolist()] if several else []
         computed = zip(*cells, strict=True)
         nothing = (None,) * len(cells)
         for at, key in enumerate(answers.keys):

@@ -18,13 +18,12 @@ from resnet import BadInput
 from serving.config import Batching, Compute
 from serving.models import loader
 from serving.models.placement import CheckedVersion
-from serving.predict import places
 from serving.predict.formats import RowLayout, find_format
 from serving.predict.journal import FinishedShard, Journal, RunIdentity
 from serving.predict.predictor import Predictor
 from serving.predict.prefetch import prefetch
 from serving.predict.progress import PredictionProgress
-from serving.predict.sources import Shard, find_shards
+from serving.predict.sources import Shard, find_files, find_shards
 from serving.runtimes.gpu import cuda
 
 GPU_BATCH = 256  # images: larger batches cost a GPU less for each
@@ -80,15 +79,15 @@ class PredictionJob:
 
         Args:
             resume: Take up a run that did not end.
-            cluster: Address of a Ray cluster to predict on, as `cluster.predict` takes it; None predicts here.
+            cluster: Address of a Ray cluster to predict on, as `cluster.connect` takes it; None predicts here.
 
         Raises:
             BadInput: The data, the model or the output cannot be used.
             CheckFailed: The model does not compute what was certified.
         """
-        remote = None if cluster is None else _find_cluster()
+        remote = None if cluster is None else _connect(cluster)
         worker = ShardWorker(self)
-        files = [file for place in self.data for file in places.find(place)]
+        files = find_files(self.data)
         shards = find_shards(files, worker.version.image_shape, self.column)
         if all(shard.images == 0 for shard in shards):
             raise BadInput(
@@ -100,33 +99,34 @@ class PredictionJob:
             model=f"{worker.version} {worker.version.manifest.digest} in {self.compute.precision}",
             answers=repr(worker.layout),
         )
-        journal = Journal(self.to, identity, resume)
-        left = [(number, shard) for number, shard in enumerate(shards) if number not in journal.finished]
-        counts = [shard.images for _, shard in left]
-        total = sum(filter(None, counts)) if None not in counts else None
-        if left and remote is None:
-            worker.open()
-        with PredictionProgress(total, len(left)) as progress:
-            if remote is None:
-                pieces = worker.predict(left, progress.add)
-            else:
-                pieces = remote.predict(cluster, self, worker.version.folder, left, progress.add)
-            for piece in pieces:
-                journal.add(*piece)
-                progress.finish_shard()
-            seconds = progress.seconds
-        finished = journal.finished.values()
-        journal.publish(worker.form)
-        return PredictionSummary(
-            sum(shard.images for shard in finished), sum(shard.errors for shard in finished), progress.images, seconds
-        )
+        with closing(Journal(self.to, identity, resume)) as journal:
+            left = [(number, shard) for number, shard in enumerate(shards) if number not in journal.finished]
+            if left and remote is None:
+                worker.open()
+            counts = [shard.images for _, shard in left]
+            total = sum(filter(None, counts)) if None not in counts else None
+            with PredictionProgress(total, len(left)) as progress:
+                if remote is None:
+                    pieces = worker.predict(left, progress.add)
+                else:
+                    pieces = remote.predict(self, worker.version.folder, left, progress.add)
+                for piece in pieces:
+                    journal.add(*piece)
+                    progress.finish_shard()
+                seconds = progress.seconds
+            journal.publish(worker.form)
+        done = journal.finished.values()
+        images, errors = sum(shard.images for shard in done), sum(shard.errors for shard in done)
+        return PredictionSummary(images, errors, progress.images, seconds)
 
 
-def _find_cluster() -> ModuleType:
+def _connect(address: str) -> ModuleType:
+    """Connect to a Ray cluster, and return the module that predicts there."""
     try:
         from serving.predict import cluster
     except ModuleNotFoundError:
         raise BadInput("--on ray needs Ray; install resnet with its extra 'ray' (pip install 'resnet[ray]')") from None
+    cluster.connect(address)
     return cluster
 
 

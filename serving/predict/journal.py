@@ -129,11 +129,17 @@ class Journal:
         self.finished[shard.shard] = shard
 
     def _append(self, line: msgspec.Struct) -> None:
-        self._lines.write(msgspec.json.encode(line) + b"\n")
+        content = msgspec.json.encode(line) + b"\n"
+        if self._lines.write(content) < len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(self._lines.fileno())
 
     def _find_piece(self, number: int) -> Path:
         return self.folder / f"{number:07}"
+
+    def close(self) -> None:
+        """Let another process resume the run."""
+        self._lines.close()
 
     def publish(self, form: OutputFormat) -> None:
         """Make the output of the pieces; it appears whole. Then the folder is removed.
@@ -151,7 +157,6 @@ class Journal:
                 whole.replace(self._to)
         if self._remote:
             places.upload(whole, self._to)
-        self._lines.close()
         for path in (*pieces, whole, self.folder / NAME):
             path.unlink(missing_ok=True)
         with suppress(OSError):  # it holds what somebody else put there

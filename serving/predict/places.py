@@ -32,6 +32,11 @@ def is_remote(place: str) -> bool:
     return "://" in place
 
 
+def find_scheme(place: str) -> str:
+    """Return the scheme of a URL; empty for a path."""
+    return place.partition("://")[0] if is_remote(place) else ""
+
+
 def find(place: str) -> Iterator[DataFile]:
     """Yield the visible files that a file, a folder (with those in it) or a glob names, in order.
 
@@ -45,9 +50,8 @@ def find(place: str) -> Iterator[DataFile]:
         return
     with explaining(place):
         system, path = _connect(place)
-        found = sorted(system.glob(path)) if glob.has_magic(path) else [path]
-        for name in found:
-            info = system.info(name)
+        found = system.glob(path, detail=True) if glob.has_magic(path) else {path: system.info(path)}
+        for name, info in sorted(found.items()):
             entries = system.find(name, detail=True) if info["type"] == "directory" else {name: info}
             inside = len(name.rstrip("/"))
             for inner, entry in sorted(entries.items()):
@@ -86,10 +90,18 @@ def open_place(place: str) -> Iterator[BinaryIO]:
 
 
 def read_all(places: Sequence[str]) -> list[FileContent]:
-    """Return the contents of files in object storage, which are read at the same time."""
+    """Return the contents of files in object storage, of one scheme, which are read at the same time.
+
+    Raises:
+        BadInput: One cannot be read now, other than one that is no longer there.
+    """
     system, _ = _connect(places[0])
     paths = [system._strip_protocol(place) for place in places]
     found = system.cat(paths, on_error="return")
+    for place, path in zip(places, paths, strict=True):
+        if isinstance(found[path], Exception) and not isinstance(found[path], FileNotFoundError):
+            with explaining(place):
+                raise found[path]
     return [found[path] for path in paths]
 
 
@@ -146,13 +158,12 @@ def _connect(url: str) -> tuple[Any, str]:
         raise BadInput(
             f"{url} needs fsspec; install resnet with its extra 'storage' (pip install 'resnet[storage]')"
         ) from None
-    scheme = url.partition("://")[0]
     try:
         system, path = url_to_fs(url)
     except ImportError as error:
         raise BadInput(f"{url} cannot be opened: {str(error).rstrip('.')}") from None
     except ValueError:
         raise BadInput(
-            f"{url} has the unknown scheme {scheme!r}; fsspec knows s3, gs, az, hf, https and more"
+            f"{url} has the unknown scheme {find_scheme(url)!r}; fsspec knows s3, gs, az, hf, https and more"
         ) from None
     return system, path

@@ -30,7 +30,7 @@ DECODED_AT_ONCE = 16  # images: a millisecond of work, beside which handing it t
 AHEAD = 2  # of the decoders: what each has to do, and of the engine: batches that are ready
 LARGE_AT_ONCE = 2 * MAX_PIXELS  # pixels of large images being decoded, which take up to 12 bytes each
 
-Slice = tuple[Images, dict[int, str]]
+DecodedImages = tuple[Images, dict[int, str]]
 """Decoded images, and what is wrong with the others, by their position."""
 
 
@@ -56,11 +56,11 @@ class Predictor:
         batch: Images in a full batch: as many as the engine computes fastest.
     """
 
-    def __init__(self, version: CheckedVersion, placed: Placement, max_batch: int, decoders: int | None = None) -> None:
-        """Predict with the engine that was placed; `decoders` threads decode, by default one for each core."""
+    def __init__(self, version: CheckedVersion, placed: Placement, max_batch: int) -> None:
+        """Predict with the engine that was placed, for batches of at most `max_batch` images."""
         self.batch = placed.curve.find_best_batch(max_batch)
         self._manifest, self._shape = version.manifest, version.image_shape
-        self.engine, self._placed, self._decoders = placed.engine, placed, decoders or count_cores()
+        self.engine, self._placed, self._decoders = placed.engine, placed, count_cores()
         self._budget = PixelBudget(LARGE_AT_ONCE)
 
     def run(self, shards: Iterable[tuple[int, Shard]]) -> Iterator[tuple[int, ImageAnswers]]:
@@ -99,18 +99,19 @@ class Predictor:
 
     def _read(
         self, shards: Iterable[tuple[int, Shard]], decoders: ThreadPoolExecutor
-    ) -> Iterator[tuple[int, Sequence[str], list[Future[Slice]]]]:
+    ) -> Iterator[tuple[int, Sequence[str], list[Future[DecodedImages]]]]:
         """Yield the chunks of shards, of a batch each, with the slices of it that are being decoded."""
         for number, shard in shards:
             for keys, images in shard.read(self.batch):
-                starts = range(0, len(keys), len(keys) if isinstance(images, np.ndarray) else DECODED_AT_ONCE)
-                slices = [decoders.submit(self._decode, images[at : at + starts.step]) for at in starts]
+                if isinstance(images, np.ndarray):
+                    slices = [Future[DecodedImages]()]
+                    slices[0].set_result((images, {}))
+                else:
+                    parts = [images[at : at + DECODED_AT_ONCE] for at in range(0, len(keys), DECODED_AT_ONCE)]
+                    slices = [decoders.submit(self._decode, part) for part in parts]
                 yield number, keys, slices
 
-    def _decode(self, images: Images | FileContents) -> Slice:
-        """Decode image files; pixels need none."""
-        if isinstance(images, np.ndarray):
-            return images, {}
+    def _decode(self, images: FileContents) -> DecodedImages:
         pixels, errors = np.empty((len(images), *self._shape), np.uint8), dict[int, str]()
         for at, content in enumerate(images):
             try:

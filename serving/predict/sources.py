@@ -9,7 +9,7 @@ import os
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -27,12 +27,11 @@ SHARD = 2048  # images: seconds of work, and many batches
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # all but the first three become errors
 TARS, ARRAYS, TABLES = (".tar", ".tar.gz", ".tgz"), (".npy", ".npz"), (".parquet", ".pq")
 NO_PARQUET = "{} needs pyarrow; install resnet with its extra 'predict' (pip install 'resnet[predict]')"
-
+READ_AT_ONCE = 128  # files of object storage, each of which takes tens of milliseconds
 DAMAGED = (tarfile.TarError, EOFError, zlib.error)
 
 ImageShape = tuple[int, int, int]
 """Height, width and 3."""
-
 
 FileContents = Sequence[bytes | Path | Exception]
 """Image files: their bytes, the path of one to read, or why it cannot be read."""
@@ -69,11 +68,20 @@ class Shard(Protocol):
         ...
 
 
+def find_files(data: Iterable[str]) -> list[DataFile]:
+    """Return the files of images that paths, folders, globs and URLs name, in order; other files are left out.
+
+    Raises:
+        BadInput: There is nothing, or it cannot be read.
+    """
+    return [file for place in data for file in places.find(place) if _find_ending(file.place)]
+
+
 def find_shards(files: Sequence[DataFile], shape: ImageShape, column: str | None = None) -> list[Shard]:
-    """Return the shards of files, in order; files of other kinds are left out.
+    """Return the shards of files, in order.
 
     Args:
-        files: Files of data.
+        files: What `find_files` returned.
         shape: Of the images that the model takes.
         column: The column of Parquet files that holds the images; by default it is found.
 
@@ -81,7 +89,7 @@ def find_shards(files: Sequence[DataFile], shape: ImageShape, column: str | None
         BadInput: One cannot be read, or does not hold what the model takes.
     """
     shards: list[Shard] = []
-    for ending, group in groupby(files, lambda file: _find_ending(file.place)):
+    for (ending, _), group in groupby(files, lambda file: (_find_ending(file.place), places.find_scheme(file.place))):
         if ending is IMAGES:
             found = [file.place for file in group]
             shards += [ImageFiles(tuple(found[start : start + SHARD])) for start in range(0, len(found), SHARD)]
@@ -120,15 +128,12 @@ class ImageFiles:
     def read(self, step: int) -> Iterator[ImageChunk]:
         """Yield them; those on this machine are left to be read by whoever decodes them."""
         remote = places.is_remote(self.paths[0])
-        width = max(step, READ_AT_ONCE) if remote else step
+        width = -(-READ_AT_ONCE // step) * step  # a multiple of it
         for start in range(0, len(self.paths), width):
             paths = self.paths[start : start + width]
             contents = places.read_all(paths) if remote else [Path(path) for path in paths]
             for at in range(0, len(paths), step):
                 yield ImageChunk(paths[at : at + step], contents[at : at + step])
-
-
-READ_AT_ONCE = 128  # files of object storage, each of which takes tens of milliseconds
 
 
 @dataclass(frozen=True)
@@ -237,7 +242,7 @@ def _open_array(place: str) -> Iterator[tuple[BinaryIO, tuple[int, ...]]]:
                 if dtype != np.uint8 or is_fortran:
                     raise BadInput(f"{place} holds {dtype}, not uint8 in rows; save pixels of 0 to 255")
                 yield values, shape
-        except (ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise BadInput(f"{place} is no array of pixels, or is damaged ({error})") from None
 
 

@@ -71,6 +71,7 @@ CHECKS = (
     AcceptanceCheck("places", (*MODELS, "--run={run}")),
     AcceptanceCheck("image", MODELS),
     AcceptanceCheck("kills", ("{run}",), {"kills": 50}),
+    AcceptanceCheck("predict", MODELS, {"images": 200_000, "kills": 5}),
     AcceptanceCheck("soak", MODELS, {"seconds": 600}, TRANSPORTS),
 )
 

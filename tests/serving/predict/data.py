@@ -30,12 +30,12 @@ FILES = {f"{number:03}.png": encode(pixels) for number, pixels in enumerate(PIXE
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes] = FILES) -> str:
-    """Write image files, half of them in a folder of their own, beside what is none."""
+    """Write image files, half of them in a folder of their own, each beside one that is none."""
     for at, (name, content) in enumerate(files.items()):
         path = folder / ("a" if at < len(files) // 2 else "b") / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    (folder / "labels.txt").write_text("red")
+        path.with_suffix(".txt").write_text("red")
     (folder / ".hidden.png").write_bytes(b"")
     return str(folder)
 
@@ -106,9 +106,7 @@ SOURCES: list[Callable[[Path], str]] = [
     write_glob,
     write_tar,
     write_compressed_tar,
-    write_table,
-    write_structs,
-    write_pixel_table,
     write_array,
     write_arrays,
 ]
+TABLES: list[Callable[[Path], str]] = [write_table, write_structs, write_pixel_table]

@@ -28,6 +28,7 @@ from serving.predict.prefetch import prefetch
 from tests.serving.predict import data
 from tests.versions import COLORS, write_version
 
+SLOW_PARQUET = pytest.param("parquet", marks=pytest.mark.slow)  # to import pyarrow takes a second
 CPU = Compute(device="cpu", tune=False)
 
 
@@ -55,7 +56,9 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("write", data.SOURCES, ids=lambda write: write.__name__)
+@pytest.mark.parametrize(
+    "write", [*data.SOURCES, *(pytest.param(write, marks=pytest.mark.slow) for write in data.TABLES)]
+)
 def test_every_source_gives_its_images_in_order(write: Callable[[Path], str], model: Path, tmp_path: Path) -> None:
     """Each with a name of its own, and no error."""
     rows = predict(model, write(tmp_path / "data"), tmp_path / "out.csv")
@@ -65,6 +68,7 @@ def test_every_source_gives_its_images_in_order(write: Callable[[Path], str], mo
     assert {path.name for path in tmp_path.iterdir()} == {"data", "out.csv"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [data.write_folder, data.write_tar, data.write_table, data.write_array])
 def test_urls_are_read_and_written(write: Callable[[Path], str], model: Path, tmp_path: Path) -> None:
     """Through fsspec."""
@@ -78,6 +82,34 @@ def test_urls_are_read_and_written(write: Callable[[Path], str], model: Path, tm
     assert lines[1].startswith(("memory:///in/", "000"))
 
 
+@pytest.mark.slow
+def test_paths_and_urls_may_be_mixed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is gone is a row; storage that fails ends the run, so that it can be resumed."""
+    memory = pytest.importorskip("fsspec", reason="the extra 'storage' is not installed").filesystem("memory")
+    local = data.write_folder(tmp_path / "data")
+    memory.pipe({f"/in/{name}": content for name, content in data.FILES.items()})
+    job = PredictionJob([local, "memory://in/*.png"], model, str(tmp_path / "out.csv"), compute=CPU)
+    read_one = type(memory).cat_file
+
+    def fail(error: type[Exception]) -> None:
+        def read_some(system: Any, path: str, *args: Any, **options: Any) -> bytes:
+            if path == "/in/007.png":
+                raise error("no token")
+            return bytes(read_one(system, path, *args, **options))
+
+        monkeypatch.setattr(type(memory), "cat_file", read_some)
+
+    fail(PermissionError)
+    with pytest.raises(BadInput, match="memory:///in/007.png cannot be read \\(no token\\)"):
+        job.run()
+    fail(FileNotFoundError)
+    assert job.run(resume=True).errors == 1
+    memory.rm("/", recursive=True)
+    labels = [row["label"] for row in read(tmp_path / "out.csv")]
+    assert labels == [*data.LABELS, *data.LABELS[:7], "", *data.LABELS[8:]]
+
+
+@pytest.mark.slow  # to import pyarrow takes a second
 def test_formats_agree(model: Path, tmp_path: Path) -> None:
     """The two most probable classes as CSV, JSON lines and Parquet."""
     place = data.write_array(tmp_path)
@@ -107,7 +139,7 @@ def test_all_probabilities_are_in_the_order_of_the_labels(model: Path, tmp_path:
     assert [COLORS[int(np.argmax(item["probabilities"]))] for item in objects] == data.LABELS
 
 
-@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", SLOW_PARQUET])
 def test_what_cannot_be_read_is_a_row_with_its_error(suffix: str, model: Path, tmp_path: Path) -> None:
     """Among others in its batch, and alone in its shard."""
     if suffix == "parquet":
@@ -157,7 +189,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return after
 
 
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+@pytest.mark.parametrize("suffix", ["csv", SLOW_PARQUET])
 @pytest.mark.parametrize("shards", [0, 1, 2])
 def test_a_resumed_run_writes_the_same_bytes(
     shards: int, suffix: str, model: Path, tmp_path: Path, interrupt: Callable[[int], None]
@@ -279,8 +311,13 @@ def write_no_table(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("place", "options", "sentence"),
     [
-        (write_numbers, [], "numbers.parquet has no column of image bytes; its columns are id (int64)"),
-        (write_no_table, [], "no.parquet is no Parquet file, or is damaged ("),
+        pytest.param(
+            write_numbers,
+            [],
+            "numbers.parquet has no column of image bytes; its columns are id (int64)",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(write_no_table, [], "no.parquet is no Parquet file, or is damaged (", marks=pytest.mark.slow),
         (write_empty_folder, [], "empty holds no images; name files, folders or globs of"),
         (write_other_shape, [], "other.npy holds [2, 8, 8, 3], the model takes [images, 4, 4, 3]"),
         (write_floats, [], "floats.npy holds float32, not uint8 in rows; save pixels of 0 to 255"),
@@ -291,6 +328,7 @@ def write_no_table(folder: Path) -> str:
             "images.npy/out.csv.parts cannot be written (Not a directory)",
         ),
         (data.write_array, ["--model", "nowhere"], "nowhere does not exist; `resnet export RUN --to REPOSITORY/NAME`"),
+        (data.write_array, ["--all", "--top-k", "2"], "--all writes the probabilities of all classes; leave out"),
         (data.write_array, ["--on", "spark"], "--on must be ray or ray=ADDRESS, not 'spark'"),
         (lambda _: "missing", [], "missing does not exist"),
         (lambda _: "x3://bucket/images", [], "x3://bucket/images has the unknown scheme 'x3'"),
@@ -382,3 +420,18 @@ def test_prefetching_is_bounded_and_ends() -> None:
     assert ended.wait(10)
     with pytest.raises(Interruption):
         list(prefetch(make(), ahead=3))
+
+
+@pytest.mark.slow
+def test_clusters_that_cannot_be_used_are_named() -> None:
+    """There is none, its nodes lack the package, or one says what is wrong itself."""
+    ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
+    from serving.predict import cluster
+
+    with pytest.raises(BadInput, match="--on ray=127.0.0.1:1: there is no cluster that can be used"):
+        cluster.connect("127.0.0.1:1")
+    missing = cluster._explain(RuntimeError("The actor died:\n  ModuleNotFoundError: No module named 'serving'\n"))
+    assert isinstance(missing, BadInput)
+    assert "a node cannot run this (ModuleNotFoundError: No module named 'serving'); install resnet" in str(missing)
+    told = ray.exceptions.RayTaskError("predict", "Traceback", BadInput("x.tar does not exist")).as_instanceof_cause()
+    assert str(cluster._explain(told)) == "x.tar does not exist"
