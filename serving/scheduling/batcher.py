@@ -19,7 +19,7 @@ from serving.config import Batching
 from serving.errors import ServingError, Unavailable
 from serving.runtimes.base import Concatenator, EngineThreads, Images, Probabilities, ThreadPool
 from serving.runtimes.cost import CostCurve
-from serving.scheduling.admission import Admission, QueueLimits, QueueState
+from serving.scheduling.admission import Admission, QueueLimits, QueueState, predict_queue_ns
 from serving.scheduling.batch import Batch
 from serving.scheduling.latency_target import LatencyTarget
 from serving.scheduling.queue import DEFAULT_PRIORITY, PROBE_PRIORITY, Entry, Outcome, RequestQueue
@@ -163,6 +163,13 @@ class Batcher:
             raise refusal
 
     @property
+    def queue_ms(self) -> float:
+        """The predicted time until the images that wait now have begun to be computed, in milliseconds."""
+        entry = Entry(SMALLEST, float("inf"), lambda: True, lambda _: None)
+        with self._lock:
+            return predict_queue_ns(self._find_state(entry), self.queued) / 1e6
+
+    @property
     def is_busy(self) -> bool:
         """Whether there are requests that are not answered."""
         return bool(self._workers or self._responding)
@@ -207,7 +214,11 @@ class Batcher:
             return Unavailable("the server is shutting down")
         if self._is_idle() and len(entry.images) <= self._admission.limits.images:
             return None  # only a batch can correct a cost that is too high
-        state = QueueState(
+        return self._admission.find_refusal(entry, self._find_state(entry))
+
+    def _find_state(self, entry: Entry) -> QueueState:
+        """Return the load that a request meets. The lock is held."""
+        return QueueState(
             self.queued,
             self._queue.count_ahead(entry) + self.queued - self._queue.images,
             [(batch.start_ns, batch.expected_ns) for batch in self._running],
@@ -217,7 +228,6 @@ class Batcher:
             self.curve,
             entry.arrival_ns,
         )
-        return self._admission.find_refusal(entry, state)
 
     def _is_idle(self) -> bool:
         """Return whether nothing of callers waits or is computed. The lock is held."""

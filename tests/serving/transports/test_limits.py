@@ -26,7 +26,8 @@ from serving.config import Compute, Limits, Transport
 from serving.models import loader, registry
 from serving.protocols.classifier import SERVICE
 from serving.protocols.inputs import SMALL_PIXELS, PixelBudget
-from serving.server import SERVICES, Server
+from serving.core import SERVICES
+from serving.server import Server
 from tests.acceptance import wire
 from tests.acceptance.bombs import draw
 from tests.acceptance.wire import Http2Connection, explain_goaway, pack_headers, pack_message
