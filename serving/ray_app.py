@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -21,11 +22,12 @@ from resnet.options import options
 from serving import app, config, logs
 from serving.config import Batching, Compute, Config
 from serving.protocols.base import list_services
+from serving.runtimes.cores import limit_cores
 from serving.transports.call import Streaming
 from serving.transports.ray import ProxiedMessage, RayTransport
 
 try:
-    from ray import serve
+    from ray import get_runtime_context, serve
     from ray.serve.grpc_util import RayServegRPCContext
 except ImportError as error:
     raise BadInput(f"Ray Serve is not installed ({error}); run pip install 'resnet[ray]'") from None
@@ -65,14 +67,15 @@ def build(args: Mapping[str, object]) -> serve.Application:
     Raises:
         BadInput: An option is invalid, unknown, or not one of a replica.
     """
+    if not Path(str(args.get("repository", ""))).is_absolute():
+        raise BadInput("args must have the repository, the absolute path of a model repository that every node has")
     loaded = config.from_mapping(args, "args")
     for name, origin in loaded.origins.items():
         if name not in TAKEN:
             raise BadInput(f"{origin.name} has no effect on Ray Serve, which receives the calls; leave it out")
-    if not loaded.repository.is_absolute():
-        raise BadInput(f"{loaded.name_of('repository')} must be an absolute path: replicas start in folders of Ray's")
-    deployment = Replica.options(max_ongoing_requests=loaded.max_calls, graceful_shutdown_timeout_s=loaded.grace)
-    return deployment.bind(loaded)
+    deployment: Any = Replica  # the decorator made one of the class
+    limits = {"max_ongoing_requests": loaded.max_calls, "graceful_shutdown_timeout_s": loaded.grace}
+    return deployment.options(**limits).bind(loaded)
 
 
 @serve.deployment(name=DEPLOYMENT, health_check_period_s=5)
@@ -90,6 +93,8 @@ class Replica:
             CheckFailed: No model can be served.
         """
         logs.start(options.log_format, options.log_level)
+        if given := get_runtime_context().get_assigned_resources().get("CPU"):
+            limit_cores(math.ceil(given))
         self._core, self._models = app.open_core(options, "ray")
         transport = RayTransport(self._core.dispatcher)
         for path, method in self._core.dispatcher.methods.items():
@@ -137,8 +142,12 @@ def add_services(_: object, server: grpc.Server) -> None:
         for method in pool.FindServiceByName(service).methods:
             streams = method.client_streaming or method.server_streaming
             make = grpc.stream_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
-            handlers[method.name] = make(None, partial(ProxiedMessage, f"/{service}/{method.name}"))
+            handlers[method.name] = make(_unused, partial(ProxiedMessage, f"/{service}/{method.name}"))
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+
+
+def _unused(*_: object) -> None:
+    """Stand for the function that a proxy puts here."""
 
 
 class QueuePolicy:

@@ -72,6 +72,19 @@ def test_what_waits_becomes_the_next_batch_in_order_of_arrival(pool: ThreadPoolE
     assert all(answer.compute_ns > 0 for answer in answers)
 
 
+def test_the_queue_is_also_known_in_milliseconds(pool: ThreadPoolExecutor, clock: list[int]) -> None:
+    """What runs takes its time, too; an idle batcher has none."""
+    bench = Bench(pool, KnownCurve(HOUR_EACH))
+    assert bench.batcher.queue_ms == 0
+    futures = [bench.start(1), bench.wait(2, 3)]
+    assert bench.batcher.queue_ms == 3 * HOUR_MS
+    clock[0] += int(HOUR_NS / 2)
+    assert bench.batcher.queue_ms == 2.5 * HOUR_MS
+    bench.compute(2)
+    for future in futures:
+        future.result(10)
+
+
 def test_no_thread_is_needed_that_was_not_there_at_the_start(
     pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
