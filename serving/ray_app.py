@@ -28,7 +28,6 @@ from serving.transports.ray import ProxiedMessage, RayTransport
 
 try:
     from ray import get_runtime_context, serve
-    from ray.serve.grpc_util import RayServegRPCContext
 except ImportError as error:
     raise BadInput(f"Ray Serve is not installed ({error}); run pip install 'resnet[ray]'") from None
 
@@ -98,7 +97,7 @@ class Replica:
         self._core, self._models = app.open_core(options, "ray")
         transport = RayTransport(self._core.dispatcher)
         for path, method in self._core.dispatcher.methods.items():
-            answer = _to_stream(transport) if isinstance(method, Streaming) else _to_answer(transport)
+            answer = transport.stream if isinstance(method, Streaming) else transport.answer
             setattr(self, path.rpartition("/")[2], answer)
 
     def check_health(self) -> None:
@@ -109,24 +108,6 @@ class Replica:
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the milliseconds that a request waits for the fullest of the queues."""
         return {QUEUE_MS: max((model.batcher.queue_ms for model in self._models), default=0.0)}
-
-
-def _to_answer(transport: RayTransport) -> Any:
-    """Return a unary method as Ray calls it: the name of its second argument asks for the context."""
-
-    async def answer(message: ProxiedMessage, grpc_context: RayServegRPCContext) -> Any:
-        return await transport.answer(message, grpc_context)
-
-    return answer
-
-
-def _to_stream(transport: RayTransport) -> Any:
-    """Return a streaming method, likewise."""
-
-    def stream(messages: Any, grpc_context: RayServegRPCContext) -> Any:
-        yield from transport.stream(messages, grpc_context)
-
-    return stream
 
 
 def add_services(_: object, server: grpc.Server) -> None:

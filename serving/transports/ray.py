@@ -40,16 +40,16 @@ class ProxiedResponse(NamedTuple):
 class RayTransport:
     """Has the calls of proxies answered; it belongs to the event loop that it is made on.
 
-    `context` is Ray's `RayServegRPCContext`, which takes the status and the trailing metadata to the proxy.
+    Ray passes its `RayServegRPCContext` by the name `grpc_context`; that takes status and trailing metadata to the proxy.
     """
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         """Pass calls to `dispatcher`."""
         self._dispatcher, self._loop = dispatcher, asyncio.get_running_loop()
 
-    async def answer(self, message: ProxiedMessage, context: Any) -> ProxiedResponse:
-        """Return the response of a unary call; it is empty if `context` has an error."""
-        call = _UnaryCall(message, context)
+    async def answer(self, message: ProxiedMessage, grpc_context: Any) -> ProxiedResponse:
+        """Return the response of a unary call; it is empty if `grpc_context` has an error."""
+        call = _UnaryCall(message, grpc_context)
         self._dispatcher.dispatch(call, cast(Unary, self._dispatcher.methods[message.path]))
         try:
             answer, trailers = await call.answered
@@ -58,32 +58,32 @@ class RayTransport:
             call.leave()
             raise
         if isinstance(answer, ServingError):
-            _set_error(context, answer)
+            _set_error(grpc_context, answer)
             return ProxiedResponse(b"")
-        context.set_trailing_metadata([*trailers])
+        grpc_context.set_trailing_metadata([*trailers])
         return ProxiedResponse(answer)
 
-    def stream(self, messages: Any, context: Any) -> Iterator[ProxiedResponse]:
+    def stream(self, messages: Any, grpc_context: Any) -> Iterator[ProxiedResponse]:
         """Yield the responses of a streaming call, on a thread of its own.
 
         Args:
             messages: The requests, an asynchronous iterator of `ProxiedMessage`.
-            context: The context.
+            grpc_context: The context.
 
         Raises:
-            RuntimeError: The call failed; `context` has the error.
+            RuntimeError: The call failed; `grpc_context` has the error.
         """
         requests = self._pull(messages)
         if (first := next(requests, None)) is None:
             return
-        call = _StreamingCall(first.path, messages, context)
+        call = _StreamingCall(first.path, messages, grpc_context)
         payloads = (request.payload for request in chain([first], requests))
         try:
             method = cast(Streaming, self._dispatcher.methods[first.path])
             yield from map(ProxiedResponse, self._dispatcher.stream(call, method, payloads))
         except Exception as error:
             refusal = error if isinstance(error, ServingError) and error.request_id else report(call, error)
-            _set_error(context, refusal)
+            _set_error(grpc_context, refusal)
             raise RuntimeError(str(refusal)) from None
 
     def _pull(self, messages: Any) -> Iterator[ProxiedMessage]:

@@ -69,6 +69,7 @@ CHECKS = (
     AcceptanceCheck("churn", MODELS, {"seconds": 60}),
     AcceptanceCheck("scarcity", MODELS, {"steps": 5}, TRANSPORTS),
     AcceptanceCheck("places", (*MODELS, "--run={run}")),
+    AcceptanceCheck("ray_serve", MODELS, {"seconds": 5}),
     AcceptanceCheck("kills", ("{run}",), {"kills": 50}),
     AcceptanceCheck("soak", MODELS, {"seconds": 600}, TRANSPORTS),
 )

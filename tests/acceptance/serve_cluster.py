@@ -35,7 +35,7 @@ class ServeCluster:
         self._stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
         port, dashboard, agent, client = find_ports(4)
         self._api = f"http://127.0.0.1:{dashboard}"
-        quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1"}
+        quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
         self._environment = {**os.environ, **quiet, **environment}
         command = [
             RAY, "start", "--head", "--block", f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1",

@@ -26,6 +26,7 @@ from tests.heldout import Heldout
 def ray_app(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module; Ray takes seconds to import."""
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # else it writes a token to the home folder
     pytest.importorskip("ray.serve", reason="needs the extra ray")
     return importlib.import_module("serving.ray_app")
 
