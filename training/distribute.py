@@ -30,7 +30,7 @@ def choose(name: str | None, batch_size: int) -> Any | None:
         The strategy, or None for one device.
 
     Raises:
-        BadInput: The strategy is not available, TF_CONFIG cannot be used, or the batch cannot be split into equal parts.
+        BadInput: The strategy or TF_CONFIG cannot be used, or the batch cannot be split into equal parts.
     """
     if name is None:
         return None

@@ -40,7 +40,7 @@ class ProxiedResponse(NamedTuple):
 class RayTransport:
     """Has the calls of proxies answered; it belongs to the event loop that it is made on.
 
-    Ray passes its `RayServegRPCContext` by the name `grpc_context`; that takes status and trailing metadata to the proxy.
+    Ray passes its `RayServegRPCContext` by the name `grpc_context`: it takes status and trailing metadata to the proxy.
     """
 
     def __init__(self, dispatcher: Dispatcher) -> None:
