@@ -15,6 +15,7 @@ from resnet import CheckFailed
 from resnet.tokens import read_tokens
 from serving import logs, process, threads
 from serving.config import Config
+from serving.core import ServerCore
 from serving.errors import ServingError
 from serving.models import loader, version_policy
 from serving.models.model import Model
@@ -27,10 +28,13 @@ from serving.rollouts.shadows import parse as parse_shadows
 from serving.server import Server
 from serving.signals import Signals
 from serving.transports import auth
+from serving.transports.auth import Tokens
 from serving.transports.tls import ServerTls
 
 if TYPE_CHECKING:
     from serving.observability.tracing import Tracing
+
+ANYWHERE = "0.0.0.0"  # where callers are that others bring
 
 log = logging.getLogger(__name__)
 
@@ -41,18 +45,14 @@ def serve(config: Config) -> None:
     Raises:
         BadInput: An option cannot be used; no model can be loaded; the port cannot be bound.
     """
-    process.prepare()
-    threads.check_room()
-    # A request that the queue can never hold is too large: trying again would not help.
-    config = dataclasses.replace(config, max_images=min(config.max_images, config.max_queue))
+    config = prepare(config)
     with Signals() as signals, repository.opened(config.repository) as folder:
         access = read_access(config)
         auth.warn_if_open(config.host, access.tls, access.token)
         tracing = start_tracing(config)
         registry = ModelRegistry()
-        load, policies = make_loader(config, tracing), version_policy.parse(config.versions)
+        watcher = make_watcher(config, folder, registry, tracing)
         wanted = parse_shadows(config.shadow or "")
-        watcher = Watcher(folder, registry, load, policies)
         shadows, rollouts = make_rollouts(config, registry, watcher)
 
         def load_all() -> None:
@@ -78,8 +78,7 @@ def serve(config: Config) -> None:
         server.watch(threads.end_process if config.exit_when_stuck else log.critical)
         serve_metrics(config, registry, server, shadows, rollouts)
         logs.announce(f"serving on {server.address}")
-        wake = threading.Event()
-        threads.start_vital(lambda: _follow(watcher, wake, config.watch), "watch")
+        wake = follow(watcher, config.watch)
         while signals.wait() == signal.SIGHUP:
             wake.set()
         signals.restore_stop()
@@ -91,8 +90,65 @@ def serve(config: Config) -> None:
             tracing.close()
 
 
+def open_core(config: Config, transport: str) -> tuple[ServerCore, ModelRegistry]:
+    """Return a server without a transport, for calls from elsewhere, and its models.
+
+    Args:
+        config: The options; those of ports, certificates, shadows and rollouts are left to whoever brings the calls.
+        transport: Name of what brings them, for people.
+
+    Raises:
+        BadInput: An option cannot be used, or the repository is missing.
+        CheckFailed: No model can be served.
+    """
+    config = prepare(config)
+    tracing, registry = start_tracing(config), ModelRegistry()
+    watcher = make_watcher(config, registry, tracing)
+    watcher.start(config.strict)
+    if not registry.serves_any():
+        raise CheckFailed(f"{config.repository} holds no model that can be served; the log says why")
+    tokens = Tokens(ANYWHERE, config.token_file, None)
+    core = ServerCore(registry, config, tokens, transport, tracing=tracing)
+    core.watch()
+    core.open()
+    follow(watcher, config.watch)
+    return core, registry
+
+
+def prepare(config: Config) -> Config:
+    """Prepare the process for a server, and return the options that it works with.
+
+    Raises:
+        BadInput: The process may have too few threads or files.
+    """
+    process.prepare()
+    threads.check_room()
+    # A request that the queue can never hold is too large: trying again would not help.
+    return dataclasses.replace(config, max_images=min(config.max_images, config.max_queue))
+
+
+def make_watcher(config: Config, folder: Path, registry: ModelRegistry, tracing: Tracing | None) -> Watcher:
+    """Return what keeps the models as the folder of the repository has them.
+
+    Raises:
+        BadInput: An option of the models cannot be used.
+    """
+    load, policies = make_loader(config, tracing), version_policy.parse(config.versions)
+    return Watcher(folder, registry, load, policies)
+
+
+def follow(watcher: Watcher, seconds: float) -> threading.Event:
+    """Scan the repository every `seconds` from now on, and whenever the returned event is set; 0 does the latter only.
+
+    Raises:
+        BadInput: The process may have no further thread.
+    """
+    wake = threading.Event()
+    threads.start_vital(lambda: _follow(watcher, wake, seconds), "watch")
+    return wake
+
+
 def _follow(watcher: Watcher, wake: threading.Event, seconds: float) -> None:
-    """Scan the repository every `seconds`, and whenever `wake` is set; 0 does the latter only."""
     while True:
         requested = wake.wait(seconds or None)
         wake.clear()  # before the scan: what is asked for meanwhile leads to another one

@@ -312,6 +312,27 @@ def load(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) 
     given = dict(_read_file(Path(path))) if path else {}
     given |= _read_environment(environment)
     given |= _read_flags(args)
+    return _combine(given)
+
+
+def from_mapping(content: Mapping[str, object], place: str) -> Config:
+    """Return options that have the keys of a TOML file; others have their defaults.
+
+    Args:
+        content: The values, by key.
+        place: Where the user wrote them.
+
+    Raises:
+        BadInput: A value is invalid, a key is unknown, or the repository is missing.
+    """
+    return _combine(dict(_read_mapping(content, place)))
+
+
+Setting = tuple[str, tuple[object, Origin]]  # a field's name, and its unconverted value with its origin
+
+
+def _combine(given: Mapping[str, tuple[object, Origin]]) -> Config:
+    """Return the options, with defaults for those that are not given."""
     values: dict[str, Any] = {}
     found = kinds(Config)
     for field in options(Config):
@@ -322,9 +343,6 @@ def load(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) 
             others = f"{_variable(field.name)} in the environment, or {_key(field.name)} in a --config file"
             raise BadInput(f"{flag(field)} is missing; give it as an argument, {others}")
     return Config(**values, origins={name: origin for name, (_, origin) in given.items()})
-
-
-Setting = tuple[str, tuple[object, Origin]]  # a field's name, and its unconverted value with its origin
 
 
 def _read_flags(args: argparse.Namespace) -> Iterator[Setting]:
@@ -353,15 +371,19 @@ def _read_environment(environment: Mapping[str, str]) -> Iterator[Setting]:
 
 
 def _read_file(path: Path) -> Iterator[Setting]:
-    known = {_key(field.name): field.name for field in options(Config)}
     try:
         content = tomllib.loads(read_file(path).decode("utf-8-sig"))
     except ValueError as error:  # not UTF-8, or not TOML
         raise BadInput(f"{path} is not a TOML file: {error}") from None
+    return _read_mapping(content, str(path))
+
+
+def _read_mapping(content: Mapping[str, object], place: str) -> Iterator[Setting]:
+    known = {_key(field.name): field.name for field in options(Config)}
     for key, value in content.items():
         if key not in known:
-            raise BadInput(f"{key} in {path} is not an option{_suggest(key, known)}")
-        yield known[key], (value, Origin("file", f"{key} in {path}"))
+            raise BadInput(f"{key} in {place} is not an option{_suggest(key, known)}")
+        yield known[key], (value, Origin("file", f"{key} in {place}"))
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:

@@ -4,42 +4,31 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from serving.config import Limits, Transport
+from serving.core import ServerCore
 from serving.models.registry import ModelRegistry
-from serving.protocols.base import RepositoryControl, ServerContext, list_services, load_protocols
-from serving.protocols.health import Health
-from serving.protocols.inputs import InputDecoder
-from serving.protocols.stream import Streams
-from serving.runtimes.cores import count_cores
-from serving.threads import WorkerPool
+from serving.protocols.base import RepositoryControl
 from serving.transports import unix
 from serving.transports.auth import Tokens
-from serving.transports.call import Methods
 from serving.transports.choice import choose
-from serving.transports.dispatcher import Dispatcher
 from serving.transports.grpcio import GrpcioTransport
 from serving.transports.native import NativeTransport
 from serving.transports.tls import ServerTls
-from serving.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from serving.observability.tracing import Tracing
     from serving.rollouts.rollouts import Rollouts
     from serving.rollouts.shadows import Shadows
 
-# Those of the models; gRPC's own services, health and reflection, have no status of their own.
-SERVICES = tuple(name for name in list_services() if not name.startswith("grpc."))
-CONTROL_THREADS = 4  # some for what takes microseconds while others load models
 CLOSE_SECONDS = 0.5  # for clients to hear that the server ends
 
 log = logging.getLogger(__name__)
 
 
-class Server:
+class Server(ServerCore):
     """Serves models from when it is made until `stop`; as a context manager, until the end of the block."""
 
     def __init__(
@@ -68,9 +57,9 @@ class Server:
             token: The callers' tokens, or their file; None lets everybody call.
             admin_token: The administrators' tokens, for loading and unloading models; without them nobody may, except
                 on a server for this machine only that has no `token`.
-            repository: Loads and unloads models on request; None refuses to.
-            shadows: Compares the answers of versions on request; None refuses to.
-            rollouts: Rolls versions out on request; None refuses to.
+            repository: As in `ServerCore`, like the following ones.
+            shadows: Compares versions.
+            rollouts: Rolls versions out.
             tracing: Traces calls.
             transport: Receives calls; `auto` chooses as `serving.transports.choice` says.
 
@@ -78,59 +67,15 @@ class Server:
             BadInput: The port cannot be bound, or a file of certificates or tokens cannot be read or used.
         """
         kind, reason = choose(transport, host, tls is not None)
-        self._models, self._streams, self._health = models, Streams(), Health()
-        self.ready = False
-        """Whether requests are taken."""
-        self.transport = kind
-        """The transport that receives calls."""
-        self.live = True
-        """Whether requests get through; if not, only a restart helps."""
-        self._workers, self._control = WorkerPool(count_cores(), "decode"), WorkerPool(CONTROL_THREADS, "control")
-        self._decoder = InputDecoder(limits)
-        self._watchdog: Watchdog | None = None
-        methods = self._find_methods(repository, shadows, rollouts)
-        traced = tracing.follow_calls(methods) if tracing else methods
-        dispatcher = Dispatcher(traced, limits, Tokens(host, token, admin_token))
-        self.refusals: Mapping[str, int] = dispatcher.refusals
-        """Number of calls that were refused before their request was read, by the name of the status."""
-        self._transport = NativeTransport(dispatcher) if kind == "native" else GrpcioTransport(dispatcher)
+        tokens = Tokens(host, token, admin_token)
+        super().__init__(models, limits, tokens, kind, repository, shadows, rollouts, tracing)
+        self._transport = NativeTransport(self.dispatcher) if kind == "native" else GrpcioTransport(self.dispatcher)
         self._socket: Path | None = None
         self.address = self._listen(host, port, tls)
         """HOST:PORT or unix:PATH, as clients write it."""
         self._transport.start()
         log.info("the transport is %s, %s", kind, reason)
-        self.announce(True)
-        models.subscribe(self._announce_model)
-
-    def announce(self, ready: bool) -> None:
-        """Set whether the server, its services and its models take requests, as health checks report it."""
-        self.ready = ready
-        self._health.set("", ready and self._models.serves_any())
-        for service in SERVICES:
-            self._health.set(service, ready)
-        for name in self._models.names():
-            self._health.set(name, ready and bool(self._models.get(name).versions))
-
-    def _announce_model(self, name: str, served: bool) -> None:
-        self._health.set(name, served)
-        self._health.set("", self._models.serves_any())
-
-    def watch(self, on_stuck: Callable[[str], None] = log.critical) -> None:
-        """Find out from now on whether requests get through, for liveness checks.
-
-        Args:
-            on_stuck: Called with a report when none does.
-        """
-
-        def set_live(live: bool, report: str) -> None:
-            self.live = live
-            self._health.set_live(live)
-            self.announce(live)
-            if not live:
-                on_stuck(report)
-
-        self._watchdog = Watchdog(self._models, self._decoder, self._workers, set_live)
-        self._watchdog.start()
+        self.open()
 
     def stop(self, grace_seconds: float) -> None:
         """Refuse new requests, answer the active ones, and close.
@@ -139,22 +84,10 @@ class Server:
             grace_seconds: Time for active requests; later ones are cut off.
         """
         end = time.monotonic() + grace_seconds
-        self.ready = False
-        if self._watchdog:
-            self._watchdog.stop()
-        self._health.close()
-        # While requests are active, new ones on open connections are refused as UNAVAILABLE, which clients send
-        # elsewhere; gRPC's own stop would cancel some of them.
-        self._transport.dispatcher.close()
-        self._streams.close()
-        self._models.close()
-        self._models.drain(grace_seconds)
-        self._transport.dispatcher.drain(max(0.0, end - time.monotonic()))
-        self._streams.abort()
+        self.drain(grace_seconds)
         # What is left needs no answer: calls whose request never came.
         self._transport.stop(min(CLOSE_SECONDS, max(0.0, end - time.monotonic())))
-        self._workers.close()
-        self._control.close()
+        self.close()
         if self._socket:
             self._socket.unlink(missing_ok=True)
 
@@ -163,27 +96,6 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.stop(grace_seconds=10)
-
-    def _find_methods(
-        self, repository: RepositoryControl | None, shadows: Shadows | None, rollouts: Rollouts | None
-    ) -> Methods:
-        """Return the methods of all protocols, by path."""
-        context = ServerContext(
-            models=self._models,
-            decoder=self._decoder,
-            workers=self._workers,
-            control=self._control,
-            streams=self._streams,
-            health=self._health,
-            server=self,
-            repository=repository,
-            shadows=shadows,
-            rollouts=rollouts,
-            transport=self.transport,
-        )
-        return {
-            path: method for protocol in load_protocols() for path, method in protocol.find_methods(context).items()
-        }
 
     def _listen(self, host: str, port: int, tls: ServerTls | None) -> str:
         """Listen, and return the address."""

@@ -99,6 +99,8 @@ class Reader:
                 subprocess.run([sys.executable, script], check=True, capture_output=True)
             case ["python", "-m", module, *rest]:
                 check_help(module, rest)
+            case [variable, "resnet", "train", *options] if "=" in variable:  # one of several processes
+                check_help("resnet", ["train", *options])
             case [variable, "resnet", "serve", *_] if "=" in variable:
                 self._start(words[3:])
             case ["resnet", "serve", *options] if "--print-config" not in options:
@@ -152,7 +154,7 @@ def check_extras(requirement: str) -> None:
 
 def check_help(module: str, words: list[str]) -> None:
     """Look for the options of a command, and its verb, in its help."""
-    verb = words[:1] if module == "benchmarks.peers" else []
+    verb = words[:1] if module in ("benchmarks.peers", "resnet") else []
     shown = subprocess.run(
         [sys.executable, "-m", module, *verb, "--help"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout

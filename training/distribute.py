@@ -30,7 +30,7 @@ def choose(name: str | None, batch_size: int) -> Any | None:
         The strategy, or None for one device.
 
     Raises:
-        BadInput: The strategy is not available, or the batch cannot be split into equal parts.
+        BadInput: The strategy or TF_CONFIG cannot be used, or the batch cannot be split into equal parts.
     """
     if name is None:
         return None
@@ -45,7 +45,11 @@ def choose(name: str | None, batch_size: int) -> Any | None:
             raise BadInput(
                 "--distribute multiworker needs TF_CONFIG with the addresses of all machines and the index of this one"
             )
-        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        try:
+            strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        except Exception as error:  # of TensorFlow or of Python, as the mistake is
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise BadInput(f"TF_CONFIG cannot be used ({reason}); docs/training.md has an example") from None
     else:
         devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
         strategy = tf.distribute.MirroredStrategy([device.name for device in devices])

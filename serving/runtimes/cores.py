@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
+_limit = sys.maxsize
+
+
+def limit_cores(count: int) -> None:
+    """Let this process compute with `count` cores at most: it was given so many, and nothing enforces it."""
+    global _limit  # noqa: PLW0603  # as an affinity, it is the process that has it
+    _limit = count
+
 
 def count_cores(cgroups: Path = CGROUPS, own: Path = OWN_CGROUP) -> int:
-    """Return how many cores this process may use: those of its CPU affinity, limited by the CPU quotas of its cgroups.
+    """Return how many cores this process may use: those of its CPU affinity, limited by the CPU quotas of its cgroups,
+    and by `limit_cores`.
 
     With a thread for each core of a large machine, a container with a quota of two cores would be throttled most of the
     time.
@@ -20,9 +30,9 @@ def count_cores(cgroups: Path = CGROUPS, own: Path = OWN_CGROUP) -> int:
         cgroups: Where cgroups are mounted, of version 1 or 2.
         own: The file that names the cgroups of this process.
     """
-    affinity = len(os.sched_getaffinity(0))
+    most = min(_limit, len(os.sched_getaffinity(0)))
     quotas = (_read_quota(folder) for folder in _list_cgroups(cgroups, own))
-    return min([affinity, *(max(1, math.ceil(quota)) for quota in quotas if quota is not None)])
+    return min([most, *(max(1, math.ceil(quota)) for quota in quotas if quota is not None)])
 
 
 def _list_cgroups(cgroups: Path, own: Path) -> Iterator[Path]:

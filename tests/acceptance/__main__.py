@@ -70,6 +70,7 @@ CHECKS = (
     AcceptanceCheck("scarcity", MODELS, {"steps": 5}, TRANSPORTS),
     AcceptanceCheck("places", (*MODELS, "--run={run}")),
     AcceptanceCheck("image", MODELS),
+    AcceptanceCheck("ray_serve", MODELS, {"seconds": 5}),
     AcceptanceCheck("kills", ("{run}",), {"kills": 50}),
     AcceptanceCheck("predict", MODELS, {"images": 200_000, "kills": 5}),
     AcceptanceCheck("soak", MODELS, {"seconds": 600}, TRANSPORTS),

@@ -362,3 +362,12 @@ def test_bad_options_are_one_sentence_and_write_nothing(
     assert cli.main(["train", *arguments, "--out", str(tmp_path / "run")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_cluster_that_cannot_be_used_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorFlow says what is wrong with TF_CONFIG."""
+    monkeypatch.setenv("TF_CONFIG", "machines")
+    assert cli.main(["train", "--data=digits", "--distribute=multiworker", "--out", str(tmp_path / "run")]) == 2
+    assert "TF_CONFIG cannot be used (Expecting value: line 1 column 1 (char 0))" in capsys.readouterr().err

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from protos import POOL, inference_pb2, tensorflow_serving_pb2
 from protos import classifier_pb2 as pb
+from serving.core import SERVICES
 from serving.protocols.classifier import SERVICE
-from serving.server import SERVICES
 from serving.transports.auth import ADMIN
 from tests.acceptance.attempts.attempt import (
     ADMIN_TOKEN,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from serving.models import loader
+from serving.runtimes import cores
 from serving.runtimes.base import Images, Probabilities
 from serving.runtimes.composite import ConcurrentEngine, SizedEngine
 from serving.runtimes.cores import count_cores
@@ -97,6 +98,15 @@ def test_the_smallest_quota_counts_of_a_cgroup_and_all_above_it(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
     assert count_cores(tmp_path / "cgroup", tmp_path / "own") == cores
+
+
+def test_a_process_may_be_given_fewer_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whoever starts several on a machine; not more than there are."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr(cores, "_limit", cores._limit)  # restores it
+    for count, found in ((3, 3), (8, 4)):
+        cores.limit_cores(count)
+        assert count_cores(tmp_path, tmp_path / "nowhere") == found
 
 
 def test_beside_others_a_batch_has_an_engine_of_its_own() -> None:

@@ -23,10 +23,11 @@ from grpc_reflection.v1alpha import reflection_pb2
 from protos import POOL, inference_pb2
 from protos import classifier_pb2 as pb
 from serving.config import Compute, Limits, Transport
+from serving.core import SERVICES
 from serving.models import loader, registry
 from serving.protocols.classifier import SERVICE
 from serving.protocols.inputs import SMALL_PIXELS, PixelBudget
-from serving.server import SERVICES, Server
+from serving.server import Server
 from tests.acceptance import wire
 from tests.acceptance.bombs import draw
 from tests.acceptance.wire import Http2Connection, explain_goaway, pack_headers, pack_message

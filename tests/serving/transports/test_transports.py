@@ -142,7 +142,7 @@ def test_streams_end_before_anything_is_cut_off(loaded: registry.ModelRegistry, 
         ]
         for stream in streams[:2]:
             next(stream)
-        server._transport.dispatcher.close()
+        server.dispatcher.close()
         server._streams.close()
         server._health.close()
         for stream in streams:
@@ -227,7 +227,7 @@ def test_a_closed_server_refuses_all_but_health(loaded: registry.ModelRegistry, 
         Server(loaded, "127.0.0.1", 0, Limits(), transport=transport) as server,
         grpc.insecure_channel(server.address) as channel,
     ):
-        server._transport.dispatcher.close()
+        server.dispatcher.close()
         kserve = GRPCInferenceServiceStub(channel)
         for call in (
             lambda: ClassifierStub(channel).Classify(gated.ask(0, 1).request),
