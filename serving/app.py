@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from export import signature
 from resnet import CheckFailed
+from resnet.storage import is_url
 from resnet.tokens import read_tokens
 from serving import logs, process, threads
 from serving.config import Config
 from serving.errors import ServingError
 from serving.models import loader, version_policy
+from serving.models.mirror import Mirror
 from serving.models.model import Model
 from serving.models.registry import ModelRegistry
 from serving.models.watcher import Watcher
@@ -52,10 +54,13 @@ def serve(config: Config) -> None:
         registry = ModelRegistry()
         load, policies = make_loader(config, tracing), version_policy.parse(config.versions)
         wanted = parse_shadows(config.shadow or "")
-        watcher = Watcher(config.repository, registry, load, policies)
+        mirror = Mirror(config.repository) if is_url(config.repository) else None
+        watcher = Watcher(mirror.folder if mirror else Path(config.repository), registry, load, policies)
         shadows, rollouts = make_rollouts(config, registry, watcher)
 
         def load_all() -> None:
+            if mirror:
+                mirror.start(policies, config.strict)
             watcher.start(config.strict)
             open_shadows(shadows, wanted, config.strict)
             rollouts.resume()
@@ -76,10 +81,10 @@ def serve(config: Config) -> None:
             transport=config.transport,
         )
         server.watch(threads.end_process if config.exit_when_stuck else log.critical)
-        serve_metrics(config, registry, server, shadows, rollouts)
+        serve_metrics(config, registry, server, shadows, rollouts, mirror)
         logs.announce(f"serving on {server.address}")
         wake = threading.Event()
-        threads.start_vital(lambda: _follow(watcher, wake, config.watch), "watch")
+        threads.start_vital(lambda: _follow(watcher, wake, config.watch, mirror), "watch")
         while signals.wait() == signal.SIGHUP:
             wake.set()
         signals.restore_stop()
@@ -91,12 +96,16 @@ def serve(config: Config) -> None:
             tracing.close()
 
 
-def _follow(watcher: Watcher, wake: threading.Event, seconds: float) -> None:
+def _follow(watcher: Watcher, wake: threading.Event, seconds: float, mirror: Mirror | None = None) -> None:
     """Scan the repository every `seconds`, and whenever `wake` is set; 0 does the latter only."""
+    pause = 0.0 if mirror else seconds or None  # a mirror has versions to fetch yet
     while True:
-        requested = wake.wait(seconds or None)
+        requested = wake.wait(pause)
+        pause = seconds or None
         wake.clear()  # before the scan: what is asked for meanwhile leads to another one
         try:
+            for _ in mirror.refresh(check=requested) if mirror else ():
+                watcher.scan()
             watcher.scan(retry=requested)
         except Exception:  # the next scan may succeed
             log.exception("the scan for new versions failed")
@@ -191,7 +200,12 @@ def open_shadows(shadows: Shadows, wanted: Mapping[str, ShadowSettings], strict:
 
 
 def serve_metrics(
-    config: Config, registry: ModelRegistry, server: Server, shadows: Shadows, rollouts: Rollouts
+    config: Config,
+    registry: ModelRegistry,
+    server: Server,
+    shadows: Shadows,
+    rollouts: Rollouts,
+    mirror: Mirror | None = None,
 ) -> None:
     """Serve Prometheus metrics, with --metrics-port."""
     if config.metrics_port is not None:
@@ -199,6 +213,6 @@ def serve_metrics(
 
         host = "127.0.0.1" if config.host.startswith("unix:") else config.host
         metrics = MetricsServer(
-            registry, host, config.metrics_port, server.transport, server.refusals, shadows, rollouts
+            registry, host, config.metrics_port, server.transport, server.refusals, shadows, rollouts, mirror
         )
         logs.announce(f"metrics on http://{metrics.address}/metrics")

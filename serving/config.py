@@ -190,7 +190,11 @@ class Origin(NamedTuple):
 class ServeOptions:
     """Options of `resnet serve` other than `Batching`, `Compute` and `Limits`."""
 
-    repository: Path = option(MISSING, "model repository, written by `resnet export`", group="models")
+    repository: str = option(
+        MISSING,
+        "model repository, written by `resnet export`: a folder, or a URL as s3://bucket/models",
+        group="models",
+    )
     versions: str = option(
         "latest",
         "versions to serve besides labelled ones: latest, latest:N, all or numbers like 1,3; for one model "

@@ -54,7 +54,7 @@ def test_the_file_may_be_named_by_the_environment(file: Path) -> None:
 
 def test_an_empty_variable_is_none() -> None:
     """A compose file passes what its own environment lacks as an empty text."""
-    assert load("models", "RESNET_TLS_CERT= RESNET_PORT=") == Config(repository=Path("models"))
+    assert load("models", "RESNET_TLS_CERT= RESNET_PORT=") == Config(repository="models")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_what_cannot_be_used_is_named_as_the_user_wrote_it(
 def test_a_config_is_checked_by_itself_too() -> None:
     """Its options are then called by their flags."""
     with pytest.raises(BadInput, match="--max-queue must be at least 1"):
-        Config(repository=Path("models"), max_queue=0)
+        Config(repository="models", max_queue=0)
 
 
 def test_what_is_printed_can_be_read_back(file: Path, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_the_command_prints_its_options(monkeypatch: pytest.MonkeyPatch, capsys:
 def test_a_config_cannot_be_changed() -> None:
     """What was checked stays so."""
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Config(repository=Path("m")).port = 1  # type: ignore[misc]
+        Config(repository="m").port = 1  # type: ignore[misc]
 
 
 def test_the_help_sorts_options_under_headings() -> None:
