@@ -125,6 +125,10 @@ class Checkout:
     def complete(self, version: Path) -> None:
         """Have all files of a version in its folder."""
 
+    def explain(self, text: object) -> str:
+        """Return a text as the user's, who knows no other place than the one that was checked out."""
+        return str(text)
+
     def publish(self, staged: Path, finish: Callable[[int], None]) -> Path | str:
         """Publish a staged folder as the next version of the model, and return its place; see `repository.publish`."""
         return repository.publish(staged, finish)
@@ -173,6 +177,10 @@ class RemoteCheckout(Checkout):
         """
         files = self._models[version.parent].versions[int(version.name)]
         fetch(self._storage, self._name(version), files, version)
+
+    def explain(self, text: object) -> str:
+        """Return a text with the URL in place of the folder."""
+        return str(text).replace(str(self.folder), self._storage.url)
 
     def publish(self, staged: Path, finish: Callable[[int], None]) -> str:
         """Upload a staged folder; what fails is removed again.
@@ -231,7 +239,7 @@ def check_out(place: str) -> Iterator[Checkout]:
         checkout = RemoteCheckout(place, Path(name))
         try:
             yield checkout
-        except (BadInput, CheckFailed) as error:  # of a path that nobody has seen
-            error.args = (str(error).replace(str(checkout.folder), place.rstrip("/")),)
+        except (BadInput, CheckFailed) as error:
+            error.args = (checkout.explain(error),)
             raise
         checkout.commit()

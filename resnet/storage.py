@@ -155,9 +155,8 @@ def _describe(error: Exception, url: str) -> str:
     text = text.splitlines()[0].removesuffix(".")
     match error:
         case ImportError():
-            package = DRIVERS.get(scheme)
-            if getattr(error, "name", None) == "fsspec":
-                package = DRIVERS["s3"]
+            is_own = (error.name or "").partition(".")[0] == "fsspec"
+            package = DRIVERS["s3"] if is_own else DRIVERS.get(scheme)
             return f"its driver is not installed; run pip install {package}" if package else text
         case ValueError() if text.startswith("Protocol not known"):
             return f"{scheme}:// is no scheme that fsspec knows; use a path, s3://, gs://, az:// or hf://"

@@ -109,7 +109,7 @@ def _list(args: argparse.Namespace) -> None:
             try:
                 version = manifest.read(model / str(number))
             except BadInput as error:
-                print(f"{name:<24} {error}")
+                print(f"{name:<24} {args.checkout.explain(error)}")
                 continue
             size = "x".join(str(side) for side in version.input.shape[1:])
             precisions = ", ".join(dict.fromkeys(variant.precision for variant in version.certificate.variants))
@@ -174,7 +174,7 @@ def _verify(args: argparse.Namespace) -> None:
                 print(f"{name} is verified")
             except (BadInput, CheckFailed) as error:
                 failed.append(name)
-                print(f"{name} is not verified: {error}")
+                print(f"{name} is not verified: {args.checkout.explain(error)}")
     if failed:
         raise CheckFailed(f"not verified: {', '.join(failed)}; the reasons are above")
 

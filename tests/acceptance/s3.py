@@ -16,7 +16,7 @@ from moto.server import ThreadedMotoServer
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
 
 Fault = Literal["", "cut", "short", "changed", "busy", "expired", "down"]
-"""What becomes of a request: nothing, half a body with the whole length, half a body, another body, 503, 403, no answer."""
+"""What becomes of a request: nothing, half a body of the whole length, half a body, another one, 503, 403, no answer."""
 
 ERRORS = {
     "busy": (503, "SlowDown", "Please reduce your request rate."),
