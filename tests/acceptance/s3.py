@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import http.client
 import logging
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal, NamedTuple
+from unittest import mock
 
-from moto.server import ThreadedMotoServer
-
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+VARIABLES = {
+    "AWS_ACCESS_KEY_ID": "key",
+    "AWS_SECRET_ACCESS_KEY": "secret",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_MAX_ATTEMPTS": "2",
+}
 
 Fault = Literal["", "cut", "short", "changed", "busy", "expired", "down"]
-"""What becomes of a request: nothing, half a body of the whole length, half a body, another one, 503, 403, no answer."""
+"""What becomes of a request: half a body of the whole length, half a body, another one, 503, 403, no answer."""
 
 ERRORS = {
     "busy": (503, "SlowDown", "Please reduce your request rate."),
@@ -89,8 +94,7 @@ class FaultyStorage:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = _QuietServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
@@ -100,9 +104,19 @@ class FaultyStorage:
         self._server.server_close()
 
 
+class _QuietServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        pass  # callers may hang up
+
+
 @contextmanager
 def start_storage() -> Iterator[FaultyStorage]:
-    """Run an S3 server with the bucket `bucket`."""
+    """Run an S3 server with the bucket `bucket`, which the variables of this process name meanwhile."""
+    from moto.server import ThreadedMotoServer  # takes a second or two
+    from s3fs import S3FileSystem
+
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it logs each request
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
@@ -112,8 +126,11 @@ def start_storage() -> Iterator[FaultyStorage]:
     connection.getresponse().read()
     connection.close()
     storage = FaultyStorage(port)
+    S3FileSystem.clear_instance_cache()  # of another server
     try:
-        yield storage
+        with mock.patch.dict(os.environ, {**VARIABLES, "AWS_ENDPOINT_URL": storage.url}):
+            yield storage
     finally:
+        S3FileSystem.clear_instance_cache()
         storage.close()
         server.stop()
