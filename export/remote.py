@@ -17,7 +17,7 @@ from pathlib import Path
 
 from export import inspection, manifest, repository
 from resnet import BadInput, CheckFailed
-from resnet.storage import StorageFolder, StoredFile, is_url
+from resnet.storage import StorageFolder, StoredFile, find_name, is_url
 
 # Paths in a repository, and in a model.
 PLACE = rf"(?:(?P<model>{repository.MODEL_NAME.pattern})/)?"
@@ -73,10 +73,10 @@ def compute_tag(files: Mapping[str, StoredFile]) -> str:
     return hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
 
 
-def read_label(content: bytes) -> int | None:
-    """Return the version that the file of a label names; None if it is no label."""
+def read_label(content: bytes) -> int:
+    """Return the version that the file of a label names; 0 if it is no label."""
     text = content.decode("ascii", "replace").strip()
-    return int(text) if repository.VERSION.fullmatch(text) else None
+    return int(text) if repository.VERSION.fullmatch(text) else 0
 
 
 def fetch(storage: StorageFolder, path: str, files: Mapping[str, StoredFile], folder: Path) -> None:
@@ -93,7 +93,7 @@ def fetch(storage: StorageFolder, path: str, files: Mapping[str, StoredFile], fo
         CheckFailed: It is not complete, or another than its manifest says, until somebody changes it.
         OSError: The folder cannot be written.
     """
-    name = path if "/" in path else f"{storage.name}/{path}"
+    name = path if "/" in path else f"{find_name(storage.url)}/{path}"
     content = storage.read([f"{path}/{manifest.NAME}"])[f"{path}/{manifest.NAME}"]
     try:
         recorded = manifest.parse(Path(name), content)
@@ -144,7 +144,7 @@ class RemoteCheckout(Checkout):
             BadInput: The storage cannot be read, or the URL is that of a bucket.
         """
         self._storage = StorageFolder(url)
-        super().__init__(folder / (self._storage.name or "bucket"))
+        super().__init__(folder / (find_name(url) or "bucket"))
         listed = sort_files(self._storage.list_files())
         self._models = {self.folder / name: model for name, model in listed.items() if model.versions}
         self.folder.mkdir()

@@ -37,6 +37,11 @@ def is_url(place: str | Path) -> bool:
     return URL.match(os.fspath(place)) is not None
 
 
+def find_name(url: str) -> str:
+    """Return the last part of a URL; an empty text if that is a bucket."""
+    return url.rstrip("/").partition("://")[2].partition("/")[2].rpartition("/")[2]
+
+
 class StoredFile(NamedTuple):
     """A file in object storage.
 
@@ -72,11 +77,6 @@ class StorageFolder:
             from fsspec.core import url_to_fs  # of an extra
 
             self._driver, self._root = url_to_fs(self.url, use_listings_cache=False)
-
-    @property
-    def name(self) -> str:
-        """The last part of the URL; empty if that is a bucket."""
-        return self.url.partition("://")[2].partition("/")[2].rpartition("/")[2]
 
     def list_files(self) -> dict[str, StoredFile]:
         """Return all files by their names, but for those that would lie outside of a folder."""

@@ -17,7 +17,9 @@ from pathlib import Path
 from export.certificate import EvidenceRule
 from export.formats import NEWEST_OPSET, OLDEST_OPSET, OPSET
 from export.preprocessing import PREPROCESSING
+from resnet import BadInput
 from resnet.options import add_options, check, option, read
+from resnet.storage import find_name, is_url
 from training.backend import start_tensorflow
 from training.images import RESIZES, Resize
 
@@ -68,6 +70,8 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         check(self)
+        if is_url(self.to) and not find_name(self.to):
+            raise BadInput(f"--to {self.to} is a bucket; name a model in it, as s3://bucket/models/digits")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

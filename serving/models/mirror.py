@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote
 
 import msgspec
@@ -26,6 +27,13 @@ from serving.runtimes import cache
 RECORD = ".mirror.json"  # the tag of each version and label that was fetched, by path
 
 log = logging.getLogger(__name__)
+
+
+class StoredLabel(NamedTuple):
+    """A file that may be a label: its tag, and the version that it names; 0 if it names none."""
+
+    tag: str
+    version: int
 
 
 class Mirror:
@@ -53,7 +61,7 @@ class Mirror:
             raise self._explain(error) from None
         self._refused: dict[str, str] = {}
         self._problems: dict[str, str] = {}
-        self._labels: dict[tuple[str, str], int | None] = {}
+        self._labels: dict[str, StoredLabel] = {}
         self._read = time.monotonic()
 
     @property
@@ -98,11 +106,12 @@ class Mirror:
             self._refused.clear()
         self._remove(models)
         for name, model in models.items():
-            chosen = {*find_policy(name).choose(model.complete), *labels[name].values()}
+            labelled = {label.version for path, label in labels.items() if path.startswith(f"{name}/")}
+            chosen = {*find_policy(name).choose(model.complete), *labelled}
             for number in sorted(chosen.intersection(model.complete), reverse=True):
                 if self._fetch(f"{name}/{number}", model.versions[number], check):
                     yield
-        self._set_labels(models, labels)
+        self._set_labels(labels)
         self._report("", None)
 
     def _list_models(self) -> dict[str, RemoteModel]:
@@ -121,20 +130,13 @@ class Mirror:
         self._read = time.monotonic()
         return models
 
-    def _read_labels(self, models: Mapping[str, RemoteModel]) -> dict[str, dict[str, int]]:
-        """Return the versions of the labels of each model; a file that did not change is not read again."""
+    def _read_labels(self, models: Mapping[str, RemoteModel]) -> dict[str, StoredLabel]:
+        """Return the labels of the storage, by path; a file that did not change is not read again."""
         tags = {f"{name}/{label}": file.tag for name, model in models.items() for label, file in model.labels.items()}
-        read = self._storage.read(path for path, tag in tags.items() if (path, tag) not in self._labels)
-        self._labels = {
-            (path, tag): remote.read_label(read[path]) if path in read else self._labels[path, tag]
-            for path, tag in tags.items()
-        }
-        found: dict[str, dict[str, int]] = {name: {} for name in models}
-        for (path, _), number in self._labels.items():
-            if number:
-                name, _, label = path.partition("/")
-                found[name][label] = number
-        return found
+        kept = {path: label for path, label in self._labels.items() if label.tag == tags.get(path)}
+        read = self._storage.read(tags.keys() - kept.keys())
+        self._labels = kept | {path: StoredLabel(tags[path], remote.read_label(read[path])) for path in read}
+        return {path: label for path, label in self._labels.items() if label.version}
 
     def _remove(self, models: Mapping[str, RemoteModel]) -> None:
         """Remove the versions that the storage has no more."""
@@ -174,23 +176,20 @@ class Mirror:
         log.info("%s is mirrored", path)
         return True
 
-    def _set_labels(self, models: Mapping[str, RemoteModel], labels: Mapping[str, Mapping[str, int]]) -> None:
+    def _set_labels(self, labels: Mapping[str, StoredLabel]) -> None:
         """Set the labels that have changed in the storage, and remove those that it has no more."""
-        tags = {
-            f"{name}/{label}": models[name].labels[label].tag for name, numbers in labels.items() for label in numbers
-        }
         with self._record() as known:
-            for path, tag in tags.items():
-                name, _, label = path.partition("/")
-                if known.get(path) != tag:
-                    with suppress(BadInput):  # its version is not mirrored
-                        repository.label(self.folder / name, label, labels[name][label])
-                        known[path] = tag
-            for path in [path for path in known.keys() - tags.keys() if not path.rpartition("/")[2].isdecimal()]:
-                name, _, label = path.partition("/")
-                with suppress(BadInput):  # a hand was quicker
-                    repository.unlabel(self.folder / name, label)
-                del known[path]
+            for path, label in labels.items():
+                place = self.folder / path
+                if known.get(path) != label.tag and label.version in repository.versions(place.parent):
+                    repository.label(place.parent, place.name, label.version)
+                    known[path] = label.tag
+            for path in known.keys() - labels.keys():
+                place = self.folder / path
+                if not place.name.isdecimal():
+                    with suppress(BadInput):  # a hand was quicker
+                        repository.unlabel(place.parent, place.name)
+                    del known[path]
 
     @contextmanager
     def _record(self) -> Iterator[dict[str, str]]:

@@ -63,7 +63,7 @@ def main() -> None:
     model = ModelUnderTest(args.repository)
     with tempfile.TemporaryDirectory() as folder, start_storage() as storage:
         os.environ["XDG_CACHE_HOME"] = str(Path(folder) / "cache")
-        site = Site(storage, model, Path(folder), args.versions)
+        site = StorageSite(storage, model, Path(folder), args.versions)
         for name in NAMES:
             site.upload(site.take(name))
         with site.run():
@@ -78,7 +78,7 @@ def main() -> None:
     print(json.dumps(figures | ({"SKIPPED": skipped} if skipped else {})))
 
 
-class Site:
+class StorageSite:
     """Two servers of the storage, and their callers.
 
     Attributes:
@@ -184,7 +184,7 @@ class Site:
         return sum(count for request, count in self.storage.requests.items() if "list-type" in request.path)
 
 
-def check_faults(site: Site) -> None:
+def check_faults(site: StorageSite) -> None:
     """Upload versions whose downloads fail."""
     for title, fault, part, count in FAULTS:
         with site.step(title) as name:
@@ -193,7 +193,7 @@ def check_faults(site: Site) -> None:
             site.upload(version)
 
 
-def check_uploads(site: Site) -> None:
+def check_uploads(site: StorageSite) -> None:
     """Upload versions in other ways than an export does, and take them away."""
     storage = StorageFolder(URL)
     for title, first in (("file by file", "labels.txt"), ("manifest first", manifest.NAME)):
@@ -230,7 +230,7 @@ def check_uploads(site: Site) -> None:
         site.serves(version)
 
 
-def check_starts(site: Site, folder: Path) -> str:
+def check_starts(site: StorageSite, folder: Path) -> str:
     """Start servers while the storage is down, and with too small a disk; return what could not be checked."""
     site.storage.fault = lambda _: "down"
     with serve(URL, "--no-tune", "--no-strict") as server:
