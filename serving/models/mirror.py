@@ -187,7 +187,7 @@ class Mirror:
             for path in known.keys() - labels.keys():
                 place = self.folder / path
                 if not place.name.isdecimal():
-                    with suppress(BadInput):  # a hand was quicker
+                    with suppress(BadInput, OSError):  # a hand was quicker
                         repository.unlabel(place.parent, place.name)
                     del known[path]
 

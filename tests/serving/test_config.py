@@ -42,7 +42,7 @@ def test_a_flag_wins_over_a_variable_that_over_the_file_and_that_over_the_defaul
     """Each option by itself."""
     found = load("--port 10 --no-trace", "RESNET_PORT=20 RESNET_METRICS_PORT=21 RESNET_GRACE=2.5", file)
     assert (found.port, found.metrics_port, found.max_batch, found.max_queue) == (10, 21, 3, 1024)
-    assert (found.repository, found.watch, found.trace, found.precision) == (Path("models"), 4.0, False, "int8")
+    assert (found.repository, found.watch, found.trace, found.precision) == ("models", 4.0, False, "int8")
     assert (found.grace, found.prove) == (2.5, "64")
 
 
@@ -124,7 +124,7 @@ def test_what_is_printed_can_be_read_back(file: Path, tmp_path: Path) -> None:
     again = tmp_path / "again.toml"
     again.write_text(text)
     assert load(file=again) == found
-    assert found.repository == Path('a "\\ b\tc\x7fä')
+    assert found.repository == 'a "\\ b\tc\x7fä'
 
 
 def test_the_command_prints_its_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,13 +21,15 @@ from tests.acceptance.s3 import Fault, FaultyStorage, StorageRequest, start_stor
 from tests.remote import take_away, upload, write_complete
 
 URL = "memory://bucket/models"
+MIRROR = "serving.models.mirror"
 LATEST = version_policy.parse("latest")
 DiskUsage = namedtuple("DiskUsage", ["total", "used", "free"])
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An empty cache, and an empty storage in memory."""
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """An empty cache, an empty storage in memory, and a log of errors."""
+    caplog.set_level(logging.ERROR, MIRROR)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     yield
     MemoryFileSystem.store.clear()
@@ -180,7 +182,7 @@ def test_what_is_served_comes_first(versions: list[Path]) -> None:
 
 def test_an_empty_storage_takes_nothing_away(versions: list[Path], caplog: pytest.LogCaptureFixture) -> None:
     """As a folder that is empty; the log says so once, and when it is over."""
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, MIRROR)
     upload(versions[0], URL)
     mirror = Mirror(URL)
     refresh(mirror)
