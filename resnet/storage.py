@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from resnet import BadInput
 
@@ -70,21 +70,16 @@ class StorageFolder:
         Raises:
             BadInput: The scheme is unknown, its driver is not installed, or no bucket is named.
         """
-        if not url.partition("://")[2].strip("/"):
-            raise BadInput(f"{url} names no bucket; write it as s3://bucket/models")
         self.url = url.rstrip("/")
-        with self._explain("opened"):
-            from fsspec.core import url_to_fs  # of an extra
-
-            self._driver, self._root = url_to_fs(self.url, use_listings_cache=False)
+        self._driver, self._root = connect(url)
 
     def list_files(self) -> dict[str, StoredFile]:
         """Return all files by their names, but for those that would lie outside of a folder."""
-        with self._explain("read"):
+        with explaining(self.url, "read"):
             found = self._driver.find(self._root, detail=True)
         named = {path.removeprefix(self._root).lstrip("/"): info for path, info in found.items()}
         return {
-            name: StoredFile(info["size"] or 0, next((str(info[tag]) for tag in TAGS if info.get(tag)), ""))
+            name: StoredFile(info["size"] or 0, find_tag(info))
             for name, info in named.items()
             if not {"", ".", ".."} & set(name.split("/"))
         }
@@ -92,23 +87,23 @@ class StorageFolder:
     def read(self, names: Iterable[str]) -> dict[str, bytes]:
         """Return the content of small files, by name."""
         paths = {self._locate(name): name for name in names}
-        with self._explain("read"):
+        with explaining(self.url, "read"):
             contents = self._driver.cat(list(paths)) if paths else {}
         return {name: contents[path] for path, name in paths.items()}
 
     def download(self, targets: Mapping[str, Path]) -> None:
         """Write files to local ones, by name; their folders are made."""
-        with self._explain("read"):
+        with explaining(self.url, "read"):
             self._driver.get([self._locate(name) for name in targets], [str(path) for path in targets.values()])
 
     def upload(self, sources: Mapping[str, Path]) -> None:
         """Write local files, by name."""
-        with self._explain("written"):
+        with explaining(self.url, "written"):
             self._driver.put([str(path) for path in sources.values()], [self._locate(name) for name in sources])
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file."""
-        with self._explain("written"):
+        with explaining(self.url, "written"):
             self._driver.pipe_file(self._locate(name), content)
 
     def create(self, name: str, content: bytes) -> bool:
@@ -116,36 +111,53 @@ class StorageFolder:
 
         Of two that do so at once one succeeds, where the storage has conditional writes, as S3, Google's and Azure's.
         """
-        path = self._locate(name)
-        with self._explain("written"):
+        with explaining(self.url, "written"):
             try:
-                self._driver.pipe_file(path, content, mode="create")
+                self._driver.pipe_file(self._locate(name), content, mode="create")
             except FileExistsError:
                 return False
-            except (NotImplementedError, TypeError):
-                if self._driver.exists(path):
-                    return False
-                self._driver.pipe_file(path, content)
         return True
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files."""
         paths = [self._locate(name) for name in names]
-        with self._explain("written"):
+        with explaining(self.url, "written"):
             if paths:
                 self._driver.rm(paths)
 
     def _locate(self, name: str) -> str:
         return f"{self._root}/{name}"
 
-    @contextmanager
-    def _explain(self, deed: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # each driver has exceptions of its own
-            if isinstance(error, OSError) and (error.filename or error.errno in FULL):  # a local file
-                raise
-            raise BadInput(f"{self.url} cannot be {deed}: {_describe(error, self.url)}") from None
+
+def connect(url: str) -> tuple[Any, str]:
+    """Return the driver of a URL, a file system of fsspec, and the path in it; the storage is asked nothing yet.
+
+    Raises:
+        BadInput: The scheme is unknown, its driver is not installed, or no bucket is named.
+    """
+    if not url.partition("://")[2].strip("/"):
+        raise BadInput(f"{url} names no bucket; write it as s3://bucket/models")
+    with explaining(url, "opened"):
+        from fsspec.core import url_to_fs  # of an extra
+
+        driver, path = url_to_fs(url, use_listings_cache=False)
+    return driver, path
+
+
+def find_tag(entry: Mapping[str, Any]) -> str:
+    """Return what changes with the content of a file, of its entry in a listing."""
+    return next((str(entry[tag]) for tag in TAGS if entry.get(tag)), "")
+
+
+@contextmanager
+def explaining(url: str, deed: str) -> Iterator[None]:
+    """Have the errors of a driver, each of which has classes of its own, be `BadInput`; those of local files stay."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and (error.filename or error.errno in FULL):
+            raise
+        raise BadInput(f"{url} cannot be {deed}: {_describe(error, url)}") from None
 
 
 def _describe(error: Exception, url: str) -> str:
