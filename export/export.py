@@ -53,7 +53,8 @@ def export(
     budgets: Mapping[str, Budget] = BUDGETS,
     opset: int = OPSET,
     sign: Callable[[Path], None] | None = None,
-) -> Path:
+    publish: Callable[[Path, Callable[[int], None]], Path | str] = repository.publish,
+) -> Path | str:
     """Publish the next version of a model, in all formats of `FORMATS`.
 
     Args:
@@ -63,9 +64,10 @@ def export(
         budgets: Permitted difference from the original, by precision.
         opset: Operator set of the ONNX files.
         sign: Called with the folder of the version after its manifest is written; see `export.signature`.
+        publish: Publishes the staged folder, as `repository.publish`.
 
     Returns:
-        The folder of the new version.
+        The place of the new version, as `publish` returns it.
 
     Raises:
         BadInput: The target cannot be written, the name of the model is invalid, or int8 has no calibration images.
@@ -141,11 +143,11 @@ def export(
             if sign is not None:
                 sign(staged)
 
-        folder = repository.publish(staged, finish)
+        place = publish(staged, finish)
     if refusals:
         reasons = "; ".join(refusals.values())
-        raise VariantError(f"{folder} is published without {', '.join(refusals)}: {reasons}")
-    return folder
+        raise VariantError(f"{place} is published without {', '.join(refusals)}: {reasons}")
+    return place
 
 
 @contextlib.contextmanager

@@ -274,7 +274,7 @@ def publish(staged: Path, finish: Callable[[int], None]) -> Path:
         if not VERSION.fullmatch(str(version)):
             raise BadInput(f"{model / str(version - 1)} has the highest number that a version can have; rename it")
         finish(version)
-        _sync(staged)
+        sync(staged)
         try:
             staged.rename(model / str(version))
         except OSError:
@@ -347,7 +347,8 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
+    """Have a folder and all in it written to the disk, so that what is renamed to its place is whole after a crash."""
     for path in (*folder.rglob("*"), folder):
         _sync_entry(path)
 

@@ -45,19 +45,20 @@ def verify(folder: Path, trust: PublicKey | None = None, full: bool = False) -> 
             budget or differs from the certificate or the recorded answers.
     """
     recorded = manifest.read(folder) if trust is None else signature.read(folder, trust)
+    name = f"{recorded.model}/{recorded.version}"
     problems = list(inspection.find_problems(folder, recorded))
     if problems:
         raise CheckFailed("; ".join(problems))
     if trust is not None:
-        print(f"{folder} is signed by the trusted key")
-    print(f"the {len(recorded.files)} files of {folder} are unchanged")
+        print(f"{name} is signed by the trusted key")
+    print(f"the {len(recorded.files)} files of {name} are unchanged")
     parity.check(recorded.certificate)
     stored = reference.load(folder, recorded)
     _check_reference(folder, recorded.certificate, stored)
     if full:
         if trust is None:
             print(
-                f"warning: {folder} was not checked against a key (--trust), and --full runs the code of its models",
+                f"warning: {name} was not checked against a key (--trust), and --full runs the code of its models",
                 file=sys.stderr,
             )
         recomputed = _certify_all(folder, recorded, stored)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import logging
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from export import repository, signature
 from resnet import CheckFailed
+from resnet.storage import is_url
 from resnet.tokens import read_tokens
 from serving import logs, process, threads
 from serving.config import Config
 from serving.core import ServerCore
 from serving.errors import ServingError
 from serving.models import loader, version_policy
+from serving.models.mirror import Mirror
 from serving.models.model import Model
 from serving.models.registry import ModelRegistry
 from serving.models.watcher import Watcher
@@ -46,17 +50,17 @@ def serve(config: Config) -> None:
         BadInput: An option cannot be used; no model can be loaded; the port cannot be bound.
     """
     config = prepare(config)
-    with Signals() as signals, repository.opened(config.repository) as folder:
+    with Signals() as signals, open_repository(config.repository) as opened:
         access = read_access(config)
         auth.warn_if_open(config.host, access.tls, access.token)
         tracing = start_tracing(config)
         registry = ModelRegistry()
-        watcher = make_watcher(config, folder, registry, tracing)
+        watcher = make_watcher(config, opened, registry, tracing)
         wanted = parse_shadows(config.shadow or "")
         shadows, rollouts = make_rollouts(config, registry, watcher)
 
         def load_all() -> None:
-            watcher.start(config.strict)
+            load_models(config, watcher, opened.mirror)
             open_shadows(shadows, wanted, config.strict)
             rollouts.resume()
 
@@ -76,9 +80,9 @@ def serve(config: Config) -> None:
             transport=config.transport,
         )
         server.watch(threads.end_process if config.exit_when_stuck else log.critical)
-        serve_metrics(config, registry, server, shadows, rollouts)
+        serve_metrics(config, registry, server, shadows, rollouts, opened.mirror)
         logs.announce(f"serving on {server.address}")
-        wake = follow(watcher, config.watch)
+        wake = follow(watcher, config.watch, opened.mirror)
         while signals.wait() == signal.SIGHUP:
             wake.set()
         signals.restore_stop()
@@ -103,15 +107,18 @@ def open_core(config: Config, transport: str) -> tuple[ServerCore, ModelRegistry
     """
     config = prepare(config)
     tracing, registry = start_tracing(config), ModelRegistry()
-    watcher = make_watcher(config, registry, tracing)
-    watcher.start(config.strict)
+    stack = ExitStack()
+    atexit.register(stack.close)  # the models are served until the process ends
+    opened = stack.enter_context(open_repository(config.repository))
+    watcher = make_watcher(config, opened, registry, tracing)
+    load_models(config, watcher, opened.mirror)
     if not registry.serves_any():
         raise CheckFailed(f"{config.repository} holds no model that can be served; the log says why")
     tokens = Tokens(ANYWHERE, config.token_file, None)
     core = ServerCore(registry, config, tokens, transport, tracing=tracing)
     core.watch()
     core.open()
-    follow(watcher, config.watch)
+    follow(watcher, config.watch, opened.mirror)
     return core, registry
 
 
@@ -127,32 +134,72 @@ def prepare(config: Config) -> Config:
     return dataclasses.replace(config, max_images=min(config.max_images, config.max_queue))
 
 
-def make_watcher(config: Config, folder: Path, registry: ModelRegistry, tracing: Tracing | None) -> Watcher:
-    """Return what keeps the models as the folder of the repository has them.
+class OpenRepository(NamedTuple):
+    """The folder of a repository, and what keeps it like the storage where the repository is; None for a folder."""
+
+    folder: Path
+    mirror: Mirror | None
+
+
+@contextmanager
+def open_repository(place: str) -> Iterator[OpenRepository]:
+    """Yield the repository in a folder or at a URL, or one that holds nothing but the model in a folder.
+
+    Raises:
+        BadInput: The driver of a URL is missing, or a folder cannot be made.
+    """
+    if is_url(place):
+        mirror = Mirror(place)
+        yield OpenRepository(mirror.folder, mirror)
+    else:
+        with repository.opened(Path(place)) as folder:
+            yield OpenRepository(folder, None)
+
+
+def make_watcher(
+    config: Config, opened: OpenRepository, registry: ModelRegistry, tracing: Tracing | None
+) -> Watcher:
+    """Return what keeps the models as the folder of a repository has them.
 
     Raises:
         BadInput: An option of the models cannot be used.
     """
     load, policies = make_loader(config, tracing), version_policy.parse(config.versions)
-    return Watcher(folder, registry, load, policies)
+    return Watcher(opened.folder, registry, load, policies)
 
 
-def follow(watcher: Watcher, seconds: float) -> threading.Event:
+def load_models(config: Config, watcher: Watcher, mirror: Mirror | None) -> None:
+    """Load the models of a repository, once a mirror has fetched them.
+
+    Raises:
+        BadInput: The repository is missing, or the storage cannot be read and nothing is mirrored.
+        CheckFailed: With --strict, a version cannot be served.
+    """
+    if mirror:
+        mirror.start(version_policy.parse(config.versions), config.strict)
+    watcher.start(config.strict)
+
+
+def follow(watcher: Watcher, seconds: float, mirror: Mirror | None) -> threading.Event:
     """Scan the repository every `seconds` from now on, and whenever the returned event is set; 0 does the latter only.
 
     Raises:
         BadInput: The process may have no further thread.
     """
     wake = threading.Event()
-    threads.start_vital(lambda: _follow(watcher, wake, seconds), "watch")
+    threads.start_vital(lambda: _follow(watcher, wake, seconds, mirror), "watch")
     return wake
 
 
-def _follow(watcher: Watcher, wake: threading.Event, seconds: float) -> None:
+def _follow(watcher: Watcher, wake: threading.Event, seconds: float, mirror: Mirror | None = None) -> None:
+    pause = 0.0 if mirror else seconds or None  # a mirror has versions to fetch yet
     while True:
-        requested = wake.wait(seconds or None)
+        requested = wake.wait(pause)
+        pause = seconds or None
         wake.clear()  # before the scan: what is asked for meanwhile leads to another one
         try:
+            for _ in mirror.refresh(check=requested) if mirror else ():
+                watcher.scan()
             watcher.scan(retry=requested)
         except Exception:  # the next scan may succeed
             log.exception("the scan for new versions failed")
@@ -247,7 +294,12 @@ def open_shadows(shadows: Shadows, wanted: Mapping[str, ShadowSettings], strict:
 
 
 def serve_metrics(
-    config: Config, registry: ModelRegistry, server: Server, shadows: Shadows, rollouts: Rollouts
+    config: Config,
+    registry: ModelRegistry,
+    server: Server,
+    shadows: Shadows,
+    rollouts: Rollouts,
+    mirror: Mirror | None = None,
 ) -> None:
     """Serve Prometheus metrics, with --metrics-port."""
     if config.metrics_port is not None:
@@ -255,6 +307,6 @@ def serve_metrics(
 
         host = "127.0.0.1" if config.host.startswith("unix:") else config.host
         metrics = MetricsServer(
-            registry, host, config.metrics_port, server.transport, server.refusals, shadows, rollouts
+            registry, host, config.metrics_port, server.transport, server.refusals, shadows, rollouts, mirror
         )
         logs.announce(f"metrics on http://{metrics.address}/metrics")

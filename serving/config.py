@@ -195,8 +195,10 @@ class Origin(NamedTuple):
 class ServeOptions:
     """Options of `resnet serve` other than `Batching`, `Compute` and `Limits`."""
 
-    repository: Path = option(
-        MISSING, "model repository, written by `resnet export`, or a model of one", group="models"
+    repository: str = option(
+        MISSING,
+        "model repository, written by `resnet export`, or a model of one: a folder, or a URL as s3://bucket/models",
+        group="models",
     )
     versions: str = option(
         "latest",

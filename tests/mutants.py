@@ -44,6 +44,7 @@ TESTS = {
     "serving/scheduling/queue.py": ["tests/serving/scheduling"],
     "serving/models/registry.py": ["tests/serving/models"],
     "serving/models/version_policy.py": ["tests/serving/models"],
+    "serving/models/mirror.py": ["tests/serving/models/test_mirror.py"],
     "serving/models/watcher.py": ["tests/serving/models"],
     "serving/transports/auth.py": [
         "tests/serving/transports/test_auth.py",
@@ -57,6 +58,7 @@ TESTS = {
     "serving/client/channel.py": ["tests/serving/client"],
     "export/parity.py": ["--quick", "tests/export/test_parity.py", "tests/export/test_verification.py"],
     "export/certificate.py": ["--quick", "tests/export/test_certificate.py", "tests/export/test_parity.py"],
+    "export/remote.py": ["--quick", "tests/export/test_remote.py"],
     "export/manifest.py": ["--quick", "tests/export/test_manifest.py", "tests/export/test_files.py"],
     "export/inspection.py": ["--quick", "tests/export/test_inspection.py", "tests/serving/models/test_scan.py"],
     "export/graph.py": ["--quick", "tests/export/test_inspection.py"],

@@ -27,6 +27,7 @@ from PIL import Image
 from benchmarks.harness.process import ServerProcess
 from resnet import cli
 from tests.acceptance.certificates import issue
+from tests.acceptance.s3 import start_storage
 from tests.serving.models.test_watcher import add
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +67,10 @@ class Reader:
         else:
             for command in COMMAND.findall(block):
                 self._run(self._replace(command))
+
+    def open_storage(self) -> None:
+        """Start what s3://bucket is."""
+        self._stack.enter_context(start_storage())
 
     def close(self) -> None:
         """Stop the servers."""
@@ -218,6 +223,8 @@ def list_commands(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.stem)
 def test_every_command_runs(page: Path, reader: Reader) -> None:
     """In the order of the page."""
+    if page.stem == "storage":
+        reader.open_storage()
     if page.stem == "serving":
         add(reader.folder / "models", 2)  # which the page rolls out
     for language, block in list_blocks(page):

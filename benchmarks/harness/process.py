@@ -121,12 +121,12 @@ class ServerProcess:
 
 
 def serve(
-    repository: Path, *options: str, prefix: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    repository: Path | str, *options: str, prefix: Sequence[str] = (), environment: Mapping[str, str] | None = None
 ) -> ServerProcess:
     """Start `resnet serve` on a free port, with all that the repository holds.
 
     Args:
-        repository: The model repository.
+        repository: The model repository, a folder or a URL.
         options: Options of `resnet serve`; another --port overrides the free one.
         prefix: Command that runs the server, as `taskset -c 0`.
         environment: Variables to set beside those of this process.

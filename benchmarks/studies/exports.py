@@ -106,7 +106,7 @@ def measure(name: str) -> dict[str, Any]:
             preprocess=APPLICATIONS.get(name),
         )
         started = time.perf_counter()
-        exported = manifest.read(export(loaded, folder / "models" / name))
+        exported = manifest.read(Path(export(loaded, folder / "models" / name)))
         seconds = time.perf_counter() - started
     rows = [row for variant in exported.certificate.variants for row in variant.rows]
     return {

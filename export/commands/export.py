@@ -4,6 +4,7 @@ Examples:
   resnet export runs/digits --to models/digits
   resnet export runs/digits --to models/digits --precision fp32,fp16,int8
   resnet export mine.keras --data path/to/images --to models/mine
+  resnet export runs/digits --to s3://bucket/models/digits
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from pathlib import Path
 from export.certificate import EvidenceRule
 from export.formats import NEWEST_OPSET, OLDEST_OPSET, OPSET
 from export.preprocessing import PREPROCESSING
+from resnet import BadInput
 from resnet.options import add_options, check, option, read
+from resnet.storage import find_name, is_url
 from training.backend import start_tensorflow
 from training.images import RESIZES, Resize
 
@@ -26,7 +29,12 @@ class ExportOptions:
     """The options of `resnet export`."""
 
     source: Path = option(MISSING, "run folder, or .keras or .h5 file of a model", metavar="RUN|FILE")
-    to: Path = option(MISSING, "model to publish the version of", metavar="REPOSITORY/NAME", required=True)
+    to: str = option(
+        MISSING,
+        "model to publish the version of, in a folder or at a URL as s3://bucket/models/digits",
+        metavar="REPOSITORY/NAME",
+        required=True,
+    )
     precision: tuple[str, ...] = option(
         ("fp32",), "precisions to export; fp32 is always included", choices=("fp32", "fp16", "int8"), metavar="P,..."
     )
@@ -62,6 +70,8 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         check(self)
+        if is_url(self.to) and not find_name(self.to):
+            raise BadInput(f"--to {self.to} is a bucket; name a model in it, as s3://bucket/models/digits")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
         sign = partial(signature.sign, key=signature.load_private(options.sign))
 
     start_tensorflow(required=True)  # both formats are made by it
-    from export import source
+    from export import remote, source
     from export.certificate import Budget
     from export.export import BUDGETS, export
 
@@ -97,4 +107,6 @@ def run(args: argparse.Namespace) -> None:
         name: Budget(accuracy_drop=points / 100, evidence=options.evidence) for name, points in drops.items()
     }
     precisions = [name for name in dict.fromkeys(options.precision) if name != "fp32"]
-    print(f"published {export(loaded, options.to, precisions, budgets, options.opset, sign)}")
+    with remote.check_out(options.to) as model:
+        place = export(loaded, model.folder, precisions, budgets, options.opset, sign, model.publish)
+    print(f"published {place}")

@@ -6,6 +6,7 @@ Examples:
   resnet models label models/digits stable 2        (`resnet models label models/digits stable` removes the label)
   resnet models verify models
   resnet models prune models --keep 2
+  resnet models list s3://bucket/models
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from export import attestation, manifest, parity, repository
+from export import attestation, manifest, parity, remote, repository
 from resnet import BadInput, CheckFailed
 from resnet.options import COUNT
 from training.backend import start_tensorflow
@@ -36,9 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     for verb, meaning in VERBS.items():
         action = verbs.add_parser(verb, help=meaning, description=meaning)
         if verb == "label":
-            action.add_argument(
-                "folder", type=Path, metavar="REPOSITORY[/NAME]", help="model, or a repository with a single model"
-            )
+            action.add_argument("place", metavar="REPOSITORY[/NAME]", help="model, or a repository with a single model")
             action.add_argument("label", metavar="LABEL", help="label, such as stable or canary")
             action.add_argument(
                 "number",
@@ -48,9 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
                 help="version to label (default: remove the label)",
             )
         elif verb == "show":
-            action.add_argument(
-                "folder", type=Path, metavar="REPOSITORY[/NAME]", help="model, or a repository with a single model"
-            )
+            action.add_argument("place", metavar="REPOSITORY[/NAME]", help="model, or a repository with a single model")
             action.add_argument("--version", type=COUNT, metavar="N", help="version to show (default: the latest)")
         elif verb == "schema":
             action.add_argument(
@@ -59,9 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
                 help="print that of the predicate of parity-certificate.intoto.json",
             )
         else:
-            action.add_argument(
-                "folder", type=Path, metavar="REPOSITORY[/NAME]", help="repository, or one of its models"
-            )
+            action.add_argument("place", metavar="REPOSITORY[/NAME]", help="repository, or one of its models")
         if verb == "verify":
             action.add_argument(
                 "--full",
@@ -80,8 +75,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run one verb."""
-    actions = {"list": _list, "show": _show, "label": _label, "schema": _schema, "verify": _verify, "prune": _prune}
-    actions[args.verb](args)
+    if args.verb == "schema":
+        _print_schema(args.certificate)
+        return
+    actions = {"list": _list, "show": _show, "label": _label, "verify": _verify, "prune": _prune}
+    with remote.check_out(args.place) as args.checkout:
+        actions[args.verb](args)
 
 
 def _list_models(folder: Path) -> list[Path]:
@@ -99,7 +98,7 @@ def _find_model(folder: Path) -> Path:
 
 def _list(args: argparse.Namespace) -> None:
     print(f"{'model':<24} {'input':<14} {'classes':>7}  {'accuracy':>8}  {'precision':<16}  created")
-    for model in _list_models(args.folder):
+    for model in _list_models(args.checkout.folder):
         try:
             numbers, model_labels = repository.versions(model), repository.labels(model)
         except OSError as error:
@@ -110,7 +109,7 @@ def _list(args: argparse.Namespace) -> None:
             try:
                 version = manifest.read(model / str(number))
             except BadInput as error:
-                print(f"{name:<24} {error}")
+                print(f"{name:<24} {args.checkout.explain(error)}")
                 continue
             size = "x".join(str(side) for side in version.input.shape[1:])
             precisions = ", ".join(dict.fromkeys(variant.precision for variant in version.certificate.variants))
@@ -122,7 +121,7 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _show(args: argparse.Namespace) -> None:
-    folder = repository.version(_find_model(args.folder), args.version)
+    folder = repository.version(_find_model(args.checkout.folder), args.version)
     version = manifest.read(folder)
     size = sum((folder / name).stat().st_size for name in version.files)
     cost = version.cost
@@ -140,7 +139,7 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _label(args: argparse.Namespace) -> None:
-    model = _find_model(args.folder)
+    model = _find_model(args.checkout.folder)
     if args.number is None:
         repository.unlabel(model, args.label)
         print(f"removed the label {args.label} from {model.name}")
@@ -149,8 +148,8 @@ def _label(args: argparse.Namespace) -> None:
         print(f"{model.name}/{args.number} is {args.label}")
 
 
-def _schema(args: argparse.Namespace) -> None:
-    schema = attestation.schema() if args.certificate else msgspec.json.schema(manifest.Manifest)
+def _print_schema(certificate: bool) -> None:
+    schema = attestation.schema() if certificate else msgspec.json.schema(manifest.Manifest)
     print(msgspec.json.format(msgspec.json.encode(schema), indent=2).decode())
 
 
@@ -160,7 +159,7 @@ def _verify(args: argparse.Namespace) -> None:
     from export.verification import verify
 
     failed = []
-    for model in _list_models(args.folder):
+    for model in _list_models(args.checkout.folder):
         try:
             numbers = repository.versions(model)
         except OSError as error:
@@ -170,11 +169,12 @@ def _verify(args: argparse.Namespace) -> None:
         for number in numbers:
             name = f"{model.name}/{number}"
             try:
+                args.checkout.complete(model / str(number))
                 verify(model / str(number), full=args.full)
                 print(f"{name} is verified")
             except (BadInput, CheckFailed) as error:
                 failed.append(name)
-                print(f"{name} is not verified: {error}")
+                print(f"{name} is not verified: {args.checkout.explain(error)}")
     if failed:
         raise CheckFailed(f"not verified: {', '.join(failed)}; the reasons are above")
 
@@ -182,6 +182,6 @@ def _verify(args: argparse.Namespace) -> None:
 def _prune(args: argparse.Namespace) -> None:
     if args.keep < 1:
         raise BadInput(f"--keep must be at least 1, not {args.keep}")
-    for model in _list_models(args.folder):
+    for model in _list_models(args.checkout.folder):
         for path in repository.prune(model, args.keep):
-            print(f"removed {path}")
+            print(f"removed {model.name}/{path.name}")

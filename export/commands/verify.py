@@ -23,7 +23,9 @@ from training.backend import start_tensorflow
 class VerifyOptions:
     """The options of `resnet verify`."""
 
-    model: Path = option(MISSING, "model to verify", metavar="REPOSITORY/NAME")
+    model: str = option(
+        MISSING, "model to verify, in a folder or at a URL as s3://bucket/models/digits", metavar="REPOSITORY/NAME"
+    )
     version: int | None = option(None, "version to verify (default: the latest)", low=1)
     trust: Path | None = option(None, "also require a signature that matches this public key in PEM", metavar="FILE")
     full: bool = option(False, "compare every format with the Keras original, which runs the code of both")
@@ -43,10 +45,12 @@ def run(args: argparse.Namespace) -> None:
 
     if options.full:
         start_tensorflow(required=True)
-    from export import repository, signature
+    from export import remote, repository, signature
     from export.verification import verify
 
-    folder = repository.version(options.model, options.version)
     key = signature.load_public(options.trust) if options.trust else None
-    manifest = verify(folder, key, options.full)
+    with remote.check_out(options.model) as model:
+        folder = repository.version(model.folder, options.version)
+        model.complete(folder)
+        manifest = verify(folder, key, options.full)
     print(f"{manifest.model}/{manifest.version} is verified")

@@ -24,6 +24,7 @@
 | resnet_rollout_percent       | share of the requests that the version of a running rollout answers        |
 | resnet_rollout_agreement     | `bound` (low, high) of the share of images with the stable version's class |
 | resnet_rollout_info          | 1 for the running or last rollout, with `stable`, `state`, `reason`        |
+| resnet_mirror_age_seconds    | seconds since object storage was last read, if the models are from there   |
 | resnet_build_info            | 1, with `version`, `onnxruntime` and `transport` in place of the labels    |
 """
 
@@ -51,6 +52,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from resnet import BadInput
+from serving.models.mirror import Mirror
 from serving.models.registry import ModelRegistry
 from serving.models.statistics import BOUNDS_NS, Counts, Duration
 from serving.observability.comparisons import ComparisonsCollector
@@ -80,6 +82,7 @@ class MetricsServer:
         refusals: Mapping[str, int] = MappingProxyType({}),
         shadows: Shadows | None = None,
         rollouts: Rollouts | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
         """Listen on a port.
 
@@ -91,12 +94,13 @@ class MetricsServer:
             refusals: Number of calls that the server refused, by the name of their status.
             shadows: The shadows of the server, if it has any.
             rollouts: Its rollouts, likewise.
+            mirror: The mirror of its models, if they are in object storage.
 
         Raises:
             BadInput: The server cannot listen on that port.
         """
         registry = CollectorRegistry()
-        registry.register(_ModelsCollector(models, transport, refusals))
+        registry.register(_ModelsCollector(models, transport, refusals, mirror))
         if shadows and rollouts:
             registry.register(ComparisonsCollector(models, shadows, rollouts))
         self._respond = make_wsgi_app(registry)
@@ -168,8 +172,10 @@ class MetricsServer:
 
 
 class _ModelsCollector(Collector):
-    def __init__(self, models: ModelRegistry, transport: str, refusals: Mapping[str, int]) -> None:
-        self._models, self._transport, self._refusals = models, transport, refusals
+    def __init__(
+        self, models: ModelRegistry, transport: str, refusals: Mapping[str, int], mirror: Mirror | None
+    ) -> None:
+        self._models, self._transport, self._refusals, self._mirror = models, transport, refusals, mirror
 
     def collect(self) -> Iterable[Metric]:
         requests = CounterMetricFamily("resnet_requests", "Requests by gRPC status", labels=(*LABELS, "code"))
@@ -225,6 +231,9 @@ class _ModelsCollector(Collector):
                 refused.add_metric([name, str(number)], 1)
             if served.versions:
                 default.add_metric([name, str(served.default)], 1)
+        age = GaugeMetricFamily("resnet_mirror_age_seconds", "Time since object storage was last read")
+        if self._mirror:
+            age.add_metric([], self._mirror.age)
         build = GaugeMetricFamily(
             "resnet_build_info", "Build of this server", labels=("version", "onnxruntime", "transport")
         )
@@ -247,6 +256,7 @@ class _ModelsCollector(Collector):
             info,
             refused,
             default,
+            age,
             build,
         )
 

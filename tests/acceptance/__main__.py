@@ -68,6 +68,7 @@ CHECKS = (
     AcceptanceCheck("alarms", (), {"rollouts": 1000}),
     AcceptanceCheck("churn", MODELS, {"seconds": 60}),
     AcceptanceCheck("scarcity", MODELS, {"steps": 5}, TRANSPORTS),
+    AcceptanceCheck("storage", MODELS, {"versions": 20}),
     AcceptanceCheck("places", (*MODELS, "--run={run}")),
     AcceptanceCheck("image", MODELS),
     AcceptanceCheck("ray_serve", MODELS, {"seconds": 5}),

@@ -46,11 +46,11 @@ class ModelUnderTest:
         """Name of the model."""
         return self.manifest.model
 
-    def classify(self, images: int = 1, top_k: int = 0) -> ValidRequest:
-        """Return a request of pixels to our own protocol."""
+    def classify(self, images: int = 1, top_k: int = 0, name: str = "") -> ValidRequest:
+        """Return a request of pixels to our own protocol; to this model, or one of another `name`."""
         pixels = self.pixels[:images]
         tensor = pb.Tensor(data_type=pb.DATA_TYPE_UINT8, shape=pixels.shape, data=pixels.tobytes())
-        message = pb.ClassifyRequest(model=self.name, tensor=tensor, top_k=top_k or len(self.manifest.labels))
+        message = pb.ClassifyRequest(model=name or self.name, tensor=tensor, top_k=top_k or len(self.manifest.labels))
         return ValidRequest(CLASSIFY, message.SerializeToString())
 
     def classify_file(self, kind: str = "JPEG", size: int = 256) -> ValidRequest:

@@ -283,11 +283,8 @@ def test_two_exports_at_once_get_two_versions(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["1", "2"]
 
 
-def test_a_number_that_another_export_takes_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_number_that_another_export_takes_leaves_nothing_behind(tmp_path: Path) -> None:
     """All that names the version is written again: hashes, attestations and manifest are those of the next number."""
-    publish = repository.publish
 
     def publish_late(staged: Path, finish: Callable[[int], None]) -> Path:
         def finish_late(version: int) -> None:
@@ -295,10 +292,9 @@ def test_a_number_that_another_export_takes_leaves_nothing_behind(
             if version == 1:
                 (staged.parent / "1" / "variables").mkdir(parents=True)
 
-        return publish(staged, finish_late)
+        return repository.publish(staged, finish_late)
 
-    monkeypatch.setattr(repository, "publish", publish_late)
-    version = export(make_source(classifier()), tmp_path / "models" / "colors")
+    version = export(make_source(classifier()), tmp_path / "models" / "colors", publish=publish_late)
     assert version.name == "2"
     recorded = manifest.read(version)
     assert not list(inspection.find_problems(version, recorded))

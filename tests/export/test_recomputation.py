@@ -99,7 +99,8 @@ def test_what_was_verified_is_told_and_returned(version: Path, capsys: pytest.Ca
     """The signature, the files, the recorded certificate, and what was not compared, in this order."""
     recorded = verify(version)
     assert recorded == manifest.read(version)
-    unchanged = f"the 5 files of {version} are unchanged"
+    name = f"{version.parent.name}/{version.name}"
+    unchanged = f"the 5 files of {name} are unchanged"
     lines = [line for line in capsys.readouterr().out.splitlines() if "━" not in line]  # the progress
     run = [variant for variant in recorded.certificate.variants if variant.name == "onnx"]
     certificate = msgspec.structs.replace(recorded.certificate, variants=run)
@@ -108,7 +109,7 @@ def test_what_was_verified_is_told_and_returned(version: Path, capsys: pytest.Ca
     signature.sign(version, key)
     assert verify(version, key.public_key()) == recorded
     printed = capsys.readouterr()
-    assert printed.out.splitlines()[:2] == [f"{version} is signed by the trusted key", unchanged]
+    assert printed.out.splitlines()[:2] == [f"{name} is signed by the trusted key", unchanged]
     assert "--trust" not in printed.err
 
 
@@ -336,7 +337,8 @@ def test_full_runs_every_format_from_a_copy_of_what_was_hashed(
     assert loader.seen == [files] * 3  # the original and two formats
     assert not any(folder.exists() or folder == version for folder in loader.folders)
     printed = capsys.readouterr()
-    assert f"warning: {version} was not checked against a key (--trust), and --full runs the code" in printed.err
+    name = f"{version.parent.name}/{version.name}"
+    assert f"warning: {name} was not checked against a key (--trust), and --full runs the code" in printed.err
     assert NOTE not in printed.out
     assert printed.out.endswith("  saved_model  fp32, allowed a difference of 1e-05 and 0.01 of logits\n")
 

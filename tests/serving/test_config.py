@@ -42,7 +42,7 @@ def test_a_flag_wins_over_a_variable_that_over_the_file_and_that_over_the_defaul
     """Each option by itself."""
     found = load("--port 10 --no-trace", "RESNET_PORT=20 RESNET_METRICS_PORT=21 RESNET_GRACE=2.5", file)
     assert (found.port, found.metrics_port, found.max_batch, found.max_queue) == (10, 21, 3, 1024)
-    assert (found.repository, found.watch, found.trace, found.precision) == (Path("models"), 4.0, False, "int8")
+    assert (found.repository, found.watch, found.trace, found.precision) == ("models", 4.0, False, "int8")
     assert (found.grace, found.prove) == (2.5, "64")
 
 
@@ -73,7 +73,7 @@ def test_the_file_may_be_named_by_the_environment(file: Path) -> None:
 
 def test_an_empty_variable_is_none() -> None:
     """A compose file passes what its own environment lacks as an empty text."""
-    assert load("models", "RESNET_TLS_CERT= RESNET_PORT=") == Config(repository=Path("models"))
+    assert load("models", "RESNET_TLS_CERT= RESNET_PORT=") == Config(repository="models")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_what_cannot_be_used_is_named_as_the_user_wrote_it(
 def test_a_config_is_checked_by_itself_too() -> None:
     """Its options are then called by their flags."""
     with pytest.raises(BadInput, match="--max-queue must be at least 1"):
-        Config(repository=Path("models"), max_queue=0)
+        Config(repository="models", max_queue=0)
 
 
 def test_what_is_printed_can_be_read_back(file: Path, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_what_is_printed_can_be_read_back(file: Path, tmp_path: Path) -> None:
     again = tmp_path / "again.toml"
     again.write_text(text)
     assert load(file=again) == found
-    assert found.repository == Path('a "\\ b\tc\x7fä')
+    assert found.repository == 'a "\\ b\tc\x7fä'
 
 
 def test_the_command_prints_its_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,7 +160,7 @@ def test_the_command_prints_its_options(monkeypatch: pytest.MonkeyPatch, capsys:
 def test_a_config_cannot_be_changed() -> None:
     """What was checked stays so."""
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Config(repository=Path("m")).port = 1  # type: ignore[misc]
+        Config(repository="m").port = 1  # type: ignore[misc]
 
 
 def test_the_help_sorts_options_under_headings() -> None:

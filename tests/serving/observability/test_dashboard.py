@@ -17,6 +17,7 @@ import pytest
 from serving.client import Client
 from serving.config import Compute, Limits
 from serving.models import loader, registry
+from serving.models.mirror import Mirror
 from serving.models.watcher import Watcher
 from serving.observability.metrics import MetricsServer
 from serving.rollouts.record import RolloutSettings
@@ -60,6 +61,7 @@ def page(tmp_path: Path) -> Iterator[str]:
             refusals={"RESOURCE_EXHAUSTED": 1},
             shadows=shadows,
             rollouts=rollouts,
+            mirror=Mirror("memory://bucket/models"),
         ) as metrics,
         urlopen(f"http://{metrics.address}/metrics") as answer,
     ):

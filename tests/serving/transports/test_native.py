@@ -189,7 +189,7 @@ def test_a_host_that_cannot_be_listened_on_is_named(loaded: registry.ModelRegist
 def test_it_has_no_tls() -> None:
     """Which is refused, rather than left out unseen."""
     with pytest.raises(BadInput, match="--tls-cert needs --transport grpcio"):
-        config.Config(repository=Path("models"), transport="native", tls_cert=Path("a"), tls_key=Path("b"))
+        config.Config(repository="models", transport="native", tls_cert=Path("a"), tls_key=Path("b"))
 
 
 def test_a_folder_without_room_for_a_socket_is_named(
