@@ -156,9 +156,7 @@ def open_repository(place: str) -> Iterator[OpenRepository]:
             yield OpenRepository(folder, None)
 
 
-def make_watcher(
-    config: Config, opened: OpenRepository, registry: ModelRegistry, tracing: Tracing | None
-) -> Watcher:
+def make_watcher(config: Config, opened: OpenRepository, registry: ModelRegistry, tracing: Tracing | None) -> Watcher:
     """Return what keeps the models as the folder of a repository has them.
 
     Raises:

@@ -83,6 +83,7 @@ def test_the_numbers_are_found() -> None:
         "tune",
         "rollout",
         "classify",
+        "predict",
         "load",
         "bench",
         "demo",
