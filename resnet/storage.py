@@ -154,6 +154,8 @@ def explaining(url: str, deed: str) -> Iterator[None]:
     """Have the errors of a driver, each of which has classes of its own, be `BadInput`; those of local files stay."""
     try:
         yield
+    except (BadInput, MemoryError):
+        raise
     except Exception as error:
         if isinstance(error, OSError) and (error.filename or error.errno in FULL):
             raise

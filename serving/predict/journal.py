@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 import msgspec
 
 from resnet import BadInput
+from resnet.storage import is_url
 from serving.predict import places
 from serving.predict.formats import OutputFormat
 
@@ -66,7 +67,7 @@ class Journal:
         """
         if places.exists(to):
             raise BadInput(f"--to {to} exists; remove it, or name another file")
-        self._to, self._remote = to, places.is_remote(to)
+        self._to, self._remote = to, is_url(to)
         target = Path(PurePosixPath(to).name) if self._remote else Path(to)
         self.folder = target.with_name(target.name + SUFFIX)
         with _explain(self.folder):

@@ -6,17 +6,16 @@ import glob
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
-from resnet import BadInput
+from resnet import BadInput, storage
 from resnet.files import open_regular
+from resnet.storage import connect, find_tag, is_url
 
 FileContent = bytes | Exception
 """What a file holds, or why it cannot be read."""
-
-TAGS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created")  # of which file systems have one or another
 
 
 class DataFile(NamedTuple):
@@ -27,14 +26,9 @@ class DataFile(NamedTuple):
     tag: str
 
 
-def is_remote(place: str) -> bool:
-    """Return whether a place is a URL."""
-    return "://" in place
-
-
 def find_scheme(place: str) -> str:
     """Return the scheme of a URL; empty for a path."""
-    return place.partition("://")[0] if is_remote(place) else ""
+    return place.partition("://")[0] if is_url(place) else ""
 
 
 def find(place: str) -> Iterator[DataFile]:
@@ -43,21 +37,20 @@ def find(place: str) -> Iterator[DataFile]:
     Raises:
         BadInput: There is nothing, or it cannot be read.
     """
-    if not is_remote(place):
+    if not is_url(place):
         is_glob = glob.has_magic(place) and not os.path.lexists(place)  # a file may have such a name
         for name in sorted(glob.glob(place, recursive=True)) if is_glob else [place]:  # noqa: PTH207  # of any root
             yield from _walk(Path(name))
         return
     with explaining(place):
-        system, path = _connect(place)
+        system, path = connect(place)
         found = system.glob(path, detail=True) if glob.has_magic(path) else {path: system.info(path)}
         for name, info in sorted(found.items()):
             entries = system.find(name, detail=True) if info["type"] == "directory" else {name: info}
             inside = len(name.rstrip("/"))
             for inner, entry in sorted(entries.items()):
                 if "/." not in inner[inside:]:
-                    tag = next((str(entry[key]) for key in TAGS if key in entry), "")
-                    yield DataFile(system.unstrip_protocol(inner), int(entry["size"] or 0), tag)
+                    yield DataFile(system.unstrip_protocol(inner), int(entry["size"] or 0), find_tag(entry))
 
 
 def _walk(path: Path) -> Iterator[DataFile]:
@@ -80,8 +73,8 @@ def open_place(place: str) -> Iterator[BinaryIO]:
         BadInput: It cannot be opened, or read within the context.
     """
     with explaining(place):
-        if is_remote(place):
-            system, path = _connect(place)
+        if is_url(place):
+            system, path = connect(place)
             with system.open(path, "rb") as file:
                 yield file
         else:
@@ -95,7 +88,7 @@ def read_all(places: Sequence[str]) -> list[FileContent]:
     Raises:
         BadInput: One cannot be read now, other than one that is no longer there.
     """
-    system, _ = _connect(places[0])
+    system, _ = connect(places[0])
     paths = [system._strip_protocol(place) for place in places]
     found = system.cat(paths, on_error="return")
     for place, path in zip(places, paths, strict=True):
@@ -112,7 +105,7 @@ def upload(path: Path, place: str) -> None:
         BadInput: It cannot be written.
     """
     with explaining(place, "written"):
-        system, target = _connect(place)
+        system, target = connect(place)
         system.put_file(str(path), target)
 
 
@@ -122,48 +115,20 @@ def exists(place: str) -> bool:
     Raises:
         BadInput: That cannot be found out.
     """
-    if not is_remote(place):
+    if not is_url(place):
         return os.path.lexists(place)
     with explaining(place, "written"):
-        system, path = _connect(place)
+        system, path = connect(place)
         return bool(system.exists(path))
 
 
 @contextmanager
-def explaining(place: str, verb: str = "read") -> Iterator[None]:
-    """Convert the errors of file systems, whose libraries have classes of their own, to `BadInput`."""
+def explaining(place: str, deed: str = "read") -> Iterator[None]:
+    """Convert the errors of file systems to `BadInput`."""
     try:
-        yield
-    except (BadInput, MemoryError, GeneratorExit):
-        raise
+        with storage.explaining(place, deed) if is_url(place) else nullcontext():
+            yield
     except FileNotFoundError:
         raise BadInput(f"{place} does not exist") from None
     except OSError as error:
-        raise BadInput(f"{place} cannot be {verb} ({error.strerror or error})") from None
-    except Exception as error:
-        if not is_remote(place):
-            raise
-        raise BadInput(f"{place} cannot be {verb} ({str(error).strip() or type(error).__name__})") from None
-
-
-def _connect(url: str) -> tuple[Any, str]:
-    """Return the file system of a URL, and the path in it.
-
-    Raises:
-        BadInput: No installed package knows the scheme.
-    """
-    try:
-        from fsspec.core import url_to_fs
-    except ModuleNotFoundError:
-        raise BadInput(
-            f"{url} needs fsspec; install resnet with its extra 'storage' (pip install 'resnet[storage]')"
-        ) from None
-    try:
-        system, path = url_to_fs(url)
-    except ImportError as error:
-        raise BadInput(f"{url} cannot be opened: {str(error).rstrip('.')}") from None
-    except ValueError:
-        raise BadInput(
-            f"{url} has the unknown scheme {find_scheme(url)!r}; fsspec knows s3, gs, az, hf, https and more"
-        ) from None
-    return system, path
+        raise BadInput(f"{place} cannot be {deed} ({error.strerror or error})") from None

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 import numpy as np
 
 from resnet import BadInput
+from resnet.storage import is_url
 from serving.predict import places
 from serving.predict.places import DataFile
 from serving.runtimes.base import Images
@@ -127,7 +128,7 @@ class ImageFiles:
 
     def read(self, step: int) -> Iterator[ImageChunk]:
         """Yield them; those on this machine are left to be read by whoever decodes them."""
-        remote = places.is_remote(self.paths[0])
+        remote = is_url(self.paths[0])
         width = -(-READ_AT_ONCE // step) * step  # a multiple of it
         for start in range(0, len(self.paths), width):
             paths = self.paths[start : start + width]
@@ -174,7 +175,7 @@ def _is_image(member: tarfile.TarInfo) -> bool:
 
 def _cut_tar(file: DataFile) -> Iterator[TarMembers]:
     """Yield the shards of an archive: one if it is compressed or would have to be fetched to be cut."""
-    if places.is_remote(file.place) or not file.place.lower().endswith(".tar"):
+    if is_url(file.place) or not file.place.lower().endswith(".tar"):
         yield TarMembers(file.place, 0, file.size, None)
         return
     start = images = 0

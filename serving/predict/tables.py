@@ -12,6 +12,7 @@ import pyarrow as pa
 from pyarrow.parquet import ParquetFile
 
 from resnet import BadInput
+from resnet.storage import is_url
 from serving.predict import places
 from serving.predict.sources import ImageChunk, ImageShape
 
@@ -48,7 +49,7 @@ class TableRows:
             try:
                 yield from self._read(table, step)
             except (pa.ArrowException, OSError) as error:  # Arrow has both for damage
-                if isinstance(error, OSError) and places.is_remote(self.place):
+                if isinstance(error, OSError) and is_url(self.place):
                     raise  # it may be read later
                 yield ImageChunk([self.place], [error])
 
