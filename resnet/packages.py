@@ -11,3 +11,6 @@ def find_version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+VERSION = find_version("resnet") or "unknown"  # of a source tree that is not installed

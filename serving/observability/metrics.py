@@ -36,7 +36,6 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from http.client import parse_headers
-from importlib.metadata import version
 from threading import Thread
 from types import MappingProxyType
 from typing import Self
@@ -52,6 +51,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from resnet import BadInput
+from resnet.packages import VERSION
 from serving.models.mirror import Mirror
 from serving.models.registry import ModelRegistry
 from serving.models.statistics import BOUNDS_NS, Counts, Duration
@@ -237,7 +237,7 @@ class _ModelsCollector(Collector):
         build = GaugeMetricFamily(
             "resnet_build_info", "Build of this server", labels=("version", "onnxruntime", "transport")
         )
-        build.add_metric([version("resnet"), onnxruntime.__version__, self._transport], 1)
+        build.add_metric([VERSION, onnxruntime.__version__, self._transport], 1)
         return (
             requests,
             calls,

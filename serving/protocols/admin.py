@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import TypeVar
 
 from protos import admin_pb2 as pb
 from resnet import BadInput
+from resnet.packages import VERSION
 from serving.errors import FailedPrecondition, InvalidRequest, Unsupported
 from serving.models.model import Model
 from serving.models.registry import ServedVersions
@@ -52,7 +52,7 @@ class Admin:
         names = [self._models.find(request.model).name] if request.model else self._models.names()
         counts = self._models.counts()
         return pb.GetStatusResponse(
-            version=version("resnet"),
+            version=VERSION,
             transport=self._transport,
             uptime_seconds=time.monotonic() - self._started,
             ready=self._server.ready and self._models.serves_any(),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
+from typing import cast
 
+from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2 as pb
 
 from serving.errors import NotFound, Unavailable
@@ -50,6 +52,11 @@ class Health:
         if status == pb.HealthCheckResponse.SERVICE_UNKNOWN:
             raise NotFound(f"there is no service or model {request.service!r}")
         return pb.HealthCheckResponse(status=status)
+
+    def List(self, _: object) -> Message:
+        """Return the status of every name. grpcio-health-checking 1.81 lacks this method, 1.85 has it."""
+        status = {name: pb.HealthCheckResponse(status=self._find(name)) for name in self._serving}
+        return cast(Message, pb.HealthListResponse(statuses=status))  # type: ignore[attr-defined, unused-ignore]
 
     def watch(self, call: Call, requests: Iterator[bytes]) -> Iterator[bytes]:
         """Yield the status of a name, now and at each change, until the server ends."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
 from google.protobuf import json_format, text_format
 
 from export import triton
 from protos import POOL
 from protos import inference_pb2 as pb
+from resnet.packages import VERSION
 from serving.errors import InvalidRequest, NotFound, Unavailable, Unsupported
 from serving.models.model import Model
 from serving.models.registry import ModelRegistry
@@ -57,7 +56,7 @@ class KServeControl:
     def ServerMetadata(self, _: pb.ServerMetadataRequest) -> pb.ServerMetadataResponse:
         """Return the name of the server, its version and its extensions."""
         extensions = (*EXTENSIONS, f"transport:{self._transport}")
-        return pb.ServerMetadataResponse(name="resnet", version=version("resnet"), extensions=extensions)
+        return pb.ServerMetadataResponse(name="resnet", version=VERSION, extensions=extensions)
 
     def ModelMetadata(self, request: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:
         """Describe the input and output of a model, and its certificate."""

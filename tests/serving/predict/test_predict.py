@@ -331,8 +331,16 @@ def write_no_table(folder: Path) -> str:
         (data.write_array, ["--all", "--top-k", "2"], "--all writes the probabilities of all classes; leave out"),
         (data.write_array, ["--on", "spark"], "--on must be ray or ray=ADDRESS, not 'spark'"),
         (lambda _: "missing", [], "missing does not exist"),
-        (lambda _: "x3://bucket/images", [], "x3://bucket/images cannot be opened: x3:// is no scheme that fsspec knows"),
-        (lambda _: "gs://bucket/images", [], "gs://bucket/images cannot be opened: its driver is not installed; run pip install gcsfs"),
+        (
+            lambda _: "x3://bucket/images",
+            [],
+            "x3://bucket/images cannot be opened: x3:// is no scheme",
+        ),
+        (
+            lambda _: "gs://bucket/images",
+            [],
+            "gs://bucket/images cannot be opened: its driver is not",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(
