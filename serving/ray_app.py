@@ -19,6 +19,7 @@ from google.protobuf import descriptor_pool
 from protos import POOL
 from resnet import BadInput
 from resnet.options import options
+from resnet.storage import is_url
 from serving import app, config, logs
 from serving.config import Batching, Compute, Config
 from serving.protocols.base import list_services
@@ -65,8 +66,11 @@ def build(args: Mapping[str, object]) -> serve.Application:
     Raises:
         BadInput: An option is invalid, unknown, or not one of a replica.
     """
-    if not Path(str(args.get("repository", ""))).is_absolute():
-        raise BadInput("args must have the repository, the absolute path of a model repository that every node has")
+    repository = str(args.get("repository", ""))
+    if not (is_url(repository) or Path(repository).is_absolute()):
+        raise BadInput(
+            "args must have the repository: an absolute path that every node has, or a URL as s3://bucket/models"
+        )
     loaded = config.from_mapping(args, "args")
     for name, origin in loaded.origins.items():
         if name not in TAKEN:

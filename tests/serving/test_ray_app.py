@@ -51,8 +51,8 @@ def test_a_replica_that_serves_nothing_does_not_start(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({}, "args must have the repository, the absolute path of a model repository that every node has"),
-        ({"repository": "models"}, "args must have the repository, the absolute path"),
+        ({}, "args must have the repository: an absolute path that every node has, or a URL"),
+        ({"repository": "models"}, "args must have the repository: an absolute path"),
         ({"repository": "/models", "port": 1}, "port in args has no effect on Ray Serve"),
         ({"repository": "/models", "max-bach": 1}, "max-bach in args is not an option; did you mean max-batch?"),
         ({"repository": "/models", "max-batch": "many"}, "max-batch in args must be a whole number, not 'many'"),
@@ -109,7 +109,7 @@ def test_a_replica_reports_its_longest_queue_and_whether_it_lives(ray_app: Modul
     """Ray scales by the one, and replaces a replica that fails the other."""
     replica = object.__new__(ray_app.Replica.func_or_class)
     replica._core = SimpleNamespace(live=True)
-    replica._models = [SimpleNamespace(batcher=SimpleNamespace(queue_ms=ms)) for ms in (3.0, 8.0)]
+    replica._models = [SimpleNamespace(batcher=SimpleNamespace(queue_ns=ns)) for ns in (3e6, 8e6)]
     replica.check_health()
     assert replica.record_autoscaling_stats() == {"queue_ms": 8.0}
     replica._core.live = False
