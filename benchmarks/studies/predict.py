@@ -134,7 +134,7 @@ class Study:
             folder: Where to write.
         """
         self.worker = ShardWorker(PredictionJob([], model, "out.csv", compute=compute))
-        self.worker.open()
+        self.worker.open(images, count_cores())
         self.batch = self.worker.predictor.batch
         self.memory: dict[str, list[int]] = {}
         version = self.worker.version
