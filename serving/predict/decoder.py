@@ -29,15 +29,10 @@ from resnet import BadInput, cli
 from resnet.files import read_file
 from training.images import InvalidImage, Pixels, Resize, decode
 
-COMMAND = (
-    sys.executable,
-    "-P",
-    "-m",
-    "serving.predict.decoder",
-)  # -P: a folder `serving` in the working folder is not ours
-VARIABLES = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # NumPy starts them as it is imported
+COMMAND = sys.executable, "-P", "-m", "serving.predict.decoder"  # -P: a folder `serving` where one works is not ours
+VARIABLES = {"OMP_NUM_THREADS": "1"}  # which NumPy starts as it is imported
 IMAGES_AT_ONCE, BYTES_AT_ONCE = 64, 2**21  # of pixels: beside some milliseconds of work, handing it over is little
-IMAGES_EACH = 128  # for which a process is worth its start
+IMAGES_EACH = 128  # for which a process is worth its start: of 500x375 pixels, they take as long
 
 FileContents = Sequence[bytes | Path | Exception]
 """Image files: their bytes, the path of one to read, or why it cannot be read."""
