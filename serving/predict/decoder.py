@@ -2,13 +2,14 @@
 
     python -m serving.predict.decoder
 
-reads a pickled shape and rule from stdin, and then pickled files, a list at a time. Its answers on stdout are the
-pickled errors of a list, and the pixels of its other images. It ends when stdin does: with the process that started it,
-however that ends. Loading this module takes little time and memory.
+reads a pickled shape and rule from stdin, and then pickled files, a list at a time. Each answer on stdout is a line of
+JSON with the errors of a list, and the pixels of its other images: what comes from images is never unpickled. It ends
+when stdin does: with the process that started it, however that ends. Loading this module takes little time and memory.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import signal
@@ -146,11 +147,11 @@ class _DecoderProcess:
         try:
             pickle.dump(sent, self._files)
             self._files.flush()
-            errors = pickle.load(self._images)
+            errors: dict[int, str] = dict(json.loads(self._images.readline()))
             pixels = np.empty((len(files) - len(errors), *self._shape), np.uint8)
             if self._images.readinto(pixels.data) < pixels.nbytes:
-                raise EOFError
-        except (EOFError, pickle.UnpicklingError, BrokenPipeError):
+                raise BrokenPipeError
+        except (json.JSONDecodeError, BrokenPipeError):
             code = self._process.wait()
             how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
             raise BadInput(
@@ -176,7 +177,7 @@ def main() -> None:
         decoder = FileDecoder(*pickle.load(files))
         while True:
             pixels, errors = decoder.decode(pickle.load(files))
-            pickle.dump(errors, images)
+            images.write(json.dumps(list(errors.items())).encode() + b"\n")
             images.write(pixels.data)
             images.flush()
 
