@@ -1,10 +1,10 @@
 """Measure `resnet predict` beside what bounds it: the engine alone on pixels, and the decoder alone on JPEG files.
 
 Images are made of those that the version was exported with. In each round five things are measured in turn: a loop of
-the engine alone over batches in memory, `resnet predict` on the same images as an .npy file, a loop of the decoder
-alone on all cores, in threads as `resnet predict` has them and in processes, and `resnet predict` on the images as JPEG
-files in a tar archive, or on those in a folder. Medians are printed, with the peak memory of this process in each tenth
-of the last prediction. The last line of the output is one JSON object.
+the engine alone over batches in memory, `resnet predict` on the same images as an .npy file, the decoder alone on all
+cores, in processes as `resnet predict` has them and in threads, and `resnet predict` on the images as JPEG files in a
+tar archive, or on those in a folder. Medians are printed, with the peak memory of all processes in each tenth of the
+last prediction. The last line of the output is one JSON object.
 
 Examples:
   python -m benchmarks.studies.predict models/digits
@@ -24,33 +24,30 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
-from multiprocessing import get_context
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
-from time import sleep
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from benchmarks.harness import environment
+from benchmarks.harness.tree import ProcessTree
 from resnet import cli
 from resnet.table import render
 from serving.config import Compute
+from serving.predict.decoder import IMAGES_AT_ONCE, DecodedImages, DecoderPool, FileDecoder
 from serving.predict.job import PredictionJob, ShardWorker
 from serving.predict.sources import find_files, find_shards
 from serving.runtimes.base import Images
 from serving.runtimes.cores import count_cores
-from training.images import Resize, decode
 
 SAMPLE_SECONDS = 0.2
-STATM, PAGE = Path("/proc/self/statm"), os.sysconf("SC_PAGE_SIZE")
 MADE = 4096  # images that differ; more are these again
 LOOPED = 64  # batches that the engine runs again and again
-CHUNK = 16  # files that a thread decodes at once, as `resnet predict` does
 LIBRARIES = ("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "pillow")
 
 
@@ -71,13 +68,14 @@ def main() -> None:
     compute = Compute(device=args.device, precision=args.precision)
     with tempfile.TemporaryDirectory() as temporary:
         study = Study(args.model, compute, args.images, args.jpegs, Path(temporary))
-        ways = study.run_engine, study.predict_pixels, study.run_decoder, study.run_processes, study.predict_jpegs
+        ways = study.run_engine, study.predict_pixels, study.run_decoder, study.run_threads, study.predict_jpegs
         found: dict[str, list[Rate]] = {way.__name__: [] for way in ways}
-        for _ in range(args.rounds):
-            for way in ways:
-                found[way.__name__].append(way())
+        with closing(study.worker):
+            for _ in range(args.rounds):
+                for way in ways:
+                    found[way.__name__].append(way())
     rates = {name: Rate(*map(statistics.median, zip(*runs, strict=True))) for name, runs in found.items()}
-    engine, pixels, decoder, processes, jpegs = rates.values()
+    engine, pixels, decoder, threads, jpegs = rates.values()
     # On a CPU both compute on the same cores, on a GPU the slower one is the bound.
     on_cpu = "CPU" in study.worker.predictor.engine.provider or "OpenVINO" in study.worker.predictor.engine.provider
     both = 1 / (1 / engine.images + 1 / decoder.images) if on_cpu else min(engine.images, decoder.images)
@@ -85,7 +83,7 @@ def main() -> None:
         ("the engine alone, on pixels", engine, engine.images),
         ("predict, on pixels", pixels, engine.images),
         ("the decoder alone, on JPEGs", decoder, decoder.images),
-        ("the same in processes", processes, decoder.images),
+        ("the same in threads", threads, decoder.images),
         ("predict, on JPEGs", jpegs, both),
     ]
     print(f"{study.worker.version} by {study.worker.predictor.engine.provider} in batches of {study.batch}")
@@ -98,7 +96,7 @@ def main() -> None:
 
 
 class Rate(NamedTuple):
-    """Images a second, and the CPU time of this process for each in microseconds."""
+    """Images a second, and the CPU time of all processes for each in microseconds."""
 
     images: float
     cpu_us: float
@@ -108,10 +106,11 @@ class Rate(NamedTuple):
 def timing(images: int) -> Iterator[list[Rate]]:
     """Yield a list that holds the rate of so many images when the context ends."""
     rates = list[Rate]()
-    started, cpu = time.perf_counter(), time.process_time()
+    processes = ProcessTree(os.getpid())
+    started, cpu = time.perf_counter(), processes.cpu_seconds()
     yield rates
     seconds = time.perf_counter() - started
-    rates.append(Rate(images / seconds, (time.process_time() - cpu) / images * 1e6))
+    rates.append(Rate(images / seconds, (processes.cpu_seconds() - cpu) / images * 1e6))
 
 
 class Study:
@@ -134,11 +133,12 @@ class Study:
             folder: Where to write.
         """
         self.worker = ShardWorker(PredictionJob([], model, "out.csv", compute=compute))
-        self.worker.open()
+        self.worker.open(images, count_cores())
         self.batch = self.worker.predictor.batch
         self.memory: dict[str, list[int]] = {}
         version = self.worker.version
-        self._shape, self._resize = version.image_shape, version.manifest.preprocessing.resize
+        self._shape = version.image_shape
+        self._decoder = FileDecoder(self._shape, version.manifest.preprocessing.resize)
         made = np.resize(version.reference.images, (min(images, MADE), *self._shape))
         self._pixels = folder / "pixels.npy"
         written = np.lib.format.open_memmap(self._pixels, "w+", np.uint8, (images, *self._shape))
@@ -162,21 +162,23 @@ class Study:
         return self._predict("pixels", str(self._pixels))
 
     def run_decoder(self) -> Rate:
-        """Decode the files on all cores."""
+        """Decode the files in processes."""
+        pool = DecoderPool(self._decoder, len(self._files), count_cores())
+        with closing(pool):
+            for started in [pool.submit([]) for _ in range(pool.size)]:
+                started.result()
+            return self._decode(pool.submit, pool.images_at_once)
+
+    def run_threads(self) -> Rate:
+        """Decode the files in as many threads."""
         with ThreadPoolExecutor(count_cores()) as pool:
-            return self._decode(pool)
+            return self._decode(lambda files: pool.submit(self._decoder.decode, files), IMAGES_AT_ONCE)
 
-    def run_processes(self) -> Rate:
-        """Decode the files in as many processes, which do not send the pixels back."""
-        with ProcessPoolExecutor(count_cores(), get_context("forkserver")) as pool:
-            list(pool.map(sleep, [0.5] * count_cores()))  # all have started
-            return self._decode(pool)
-
-    def _decode(self, pool: Executor) -> Rate:
-        chunks = [self._files[start : start + CHUNK] for start in range(0, len(self._files), CHUNK)]
-        decode_chunk = partial(decode_all, size=self._shape[:2], resize=self._resize)
+    def _decode(self, submit: Callable[[Sequence[bytes]], Future[DecodedImages]], step: int) -> Rate:
         with timing(len(self._files)) as rates:
-            list(pool.map(decode_chunk, chunks))
+            decoded = deque(submit(self._files[at : at + step]) for at in range(0, len(self._files), step))
+            while decoded:
+                decoded.popleft().result()  # and forget the pixels
         return rates[0]
 
     def predict_jpegs(self) -> Rate:
@@ -190,24 +192,18 @@ class Study:
         with sample_memory() as samples, timing(images) as rates:
             for _ in self.worker.predict(enumerate(shards)):
                 pass
-        self.memory[what] = [int(max(part)) * PAGE >> 20 for part in np.array_split(samples, 10) if len(part)]
+        self.memory[what] = [int(max(part)) >> 20 for part in np.array_split(samples, 10) if len(part)]
         return rates[0]
-
-
-def decode_all(files: Sequence[bytes], size: tuple[int, int], resize: Resize) -> None:
-    """Decode files, and forget the pixels."""
-    for content in files:
-        decode(content, size, resize)
 
 
 @contextmanager
 def sample_memory() -> Iterator[list[int]]:
-    """Yield a list that grows by the memory of this process, in pages, until the context ends."""
-    samples, ended = list[int](), threading.Event()
+    """Yield a list that grows by the memory of all processes, in bytes, until the context ends."""
+    samples, ended, processes = list[int](), threading.Event(), ProcessTree(os.getpid())
 
     def sample() -> None:
         while not samples or not ended.wait(SAMPLE_SECONDS):
-            samples.append(int(STATM.read_text().split()[1]))
+            samples.append(processes.memory_bytes())
 
     thread = threading.Thread(target=sample)
     thread.start()

@@ -22,6 +22,7 @@ import ray.data
 from resnet import BadInput, CheckFailed
 from resnet.packages import find_version
 from serving.predict.job import CountImages, NumberedShard, Piece, PredictionJob, ShardWorker
+from serving.predict.sources import count_encoded
 
 MISSING = "No module named"
 CONNECT_SECONDS = 5.0
@@ -61,15 +62,17 @@ def predict(job: PredictionJob, folder: Path, shards: Sequence[NumberedShard], c
     """
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     name = Path(folder.parent.name, folder.name)
+    encoded = count_encoded(shard for _, shard in shards)
     items = [{"shard": pickle.dumps(shard)} for shard in shards]
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
+    resources, cores = _find_resources(job, len(shards))
     try:
         done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             cast(Any, ShardActor),
-            fn_constructor_args=(job, [ray.put(files)], name, Path.cwd()),
+            fn_constructor_args=(job, [ray.put(files)], name, Path.cwd(), encoded, cores),
             batch_size=1,
-            **_find_resources(job, len(items)),
+            **resources,
         )
         for row in done.iter_rows():
             finished, piece = pickle.loads(row["piece"])
@@ -85,7 +88,13 @@ class ShardActor:
     """Holds one engine, on one node."""
 
     def __init__(
-        self, job: PredictionJob, files: Sequence[ray.ObjectRef[dict[str, bytes]]], name: Path, working: Path
+        self,
+        job: PredictionJob,
+        files: Sequence[ray.ObjectRef[dict[str, bytes]]],
+        name: Path,
+        working: Path,
+        encoded: int,
+        cores: int,
     ) -> None:
         """Open the model, from a copy of its files on this node.
 
@@ -94,6 +103,8 @@ class ShardActor:
             files: The contents of the files of the version, by their path in it.
             name: NAME/VERSION of the model.
             working: Where relative paths of the data start.
+            encoded: About how many images all actors have to decode.
+            cores: Of this actor.
         """
         if working.is_dir():
             os.chdir(working)
@@ -103,7 +114,7 @@ class ShardActor:
                 (folder / path).parent.mkdir(parents=True, exist_ok=True)
                 (folder / path).write_bytes(content)
             self._worker = ShardWorker(replace(job, model=folder))
-            self._worker.open()
+            self._worker.open(encoded, cores)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[bytes]]:
         """Return the pieces of a batch of shards."""
@@ -111,18 +122,19 @@ class ShardActor:
         return {"piece": [pickle.dumps(piece) for piece in self._worker.predict(shards)]}
 
 
-def _find_resources(job: PredictionJob, shards: int) -> dict[str, Any]:
-    """Return how many actors there are to be, and what each has."""
+def _find_resources(job: PredictionJob, shards: int) -> tuple[dict[str, Any], int]:
+    """Return how many actors there are to be with what resources, and the cores of each."""
     pool = ray.data.ActorPoolStrategy
     nodes = [node["Resources"] for node in cast(Any, ray).nodes() if node["Alive"]]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     if gpus and job.compute.device != "cpu":
-        return {"compute": pool(size=min(gpus, shards)), "num_gpus": 1}
+        shares = [int(node.get("CPU", 0) // node["GPU"]) for node in nodes if node.get("GPU")]
+        return {"compute": pool(size=min(gpus, shards)), "num_gpus": 1}, min(shares)
     cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     if not cores:
         raise BadInput("--on ray: no node of the cluster has a core to compute with")
     actors = sum(count // min(cores) for count in cores)
-    return {"compute": pool(size=min(actors, shards)), "num_cpus": min(cores)}
+    return {"compute": pool(size=min(actors, shards)), "num_cpus": min(cores)}, min(cores)
 
 
 def _explain(error: Exception) -> Exception:

@@ -18,12 +18,14 @@ from resnet import BadInput
 from serving.config import Batching, Compute
 from serving.models import loader
 from serving.models.placement import CheckedVersion
+from serving.predict.decoder import DecoderPool, FileDecoder
 from serving.predict.formats import RowLayout, find_format
 from serving.predict.journal import FinishedShard, Journal, RunIdentity
 from serving.predict.predictor import Predictor
 from serving.predict.prefetch import prefetch
 from serving.predict.progress import PredictionProgress
-from serving.predict.sources import Shard, find_files, find_shards
+from serving.predict.sources import Shard, count_encoded, find_files, find_shards
+from serving.runtimes.cores import count_cores
 from serving.runtimes.gpu import cuda
 
 GPU_BATCH = 256  # images: larger batches cost a GPU less for each
@@ -99,10 +101,10 @@ class PredictionJob:
             model=f"{worker.version} {worker.version.manifest.digest} in {self.compute.precision}",
             answers=repr(worker.layout),
         )
-        with closing(Journal(self.to, identity, resume)) as journal:
+        with closing(worker), closing(Journal(self.to, identity, resume)) as journal:
             left = [(number, shard) for number, shard in enumerate(shards) if number not in journal.finished]
             if left and remote is None:
-                worker.open()
+                worker.open(count_encoded(shard for _, shard in left), count_cores())
             counts = [shard.images for _, shard in left]
             total = sum(filter(None, counts)) if None not in counts else None
             with PredictionProgress(total, len(left)) as progress:
@@ -154,19 +156,31 @@ class ShardWorker:
         self.layout = RowLayout(str(self.version), labels, min(job.top_k, len(labels)), job.all)
         self.form = find_format(job.to, self.layout)
         self._job = job
+        self._decoders: DecoderPool | None = None
 
-    def open(self) -> None:
-        """Open the engine, and prove it.
+    def open(self, encoded: int, cores: int) -> None:
+        """Open the engine, and prove it, while the processes start that decode.
+
+        Args:
+            encoded: About how many images there are to decode.
+            cores: To decode with.
 
         Raises:
             BadInput: The model cannot be computed.
             CheckFailed: It does not compute what was certified.
         """
         compute = self._job.compute
+        decoder = FileDecoder(self.version.image_shape, self.version.manifest.preprocessing.resize)
+        self._decoders = DecoderPool(decoder, encoded, cores)
         on_gpu = compute.device in ("cuda", "tensorrt") or (compute.device == "auto" and cuda.is_available())
         max_batch = self._job.max_batch or (GPU_BATCH if on_gpu else Batching.max_batch)
         placed = loader.find_placement(self.version, compute, max_batch)
-        self.predictor = Predictor(self.version, placed, max_batch)
+        self.predictor = Predictor(self.version, placed, max_batch, self._decoders)
+
+    def close(self) -> None:
+        """End the processes that decode."""
+        if self._decoders:
+            self._decoders.close()
 
     def predict(self, shards: Iterable[NumberedShard], count: CountImages = lambda _: None) -> Iterator[Piece]:
         """Yield the pieces of the output that belong to shards; `count` is called with the images of each batch.

@@ -14,13 +14,14 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple, Protocol, cast
+from typing import Any, BinaryIO, ClassVar, NamedTuple, Protocol, cast
 
 import numpy as np
 
 from resnet import BadInput
 from resnet.storage import is_url
 from serving.predict import places
+from serving.predict.decoder import FileContents
 from serving.predict.places import DataFile
 from serving.runtimes.base import Images
 
@@ -33,9 +34,6 @@ DAMAGED = (tarfile.TarError, EOFError, zlib.error)
 
 ImageShape = tuple[int, int, int]
 """Height, width and 3."""
-
-FileContents = Sequence[bytes | Path | Exception]
-"""Image files: their bytes, the path of one to read, or why it cannot be read."""
 
 
 class ImageChunk(NamedTuple):
@@ -55,10 +53,14 @@ class Shard(Protocol):
 
     Attributes:
         images: How many it holds; None if that is not known before it is read.
+        encoded: Whether they are files, which have to be decoded.
     """
 
     @property
     def images(self) -> int | None: ...  # noqa: D102
+
+    @property
+    def encoded(self) -> bool: ...  # noqa: D102
 
     def read(self, step: int) -> Iterator[ImageChunk]:
         """Yield its images, `step` at a time.
@@ -103,6 +105,11 @@ def find_shards(files: Sequence[DataFile], shape: ImageShape, column: str | None
     return shards
 
 
+def count_encoded(shards: Iterable[Shard]) -> int:
+    """Return about how many images of shards have to be decoded."""
+    return sum(SHARD if shard.images is None else shard.images for shard in shards if shard.encoded)
+
+
 def _find_ending(place: str) -> tuple[str, ...]:
     return next((endings for endings in (IMAGES, TARS, ARRAYS, TABLES) if place.lower().endswith(endings)), ())
 
@@ -119,6 +126,7 @@ def _cut_table(place: str, shape: ImageShape, column: str | None) -> Iterator[Sh
 class ImageFiles:
     """JPEG and PNG files."""
 
+    encoded: ClassVar = True
     paths: tuple[str, ...]
 
     @property
@@ -141,6 +149,7 @@ class ImageFiles:
 class TarMembers:
     """Image files in an archive, such as a shard of a WebDataset, from one byte to another."""
 
+    encoded: ClassVar = True
     place: str
     start: int
     size: int
@@ -210,6 +219,7 @@ class _Slice:
 class ArrayRows:
     """Rows of an array of pixels: of an .npy file, or the array `images` of an .npz file."""
 
+    encoded: ClassVar = False
     place: str
     start: int
     images: int

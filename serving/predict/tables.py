@@ -30,7 +30,9 @@ class TableRows:
         groups: The row groups.
         first: Number of the first row.
         images: Number of rows.
-        column: Holds image files as bytes or as a struct of `bytes` and `path`, or pixels as bytes of a fixed size.
+        column: The column of the images.
+        encoded: Whether it holds image files, as bytes or as a struct of `bytes` and `path`; pixels are bytes of a
+            fixed size.
         key: Column with the names of the images; without one they are FILE#ROW.
         shape: Of pixels.
     """
@@ -40,6 +42,7 @@ class TableRows:
     first: int
     images: int
     column: str
+    encoded: bool
     key: str | None
     shape: ImageShape
 
@@ -83,15 +86,16 @@ def cut(place: str, shape: ImageShape, rows: int, column: str | None) -> Iterato
         schema = table.schema_arrow
         chosen = _choose_column(place, schema, shape, column)
         key = next((name for name in KEYS if name in schema.names and name != chosen), None)
+        encoded = not pa.types.is_fixed_size_binary(_find_bytes(schema.field(chosen).type))
         first, images, groups = 0, 0, list[int]()
         for group in range(table.metadata.num_row_groups):
             found = table.metadata.row_group(group).num_rows
             if groups and images + found > rows:
-                yield TableRows(place, tuple(groups), first, images, chosen, key, shape)
+                yield TableRows(place, tuple(groups), first, images, chosen, encoded, key, shape)
                 first, images, groups = first + images, 0, []
             images, groups = images + found, [*groups, group]
         if images:
-            yield TableRows(place, tuple(groups), first, images, chosen, key, shape)
+            yield TableRows(place, tuple(groups), first, images, chosen, encoded, key, shape)
 
 
 @contextmanager
@@ -130,7 +134,11 @@ def _choose_column(place: str, schema: pa.Schema, shape: ImageShape, wanted: str
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return "bytes" in kind.names and _holds_bytes(kind.field("bytes").type)
+    kind = _find_bytes(kind)
     tests = pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary
     return any(test(kind) for test in tests)
+
+
+def _find_bytes(kind: pa.DataType) -> pa.DataType:
+    """Return the type of the bytes in a column, which may be in a struct."""
+    return kind.field("bytes").type if pa.types.is_struct(kind) and "bytes" in kind.names else kind

@@ -68,6 +68,19 @@ def test_every_source_gives_its_images_in_order(write: Callable[[Path], str], mo
     assert {path.name for path in tmp_path.iterdir()} == {"data", "out.csv"}
 
 
+@pytest.mark.parametrize(
+    "write", [*data.SOURCES, *(pytest.param(write, marks=pytest.mark.slow) for write in data.TABLES)]
+)
+def test_only_files_are_decoded(write: Callable[[Path], str], tmp_path: Path) -> None:
+    """Pixels need nothing that decodes."""
+    shards = sources.find_shards(sources.find_files([write(tmp_path / "data")]), data.PIXELS.shape[1:])
+    encoded = sources.count_encoded(shards)
+    if write in (data.write_array, data.write_arrays, data.write_pixel_table):
+        assert encoded == 0
+    else:
+        assert encoded == (len(data.LABELS) if write is not data.write_compressed_tar else sources.SHARD)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("write", [data.write_folder, data.write_tar, data.write_table, data.write_array])
 def test_urls_are_read_and_written(write: Callable[[Path], str], model: Path, tmp_path: Path) -> None:
