@@ -88,13 +88,12 @@ def kill(folder: Path, after: str, *options: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_killed_three_times_resumes_and_learns_what_it_would_have_learned(tmp_path: Path) -> None:
+def test_a_run_killed_twice_resumes_and_learns_what_it_would_have_learned(tmp_path: Path) -> None:
     """Optimizer, schedule, average and history go on: the weights are those of a run that was never interrupted."""
-    # As it says the size of the model, after an epoch, and while the next is being written.
+    # As it says the size of the model, and while an epoch is being written.
     folder, options = tmp_path / "killed", ["--recipe=modern", "--images=400"]
     kill(folder, "tiny: ", *options)
     assert not (folder / "history.csv").exists()
-    kill(folder, "epoch 1/4", "--resume", *options)
     kill(folder, "epoch 3/4", "--resume", *options)
     assert len(rows(folder)) in (2, 3)  # the third is being written just then
 
