@@ -26,6 +26,7 @@ DRIVERS = {
     "hf": "huggingface_hub",
 }  # what pip installs for a scheme
 TAGS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "created")  # as the drivers name them
+PASSWORD = re.compile(r"(?<=://)[^/@]+:[^/@]*@")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 for library in ("aiobotocore", "botocore"):
@@ -35,6 +36,11 @@ for library in ("aiobotocore", "botocore"):
 def is_url(place: str | Path) -> bool:
     """Return whether a place is a URL; what is none is a path."""
     return URL.match(os.fspath(place)) is not None
+
+
+def redact(url: str) -> str:
+    """Return a URL without the password that it may have, for people and logs."""
+    return PASSWORD.sub("***@", url)
 
 
 def find_name(url: str) -> str:
@@ -70,7 +76,7 @@ class StorageFolder:
         Raises:
             BadInput: The scheme is unknown, its driver is not installed, or no bucket is named.
         """
-        self.url = url.rstrip("/")
+        self.url = redact(url.rstrip("/"))
         self._driver, self._root = connect(url)
 
     def list_files(self) -> dict[str, StoredFile]:
@@ -159,7 +165,7 @@ def explaining(url: str, deed: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and (error.filename or error.errno in FULL):
             raise
-        raise BadInput(f"{url} cannot be {deed}: {_describe(error, url)}") from None
+        raise BadInput(f"{redact(url)} cannot be {deed}: {_describe(error, url)}") from None
 
 
 def _describe(error: Exception, url: str) -> str:

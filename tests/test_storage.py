@@ -98,3 +98,10 @@ def test_an_error_of_the_local_disk_is_none_of_the_storage(folder: StorageFolder
         folder.download({"a": tmp_path / "file" / "a"})
     with pytest.raises(BadInput, match="memory://bucket/models cannot be read: there is no such bucket or file"):
         folder.read(["b"])
+
+
+def test_a_password_is_not_shown() -> None:
+    """In no sentence, and in no name of a folder."""
+    with pytest.raises(BadInput, match=r"^x3://\*\*\*@example.org/models cannot be opened") as failure:
+        StorageFolder("x3://user:secret@example.org/models")
+    assert "secret" not in str(failure.value)

@@ -22,7 +22,7 @@ import grpc
 
 from protos.classifier_pb2_grpc import ClassifierStub
 from serving.client.channel import HEALTH, CallMetadata, Tls, from_rpc, to_options, to_target
-from serving.client.connection import Connection, RunningCall
+from serving.client.connection import CONNECT_SECONDS, Connection, RunningCall
 from serving.client.retries import MAX_RETRIES, Patience, Retries
 from serving.client.stream import Result, StreamState
 from serving.client.tasks import AsyncImageSource, AsyncInbox, AsyncStreamCall
@@ -72,7 +72,7 @@ class Client:
 
         def call_health(channel: grpc.Channel) -> RunningCall:
             check: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(HEALTH)
-            return check.future(b"", wait_for_ready=True)
+            return check.future(b"", CONNECT_SECONDS, wait_for_ready=True)
 
         self._connection = Connection(open_channel, call_health, servers)
         self._metadata, self._retries = _authorize(token), retries
@@ -220,7 +220,7 @@ class AsyncClient:
 
         def call_health(channel: grpc.aio.Channel) -> RunningCall:
             check: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(HEALTH)
-            return check(b"", wait_for_ready=True)
+            return check(b"", timeout=CONNECT_SECONDS, wait_for_ready=True)
 
         self._connection = Connection(open_channel, call_health, servers)
         self._metadata, self._retries = _authorize(token), retries

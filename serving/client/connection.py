@@ -17,6 +17,7 @@ ChannelT = TypeVar("ChannelT")
 StubT = TypeVar("StubT")
 
 RENEWAL_SECONDS = 30.0  # the usual time to live of a DNS record in Kubernetes
+CONNECT_SECONDS = 10.0  # for a new channel; a server that hangs would hold it up for ever
 
 
 class RunningCall(Protocol):
@@ -43,7 +44,7 @@ class Connection(Generic[ChannelT, StubT]):
 
         Args:
             open_channel: Opens one, and makes its stub.
-            call_health: Makes a call that ends once a channel is connected.
+            call_health: Makes a call that ends once a channel is connected, or after `CONNECT_SECONDS`.
             servers: As in `channel.to_target`.
         """
         self._open, self._call_health = open_channel, call_health
@@ -56,9 +57,9 @@ class Connection(Generic[ChannelT, StubT]):
         """Return the channel and its stub. A stream must keep the channel, for `end` to find it."""
         if time.monotonic() >= self._renew_at:
             self._renew_at = math.inf  # one at a time
-            renewed = self._add()
+            renewed, until = self._add(), time.monotonic() + CONNECT_SECONDS
             self._call = self._call_health(renewed[0])  # asyncio cancels calls that nothing refers to
-            self._call.add_done_callback(lambda _: self._use(renewed))
+            self._call.add_done_callback(lambda _: self._use(renewed if time.monotonic() < until else self._current))
         return self._current
 
     def end(self) -> list[ChannelT]:

@@ -16,10 +16,10 @@ import argparse
 import logging
 import sys
 from dataclasses import MISSING, dataclass
-from pathlib import Path
 
 from resnet import BadInput
 from resnet.options import add_options, check, option, read
+from resnet.storage import is_url
 from serving.config import Compute
 
 
@@ -27,7 +27,9 @@ from serving.config import Compute
 class PredictionOptions:
     """What `resnet predict` reads and writes."""
 
-    model: Path = option(MISSING, "model or version to use", metavar="REPOSITORY/NAME[/VERSION]", required=True)
+    model: str = option(
+        MISSING, "model or version to use, or URL of a model", metavar="REPOSITORY/NAME[/VERSION]", required=True
+    )
     to: str = option(MISSING, "file or URL to write: .csv, .jsonl or .parquet", metavar="FILE", required=True)
     top_k: int = option(1, "classes to write per image", low=1, metavar="K")
     all: bool = option(False, "write the probabilities of all classes, in the order of the model's labels")
@@ -67,19 +69,25 @@ def run(args: argparse.Namespace) -> None:
     """Predict, and print one line."""
     options = read(args, PredictCommand)
 
+    from export import remote, repository
     from serving import logs
     from serving.predict.job import PredictionJob
 
     logs.start("human", "warning")
     logging.getLogger("serving").setLevel(logging.INFO)  # measuring takes some seconds, and says so
-    job = PredictionJob(
-        args.data, options.model, options.to, options.top_k, options.all, options.column, options.max_batch, options
-    )
-    try:
-        done = job.run(options.resume, options.cluster)
-    except KeyboardInterrupt:
-        print("\nwhat was finished is kept; the same command with --resume continues", file=sys.stderr, end="")
-        raise
+    with remote.check_out(options.model) as checkout:
+        model = checkout.folder
+        if is_url(options.model):
+            model = repository.latest(model)
+            checkout.complete(model)
+        job = PredictionJob(
+            args.data, model, options.to, options.top_k, options.all, options.column, options.max_batch, options
+        )
+        try:
+            done = job.run(options.resume, options.cluster)
+        except KeyboardInterrupt:
+            print("\nwhat was finished is kept; the same command with --resume continues", file=sys.stderr, end="")
+            raise
     failed = f", of which {done.errors:,} could not be read" if done.errors else ""
     rate = f"{done.predicted / done.seconds:,.0f} images/s" if done.predicted else "nothing was left to predict"
     print(f"{options.to}: {done.images:,} images{failed}; {rate}")

@@ -114,7 +114,11 @@ class CsvFormat:
 
     def _write(self, rows: Iterable[Sequence[Any]]) -> bytes:
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
+        plain = csv.writer(text, lineterminator="\n")
+        quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        for row in rows:
+            # Readers end a line at a carriage return, and Python's writer quotes only those of its own line ends.
+            (quoted if "\r" in f"{row[0]}{row[-1]}" else plain).writerow(row)
         return text.getvalue().encode()
 
 

@@ -109,7 +109,7 @@ class PredictionJob:
             total = sum(filter(None, counts)) if None not in counts else None
             with PredictionProgress(total, len(left)) as progress:
                 if remote is None:
-                    pieces = worker.predict(left, progress.add)
+                    pieces = worker.predict(left, progress.add) if left else iter(())
                 else:
                     pieces = remote.predict(self, worker.version.folder, left, progress.add)
                 for piece in pieces:

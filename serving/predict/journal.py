@@ -29,7 +29,7 @@ class RunIdentity(msgspec.Struct, frozen=True):
     Attributes:
         data: SHA-256 of the names, sizes and times of the files, and of how they are cut into shards.
         model: Name, version, variant and digest of the model.
-        answers: What is answered, and the size of a batch, on which the last digits depend.
+        answers: What is answered.
     """
 
     data: str
@@ -38,11 +38,12 @@ class RunIdentity(msgspec.Struct, frozen=True):
 
 
 class FinishedShard(msgspec.Struct, frozen=True):
-    """A line of the journal: a shard, its images, and those that could not be read."""
+    """A line of the journal: a shard, its images, and those that could not be read; and the bytes of its piece."""
 
     shard: int
     images: int
     errors: int
+    bytes: int = 0
 
 
 class Journal:
@@ -65,9 +66,8 @@ class Journal:
             BadInput: There is an output already, or a run that is not to be resumed, or not this one, or that still
                 runs; or the folder cannot be written.
         """
-        if places.exists(to):
-            raise BadInput(f"--to {to} exists; remove it, or name another file")
         self._to, self._remote = to, is_url(to)
+        self._check_absence()
         target = Path(PurePosixPath(to).name) if self._remote else Path(to)
         self.folder = target.with_name(target.name + SUFFIX)
         with _explain(self.folder):
@@ -102,7 +102,18 @@ class Journal:
                 raise BadInput(
                     f"{self.folder} was begun with other {name}; repeat its command with --resume, or remove the folder"
                 )
-        return {shard.shard: shard for shard in finished}
+        return {shard.shard: shard for shard in finished if self._is_whole(shard)}
+
+    def _is_whole(self, shard: FinishedShard) -> bool:
+        """Return whether the piece of a shard is there as it was written; else the shard is computed again."""
+        try:
+            return self._find_piece(shard.shard).stat().st_size == shard.bytes
+        except FileNotFoundError:
+            return False
+
+    def _check_absence(self) -> None:
+        if places.exists(self._to):
+            raise BadInput(f"--to {self._to} exists; remove it, or name another file")
 
     def _lock(self) -> None:
         try:
@@ -126,7 +137,7 @@ class Journal:
                 file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
-            self._append(shard)
+            self._append(msgspec.structs.replace(shard, bytes=len(piece)))
         self.finished[shard.shard] = shard
 
     def _append(self, line: msgspec.Struct) -> None:
@@ -155,6 +166,7 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
             if not self._remote:
+                self._check_absence()  # somebody may have made one meanwhile
                 whole.replace(self._to)
         if self._remote:
             places.upload(whole, self._to)

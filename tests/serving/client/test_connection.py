@@ -6,7 +6,7 @@ import asyncio
 import queue
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from weakref import WeakSet
@@ -142,3 +142,36 @@ def test_servers_that_have_addresses_keep_their_channel(fleet: Fleet) -> None:
             client.classify(IMAGES)
             assert client._connection.get()[0] is channel
             assert set(client._connection._channels) == {channel}
+
+
+def test_a_server_that_hangs_does_not_end_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A channel whose first call went to it is not used, and the name is looked up again."""
+    now, calls = [0.0], list[_Pending]()
+    monkeypatch.setattr(connection.time, "monotonic", lambda: now[0])
+    numbers = iter(range(10))
+
+    def call_health(_: _Opened) -> _Pending:
+        calls.append(_Pending())
+        return calls[-1]
+
+    kept = connection.Connection(lambda: (_Opened(next(numbers)), "stub"), call_health, "classifier:8001")
+    for passed, number in ((connection.CONNECT_SECONDS, 0), (1.0, 2)):
+        now[0] += connection.RENEWAL_SECONDS
+        kept.get()
+        now[0] += passed
+        calls[-1].end()
+        assert kept.get()[0].number == number
+    assert len(calls) == 2
+
+
+class _Opened:
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+class _Pending:
+    def add_done_callback(self, callback: Callable[[object], None]) -> None:
+        self._callback = callback
+
+    def end(self) -> None:
+        self._callback(self)

@@ -11,9 +11,9 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -22,9 +22,11 @@ import serving.predict
 from resnet import BadInput, cli
 from serving.config import Compute
 from serving.predict import sources
+from serving.predict.formats import CsvFormat
 from serving.predict.job import PredictionJob
 from serving.predict.journal import Journal
 from serving.predict.prefetch import prefetch
+from tests.remote import upload
 from tests.serving.predict import data
 from tests.versions import COLORS, write_version
 
@@ -242,6 +244,58 @@ def test_an_unfinished_run_is_not_overwritten(unfinished: PredictionJob) -> None
     """It is continued, or removed by hand."""
     with pytest.raises(BadInput, match="holds a run that did not end; continue it with --resume"):
         unfinished.run()
+
+
+def test_a_piece_that_is_lost_is_computed_again(unfinished: PredictionJob) -> None:
+    """As one that is cut; the journal says how long it was."""
+    folder = Path(f"{unfinished.to}.parts")
+    (folder / "0000000").write_bytes(b"")
+    done = unfinished.run(resume=True)
+    assert done.images == done.predicted == len(read(Path(unfinished.to)))
+
+
+def test_a_run_of_which_only_the_output_is_missing_is_resumed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an upload that failed, or where somebody wrote a file of the name meanwhile, which stays."""
+    to = tmp_path / "out.csv"
+    job = PredictionJob([data.write_array(tmp_path)], model, str(to), compute=CPU)
+    merge = CsvFormat.merge
+
+    def merge_late(self: CsvFormat, pieces: Iterable[Path], file: BinaryIO) -> None:
+        to.write_text("precious")
+        merge(self, pieces, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CsvFormat, "merge", merge_late)
+        with pytest.raises(BadInput, match="exists; remove it, or name another file"):
+            job.run()
+    assert to.read_text() == "precious"
+    to.unlink()
+    done = job.run(resume=True)
+    assert (done.predicted, done.images) == (0, len(read(to)))
+
+
+def test_names_with_line_ends_are_one_row(model: Path, tmp_path: Path) -> None:
+    """Of CSV, too."""
+    (tmp_path / "in").mkdir()
+    for name in ("a\rb.png", "c\nd.png", 'e"f.png'):
+        (tmp_path / "in" / name).write_bytes(data.FILES["000.png"])
+    to = tmp_path / "out.csv"
+    PredictionJob([str(tmp_path / "in")], model, str(to), compute=CPU).run()
+    with to.open(newline="") as file:
+        assert [Path(row["path"]).name for row in csv.DictReader(file)] == ["a\rb.png", "c\nd.png", 'e"f.png']
+
+
+def test_a_model_may_be_in_object_storage(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its latest version is fetched and checked."""
+    memory = pytest.importorskip("fsspec", reason="the extra 'storage' is not installed").filesystem("memory")
+    upload(model / "1", "memory://models")
+    words = ["predict", data.write_array(tmp_path), "--device", "cpu", "--no-tune", "--to", str(tmp_path / "out.csv")]
+    assert cli.main([*words, "--model", "memory://models/colors"]) == 0
+    assert cli.main([*words, "--model", "memory://models/other"]) == 2
+    assert "memory://models/other" in capsys.readouterr().err
+    memory.rm("/", recursive=True)
 
 
 def test_other_data_are_no_resumption(unfinished: PredictionJob, tmp_path: Path) -> None:
