@@ -24,7 +24,7 @@ from typing import Any
 from google.protobuf.message import Message
 
 from protos import admin_pb2 as pb
-from resnet import CheckFailed
+from resnet import BadInput, CheckFailed
 from resnet.options import AMOUNT, add_options, option, read
 from serving.client.access import AccessOptions, to_bad_input
 from serving.client.admin import AdminClient
@@ -71,6 +71,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the status once, or again and again."""
     options = read(args, StatusCommand)
+    if options.health and (options.json or options.model or args.watch is not None):
+        raise BadInput("--health prints nothing; leave out --json, --model and --watch")
     with AdminClient(options.server, options.load()) as admin:
         try:
             if options.health:

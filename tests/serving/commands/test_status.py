@@ -402,6 +402,7 @@ def test_the_exit_code_says_whether_requests_are_taken(tmp_path: Path, capsys: p
         server.announce(False)
         assert cli.main(["status", server.address, "--health"]) == 1
     assert cli.main(["status", server.address, "--health"]) == 2
+    assert cli.main(["status", "--health", "--json"]) == 2
     shown = capsys.readouterr()
     assert not shown.out
     lines = shown.err.splitlines()
