@@ -105,7 +105,7 @@ def find_shards(files: Sequence[DataFile], shape: ImageShape, column: str | None
             except UnreadableFile as error:
                 if len(files) == 1:
                     raise
-                shards.append(RestOfFile(file.place, str(error)))
+                shards.append(RestOfFile(file.place, _find_reason(file.place, error)))
     return shards
 
 
@@ -168,6 +168,10 @@ class RestOfFile:
     def read(self, step: int) -> Iterator[ImageChunk]:  # noqa: ARG002  # it is one
         """Yield the error."""
         yield ImageChunk([self.place], [EOFError(self.reason)])
+
+
+def _find_reason(place: str, error: UnreadableFile) -> str:
+    return str(error).removeprefix(f"{place} ")  # a row has it already
 
 
 @dataclass(frozen=True)
@@ -287,7 +291,7 @@ class ArrayRows:
                     if whole < count:
                         raise UnreadableFile(f"it ends before #{row + whole}")
         except UnreadableFile as error:
-            yield ImageChunk([self.place], [error])
+            yield from RestOfFile(self.place, _find_reason(self.place, error)).read(step)
 
 
 @contextmanager

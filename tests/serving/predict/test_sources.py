@@ -130,7 +130,7 @@ def test_odd_entries_of_a_folder_stop_nothing(archive: Path) -> None:
     images, errors = read(folder)
     assert images == [*data.FILES, "lost.png"]  # which is an error where it is decoded
     assert set(errors) == {"bad.npz", "lost.tar", "pipe.tar"}
-    assert errors["lost.tar"] == f"{folder}/lost.tar is a link to nothing"
+    assert errors["lost.tar"] == "is a link to nothing"
     with pytest.raises(BadInput, match=r"lost.png is a link to nothing"):
         read(folder / "lost.png")
     with pytest.raises(BadInput, match=r"bad.npz is no array of pixels"):
