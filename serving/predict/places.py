@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -26,43 +27,82 @@ class DataFile(NamedTuple):
     tag: str
 
 
+class UnreadableFile(BadInput):
+    """A file that is damaged, or that this machine cannot read, now or later: others may be."""
+
+
 def find_scheme(place: str) -> str:
     """Return the scheme of a URL; empty for a path."""
     return place.partition("://")[0] if is_url(place) else ""
 
 
-def find(place: str) -> Iterator[DataFile]:
+def find(place: str, is_wanted: Callable[[str], bool]) -> Iterator[DataFile]:
     """Yield the visible files that a file, a folder (with those in it) or a glob names, in order.
+
+    Args:
+        place: Their path or URL.
+        is_wanted: Tells by its name whether a file is one of them; others are not looked at.
 
     Raises:
         BadInput: There is nothing, or it cannot be read.
     """
-    if not is_url(place):
-        is_glob = glob.has_magic(place) and not os.path.lexists(place)  # a file may have such a name
-        for name in sorted(glob.glob(place, recursive=True)) if is_glob else [place]:  # noqa: PTH207  # of any root
-            yield from _walk(Path(name))
+    if is_url(place):
+        yield from (file for file in _list(place) if is_wanted(file.place))
         return
-    with explaining(place):
-        system, path = connect(place)
-        found = system.glob(path, detail=True) if glob.has_magic(path) else {path: system.info(path)}
+    names = [place]
+    if glob.has_magic(place) and not os.path.lexists(place):  # a file may have such a name
+        names = sorted(glob.glob(place, recursive=True))  # noqa: PTH207  # of any root
+        _check_any(names, place)
+    else:
+        with explaining(place):
+            Path(place).stat()
+    for name in names:
+        yield from _walk(Path(name), is_wanted)
+
+
+def _check_any(found: Collection[str], pattern: str) -> None:
+    if not found:
+        raise BadInput(f"{pattern} matches no file; mend the pattern, or leave it out")
+
+
+def _walk(path: Path, is_wanted: Callable[[str], bool], above: tuple[os.stat_result, ...] = ()) -> Iterator[DataFile]:
+    try:
+        status = path.stat()
+    except OSError:  # such as a link to nothing: whoever reads it says so
+        if is_wanted(str(path)):
+            yield DataFile(str(path), 0, "")
+        return
+    if not stat.S_ISDIR(status.st_mode):
+        if is_wanted(str(path)):
+            yield DataFile(str(path), status.st_size, str(status.st_mtime_ns))
+        return
+    if any(os.path.samestat(status, folder) for folder in above):
+        return  # a link to a folder that it is in
+    with explaining(str(path)):
+        entries = sorted(path.iterdir())
+    for entry in entries:
+        if not entry.name.startswith("."):
+            yield from _walk(entry, is_wanted, (*above, status))
+
+
+def _list(url: str) -> Iterator[DataFile]:
+    with explaining(url):
+        system, path = connect(url)
+        if glob.has_magic(path) and not system.exists(path):
+            # Those of fsspec find hidden files, too.
+            root = path.rfind("/", 0, len(re.split(r"[*?[]", path)[0]))
+            shows_hidden = "/." in path[root:]
+            found = system.glob(path, detail=True)
+            found = {name: info for name, info in found.items() if shows_hidden or "/." not in name[root:]}
+            _check_any(found, url)
+        else:
+            found = {path: system.info(path)}
         for name, info in sorted(found.items()):
             entries = system.find(name, detail=True) if info["type"] == "directory" else {name: info}
             inside = len(name.rstrip("/"))
             for inner, entry in sorted(entries.items()):
                 if "/." not in inner[inside:]:
                     yield DataFile(system.unstrip_protocol(inner), int(entry["size"] or 0), find_tag(entry))
-
-
-def _walk(path: Path) -> Iterator[DataFile]:
-    with explaining(str(path)):
-        status = path.stat()
-        entries = sorted(path.iterdir()) if stat.S_ISDIR(status.st_mode) else None
-    if entries is None:
-        yield DataFile(str(path), status.st_size, str(status.st_mtime_ns))
-        return
-    for entry in entries:
-        if not entry.name.startswith("."):
-            yield from _walk(entry)
 
 
 @contextmanager
@@ -90,12 +130,13 @@ def read_all(places: Sequence[str]) -> list[FileContent]:
     """
     system, _ = connect(places[0])
     paths = [system._strip_protocol(place) for place in places]
-    found = system.cat(paths, on_error="return")
-    for place, path in zip(places, paths, strict=True):
-        if isinstance(found[path], Exception) and not isinstance(found[path], FileNotFoundError):
+    # Not `cat`, which takes the names of files for patterns.
+    found: list[FileContent] = system.cat_ranges(paths, None, None, on_error="return")
+    for place, content in zip(places, found, strict=True):
+        if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
             with explaining(place):
-                raise found[path]
-    return [found[path] for path in paths]
+                raise content
+    return found
 
 
 def upload(path: Path, place: str) -> None:
@@ -128,7 +169,9 @@ def explaining(place: str, deed: str = "read") -> Iterator[None]:
     try:
         with storage.explaining(place, deed) if is_url(place) else nullcontext():
             yield
-    except FileNotFoundError:
-        raise BadInput(f"{place} does not exist") from None
     except OSError as error:
-        raise BadInput(f"{place} cannot be {deed} ({error.strerror or error})") from None
+        kind = BadInput if is_url(place) else UnreadableFile
+        if not isinstance(error, FileNotFoundError):
+            raise kind(f"{place} cannot be {deed} ({error.strerror or error})") from None
+        what = "is a link to nothing" if os.path.islink(place) else "does not exist"  # noqa: PTH114  # or a URL
+        raise kind(f"{place} {what}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 
 import numpy as np
@@ -14,6 +15,7 @@ from pyarrow.parquet import ParquetFile
 from resnet import BadInput
 from resnet.storage import is_url
 from serving.predict import places
+from serving.predict.places import UnreadableFile
 from serving.predict.sources import ImageChunk, ImageShape
 
 COLUMNS = ("image", "images", "img", "jpg", "jpeg", "png")  # which one to read, of several columns of bytes
@@ -70,10 +72,21 @@ class TableRows:
             if names is not None:
                 keys = [key if name is None else str(name) for name, key in zip(names.to_pylist(), keys, strict=True)]
             if pa.types.is_fixed_size_binary(column.type):
-                pixels = np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, *self.shape)
-                yield ImageChunk(keys, pixels[column.offset :][: len(column)])
+                yield from self._list_pixels(keys, column)
             else:
                 yield ImageChunk(keys, [content or b"" for content in column.to_pylist()])
+
+    def _list_pixels(self, keys: Sequence[str], column: pa.Array) -> Iterator[ImageChunk]:
+        """Yield the rows of a column of pixels; those without a value are errors."""
+        is_valid, start = column.is_valid().to_pylist(), 0
+        for valid, group in groupby(is_valid):
+            rows = slice(start, start + len(list(group)))
+            start = rows.stop
+            if valid:
+                pixels = np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, *self.shape)
+                yield ImageChunk(keys[rows], pixels[column.offset :][rows])
+            else:
+                yield ImageChunk(keys[rows], [ValueError("the row has no image")] * len(keys[rows]))
 
 
 def cut(place: str, shape: ImageShape, rows: int, column: str | None) -> Iterator[TableRows]:
@@ -104,7 +117,7 @@ def _open(place: str) -> Iterator[ParquetFile]:
         try:
             table = ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
         except pa.ArrowException as error:
-            raise BadInput(f"{place} is no Parquet file, or is damaged ({error}); write it again") from None
+            raise UnreadableFile(f"{place} is no Parquet file, or is damaged ({error}); write it again") from None
         yield table
 
 
