@@ -79,7 +79,8 @@ def find_files(data: Iterable[str]) -> list[DataFile]:
     Raises:
         BadInput: There is nothing, or it cannot be read.
     """
-    return [file for place in data for file in places.find(place, lambda name: bool(_find_ending(name)))]
+    found = (places.find(place, lambda name: bool(_find_ending(name))) for place in data)
+    return [file for files in found for file in dict.fromkeys(files)]  # a glob may match a folder and files in it
 
 
 def find_shards(files: Sequence[DataFile], shape: ImageShape, column: str | None = None) -> list[Shard]:

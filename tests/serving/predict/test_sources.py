@@ -200,3 +200,11 @@ def test_objects_are_not_taken_for_patterns(memory: Any) -> None:
     assert read("memory://odd/a[1].png")[0] == ["a[1].png"]
     with pytest.raises(BadInput, match=r"memory://odd/none\* matches no file"):
         read("memory://odd/none*")
+
+
+def test_a_glob_of_folders_and_their_files_names_each_once(tmp_path: Path) -> None:
+    """In the order in which it matches."""
+    place = data.write_folder(tmp_path / "data")
+    once = sources.find_files([place])
+    assert len(once) == len(data.LABELS)
+    assert sorted(sources.find_files([f"{place}/**"])) == sorted(once)
