@@ -352,7 +352,7 @@ def test_a_normalization_keeps_its_mean_in_float32(tmp_path: Path) -> None:
 def test_a_network_of_keras_applications_is_exported(tmp_path: Path) -> None:
     """Random weights serve: what is proved is the conversion."""
     keras.utils.set_random_seed(0)
-    network = keras.applications.MobileNetV2((32, 32, 3), weights=None, classes=10, classifier_activation=None)
+    network = keras.applications.MobileNet((32, 32, 3), weights=None, classes=10, classifier_activation=None)
     network.save(tmp_path / "mobile.keras")
     loaded = source.load(tmp_path / "mobile.keras", "digits", preprocess="tf", logits=True)
     recorded = manifest.read(export(loaded, tmp_path / "models" / "mobile"))

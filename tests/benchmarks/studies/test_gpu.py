@@ -79,8 +79,10 @@ def test_what_cannot_be_run_is_said_in_a_sentence(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_part_under_way_ends_with_the_run(repository: Path, tmp_path: Path, number: signal.Signals) -> None:
     """On a GPU that is lent, nothing may go on unseen."""
+    attentive = ["env", "--default-signal=INT"]  # tests that a shell runs in the background ignore it, as do children
     options = ["--device=cpu", f"--out={tmp_path}", "--parts=loops"]
-    with subprocess.Popen([*RUN, str(repository / "digits" / "1"), *options], stdout=subprocess.PIPE) as process:
+    command = [*attentive, *RUN, str(repository / "digits" / "1"), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()  # of the part: it has found something
         process.send_signal(number)
