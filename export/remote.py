@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -176,6 +177,7 @@ class RemoteCheckout(Checkout):
             CheckFailed: The version is not what its manifest says.
         """
         files = self._models[version.parent].versions[int(version.name)]
+        _tell("downloading", sum(file.size for file in files.values()), self.explain(version))
         fetch(self._storage, self._name(version), files, version)
 
     def explain(self, text: object) -> str:
@@ -198,6 +200,7 @@ class RemoteCheckout(Checkout):
             names = [path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()]
             files = {f"{number}/{name}": staged / name for name in names if name not in (CLAIM, manifest.NAME)}
             uploaded += files
+            _tell("uploading", sum(path.stat().st_size for path in files.values()), f"{self._storage.url}/{number}")
             beside = [name for name in repository.RESERVED if name not in model.beside or not model.complete]
             self._storage.upload(files | {name: self.folder / name for name in beside})
             self._storage.write(f"{number}/{manifest.NAME}", (staged / manifest.NAME).read_bytes())
@@ -223,6 +226,11 @@ class RemoteCheckout(Checkout):
     def _name(self, path: Path) -> str:
         """Return the name in the storage of a path of the outline."""
         return path.relative_to(self.folder).as_posix()
+
+
+def _tell(deed: str, size: int, place: str) -> None:
+    """Say what takes a while."""
+    print(f"{deed} {place}, {size / 1e6:.1f} MB", file=sys.stderr)
 
 
 @contextmanager

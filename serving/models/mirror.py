@@ -158,7 +158,9 @@ class Mirror:
                 if known.get(path) == tag and place.is_dir() and not (check and _is_changed(place)):
                     return False
                 with self._staging() as staged:
-                    if sum(file.size for file in stored.values()) > shutil.disk_usage(staged).free:
+                    size = sum(file.size for file in stored.values())
+                    log.info("%s is fetched, %.1f MB", path, size / 1e6)
+                    if size > shutil.disk_usage(staged).free:
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                     remote.fetch(self._storage, path, stored, staged / "new")
                     repository.sync(staged)

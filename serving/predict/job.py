@@ -189,17 +189,18 @@ class ShardWorker:
             BadInput: A shard cannot be read.
         """
         with closing(prefetch(self._collect(shards, count), SHARDS_AHEAD)) as collected:
-            for finished, rows in collected:
-                yield finished, self.form.encode(rows)
+            for number, rows, errors in collected:
+                piece = self.form.encode(rows)
+                yield FinishedShard(number, len(rows), errors, len(piece)), piece
 
     def _collect(
         self, shards: Iterable[NumberedShard], count: CountImages
-    ) -> Iterator[tuple[FinishedShard, list[tuple[Any, ...]]]]:
-        """Yield each shard with the rows of its answers."""
+    ) -> Iterator[tuple[int, list[tuple[Any, ...]], int]]:
+        """Yield the number of each shard, the rows of its answers, and how many of them are errors."""
         for number, batches in groupby(self.predictor.run(shards), itemgetter(0)):
             rows, errors = list[tuple[Any, ...]](), 0
             for _, answers in batches:
                 rows += self.layout.list_rows(answers, self.form.exact)
                 errors += len(answers.errors)
                 count(len(answers.keys))
-            yield FinishedShard(number, len(rows), errors), rows
+            yield number, rows, errors

@@ -38,12 +38,12 @@ class RunIdentity(msgspec.Struct, frozen=True):
 
 
 class FinishedShard(msgspec.Struct, frozen=True):
-    """A line of the journal: a shard, its images, and those that could not be read; and the bytes of its piece."""
+    """A line of the journal: a shard, its images, those that could not be read, and the bytes of its piece."""
 
     shard: int
     images: int
     errors: int
-    bytes: int = 0
+    size: int
 
 
 class Journal:
@@ -107,7 +107,7 @@ class Journal:
     def _is_whole(self, shard: FinishedShard) -> bool:
         """Return whether the piece of a shard is there as it was written; else the shard is computed again."""
         try:
-            return self._find_piece(shard.shard).stat().st_size == shard.bytes
+            return self._find_piece(shard.shard).stat().st_size == shard.size
         except FileNotFoundError:
             return False
 
@@ -137,7 +137,7 @@ class Journal:
                 file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
-            self._append(msgspec.structs.replace(shard, bytes=len(piece)))
+            self._append(shard)
         self.finished[shard.shard] = shard
 
     def _append(self, line: msgspec.Struct) -> None:

@@ -191,8 +191,10 @@ def test_an_empty_storage_takes_nothing_away(versions: list[Path], caplog: pytes
     assert refresh(mirror) == refresh(mirror) == ["colors/1"]
     upload(versions[0], URL)
     refresh(mirror)
+    size = sum(path.stat().st_size for path in versions[0].rglob("*") if path.is_file())
     assert [record.getMessage() for record in caplog.records] == [
         f"{URL} holds no models; `resnet export RUN --to {URL}/NAME` makes one; what is mirrored stays",
+        f"colors/1 is fetched, {size / 1e6:.1f} MB",
         "colors/1 is mirrored",
         f"{URL} is mirrored again",
     ]
