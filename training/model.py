@@ -67,7 +67,11 @@ ARCHITECTURES = RESNETS | {
 
 
 def build(
-    architecture: Architecture, image_shape: tuple[int, int, int], classes: int, zero_scale: bool = False
+    architecture: Architecture,
+    image_shape: tuple[int, int, int],
+    classes: int,
+    zero_scale: bool = False,
+    name: str = "resnet",
 ) -> keras.Model:
     """Build an untrained classifier.
 
@@ -78,6 +82,7 @@ def build(
         zero_scale: Initialise the scale of the last batch normalisation of every residual block with zero, so that the
             block starts as its shortcut (Goyal et al. 2017, section 5.1). A plain network has no shortcuts and ignores
             it.
+        name: The name of the model.
 
     Returns:
         A model from `image`, uint8 [batch, height, width, 3], to `probabilities`, float32 [batch, classes]. Its first
@@ -103,7 +108,7 @@ def build(
                 zero_scale,
                 name=f"stage{stage}_block{block}",
             )
-    return keras.Model(image, classify(x, classes), name="resnet")
+    return keras.Model(image, classify(x, classes), name=name)
 
 
 def classify(x: keras.KerasTensor, classes: int) -> keras.KerasTensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keras
+import numpy as np
 
 from resnet import BadInput
 from training import applications, model
@@ -36,4 +37,11 @@ def build(name: str, image_shape: tuple[int, int, int], classes: int, zero_scale
     """
     if name in APPLICATIONS:
         return applications.build(name, image_shape, classes)
-    return model.build(ARCHITECTURES[name], image_shape, classes, zero_scale)
+    return model.build(ARCHITECTURES[name], image_shape, classes, zero_scale, name)
+
+
+def reseed(network: keras.Model, seed: int, epoch: int) -> None:
+    """Have dropout and other random layers draw from a seed and an epoch, whatever they drew before."""
+    for index, layer in enumerate(network.layers):
+        for generator in layer._seed_generators:
+            generator.state.assign(np.random.default_rng((seed, epoch, index)).integers(2**32, size=2, dtype=np.uint32))

@@ -61,7 +61,7 @@ class Recipe:
     source_rate: float = option(
         1.0, "with --from: learning rate of all but the head, as a fraction of the learning rate", low=0, high=1
     )
-    frozen_statistics: bool = option(False, "with --from: batch normalization keeps the statistics of the source")
+    frozen_statistics: bool = option(False, "with --from: batch normalization keeps its statistics, scales and shifts")
 
     def __post_init__(self) -> None:
         check(self)

@@ -139,8 +139,7 @@ def train(
     probabilities = _predict(final_model, dataset)
     confusion = _count(probabilities, dataset)
     metrics = _evaluate(probabilities, confusion, dataset)
-    metrics |= _describe_run(settings, dataset, final_model, checkpoints.rows)
-    metrics |= {"source": pretrained.describe(network)} if pretrained else {}
+    metrics |= _describe_run(settings, dataset, pretrained, final_model, checkpoints.rows)
     run_folder.write_metrics(metrics)
     plot_confusion(confusion, dataset.classes, run_folder)
     plot_mistakes(dataset.test, probabilities, dataset.classes, run_folder)
@@ -200,7 +199,7 @@ def _start_or_resume(
     if pretrained is not None:
         transfer.slow_down(network, settings.recipe, steps)
     if not run_folder.checkpoint.exists():
-        print(f"{settings.model or network.name}: {network.count_params():,} parameters, {len(network.layers)} layers")
+        print(f"{network.name}: {network.count_params():,} parameters, {len(network.layers)} layers")
         return network, []
     # Load weights into a new network: a loaded optimizer would not exclude any variable from weight decay.
     network.optimizer.build(network.trainable_variables)
@@ -240,12 +239,18 @@ def _evaluate(probabilities: NDArray[np.float32], confusion: NDArray[np.int_], d
 
 
 def _describe_run(
-    settings: TrainingSettings, dataset: Dataset, final_model: keras.Model, rows: list[HistoryRow]
+    settings: TrainingSettings,
+    dataset: Dataset,
+    pretrained: Pretrained | None,
+    final_model: keras.Model,
+    rows: list[HistoryRow],
 ) -> dict[str, Any]:
     """Return the settings, data and library versions that the weights come from."""
     backend = keras.backend.backend()
+    names = {"data": dataset.name, "model": final_model.name, "source": pretrained.name if pretrained else None}
     return {
-        "settings": settings.as_dict() | {"data": dataset.name},
+        "settings": settings.as_dict() | names,
+        "source": pretrained.describe(final_model) if pretrained else None,
         "classes": len(dataset.classes),
         "images": {"train": len(dataset.train.labels), "test": len(dataset.test.labels)},
         "data_sha256": dataset.sha256,
