@@ -67,7 +67,9 @@ def build(name: str, image_shape: tuple[int, int, int], classes: int, weights: s
     image = keras.Input(image_shape, dtype="uint8", name="image")
     pixels = preprocessing.apply(row.preprocess, keras.ops.cast(image, keras.config.dtype_policy().compute_dtype))
     try:
-        network = getattr(keras.applications, row.function)(include_top=False, weights=weights, input_tensor=pixels)
+        network = getattr(keras.applications, row.function)(
+            include_top=False, weights=weights, input_tensor=pixels, input_shape=image_shape
+        )
     except ValueError as error:
         if weights is not None:
             raise

@@ -59,7 +59,7 @@ class Checkpoints(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has 
 
     def on_test_end(self, logs: dict[str, float]) -> None:
         """Save the best weights right after validation, while they are the ones that were measured: raw or averaged."""
-        if logs["accuracy"] > max((row["val_accuracy"] for row in self.rows), default=-1.0):
+        if _rank(logs["accuracy"], logs["loss"]) > max(self._ranks, default=(-1.0, 0.0)):
             self._final_model.set_weights(self.model.get_weights())
             self._run_folder.replace(self._run_folder.best, self._final_model.save)
 
@@ -74,8 +74,19 @@ class Checkpoints(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has 
 
     @property
     def exhausted(self) -> bool:
-        """Whether `patience` epochs in a row brought no better validation accuracy."""
+        """Whether `patience` epochs in a row brought no better validation accuracy, nor the same with a lower loss."""
         if not self._patience or not self.rows:
             return False
-        accuracies = [row["val_accuracy"] for row in self.rows]
-        return len(accuracies) - 1 - accuracies.index(max(accuracies)) >= self._patience
+        return len(self._ranks) - 1 - self._ranks.index(max(self._ranks)) >= self._patience
+
+    @property
+    def _ranks(self) -> list[tuple[float, float]]:
+        return [_rank(row["val_accuracy"], row["val_loss"]) for row in self.rows]
+
+
+def _rank(accuracy: float, loss: float) -> tuple[float, float]:
+    """Return what is larger for a better epoch. Of few validation images, several epochs classify as many correctly.
+
+    With the digits of history.csv, so that a resumed training judges as one that was never interrupted.
+    """
+    return float(f"{accuracy:.6g}"), -float(f"{loss:.6g}")

@@ -49,7 +49,10 @@ class Recipe:
     )
     validation: float = option(0.1, "fraction of the training images used for validation", low=0.001, high=0.9)
     patience: int = option(
-        0, "stop after N epochs without better validation accuracy, and keep the best weights; 0 disables it", low=0
+        0,
+        "stop after N epochs without better validation accuracy, or the same with a lower loss, and keep the best "
+        "weights; 0 disables it",
+        low=0,
     )
 
     freeze: str = option(
