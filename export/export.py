@@ -35,6 +35,7 @@ from export.parity import BATCH_SIZES, Comparison, EvidenceError, ParityError, P
 from export.source import Source
 from resnet import BadInput, CheckFailed
 from resnet.packages import find_version
+from training.calibration import measure_error, soften
 
 CHECK = Path(__file__).with_name("check.py")  # a copy of it comes with each version
 LIBRARIES = ("tensorflow-cpu", "tensorflow", "keras", "tf2onnx", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy")
@@ -96,7 +97,7 @@ def export(
         print("comparing with the Keras original")
         expected = parity.predict(original.load(staged / "model.keras"), images, max(BATCH_SIZES), "Keras")
         exact = [Variant(row.name, row.path, "fp32", "", budgets["fp32"], [], {}) for row in FORMATS]
-        certificate = _certify(source, staged, expected, exact).certificate
+        certificate = _add_calibration(_certify(source, staged, expected, exact).certificate, source, expected)
         parity.check(certificate)
         _check_evidence(source, certificate)
         refusals: dict[str, str] = {}
@@ -160,6 +161,14 @@ def _report(phase: str) -> Iterator[None]:
         print(f" ({time.perf_counter() - started:.1f} s)", end="")
     finally:
         print(flush=True)
+
+
+def _add_calibration(certificate: Certificate, source: Source, expected: Probabilities) -> Certificate:
+    """Return the certificate with the calibration error that the original had before its training calibrated it."""
+    if source.temperature is None:
+        return certificate
+    error = measure_error(soften(expected, 1 / source.temperature), source.evidence.targets)
+    return msgspec.structs.replace(certificate, temperature=source.temperature, uncalibrated_error=error)
 
 
 def _check_evidence(source: Source, certificate: Certificate) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +49,7 @@ class Source:
         evidence: The data for the comparison.
         training: Content of metrics.json; None for a model that `resnet train` did not make.
         accuracy: Accuracy on the held-out images as the training measured it, 0 to 1; None if it used other images.
+        temperature: The number by which the training divided the logits; None if it left them as they were.
         resize: The rule by which images are resized to the input of the model.
     """
 
@@ -56,6 +58,7 @@ class Source:
     evidence: Evidence
     training: dict[str, Any] | None
     accuracy: float | None
+    temperature: float | None = None
     resize: Resize = "bilinear"
 
 
@@ -110,7 +113,9 @@ def load(
             raise BadInput(f"{file.parent / 'labels.txt'} names other classes than metrics.json, or in another order")
         if training["images"]["test"] == len(evidence.images):  # otherwise the held-out images are a sample
             accuracy = training["accuracy"]
-    return Source(file, model, evidence, training, accuracy, resize)
+    calibration = (training or {}).get("calibration")
+    temperature = calibration["temperature"] if calibration else None
+    return Source(file, model, evidence, training, accuracy, temperature, resize)
 
 
 def _find_file(path: Path) -> Path:
@@ -180,6 +185,9 @@ def _load_metrics(path: Path) -> dict[str, Any] | None:
         classes, accuracy, count = metrics["class_accuracy"], metrics["accuracy"], metrics["images"]["test"]
         if not (isinstance(classes, dict) and isinstance(accuracy, float | int | None) and isinstance(count, int)):
             raise ValueError("a value is of another type")
+        calibration = metrics.get("calibration")
+        if calibration and not 0 < calibration["temperature"] < math.inf:
+            raise ValueError("its temperature is not positive")
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:

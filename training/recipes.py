@@ -40,6 +40,7 @@ class Recipe:
         "float32", "Keras dtype policy; both keep the weights in float32"
     )
     fuse: bool = option(True, "compile with XLA on a CPU: faster steps, half a minute slower start")
+    calibrate: bool = option(False, "scale the confidence of the trained model to its validation accuracy")
     class_weights: bool = option(False, "weight the loss so that all classes count equally")
     validation: float = option(0.1, "fraction of the training images used for validation", low=0.001, high=0.9)
     patience: int = option(
@@ -78,6 +79,7 @@ RECIPES = {
             flip=True,
             crop=0.125,
             validation=0.04,
+            calibrate=True,
         ),
         # A short training with current methods: one cycle of the learning rate, and more regularisation.
         Recipe(
@@ -93,6 +95,7 @@ RECIPES = {
             cutout=0.25,
             weight_average=0.99,
             validation=0.04,
+            calibrate=True,
         ),
     )
 }

@@ -9,8 +9,9 @@ labels.txt       class names, one per line, in the order of the outputs of the m
 heldout.npz      test images and labels: `resnet export` compares models on them
 calibration.npz  some training images: an export to int8 calibrates with them
 metrics.json     accuracy (overall and by class), settings, library versions, hash of the data
-curves.png       accuracy and loss by epoch
+curves.png       accuracy, loss, learning rate and seconds by epoch
 confusion.png    confusion matrix of the test images
+reliability.png  accuracy of the test images by confidence
 mistakes.png     the misclassified test images with the highest confidence
 tensorboard/     the curves for TensorBoard, with --tensorboard
 """

@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resnet import BadInput
-from training import data, distribute, model
+from training import calibration, data, distribute, model
 from training.batches import WORKERS, Batches, TrainingBatches
 from training.checkpoints import Checkpoints
 from training.data import Dataset, Split
 from training.optimizer import compile_for
-from training.plots import plot_confusion, plot_mistakes
+from training.plots import plot_confusion, plot_mistakes, plot_reliability
 from training.progress import Progress
 from training.recipes import Recipe
 from training.run_folder import HistoryRow, RunFolder
@@ -123,13 +123,16 @@ def train(
         # Replaces the weights by their moving average, if the recipe has one.
         network.optimizer.finalize_variable_values(network.trainable_weights)
         final_model.set_weights(network.get_weights())
+    temperature = _calibrate(final_model, dataset, validation) if recipe.calibrate else None
     run_folder.replace(run_folder.model, final_model.save)
-    probabilities = _predict(final_model, dataset)
+    probabilities = _predict(final_model, dataset.test, np.arange(len(dataset.test.labels)))
     confusion = _count(probabilities, dataset)
     metrics = _evaluate(probabilities, confusion, dataset)
+    metrics |= _evaluate_confidence(probabilities, dataset.test.labels, temperature)
     metrics |= _describe_run(settings, dataset, final_model, checkpoints.rows)
     run_folder.write_metrics(metrics)
     plot_confusion(confusion, dataset.classes, run_folder)
+    plot_reliability(dataset.test.labels, probabilities, temperature, run_folder)
     plot_mistakes(dataset.test, probabilities, dataset.classes, run_folder)
     return metrics
 
@@ -185,9 +188,17 @@ def _start_or_resume(
     return network, run_folder.read_history()[:done]
 
 
-def _predict(final_model: keras.Model, dataset: Dataset) -> NDArray[np.float32]:
-    """Return the answers to the test images, which nothing else in a training uses: float32 [n, classes]."""
-    batches = Batches(dataset.test, np.arange(len(dataset.test.labels)), len(dataset.classes), batch_size=256)
+def _calibrate(final_model: keras.Model, dataset: Dataset, validation: NDArray[np.intp]) -> float:
+    """Let the confidence of a model be its accuracy on the validation images; return the temperature that does."""
+    probabilities = _predict(final_model, dataset.train, validation)
+    temperature = calibration.fit_temperature(probabilities, dataset.train.labels[validation])
+    calibration.fold_temperature(final_model, temperature)
+    return temperature
+
+
+def _predict(final_model: keras.Model, split: Split, indices: NDArray[np.intp]) -> NDArray[np.float32]:
+    """Return the answers to the images at these indices: float32 [n, classes]."""
+    batches = Batches(split, indices, final_model.output_shape[-1], batch_size=256)
     return np.asarray(final_model.predict(batches, verbose=0))
 
 
@@ -209,6 +220,17 @@ def _evaluate(probabilities: NDArray[np.float32], confusion: NDArray[np.int_], d
             for label, (name, row) in enumerate(zip(dataset.classes, confusion, strict=True))
         },
     }
+
+
+def _evaluate_confidence(
+    probabilities: NDArray[np.float32], labels: NDArray[np.int32], temperature: float | None
+) -> dict[str, Any]:
+    """Return the calibration error of the test images, and if the model was calibrated, also that before."""
+    row: dict[str, Any] = {"calibration_error": calibration.measure_error(probabilities, labels)}
+    if temperature is not None:
+        before = calibration.measure_error(calibration.soften(probabilities, 1 / temperature), labels)
+        row["calibration"] = {"temperature": temperature, "error_before": before}
+    return row
 
 
 def _describe_run(

@@ -49,9 +49,9 @@ def rows(folder: Path) -> list[dict[str, str]]:
 def test_a_run_folder_is_complete(run: Path) -> None:
     """Model, history, curves and figures are there, and agree with each other."""
     assert [row["epoch"] for row in rows(run)] == ["1", "2", "3"]
-    assert {"accuracy", "loss", "val_accuracy", "val_loss"} < rows(run)[0].keys()
+    assert {"accuracy", "loss", "val_accuracy", "val_loss", "learning_rate", "seconds"} < rows(run)[0].keys()
     assert (run / "labels.txt").read_text().split() == [str(digit) for digit in range(10)]
-    for name in ("curves.png", "confusion.png", "mistakes.png"):
+    for name in ("curves.png", "mistakes.png", "reliability.png"):
         with Image.open(run / name) as picture:
             assert picture.width >= picture.height > 300
     metrics = json.loads((run / "metrics.json").read_text())
