@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-Probabilities = NDArray[np.float32]
-
 BINS = 15  # of confidence, as Guo et al. count them
 MOST = 20.0  # the largest temperature, and the inverse of the least
 TINY = float(np.finfo(np.float32).tiny)
@@ -38,7 +36,7 @@ class Reliability(NamedTuple):
         return float(np.abs(self.confidence - self.right).sum() / self.counts.sum())
 
 
-def measure_reliability(probabilities: Probabilities, labels: NDArray[np.int32]) -> Reliability:
+def measure_reliability(probabilities: NDArray[np.float32], labels: NDArray[np.int32]) -> Reliability:
     """Count the answers by confidence.
 
     Args:
@@ -51,14 +49,14 @@ def measure_reliability(probabilities: Probabilities, labels: NDArray[np.int32])
     return Reliability(counts.astype(np.int64), sums.astype(np.float64), hits.astype(np.float64))
 
 
-def measure_error(probabilities: Probabilities, labels: NDArray[np.int32]) -> float:
+def measure_error(probabilities: NDArray[np.float32], labels: NDArray[np.int32]) -> float:
     """Return the expected calibration error, as `Reliability.error`; NaN if a probability is not finite."""
     if not np.all(np.isfinite(probabilities)):
         return math.nan
     return measure_reliability(probabilities, labels).error
 
 
-def fit_temperature(probabilities: Probabilities, labels: NDArray[np.int32]) -> float:
+def fit_temperature(probabilities: NDArray[np.float32], labels: NDArray[np.int32]) -> float:
     """Return the temperature that makes the right classes most probable, from 1 / `MOST` to `MOST`.
 
     A network that errs on none of a few images would become as good as certain of everything. So the target is not 1,
@@ -81,12 +79,12 @@ def fit_temperature(probabilities: Probabilities, labels: NDArray[np.int32]) -> 
     return math.exp(minimize_scalar(compute_loss, bounds=(-limit, limit), method="bounded").x)
 
 
-def soften(probabilities: Probabilities, temperature: float) -> Probabilities:
+def soften(probabilities: NDArray[np.float32], temperature: float) -> NDArray[np.float32]:
     """Return the probabilities, float32 [n, classes], that the logits make when divided by a temperature."""
     return np.exp(_log_soften(probabilities, temperature)).astype(np.float32)
 
 
-def _log_soften(probabilities: Probabilities, temperature: float) -> NDArray[np.float64]:
+def _log_soften(probabilities: NDArray[np.float32], temperature: float) -> NDArray[np.float64]:
     logits = np.log(np.maximum(probabilities, TINY), dtype=np.float64) / temperature
     logits -= logits.max(axis=1, keepdims=True)
     scaled: NDArray[np.float64] = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))

@@ -108,12 +108,14 @@ def test_a_run_killed_twice_resumes_and_learns_what_it_would_have_learned(tmp_pa
 
 def test_equal_settings_learn_equal_weights(run: Path, tmp_path: Path) -> None:
     """To the last bit, on one machine; another seed learns others."""
-    train(settings(epochs=3), tmp_path / "again")
+    train(settings(epochs=3, calibrate=True), tmp_path / "again")
     for left, right in zip(weights(run), weights(tmp_path / "again"), strict=True):
         np.testing.assert_array_equal(left, right)
-    train(settings(epochs=3), tmp_path / "again", resume=True)  # there is nothing left to do, and nothing changes
+    train(
+        settings(epochs=3, calibrate=True), tmp_path / "again", resume=True
+    )  # there is nothing left to do, and nothing changes
     np.testing.assert_array_equal(weights(run)[0], weights(tmp_path / "again")[0])
-    train(settings(epochs=1, seed=1), tmp_path / "other")
+    train(settings(epochs=1, seed=1, calibrate=True), tmp_path / "other")
     assert not np.array_equal(weights(run)[0], weights(tmp_path / "other")[0])
 
 
@@ -248,9 +250,9 @@ def test_a_folder_in_use_is_not_overwritten(run: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="pass --resume"):
         train(settings(), run)
     with pytest.raises(BadInput, match="was started with seed 0, not 1"):
-        train(settings(epochs=3, seed=1), run, resume=True)
+        train(settings(epochs=3, seed=1, calibrate=True), run, resume=True)
     with pytest.raises(BadInput, match="can only raise"):
-        train(settings(epochs=1), run, resume=True)
+        train(settings(epochs=1, calibrate=True), run, resume=True)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(BadInput, match="holds no run to resume"):
         train(settings(), tmp_path, resume=True)
