@@ -53,22 +53,26 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]  # Keras has no type
 
 
 class TrainingBatches(Batches):
-    """Batches whose order and augmentation change with every epoch; both follow from the seed and the epoch."""
+    """Batches whose order and augmentation change with every epoch; both follow from the seed and the epoch.
+
+    Attributes:
+        seed: The seed.
+    """
 
     def __init__(
         self, split: Split, indices: NDArray[np.intp], classes: int, recipe: Recipe, seed: int, workers: int = 1
     ) -> None:
         super().__init__(split, indices, classes, recipe.batch_size, workers)
-        self._indices, self._recipe, self._seed = indices, recipe, seed
+        self._indices, self._recipe, self.seed = indices, recipe, seed
         self.begin(0)
 
     def begin(self, epoch: int) -> None:
         """Shuffle for an epoch; epochs count from 0."""
         self.seconds, self._epoch = 0.0, epoch
-        self._order = np.random.default_rng((self._seed, epoch)).permutation(self._indices)
+        self._order = np.random.default_rng((self.seed, epoch)).permutation(self._indices)
 
     def _prepare(self, images: Pixels, index: int) -> Pixels:
-        return augment(images, self._recipe, np.random.default_rng((self._seed, self._epoch, index)))
+        return augment(images, self._recipe, np.random.default_rng((self.seed, self._epoch, index)))
 
 
 def augment(images: Pixels, recipe: Recipe, rng: np.random.Generator) -> Pixels:

@@ -9,6 +9,7 @@ import keras
 
 from resnet import CheckFailed
 from training.batches import TrainingBatches
+from training.networks import reseed
 from training.plots import plot_curves
 from training.run_folder import HistoryRow, RunFolder
 
@@ -44,6 +45,7 @@ class Checkpoints(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has 
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:  # noqa: ARG002, D102
         self._batches.begin(epoch)
+        reseed(self.model, self._batches.seed, epoch)
         self._epoch, self._started = epoch, time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float]) -> None:  # noqa: D102

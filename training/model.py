@@ -9,6 +9,8 @@ from keras import layers
 
 Shortcut = Literal["projection", "padding", "none"]
 
+HEAD = "probabilities"  # the name of the last layer
+
 
 class Architecture(NamedTuple):
     """The parameters of one network.
@@ -65,7 +67,11 @@ ARCHITECTURES = RESNETS | {
 
 
 def build(
-    architecture: Architecture, image_shape: tuple[int, int, int], classes: int, zero_scale: bool = False
+    architecture: Architecture,
+    image_shape: tuple[int, int, int],
+    classes: int,
+    zero_scale: bool = False,
+    name: str = "resnet",
 ) -> keras.Model:
     """Build an untrained classifier.
 
@@ -76,6 +82,7 @@ def build(
         zero_scale: Initialise the scale of the last batch normalisation of every residual block with zero, so that the
             block starts as its shortcut (Goyal et al. 2017, section 5.1). A plain network has no shortcuts and ignores
             it.
+        name: The name of the model.
 
     Returns:
         A model from `image`, uint8 [batch, height, width, 3], to `probabilities`, float32 [batch, classes]. Its first
@@ -101,9 +108,22 @@ def build(
                 zero_scale,
                 name=f"stage{stage}_block{block}",
             )
-    x = layers.GlobalAveragePooling2D(name="pool")(x)
-    probabilities = layers.Dense(classes, activation="softmax", dtype="float32", name="probabilities")(x)
-    return keras.Model(image, probabilities, name="resnet")
+    return keras.Model(image, classify(x, classes), name=name)
+
+
+def classify(x: keras.KerasTensor, classes: int) -> keras.KerasTensor:
+    """Append the head of every network that is trained here.
+
+    Args:
+        x: Features, [batch, channels], or a map of them, [batch, height, width, channels], which is averaged.
+        classes: Number of classes, at least 2.
+
+    Returns:
+        float32 [batch, classes], from the layer `HEAD`.
+    """
+    if len(x.shape) == 4:
+        x = layers.GlobalAveragePooling2D(name="pool")(x)
+    return layers.Dense(classes, activation="softmax", dtype="float32", name=HEAD)(x)
 
 
 def residual_block(
