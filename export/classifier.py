@@ -1,4 +1,4 @@
-"""A Keras model as a classifier: from plain RGB pixels, uint8, to probabilities, float32."""
+"""A Keras model as a classifier: from plain pixels, uint8, to probabilities, float32."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from numpy.typing import NDArray
 from export import keras2, preprocessing
 from export.preprocessing import PREPROCESSING
 from resnet import BadInput
-
-# Of Pillow's conversion to grey, which is exact in float32: R * 19595/65536 + G * 38470/65536 + B * 7471/65536.
-LUMA = tuple(part / 65536 for part in (19595, 38470, 7471))
+from training.images import CHANNELS
 
 
 def load(file: Path) -> keras.Model:
@@ -54,12 +52,12 @@ def load(file: Path) -> keras.Model:
 
 
 def complete(file: Path, model: keras.Model, shape: tuple[int, int, int], preprocess: str | None = None) -> keras.Model:
-    """Return a model of RGB pixels, uint8, whose output is float32.
+    """Return a model of plain pixels, uint8, with the channels of the model, whose output is float32.
 
     Args:
         file: The file of the model, for messages.
         model: From `load`.
-        shape: (height, width, 3) of the images.
+        shape: (height, width, channels) of the images.
         preprocess: One of `PREPROCESSING`; None for a model of uint8 pixels.
 
     Raises:
@@ -67,20 +65,15 @@ def complete(file: Path, model: keras.Model, shape: tuple[int, int, int], prepro
     """
     pixels, output = model.inputs[0], model.outputs[0]
     _check_shapes(file, pixels, output, preprocess)
-    takes = tuple(pixels.shape[1:3])
-    if any(side not in (None, actual) for side, actual in zip(takes, shape[:2], strict=True)):
+    takes = tuple(pixels.shape[1:])
+    if any(side not in (None, actual) for side, actual in zip(takes, shape, strict=True)):
         raise BadInput(
-            f"{file} takes images of shape {[*takes, 3]}, but the held-out images have {list(shape)}; "
+            f"{file} takes images of shape {list(takes)}, but the held-out images have {list(shape)}; "
             "name another data set with --data"
         )
-    colours = pixels.shape[-1]
-    if preprocess is None and takes == shape[:2] and colours == 3 and output.dtype == "float32":
+    if preprocess is None and takes == shape and output.dtype == "float32":
         return model
-    image = keras.Input(shape, dtype="uint8", name="image")
-    x = image
-    if colours == 1:
-        luma = keras.ops.sum(keras.ops.cast(image, "float32") * np.array(LUMA, np.float32), axis=-1, keepdims=True)
-        x = keras.ops.cast(keras.ops.floor(luma + 0.5), pixels.dtype)
+    image = x = keras.Input(shape, dtype="uint8", name="image")
     if preprocess is not None:
         x = preprocessing.apply(preprocess, keras.ops.cast(x, "float32"))
     return keras.Model(image, keras.ops.cast(model(x), "float32"), name=model.name)
@@ -92,7 +85,7 @@ def end_in_probabilities(file: Path, model: keras.Model, images: NDArray[np.uint
     Args:
         file: The file of the model, for messages.
         model: From `complete`. One with a single output gives the probability, or the logit, of the second class.
-        images: Images to test the outputs with, uint8 [n, height, width, 3].
+        images: Images to test the outputs with, uint8 [n, height, width, channels].
         logits: The outputs are logits.
 
     Raises:
@@ -137,10 +130,10 @@ def ends_in_softmax(model: keras.Model) -> bool:
 
 def _check_shapes(file: Path, pixels: Any, output: Any, preprocess: str | None) -> None:
     """Check that a model takes images and gives a vector."""
-    if len(pixels.shape) != 4 or pixels.shape[-1] not in (1, 3):
+    if len(pixels.shape) != 4 or pixels.shape[-1] not in CHANNELS.values():
         raise BadInput(
             f"{file} takes {pixels.dtype} {_axes(pixels.shape)}; a classifier of images takes "
-            "[batch, height, width, 3], or 1 in the place of 3"
+            "[batch, height, width, channels] with 1, 3 or 4 channels"
         )
     if preprocess is None and pixels.dtype != "uint8":
         raise BadInput(
@@ -149,8 +142,11 @@ def _check_shapes(file: Path, pixels: Any, output: Any, preprocess: str | None) 
         )
     if preprocess is not None and pixels.dtype == "uint8":
         raise BadInput(f"{file} takes uint8 pixels already; leave out --preprocess")
-    if preprocess in ("caffe", "torch") and pixels.shape[-1] == 1:
-        raise BadInput(f"{file} takes grey images, but --preprocess {preprocess} is for three colours; name another")
+    if preprocess in ("caffe", "torch") and pixels.shape[-1] != 3:
+        raise BadInput(
+            f"{file} takes images of {pixels.shape[-1]} channels, but --preprocess {preprocess} is for three colours; "
+            "name another"
+        )
     if len(output.shape) != 2 or output.shape[-1] is None:
         raise BadInput(f"{file} gives {output.dtype} {_axes(output.shape)}; a classifier gives [batch, classes]")
 

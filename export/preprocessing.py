@@ -25,7 +25,7 @@ def apply(kind: str, pixels: keras.KerasTensor) -> keras.KerasTensor:
 
     Args:
         kind: One of `PREPROCESSING`.
-        pixels: float32 [batch, height, width, 3], RGB, 0 to 255.
+        pixels: float32 [batch, height, width, channels], RGB, 0 to 255.
     """
     import keras
 

@@ -20,12 +20,16 @@ from resnet import BadInput
 from training import data, distribute, model
 from training.batches import WORKERS, Batches, TrainingBatches
 from training.checkpoints import Checkpoints
-from training.data import Dataset, Split
+from training.data import Dataset, ImageForm, Split
+from training.duplicates import find_duplicates
+from training.heads import count_outputs, to_probabilities
+from training.images import CHANNELS, parse_size
 from training.optimizer import compile_for
 from training.plots import plot_confusion, plot_mistakes
 from training.progress import Progress
 from training.recipes import Recipe
 from training.run_folder import HistoryRow, RunFolder
+from training.splits import split_validation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,16 +41,20 @@ class TrainingSettings:
         model: One of `training.model.ARCHITECTURES`.
         recipe: The hyperparameters.
         seed: Seed of the initial weights, the order of the images and their augmentation.
-        image_size: Side in pixels to which the images of a folder are resized; None keeps their size.
+        image_size: `N` or `HxW`, the pixels to which image files are resized; None keeps their size.
         images: Number of training images to use; None uses all.
+        colors: A key of `training.images.CHANNELS`; None follows the data.
+        head: One of `training.heads.HEADS`.
     """
 
     data: str
     model: str
     recipe: Recipe
     seed: int = 0
-    image_size: int | None = None
+    image_size: str | None = None
     images: int | None = None
+    colors: str | None = None
+    head: str = "softmax"
 
     def as_dict(self) -> dict[str, Any]:
         """Return all settings in one flat dict, with the values of the recipe and its name as `recipe`."""
@@ -81,13 +89,17 @@ def train(
     if tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise BadInput("--tensorboard needs a package that is not installed: pip install tensorboard")
     recipe, run_folder = settings.recipe, RunFolder(folder)
-    size = (settings.image_size, settings.image_size) if settings.image_size else None
-    dataset = data.load(settings.data, size)
+    size = parse_size(settings.image_size)
+    dataset = data.load(settings.data, ImageForm(size, channels=CHANNELS[settings.colors] if settings.colors else None))
     height, width, _ = dataset.image_shape
     if size and (height, width) != size:
-        raise BadInput(f"--image-size is for folders of images; {settings.data!r} has {width}x{height} pixels")
+        raise BadInput(f"--image-size is for image files; {settings.data!r} has {width}x{height} pixels")
+    outputs = count_outputs(settings.head, len(dataset.classes))
     training, validation = _split(dataset.train, settings, strategy.num_replicas_in_sync if strategy else 1)
     run_folder.start(settings.as_dict() | {"data_sha256": dataset.sha256}, resume)
+    duplicates = find_duplicates(dataset)
+    for line in duplicates.describe(dataset):
+        print(line)
     run_folder.write_evidence(dataset)
 
     keras.utils.set_random_seed(settings.seed)
@@ -99,12 +111,12 @@ def train(
         distribute.prepare(network, strategy)
     # One thread with a strategy: there Keras carries prefetched batches of one pass over into the next.
     workers = 1 if strategy else WORKERS
-    batches = TrainingBatches(dataset.train, training, len(dataset.classes), recipe, settings.seed, workers)
+    batches = TrainingBatches(dataset.train, training, outputs, recipe, settings.seed, workers)
     checkpoints = Checkpoints(run_folder, rows, batches, recipe.patience, final_model)
     if not checkpoints.exhausted:
         network.fit(
             batches,
-            validation_data=Batches(dataset.train, validation, len(dataset.classes), recipe.batch_size),
+            validation_data=Batches(dataset.train, validation, outputs, recipe.batch_size),
             initial_epoch=len(rows),
             epochs=recipe.epochs,
             shuffle=False,  # the batches shuffle themselves
@@ -128,6 +140,7 @@ def train(
     confusion = _count(probabilities, dataset)
     metrics = _evaluate(probabilities, confusion, dataset)
     metrics |= _describe_run(settings, dataset, final_model, checkpoints.rows)
+    metrics["duplicates"] = duplicates.count_all()
     run_folder.write_metrics(metrics)
     plot_confusion(confusion, dataset.classes, run_folder)
     plot_mistakes(dataset.test, probabilities, dataset.classes, run_folder)
@@ -136,14 +149,12 @@ def train(
 
 def _split(examples: Split, settings: TrainingSettings, replicas: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Return the indices of the training and of the validation examples, a multiple of `replicas` of each."""
-    # With a fixed seed: trainings with different seeds have the same validation images, so that they compare.
-    order = np.random.default_rng(0).permutation(len(examples.labels))
     share = settings.recipe.validation
-    validation, training = np.split(order, [round(share * len(order))])
+    training, validation = split_validation(examples, share)
     training = training[: settings.images]
     if len(validation) < replicas:
         raise BadInput(
-            f"{len(order)} training images are too few for a validation share of {share:.0%}; "
+            f"{len(examples.labels)} training images are too few for a validation share of {share:.0%}; "
             "add images, or raise --validation"
         )
     return training[: len(training) // replicas * replicas], validation[: len(validation) // replicas * replicas]
@@ -160,7 +171,8 @@ def _build(settings: TrainingSettings, dataset: Dataset, precision: str) -> kera
     keras.config.set_dtype_policy(precision)
     try:
         architecture = model.ARCHITECTURES[settings.model]
-        return model.build(architecture, dataset.image_shape, len(dataset.classes), settings.recipe.zero_scale)
+        outputs = count_outputs(settings.head, len(dataset.classes))
+        return model.build(architecture, dataset.image_shape, outputs, settings.recipe.zero_scale)
     finally:
         keras.config.set_dtype_policy(policy)
 
@@ -187,8 +199,9 @@ def _start_or_resume(
 
 def _predict(final_model: keras.Model, dataset: Dataset) -> NDArray[np.float32]:
     """Return the answers to the test images, which nothing else in a training uses: float32 [n, classes]."""
-    batches = Batches(dataset.test, np.arange(len(dataset.test.labels)), len(dataset.classes), batch_size=256)
-    return np.asarray(final_model.predict(batches, verbose=0))
+    outputs = final_model.output_shape[-1]
+    batches = Batches(dataset.test, np.arange(len(dataset.test.labels)), outputs, batch_size=256)
+    return to_probabilities(np.asarray(final_model.predict(batches, verbose=0)))
 
 
 def _count(probabilities: NDArray[np.float32], dataset: Dataset) -> NDArray[np.int_]:

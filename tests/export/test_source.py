@@ -279,10 +279,10 @@ def test_images_of_a_folder_are_resized_to_what_the_model_takes(tmp_path: Path) 
     wide = source.load(tmp_path / "9.keras", str(tmp_path / "data"))
     assert wide.evidence.images.shape[1:] == wide.model.input_shape[1:] == (9, 14, 3)
     with pytest.raises(BadInput, match="9x14 pixels; leave out --image-size"):
-        source.load(tmp_path / "9.keras", str(tmp_path / "data"), image_size=9)
+        source.load(tmp_path / "9.keras", str(tmp_path / "data"), image_size="9")
     own = source.load(tmp_path / "None.keras", str(tmp_path / "data"))
     assert own.evidence.images.shape[1:] == own.model.input_shape[1:] == (20, 20, 3)
-    told = source.load(tmp_path / "None.keras", str(tmp_path / "data"), image_size=16)
+    told = source.load(tmp_path / "None.keras", str(tmp_path / "data"), image_size="16")
     assert told.evidence.images.shape[1:] == told.model.input_shape[1:] == (16, 16, 3)
 
 

@@ -72,7 +72,7 @@ def test_the_hash_follows_pixels_labels_and_names(folder: Path) -> None:
 def test_images_of_several_sizes_are_resized_on_request(folder: Path) -> None:
     """--image-size makes them square."""
     write(folder / "train" / "cat" / "3.png", size=(20, 9))
-    assert data.load(str(folder), (16, 16)).image_shape == (16, 16, 3)
+    assert data.load(str(folder), data.ImageForm((16, 16))).image_shape == (16, 16, 3)
 
 
 def test_images_that_do_not_fit_memory_are_decoded_when_they_are_asked_for(

@@ -222,7 +222,7 @@ def test_images_of_224_pixels_train(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         noise = rng.integers(256, size=(200 + number, 240, 3), dtype=np.uint8)
         Image.fromarray(noise // (1 if name == "cat" else 4)).save(path)
-    made = dataclasses.replace(settings(epochs=3, batch_size=8), data=str(tmp_path / "data"), image_size=224)
+    made = dataclasses.replace(settings(epochs=3, batch_size=8), data=str(tmp_path / "data"), image_size="224")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.data.CACHE_BYTES", 0)
         # On CPUs with AVX-512, TensorFlow 2.21 crashes in the gradient of a 1x1 convolution of stride 2 that reads

@@ -18,6 +18,8 @@ from resnet.options import add_options, check, given, option, read
 from training.backend import start_tensorflow
 from training.data import SOURCES
 from training.distribute import STRATEGIES
+from training.heads import HEADS
+from training.images import CHANNELS, parse_size
 from training.recipes import RECIPES, Recipe
 
 
@@ -29,7 +31,11 @@ class TrainOptions:
     model: str = option("resnet18", "network architecture; `resnet family` lists all", metavar="NAME")
     recipe: str = option("notebook", "hyperparameters to start from", choices=tuple(RECIPES))
     seed: int = option(0, "random seed of initial weights and image order", low=0, high=2**32 - 1)
-    image_size: int | None = option(None, "resize the images of a folder to N by N pixels", low=8, high=16_384)
+    image_size: str | None = option(None, "resize image files to N by N, or height by width pixels", metavar="N|HxW")
+    colors: str | None = option(
+        None, "colours of the images that the model takes (default: those of the data)", choices=tuple(CHANNELS)
+    )
+    head: str = option("softmax", "an output for each class (softmax), or one for the second of two", choices=HEADS)
     images: int | None = option(None, "number of training images to use (default: all)", low=1)
     out: Path = option(MISSING, "run folder to write", metavar="FOLDER", required=True)
     resume: bool = option(False, "continue the run in --out after its last finished epoch")
@@ -40,6 +46,7 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         check(self)
+        parse_size(self.image_size)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +75,8 @@ def run(args: argparse.Namespace) -> None:
         seed=options.seed,
         image_size=options.image_size,
         images=options.images,
+        colors=options.colors,
+        head=options.head,
     )
     strategy = distribute.choose(options.distribute, recipe.batch_size)
     try:
