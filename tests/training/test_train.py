@@ -343,7 +343,10 @@ def test_a_run_folder_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["--model", "resnet9"], "--model 'resnet9' is unknown; choose one of resnet18"),
-        (["--image-size", "64"], "--image-size is for folders of images; 'digits' has 32x32 pixels"),
+        (["--image-size", "64"], "--image-size is for image files; 'digits' has 32x32 pixels"),
+        (["--image-size", "64x"], "--image-size must be N or HxW"),
+        (["--colors", "cmyk"], "--colors must be one of grey, rgb, rgba, not 'cmyk'"),
+        (["--head", "sigmoid"], "--head sigmoid is for two classes, and the data have 10"),
         (["--distribute", "magic"], "--distribute must be one of mirrored, multiworker, not 'magic'"),
         (["--distribute", "multiworker"], "needs TF_CONFIG"),
         (["--images", "0"], "--images must be at least 1"),
