@@ -30,7 +30,7 @@ from export import (
 )
 from export.certificate import MAX_DIFFERENCE, MAX_LOGIT_DIFFERENCE, Budget, Certificate, Variant
 from export.formats import FORMATS, ONNX, OPSET
-from export.manifest import FORMAT, Manifest, Preprocessing, TensorSpec, hash_files
+from export.manifest import COLORS, FORMAT, Manifest, Preprocessing, TensorSpec, hash_files
 from export.parity import BATCH_SIZES, Comparison, EvidenceError, ParityError, Probabilities, VariantError
 from export.source import Source
 from resnet import BadInput, CheckFailed
@@ -81,7 +81,7 @@ def export(
             f"{source.path} has no training images beside it to calibrate int8 with; name a data set by --data"
         )
     images, targets, labels = source.evidence.images, source.evidence.targets, source.evidence.labels
-    preprocessing, shape = Preprocessing(resize=source.resize), source.model.input_shape[1:]
+    preprocessing, shape = _describe_preprocessing(source), source.model.input_shape[1:]
     budgets = {**budgets, "fp32": _adapt(budgets["fp32"], source)}
     heldout = parity.hash_images(images, targets)
     props = {name: metadata.describe(labels, shape, preprocessing, heldout, budget) for name, budget in budgets.items()}
@@ -197,6 +197,10 @@ def _adapt(budget: Budget, source: Source) -> Budget:
         if classifier.ends_in_softmax(source.model)
         else msgspec.structs.replace(budget, max_logit_difference=None)
     )
+
+
+def _describe_preprocessing(source: Source) -> Preprocessing:
+    return Preprocessing(COLORS[source.model.input_shape[-1]], source.resize)
 
 
 def _list_specs(source: Source) -> tuple[TensorSpec, TensorSpec]:

@@ -19,7 +19,7 @@ from training.calibration import measure_error
 
 Probabilities = NDArray[np.float32]
 Predict = Callable[[NDArray[np.uint8]], Probabilities]
-"""From uint8 [n, height, width, 3] to float32 [n, classes]."""
+"""From uint8 [n, height, width, channels] to float32 [n, classes]."""
 
 BATCH_SIZES = (1, 3, 64)
 WORST = 10  # images that the certificate lists for each variant and batch size
@@ -72,7 +72,7 @@ def certify(
     Args:
         expected: The answers of the Keras original, float32 [n, classes].
         variants: The converted models, each with the function that runs it; their rows are ignored.
-        images: Held-out images, uint8 [n, height, width, 3].
+        images: Held-out images, uint8 [n, height, width, channels].
         labels: Their labels, int32 [n].
 
     Returns:
@@ -238,7 +238,7 @@ def predict(run: Predict, images: NDArray[np.uint8], batch_size: int, title: str
 
     Args:
         run: The model.
-        images: uint8 [n, height, width, 3].
+        images: uint8 [n, height, width, channels].
         batch_size: Images per call; the last batch, or the only one, is filled with further copies of the images.
         title: What the model is called, in the progress display.
 

@@ -74,7 +74,7 @@ def list_reductions(precision: str, calibration: NDArray[np.uint8] | None) -> li
 
     Args:
         precision: `fp16` or `int8`.
-        calibration: Training images, uint8 [n, height, width, 3]; int8 needs them.
+        calibration: Training images, uint8 [n, height, width, channels]; int8 needs them.
     """
     if precision == "fp16":
         return [Reduction(f"{', '.join(KEPT_IN_FP32)} in fp32", to_fp16, half.ARITHMETIC)]
@@ -109,7 +109,7 @@ def to_int8(source: Path, target: Path, images: NDArray[np.uint8], quantization:
     Args:
         source: An ONNX file in fp32.
         target: The file to write.
-        images: Training images, uint8 [n, height, width, 3], with which the ranges of activations are calibrated.
+        images: Training images, uint8 [n, height, width, channels], to calibrate the ranges of activations with.
         quantization: One of `QUANTIZATIONS`, or other settings.
     """
     with tempfile.TemporaryDirectory() as folder:

@@ -17,8 +17,8 @@ from resnet import BadInput
 from resnet.archives import read_arrays
 from training import data as datasets
 from training import model_file
-from training.data import check_names
-from training.images import Resize
+from training.data import ImageForm, check_names
+from training.images import CHANNELS, Resize, parse_size
 from training.run_folder import HELDOUT, choose_calibration, choose_heldout
 
 TESTED_IMAGES = 64  # enough to distinguish probabilities from other outputs
@@ -29,9 +29,9 @@ class Evidence(NamedTuple):
 
     Attributes:
         labels: Names of the classes, in the order of the output.
-        images: Held-out images, uint8 [n, height, width, 3].
+        images: Held-out images, uint8 [n, height, width, channels].
         targets: Their labels, int32 [n].
-        calibration: Training images, uint8 [n, height, width, 3], for the ranges of int8; None if there are none.
+        calibration: Training images, uint8 [n, height, width, channels], for the ranges of int8; None without any.
     """
 
     labels: tuple[str, ...]
@@ -46,7 +46,7 @@ class Source:
 
     Attributes:
         path: The .keras file.
-        model: The model, from uint8 [batch, height, width, 3] to float32 [batch, classes].
+        model: The model, from uint8 [batch, height, width, channels] to float32 [batch, classes].
         evidence: The data for the comparison.
         training: Content of metrics.json; None for a model that `resnet train` did not make.
         accuracy: Accuracy on the held-out images as the training measured it, 0 to 1; None if it used other images.
@@ -70,7 +70,7 @@ def load(
     labels: Path | None = None,
     preprocess: str | None = None,
     logits: bool = False,
-    image_size: int | None = None,
+    image_size: str | None = None,
     resize: Resize = "bilinear",
 ) -> Source:
     """Load a run folder, or the file of a model together with a data set.
@@ -83,7 +83,8 @@ def load(
         preprocess: The preprocessing that the model expects, one of `training.preprocessing.PREPROCESSING`; it becomes
             part of the model. None for a model of uint8 input.
         logits: Append a softmax, for a model that ends in logits.
-        image_size: Side in pixels of the images, for a model that takes any size; None keeps that of the data set.
+        image_size: `N` or `HxW`, the pixels of the images, for a model that takes any size; None keeps those of the
+            data set.
         resize: The rule by which the images of `data`, and those of the server, are resized.
 
     Raises:
@@ -94,11 +95,11 @@ def load(
     if data is None:
         evidence = _load_evidence(file.parent)
     else:
-        evidence = _load_data(data, _choose_size(file, loaded.input_shape, image_size), resize)
+        evidence = _load_data(data, _choose_form(file, loaded.input_shape, parse_size(image_size), resize))
     if labels is not None:
         evidence = _rename(evidence, labels)
-    height, width, colours = evidence.images.shape[1:]
-    complete = classifier.complete(file, loaded, (height, width, colours), preprocess)
+    height, width, channels = evidence.images.shape[1:]
+    complete = classifier.complete(file, loaded, (height, width, channels), preprocess)
     outputs = complete.output_shape[-1]
     if len(evidence.labels) != max(2, outputs):  # a single output is that of the second class of two
         raise BadInput(
@@ -119,14 +120,14 @@ def load(
     return Source(file, model, evidence, training, accuracy, temperature, resize)
 
 
-def _choose_size(file: Path, shape: tuple[int | None, ...], image_size: int | None) -> tuple[int, int] | None:
-    """Return the (height, width) of the images of a model; None if any will do."""
-    height, width = shape[1:3] if len(shape) == 4 else (None, None)
+def _choose_form(file: Path, shape: tuple[int | None, ...], size: tuple[int, int] | None, resize: Resize) -> ImageForm:
+    """Return the form of the images that a model takes."""
+    height, width, channels = shape[1:] if len(shape) == 4 else (None, None, None)
     if height and width:
-        if image_size not in (None, height) or image_size not in (None, width):
+        if size not in (None, (height, width)):
             raise BadInput(f"{file} takes images of {height}x{width} pixels; leave out --image-size")
-        return height, width
-    return (image_size, image_size) if image_size else None
+        size = height, width
+    return ImageForm(size, resize, channels if channels in CHANNELS.values() else None)
 
 
 def _rename(evidence: Evidence, path: Path) -> Evidence:
@@ -188,7 +189,7 @@ def load_heldout(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
     return reference.unpack_images(read_arrays(path if path.exists() else folder / HELDOUT))
 
 
-def _load_data(name: str, size: tuple[int, int] | None, resize: Resize) -> Evidence:
-    dataset = datasets.load(name, size, resize, decode=False)
+def _load_data(name: str, form: ImageForm) -> Evidence:
+    dataset = datasets.load(name, form, decode=False)
     test = dataset.test.take(choose_heldout(dataset.test))
     return Evidence(dataset.classes, np.asarray(test.images), test.labels, choose_calibration(dataset.train))

@@ -98,7 +98,7 @@ def plot_mistakes(
         for axes, index in zip(figure.subplots(4, 8).flat, [*worst, *[None] * (32 - len(worst))], strict=True):
             axes.axis("off")
             if index is not None:
-                axes.imshow(test.images[np.array([index])][0])
+                axes.imshow(test.images[np.array([index])][0], cmap="gray", vmin=0, vmax=255)
                 prediction = f"{classes[predicted[index]]} {confidence[index]:.0%}"
                 axes.set_title(f"{classes[test.labels[index]]}\n{prediction}", fontsize=8)
 

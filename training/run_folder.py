@@ -179,6 +179,6 @@ def choose_heldout(test: Split) -> NDArray[np.intp]:
 
 
 def choose_calibration(train: Split) -> NDArray[np.uint8]:
-    """Return training images, uint8 [n, height, width, 3], with which an export to int8 calibrates activations."""
+    """Return training images, uint8 [n, height, width, channels], to calibrate activations with for int8."""
     limit = min(CALIBRATION_IMAGES, max(1, CALIBRATION_BYTES // math.prod(train.images.shape[1:])))
     return train.images[np.sort(np.random.default_rng(0).permutation(len(train.labels))[:limit])]
