@@ -15,6 +15,7 @@ from export import classifier, reference
 from resnet import BadInput
 from resnet.archives import read_arrays
 from training import data as datasets
+from training import model_file
 from training.data import check_names
 from training.images import Resize
 from training.run_folder import HELDOUT, choose_calibration, choose_heldout
@@ -76,7 +77,7 @@ def load(
         data: A data set, as for `resnet train`: its test images are the held-out ones, its classes the labels. None
             reads the files beside the model.
         labels: A text file with one class name per line, in the order of the outputs; None uses those of the data set.
-        preprocess: The preprocessing that the model expects, one of `export.preprocessing.PREPROCESSING`; it becomes
+        preprocess: The preprocessing that the model expects, one of `training.preprocessing.PREPROCESSING`; it becomes
             part of the model. None for a model of uint8 input.
         logits: Append a softmax, for a model that ends in logits.
         image_size: Side in pixels of the images, for a model that takes any size; None keeps that of the data set.
@@ -85,8 +86,8 @@ def load(
     Raises:
         BadInput: There is no such model, it is no image classifier, or the held-out images do not fit it.
     """
-    file = _find_file(path)
-    loaded = classifier.load(file)
+    file = model_file.find(path)
+    loaded = model_file.load(file)
     if data is None:
         evidence = _load_evidence(file.parent)
     else:
@@ -111,20 +112,6 @@ def load(
         if training["images"]["test"] == len(evidence.images):  # otherwise the held-out images are a sample
             accuracy = training["accuracy"]
     return Source(file, model, evidence, training, accuracy, resize)
-
-
-def _find_file(path: Path) -> Path:
-    """Return the file of a model."""
-    if not path.exists():
-        raise BadInput(f"{path} does not exist; it should be a run folder of `resnet train` or a .keras file")
-    if (path / "saved_model.pb").exists():
-        raise BadInput(f"{path} is a SavedModel, which has no layers; save the model with model.save('NAME.keras')")
-    file = path / "model.keras" if path.is_dir() else path
-    if not file.is_file():
-        raise BadInput(f"{path} holds no model.keras; finish its training with `resnet train ... --resume`")
-    if not file.stat().st_size:
-        raise BadInput(f"{file} is empty; save the model again")
-    return file
 
 
 def _choose_size(file: Path, shape: tuple[int | None, ...], image_size: int | None) -> tuple[int, int] | None:

@@ -165,6 +165,8 @@ def add_options(
         if kind.type is bool:
             negatable = layered or field.default
             shape = {"action": argparse.BooleanOptionalAction if negatable else "store_true", "default": None}
+        if not field.metadata["positional"]:
+            shape["dest"] = field.name
         positional, needed = field.metadata["positional"], field.default is MISSING
         if positional:
             shape |= {} if needed and not layered else {"nargs": "?"}
@@ -234,10 +236,10 @@ def convert(value: object, kind: Kind, name: str) -> Any:
 
 
 def flag(field: dataclasses.Field[Any]) -> str:
-    """Return an option as the command line writes it."""
+    """Return an option as the command line writes it; the field of a name that Python keeps to itself ends in `_`."""
     if field.metadata["positional"]:
         return field.metadata["metavar"] or field.name.upper()
-    return f"--{field.name.replace('_', '-')}"
+    return f"--{field.name.rstrip('_').replace('_', '-')}"
 
 
 def _check_value(field: dataclasses.Field[Any], choices: Sequence[str], value: Any, name: str) -> None:

@@ -9,6 +9,8 @@ from keras import layers
 
 Shortcut = Literal["projection", "padding", "none"]
 
+HEAD = "probabilities"  # the name of the last layer
+
 
 class Architecture(NamedTuple):
     """The parameters of one network.
@@ -101,9 +103,22 @@ def build(
                 zero_scale,
                 name=f"stage{stage}_block{block}",
             )
-    x = layers.GlobalAveragePooling2D(name="pool")(x)
-    probabilities = layers.Dense(classes, activation="softmax", dtype="float32", name="probabilities")(x)
-    return keras.Model(image, probabilities, name="resnet")
+    return keras.Model(image, classify(x, classes), name="resnet")
+
+
+def classify(x: keras.KerasTensor, classes: int) -> keras.KerasTensor:
+    """Append the head of every network that is trained here.
+
+    Args:
+        x: Features, [batch, channels], or a map of them, [batch, height, width, channels], which is averaged.
+        classes: Number of classes, at least 2.
+
+    Returns:
+        float32 [batch, classes], from the layer `HEAD`.
+    """
+    if len(x.shape) == 4:
+        x = layers.GlobalAveragePooling2D(name="pool")(x)
+    return layers.Dense(classes, activation="softmax", dtype="float32", name=HEAD)(x)
 
 
 def residual_block(

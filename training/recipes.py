@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from resnet import BadInput
 from resnet.options import check, option
+
+ALL_BUT_HEAD = "all-but-head"
+FINETUNE = "finetune"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +44,34 @@ class Recipe:
         "float32", "Keras dtype policy; both keep the weights in float32"
     )
     fuse: bool = option(True, "compile with XLA on a CPU: faster steps, half a minute slower start")
-    class_weights: bool = option(False, "weight the loss so that all classes count equally")
+    class_weights: bool | None = option(
+        False, "weight the loss so that all classes count equally; by default finetune does if they are uneven"
+    )
     validation: float = option(0.1, "fraction of the training images used for validation", low=0.001, high=0.9)
     patience: int = option(
         0, "stop after N epochs without better validation accuracy, and keep the best weights; 0 disables it", low=0
     )
 
+    freeze: str = option(
+        "",
+        f"with --from: the first N convolutions and dense layers learn nothing, or {ALL_BUT_HEAD}",
+        metavar=f"N|{ALL_BUT_HEAD}",
+    )
+    head_epochs: int = option(0, "with --from: epochs in which the head alone learns, before all", high=1_000_000)
+    source_rate: float = option(
+        1.0, "with --from: learning rate of all but the head, as a fraction of the learning rate", low=0, high=1
+    )
+    frozen_statistics: bool = option(False, "with --from: batch normalization keeps the statistics of the source")
+
     def __post_init__(self) -> None:
         check(self)
+        if self.freeze not in ("", ALL_BUT_HEAD) and not self.freeze.isdecimal():
+            raise BadInput(f"--freeze must be a number of layers or {ALL_BUT_HEAD}, not {self.freeze!r}")
+
+    @property
+    def transfers(self) -> bool:
+        """Whether a value says how to treat what another network has learned."""
+        return bool(self.freeze or self.head_epochs or self.source_rate != 1 or self.frozen_statistics)
 
 
 RECIPES = {
@@ -93,6 +117,23 @@ RECIPES = {
             cutout=0.25,
             weight_average=0.99,
             validation=0.04,
+        ),
+        # A few hundred images and a network that has seen others: see docs/training.md.
+        Recipe(
+            name=FINETUNE,
+            epochs=30,
+            batch_size=32,
+            learning_rate=0.02,
+            schedule="cosine",
+            warmup=0.1,
+            flip=True,
+            crop=0.1,
+            class_weights=None,
+            patience=15,
+            validation=0.15,
+            head_epochs=5,
+            source_rate=0.1,
+            frozen_statistics=True,
         ),
     )
 }

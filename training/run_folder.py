@@ -79,6 +79,14 @@ class RunFolder:
         except (OSError, json.JSONDecodeError) as error:
             raise BadInput(f"--out {self.folder} cannot be used: {error}") from None
 
+    def read_settings(self) -> dict[str, Any]:
+        """Return the settings that the run was started with; none if they cannot be read, which `start` reports."""
+        try:
+            settings: dict[str, Any] = json.loads((self.folder / "settings.json").read_text())
+            return settings if isinstance(settings, dict) else {}
+        except (OSError, ValueError):
+            return {}
+
     def _compare(self, before: Any, now: dict[str, Any]) -> None:
         if not isinstance(before, dict) or not isinstance(before.get("epochs"), int):
             raise BadInput(f"{self.folder / 'settings.json'} holds no settings of a run; choose another folder")

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resnet import BadInput
-from training import data, distribute, model
+from training import data, distribute, networks, transfer
 from training.batches import WORKERS, Batches, TrainingBatches
 from training.checkpoints import Checkpoints
 from training.data import Dataset, Split
@@ -26,6 +26,9 @@ from training.plots import plot_confusion, plot_mistakes
 from training.progress import Progress
 from training.recipes import Recipe
 from training.run_folder import HistoryRow, RunFolder
+from training.transfer import Pretrained
+
+UNEVEN = 1.5  # times the images of the smallest class in the largest one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,11 +37,13 @@ class TrainingSettings:
 
     Attributes:
         data: Name or path of the data set; see `training.data.load`.
-        model: One of `training.model.ARCHITECTURES`.
+        model: The name of a network; see `training.networks`. Empty takes that of `source`.
         recipe: The hyperparameters.
         seed: Seed of the initial weights, the order of the images and their augmentation.
         image_size: Side in pixels to which the images of a folder are resized; None keeps their size.
         images: Number of training images to use; None uses all.
+        source: A network to start from; see `training.transfer.load`. None starts with random weights.
+        preprocess: The preprocessing that a source of float input expects; else None.
     """
 
     data: str
@@ -47,6 +52,8 @@ class TrainingSettings:
     seed: int = 0
     image_size: int | None = None
     images: int | None = None
+    source: str | None = None
+    preprocess: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return all settings in one flat dict, with the values of the recipe and its name as `recipe`."""
@@ -82,19 +89,24 @@ def train(
         raise BadInput("--tensorboard needs a package that is not installed: pip install tensorboard")
     recipe, run_folder = settings.recipe, RunFolder(folder)
     size = (settings.image_size, settings.image_size) if settings.image_size else None
-    dataset = data.load(settings.data, size)
+    pretrained = None
+    if settings.source is not None:
+        resumed = run_folder if resume else None
+        pretrained = transfer.load(settings.source, settings.model, settings.preprocess, resumed)
+    dataset = data.load(settings.data, size or (pretrained.size if pretrained else None))
     height, width, _ = dataset.image_shape
     if size and (height, width) != size:
         raise BadInput(f"--image-size is for folders of images; {settings.data!r} has {width}x{height} pixels")
     training, validation = _split(dataset.train, settings, strategy.num_replicas_in_sync if strategy else 1)
-    run_folder.start(settings.as_dict() | {"data_sha256": dataset.sha256}, resume)
+    keras.utils.set_random_seed(settings.seed)
+    final_model = _build(settings, dataset, pretrained, "float32")
+    hashes = {"data_sha256": dataset.sha256} | ({"source_sha256": pretrained.sha256} if pretrained else {})
+    run_folder.start(settings.as_dict() | hashes, resume)
     run_folder.write_evidence(dataset)
 
-    keras.utils.set_random_seed(settings.seed)
     steps = math.ceil(len(training) / recipe.batch_size)
-    final_model = _build(settings, dataset, "float32")
     with strategy.scope() if strategy else contextlib.nullcontext():
-        network, rows = _start_or_resume(settings, run_folder, dataset, steps)
+        network, rows = _start_or_resume(settings, run_folder, dataset, pretrained, steps)
     if strategy:
         distribute.prepare(network, strategy)
     # One thread with a strategy: there Keras carries prefetched batches of one pass over into the next.
@@ -108,7 +120,7 @@ def train(
             initial_epoch=len(rows),
             epochs=recipe.epochs,
             shuffle=False,  # the batches shuffle themselves
-            class_weight=_balance(dataset.train.labels[training]) if recipe.class_weights else None,
+            class_weight=_balance(dataset.train.labels[training], recipe.class_weights),
             callbacks=[
                 Progress(recipe.epochs, steps, len(training)),
                 checkpoints,
@@ -128,6 +140,7 @@ def train(
     confusion = _count(probabilities, dataset)
     metrics = _evaluate(probabilities, confusion, dataset)
     metrics |= _describe_run(settings, dataset, final_model, checkpoints.rows)
+    metrics |= {"source": pretrained.describe(network)} if pretrained else {}
     run_folder.write_metrics(metrics)
     plot_confusion(confusion, dataset.classes, run_folder)
     plot_mistakes(dataset.test, probabilities, dataset.classes, run_folder)
@@ -149,30 +162,45 @@ def _split(examples: Split, settings: TrainingSettings, replicas: int) -> tuple[
     return training[: len(training) // replicas * replicas], validation[: len(validation) // replicas * replicas]
 
 
-def _balance(labels: NDArray[np.int32]) -> dict[int, float]:
-    """Return a weight for every class, inverse to its frequency; their mean over the images is 1."""
+def _balance(labels: NDArray[np.int32], wanted: bool | None) -> dict[int, float] | None:
+    """Return a weight for every class, inverse to its frequency; their mean over the images is 1.
+
+    Args:
+        labels: Of the training images.
+        wanted: Whether the classes are to be weighted; None if the largest has more than `UNEVEN` times the images of
+            the smallest.
+    """
     counts = Counter(labels.tolist())
+    least, most = min(counts.values()), max(counts.values())
+    if wanted is None and most > UNEVEN * least:
+        print(f"the classes have {least} to {most} training images: the loss is weighted so that all count equally")
+        wanted = True
+    if not wanted:
+        return None
     return {label: len(labels) / (len(counts) * count) for label, count in counts.items()}
 
 
-def _build(settings: TrainingSettings, dataset: Dataset, precision: str) -> keras.Model:
+def _build(settings: TrainingSettings, dataset: Dataset, pretrained: Pretrained | None, precision: str) -> keras.Model:
     policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy(precision)
     try:
-        architecture = model.ARCHITECTURES[settings.model]
-        return model.build(architecture, dataset.image_shape, len(dataset.classes), settings.recipe.zero_scale)
+        if pretrained is not None:
+            return transfer.build(pretrained, dataset.image_shape, dataset.classes, settings.recipe)
+        return networks.build(settings.model, dataset.image_shape, len(dataset.classes), settings.recipe.zero_scale)
     finally:
         keras.config.set_dtype_policy(policy)
 
 
 def _start_or_resume(
-    settings: TrainingSettings, run_folder: RunFolder, dataset: Dataset, steps: int
+    settings: TrainingSettings, run_folder: RunFolder, dataset: Dataset, pretrained: Pretrained | None, steps: int
 ) -> tuple[keras.Model, list[HistoryRow]]:
     """Return a compiled model and its history: new, or from the checkpoint; an epoch has `steps` steps."""
-    network = _build(settings, dataset, settings.recipe.precision)
+    network = _build(settings, dataset, pretrained, settings.recipe.precision)
     compile_for(network, settings.recipe, steps * settings.recipe.epochs)
+    if pretrained is not None:
+        transfer.slow_down(network, settings.recipe, steps)
     if not run_folder.checkpoint.exists():
-        print(f"{settings.model}: {network.count_params():,} parameters, {len(network.layers)} layers")
+        print(f"{settings.model or network.name}: {network.count_params():,} parameters, {len(network.layers)} layers")
         return network, []
     # Load weights into a new network: a loaded optimizer would not exclude any variable from weight decay.
     network.optimizer.build(network.trainable_variables)

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from export.certificate import EvidenceRule
 from export.formats import NEWEST_OPSET, OLDEST_OPSET, OPSET
-from export.preprocessing import PREPROCESSING
 from resnet import BadInput
 from resnet.options import add_options, check, option, read
 from resnet.storage import find_name, is_url
 from training.backend import start_tensorflow
 from training.images import RESIZES, Resize
+from training.preprocessing import PREPROCESSING
 
 
 @dataclass(frozen=True, kw_only=True)

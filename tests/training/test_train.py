@@ -172,8 +172,8 @@ def test_mixed_precision_leaves_a_float32_model(tmp_path: Path) -> None:
 
 def test_class_weights_count_rare_classes_as_much_as_common_ones() -> None:
     """Inverse to the frequency; the mean over the images is 1."""
-    assert _balance(np.array([0, 0, 0, 1], np.int32)) == {0: pytest.approx(2 / 3), 1: 2.0}
-    assert _balance(np.array([2, 5], np.int32)) == {2: 1.0, 5: 1.0}
+    assert _balance(np.array([0, 0, 0, 1], np.int32), True) == {0: pytest.approx(2 / 3), 1: 2.0}
+    assert _balance(np.array([2, 5], np.int32), True) == {2: 1.0, 5: 1.0}
 
 
 def test_class_weights_and_tensorboard_train(tmp_path: Path) -> None:
@@ -347,7 +347,7 @@ def test_a_run_folder_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
         (["--distribute", "magic"], "--distribute must be one of mirrored, multiworker, not 'magic'"),
         (["--distribute", "multiworker"], "needs TF_CONFIG"),
         (["--images", "0"], "--images must be at least 1"),
-        (["--recipe", "magic"], "--recipe must be one of notebook, paper, quick, modern, not 'magic'"),
+        (["--recipe", "magic"], "--recipe must be one of notebook, paper, quick, modern, finetune, not 'magic'"),
         (["--validation", "0"], "--validation must be from 0.001 to 0.9"),
         (["--epochs", "0"], "--epochs must be from 1 to 1000000"),
         (["--seed", "-1"], "--seed must be from 0 to 4294967295"),

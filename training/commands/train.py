@@ -4,6 +4,7 @@ Examples:
   resnet train --data digits --epochs 5 --out runs/digits
   resnet train --data path/to/images --out runs/mine        (train/CLASS/* and test/CLASS/* of JPEG or PNG files)
   resnet train --data path/to/images --out runs/mine --resume
+  resnet train --data path/to/images --from runs/cifar10 --out runs/finer     (starts from what another run has learned)
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from resnet.options import add_options, check, given, option, read
 from training.backend import start_tensorflow
 from training.data import SOURCES
 from training.distribute import STRATEGIES
-from training.recipes import RECIPES, Recipe
+from training.preprocessing import PREPROCESSING
+from training.recipes import FINETUNE, RECIPES, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +28,25 @@ class TrainOptions:
     """The options of `resnet train`, except those of the recipe."""
 
     data: str = option("digits", f"data set: {SOURCES}", metavar="DATA")
-    model: str = option("resnet18", "network architecture; `resnet family` lists all", metavar="NAME")
-    recipe: str = option("notebook", "hyperparameters to start from", choices=tuple(RECIPES))
+    model: str | None = option(
+        None,
+        "network: one of `resnet family` or keras.applications (default: resnet18, or that of --from)",
+        metavar="NAME",
+    )
+    from_: str | None = option(
+        None,
+        "start from what another network has learned: a run folder, a .keras or .h5 file, or imagenet",
+        metavar="RUN|FILE|imagenet",
+    )
+    preprocess: str | None = option(
+        None,
+        "with --from FILE: preprocessing that a model with float input expects, as for `resnet export`",
+        choices=tuple(PREPROCESSING),
+        metavar="KIND",
+    )
+    recipe: str | None = option(
+        None, "hyperparameters to start from (default: notebook; with --from finetune)", choices=tuple(RECIPES)
+    )
     seed: int = option(0, "random seed of initial weights and image order", low=0, high=2**32 - 1)
     image_size: int | None = option(None, "resize the images of a folder to N by N pixels", low=8, high=16_384)
     images: int | None = option(None, "number of training images to use (default: all)", low=1)
@@ -40,6 +59,8 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.preprocess is not None and self.from_ is None:
+            raise BadInput("--preprocess is for a model of float input; name the model with --from")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -52,22 +73,31 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train, and print the test accuracy."""
     options = read(args, TrainOptions)
-    recipe = dataclasses.replace(RECIPES[options.recipe], **given(args, Recipe))
+    named = options.recipe or (FINETUNE if options.from_ else "notebook")
+    recipe = dataclasses.replace(RECIPES[named], **given(args, Recipe))
+    if options.from_ is None and recipe.transfers:
+        raise BadInput(
+            "--freeze, --head-epochs, --source-rate, --frozen-statistics and the recipe finetune are for a network "
+            "that has learned something; name it with --from"
+        )
 
     start_tensorflow(recipe.fuse)
     from training import distribute
-    from training.model import ARCHITECTURES
+    from training.networks import check_name
     from training.train import TrainingSettings, train
 
-    if options.model not in ARCHITECTURES:
-        raise BadInput(f"--model {options.model!r} is unknown; choose one of {', '.join(ARCHITECTURES)}")
+    model = options.model or ("" if options.from_ else "resnet18")
+    if model:
+        check_name(model)
     settings = TrainingSettings(
         data=options.data,
-        model=options.model,
+        model=model,
         recipe=recipe,
         seed=options.seed,
         image_size=options.image_size,
         images=options.images,
+        source=options.from_,
+        preprocess=options.preprocess,
     )
     strategy = distribute.choose(options.distribute, recipe.batch_size)
     try:

@@ -1,4 +1,4 @@
-"""The preprocessing that models of float input expect; an export makes it part of the model.
+"""The preprocessing that models of float input expect; it becomes part of the model.
 
 Loading this module needs no Keras, so that the command line can list the kinds.
 """
