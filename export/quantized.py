@@ -1,4 +1,4 @@
-"""The ONNX file in int8 of a network that was trained with fake quantization: its ranges are those that were learned."""
+"""The ONNX file in int8 of a network that was trained with its rounding: its scales are those that were learned."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from export.formats import onnx as onnx_format
-from training.quantization import LARGEST, LEVELS, FakeQuantize
+from training.quantization import LEVELS, FakeQuantize
 
+LARGEST = {8: 127, 7: 64}  # what stands for the largest weight of a channel, by bits; onnxruntime has these too
 WEIGHTED = {"Conv": 0, "MatMul": 1, "Gemm": 1}  # operators with weights, and the axis of the output channels in these
 
 
-def write(network: keras.Model, target: Path, opset: int, largest: int = LARGEST) -> None:
+def write(network: keras.Model, target: Path, opset: int, largest: int = LARGEST[8]) -> None:
     """Write a network as QDQ graph: uint8 activations with the learned scales, int8 weights with one for each channel.
 
     Args:

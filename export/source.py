@@ -15,10 +15,10 @@ from export import classifier, reference
 from resnet import BadInput
 from resnet.archives import read_arrays
 from training import data as datasets
-from training import model_file
+from training import model_file, quantization  # noqa: F401  # Keras finds its layers once it is imported
 from training.data import check_names
 from training.images import Resize
-from training.run_folder import HELDOUT, choose_calibration, choose_heldout
+from training.run_folder import HELDOUT, RunFolder, choose_calibration, choose_heldout
 
 TESTED_IMAGES = 64  # enough to distinguish probabilities from other outputs
 
@@ -50,6 +50,7 @@ class Source:
         training: Content of metrics.json; None for a model that `resnet train` did not make.
         accuracy: Accuracy on the held-out images as the training measured it, 0 to 1; None if it used other images.
         resize: The rule by which images are resized to the input of the model.
+        quantized: The model as `training.quantization` computes it, if it was trained so.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class Source:
     training: dict[str, Any] | None
     accuracy: float | None
     resize: Resize = "bilinear"
+    quantized: keras.Model | None = None
 
 
 def load(
@@ -111,7 +113,11 @@ def load(
             raise BadInput(f"{file.parent / 'labels.txt'} names other classes than metrics.json, or in another order")
         if training["images"]["test"] == len(evidence.images):  # otherwise the held-out images are a sample
             accuracy = training["accuracy"]
-    return Source(file, model, evidence, training, accuracy, resize)
+    quantized_file, quantized = RunFolder(file.parent).quantized, None
+    if file.name == "model.keras" and quantized_file.exists():
+        quantized = classifier.complete(quantized_file, model_file.load(quantized_file), (height, width, colours))
+        quantized = classifier.end_in_probabilities(quantized_file, quantized, evidence.images[:TESTED_IMAGES], logits)
+    return Source(file, model, evidence, training, accuracy, resize, quantized)
 
 
 def _choose_size(file: Path, shape: tuple[int | None, ...], image_size: int | None) -> tuple[int, int] | None:

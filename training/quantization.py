@@ -5,14 +5,14 @@ pass, and gradients pass the rounding as if it were not there. The ranges of act
 their gradient (Esser et al. 2020, https://arxiv.org/abs/1902.08153).
 
 The tensors that are rounded are those that the int8 kernels of onnxruntime read and write: what goes into a layer with
-weights or an addition, and what comes out of a convolution or an addition, with batch normalization and ReLU as parts of
-it. All else stays in float: other layers between these, and the output of the network.
+weights or an addition, and what comes out of a convolution or an addition, batch normalization and ReLU included. All
+else stays in float: other layers between these, and the output of the network.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import keras
@@ -20,10 +20,9 @@ import numpy as np
 from keras import layers, ops
 from numpy.typing import NDArray
 
-from resnet import BadInput
-
 LEVELS = 255  # steps of an activation, uint8
 LARGEST = 127  # of a weight, int8
+RANGE = "low", "high"  # the names of the learned ends of a range
 SMALLEST = 1e-6  # width of a range, so that a tensor of zeros has a scale
 CALIBRATION_BATCH = 16
 
@@ -60,8 +59,8 @@ class FakeQuantize(layers.Layer):  # type: ignore[misc]  # Keras has no types
 
     def build(self, _: Any) -> None:  # noqa: D102
         low, high = (keras.initializers.Constant(value) for value in self._initial)
-        self.low = self.add_weight(name="low", initializer=low, trainable=self._initial[0] < 0)
-        self.high = self.add_weight(name="high", initializer=high)
+        self.low = self.add_weight(name=RANGE[0], initializer=low, trainable=self._initial[0] < 0)
+        self.high = self.add_weight(name=RANGE[1], initializer=high)
 
     def call(self, x: Any) -> Any:
         """Return the nearest of the 256 values, float32."""
@@ -75,8 +74,8 @@ class FakeQuantize(layers.Layer):  # type: ignore[misc]  # Keras has no types
         return scale, ops.clip(_round(-low / scale), 0, LEVELS)
 
     def get_config(self) -> dict[str, Any]:  # noqa: D102
-        low, high = self._initial
-        return super().get_config() | {"low": low, "high": high}
+        config: dict[str, Any] = super().get_config()
+        return config | dict(zip(RANGE, self._initial, strict=True))
 
 
 @keras.saving.register_keras_serializable("resnet")
@@ -128,8 +127,9 @@ class QuantizedLayer(layers.Layer):  # type: ignore[misc]  # Keras has no types
         return kernel * ops.reshape(factor, channels), shift
 
     def get_config(self) -> dict[str, Any]:  # noqa: D102
+        config: dict[str, Any] = super().get_config()
         parts = {"layer": self.layer, "norm": self.norm}
-        return super().get_config() | {name: keras.saving.serialize_keras_object(part) for name, part in parts.items()}
+        return config | {name: keras.saving.serialize_keras_object(part) for name, part in parts.items()}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantizedLayer:  # noqa: D102
@@ -141,28 +141,22 @@ def quantize(model: keras.Model, images: NDArray[np.uint8]) -> keras.Model:
     """Return a network that computes what a model does, in the arithmetic of int8 kernels.
 
     Args:
-        model: A functional or sequential model. Its layers become part of the result: what that learns, it learns.
+        model: A functional model without models inside it. Its layers become part of the result.
         images: Training images, uint8 [n, height, width, channels], with which the ranges of activations begin.
 
     Returns:
         A network with `FakeQuantize` and `QuantizedLayer`, which has no moving statistics to update. A layer that
         has no int8 kernel stays in float.
-
-    Raises:
-        BadInput: There is no layer that can be quantized.
     """
-    flat = _flatten(model)
-    graph = _Graph(flat)
-    if not any(isinstance(step, WEIGHTED) for step in flat.operations):
-        raise BadInput("--quantize finds no convolution and no dense layer in the network; train it without")
-    ranges = _calibrate(flat, [step for step in flat.operations if graph.is_rounded(step)], images)
+    graph = _Graph(model)
+    ranges = _calibrate(model, [step for step in model.operations if graph.is_rounded(step)], images)
     rounded: dict[Any, FakeQuantize] = {}
 
     def call(step: Any, *args: Any, **kwargs: Any) -> Any:
-        if step in graph.folded.values():
+        if step in graph.norms:
             (y,) = args
         elif isinstance(step, WEIGHTED):
-            y = QuantizedLayer(step, graph.folded.get(step), name=f"{step.name}_int8")(*args)
+            y = QuantizedLayer(step, graph.folded.get(step), name=step.name, trainable=step.trainable)(*args)
         elif isinstance(step, layers.BatchNormalization):
             y = step(*args, training=False)
         else:
@@ -173,8 +167,30 @@ def quantize(model: keras.Model, images: NDArray[np.uint8]) -> keras.Model:
             rounded[step] = FakeQuantize(*ranges[step], name=f"{step.name}_uint8")
         return rounded[step](y)
 
-    image = keras.Input(batch_shape=flat.input_shape, dtype=flat.inputs[0].dtype, name=flat.inputs[0].name)
-    return keras.Model(image, flat._run_through_graph([image], call_fn=call), name=model.name)
+    return _rebuild(model, call)
+
+
+def restore(network: keras.Model) -> keras.Model:
+    """Return what a network from `quantize` was made of: the same layers, with what they have learned, in float.
+
+    Any other network is returned as it is.
+    """
+
+    def call(step: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(step, FakeQuantize):
+            return args[0]
+        if isinstance(step, QuantizedLayer):
+            y = step.layer(*args)
+            return y if step.norm is None else step.norm(y, training=False)
+        return step(*args, **kwargs)
+
+    return _rebuild(network, call) if any(isinstance(layer, FakeQuantize) for layer in network.layers) else network
+
+
+def _rebuild(model: keras.Model, call: Callable[..., Any]) -> keras.Model:
+    """Return a model of the same input in which `call` is called in the place of each layer and operation."""
+    image = keras.Input(batch_shape=model.input_shape, dtype=model.inputs[0].dtype, name=model.inputs[0].name)
+    return keras.Model(image, model._run_through_graph([image], call_fn=call), name=model.name)
 
 
 class _Graph:
@@ -182,22 +198,24 @@ class _Graph:
 
     Attributes:
         folded: The batch normalization that is a part of a layer, by that layer.
+        norms: Those normalizations.
     """
 
-    def __init__(self, flat: keras.Model) -> None:
+    def __init__(self, model: keras.Model) -> None:
         self._before, self._after = defaultdict(set), defaultdict(set)
-        for node in _list_nodes(flat):
+        for node in _list_nodes(model):
             for earlier in node.parent_nodes:
                 self._before[node.operation].add(earlier.operation)
                 self._after[earlier.operation].add(node.operation)
-        self._last = {tensor._keras_history.operation for tensor in flat.outputs}
+        self._last = {tensor._keras_history.operation for tensor in model.outputs}
         self.folded = {
             step: follower
-            for step in flat.operations
+            for step in model.operations
             if isinstance(step, WEIGHTED) and step.activation is keras.activations.linear
             for follower in self._find_only(step)
             if isinstance(follower, layers.BatchNormalization) and follower.axis in (-1, follower.input_spec.ndim - 1)
         }
+        self.norms = set(self.folded.values())
 
     def is_rounded(self, step: Any) -> bool:
         """Return whether the output of a step is rounded: in one kernel with what follows, only the last one's is."""
@@ -214,9 +232,10 @@ class _Graph:
 
     def _is_fused(self, step: Any) -> bool:
         """Return whether a step is a part of the kernel before it."""
-        if step in self.folded.values():
+        if step in self.norms:
             return True
-        return _is_relu(step) and all(self._is_kernel(before) and self._find_only(before) for before in self._before[step])
+        befores = self._before[step]
+        return _is_relu(step) and all(self._is_kernel(before) and self._find_only(before) for before in befores)
 
     def _is_kernel(self, step: Any) -> bool:
         return isinstance(step, ROUNDING) or self._is_fused(step)
@@ -236,33 +255,22 @@ def _is_relu(step: Any) -> bool:
     return isinstance(step, layers.Activation) and step.activation in (keras.activations.relu, keras.activations.relu6)
 
 
-def _flatten(model: keras.Model) -> keras.Model:
-    """Return a model with the same layers, those of models inside it among them."""
-
-    def call(step: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(step, keras.Sequential):
-            step = step._functional
-        return step._run_through_graph(args, call_fn=call) if hasattr(step, "_run_through_graph") else step(*args, **kwargs)
-
-    image = keras.Input(batch_shape=model.input_shape, dtype=model.inputs[0].dtype, name=model.inputs[0].name)
-    return keras.Model(image, call(model, image), name=model.name)
-
-
-def _list_nodes(flat: keras.Model) -> list[Any]:
+def _list_nodes(model: keras.Model) -> list[Any]:
     """Return the calls of layers and operations that a model consists of."""
-    return [node for nodes in flat._nodes_by_depth.values() for node in nodes]
+    return [node for nodes in model._nodes_by_depth.values() for node in nodes]
 
 
-def _calibrate(flat: keras.Model, steps: list[Any], images: NDArray[np.uint8]) -> Mapping[Any, Range]:
+def _calibrate(model: keras.Model, steps: list[Any], images: NDArray[np.uint8]) -> Mapping[Any, Range]:
     """Return the smallest and the largest value of the outputs of some steps for some images."""
-    tensors = {node.operation: node.outputs[0] for node in _list_nodes(flat)}
-    probe = keras.Model(flat.inputs, [tensors[step] for step in steps])
+    tensors = {node.operation: node.outputs[0] for node in _list_nodes(model)}
+    probe = keras.Model(model.inputs, [tensors[step] for step in steps])
     lows, highs = [], []
     for start in range(0, len(images), CALIBRATION_BATCH):
-        values = probe.predict_on_batch(images[start : start + CALIBRATION_BATCH])
-        lows.append([float(value.min()) for value in values])
-        highs.append([float(value.max()) for value in values])
-    return dict(zip(steps, zip(np.min(lows, axis=0).tolist(), np.max(highs, axis=0).tolist(), strict=True), strict=True))
+        values = probe(images[start : start + CALIBRATION_BATCH], training=False)
+        lows.append([float(ops.min(value)) for value in values])
+        highs.append([float(ops.max(value)) for value in values])
+    ends = np.min(lows, axis=0).tolist(), np.max(highs, axis=0).tolist()
+    return dict(zip(steps, zip(*ends, strict=True), strict=True))
 
 
 def _list_shared_axes(layer: layers.Layer) -> tuple[int, ...]:

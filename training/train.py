@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resnet import BadInput
-from training import data, distribute, networks, transfer
+from training import data, distribute, networks, quantization, transfer
 from training.batches import WORKERS, Batches, TrainingBatches
 from training.checkpoints import Checkpoints
 from training.data import Dataset, Split
@@ -25,7 +25,7 @@ from training.optimizer import compile_for
 from training.plots import plot_confusion, plot_mistakes
 from training.progress import Progress
 from training.recipes import Recipe
-from training.run_folder import HistoryRow, RunFolder
+from training.run_folder import HistoryRow, RunFolder, choose_calibration
 from training.transfer import Pretrained
 
 UNEVEN = 1.5  # times the images of the smallest class in the largest one
@@ -135,6 +135,9 @@ def train(
         # Replaces the weights by their moving average, if the recipe has one.
         network.optimizer.finalize_variable_values(network.trainable_weights)
         final_model.set_weights(network.get_weights())
+    if recipe.quantize:
+        run_folder.replace(run_folder.quantized, final_model.save)
+        final_model = quantization.restore(final_model)
     run_folder.replace(run_folder.model, final_model.save)
     probabilities = _predict(final_model, dataset)
     confusion = _count(probabilities, dataset)
@@ -185,7 +188,9 @@ def _build(settings: TrainingSettings, dataset: Dataset, pretrained: Pretrained 
     keras.config.set_dtype_policy(precision)
     try:
         if pretrained is not None:
-            return transfer.build(pretrained, dataset.image_shape, dataset.classes, settings.recipe)
+            network = transfer.build(pretrained, dataset.image_shape, dataset.classes, settings.recipe)
+            images = choose_calibration(dataset.train)
+            return quantization.quantize(network, images) if settings.recipe.quantize else network
         return networks.build(settings.model, dataset.image_shape, len(dataset.classes), settings.recipe.zero_scale)
     finally:
         keras.config.set_dtype_policy(policy)
