@@ -13,10 +13,13 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from export.formats import onnx as onnx_format
-from training.quantization import LEVELS, FakeQuantize
+from training.quantization import LEVELS, FakeQuantize, rebuild
 
 LARGEST = {8: 127, 7: 64}  # what stands for the largest weight of a channel, by bits; onnxruntime has these too
 WEIGHTED = {"Conv": 0, "MatMul": 1, "Gemm": 1}  # operators with weights, and the axis of the output channels in these
+
+# Operators whose output has no other values than their input, and perhaps 0.
+TRANSPARENT = ("Flatten", "MaxPool", "Pad", "Reshape", "Squeeze", "Transpose")
 
 
 def write(network: keras.Model, target: Path, opset: int, largest: int = LARGEST[8]) -> None:
@@ -53,7 +56,7 @@ def _with_operators(network: keras.Model) -> keras.Model:
     def call(step: Any, *args: Any, **kwargs: Any) -> Any:
         return (_FakeQuantizeOperator(step) if isinstance(step, FakeQuantize) else step)(*args, **kwargs)
 
-    return keras.Model(network.inputs, network._run_through_graph(network.inputs, call_fn=call), name=network.name)
+    return rebuild(network, call)
 
 
 def _quantize_weights(graph: onnx.GraphProto, largest: int) -> None:
@@ -70,8 +73,12 @@ def _quantize_weights(graph: onnx.GraphProto, largest: int) -> None:
         node.input[index] = f"{name}/float"
 
     for node in graph.node:
-        maker = makers.get(node.input[0]) if node.op_type in WEIGHTED else None
-        if maker is None or maker.op_type != "DequantizeLinear" or node.input[1] not in constants:
+        if node.op_type not in WEIGHTED or node.input[1] not in constants:
+            continue
+        maker = makers.get(node.input[0])
+        while maker is not None and maker.op_type in TRANSPARENT:
+            maker = makers.get(maker.input[0])
+        if maker is None or maker.op_type != "DequantizeLinear":
             continue
         axis = WEIGHTED[node.op_type]
         weights = numpy_helper.to_array(constants[node.input[1]])

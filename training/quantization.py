@@ -167,7 +167,7 @@ def quantize(model: keras.Model, images: NDArray[np.uint8]) -> keras.Model:
             rounded[step] = FakeQuantize(*ranges[step], name=f"{step.name}_uint8")
         return rounded[step](y)
 
-    return _rebuild(model, call)
+    return rebuild(model, call)
 
 
 def restore(network: keras.Model) -> keras.Model:
@@ -184,10 +184,10 @@ def restore(network: keras.Model) -> keras.Model:
             return y if step.norm is None else step.norm(y, training=False)
         return step(*args, **kwargs)
 
-    return _rebuild(network, call) if any(isinstance(layer, FakeQuantize) for layer in network.layers) else network
+    return rebuild(network, call) if any(isinstance(layer, FakeQuantize) for layer in network.layers) else network
 
 
-def _rebuild(model: keras.Model, call: Callable[..., Any]) -> keras.Model:
+def rebuild(model: keras.Model, call: Callable[..., Any]) -> keras.Model:
     """Return a model of the same input in which `call` is called in the place of each layer and operation."""
     image = keras.Input(batch_shape=model.input_shape, dtype=model.inputs[0].dtype, name=model.inputs[0].name)
     return keras.Model(image, model._run_through_graph([image], call_fn=call), name=model.name)
@@ -263,7 +263,7 @@ def _list_nodes(model: keras.Model) -> list[Any]:
 def _calibrate(model: keras.Model, steps: list[Any], images: NDArray[np.uint8]) -> Mapping[Any, Range]:
     """Return the smallest and the largest value of the outputs of some steps for some images."""
     tensors = {node.operation: node.outputs[0] for node in _list_nodes(model)}
-    probe = keras.Model(model.inputs, [tensors[step] for step in steps])
+    probe = keras.Model(model.inputs[0], [tensors[step] for step in steps])
     lows, highs = [], []
     for start in range(0, len(images), CALIBRATION_BATCH):
         values = probe(images[start : start + CALIBRATION_BATCH], training=False)
