@@ -105,7 +105,7 @@ def export(
         for name in precisions:
             variant = Variant(f"{ONNX.name}-{name}", f"model.{name}.onnx", name, "", budgets[name], [], {})
             try:
-                reduced = _reduce(source, staged, expected, variant, props[name])
+                reduced = _reduce(source, staged, expected, variant, props[name], opset)
             except VariantError as error:
                 refusals[name] = str(error)
             else:
@@ -215,7 +215,7 @@ def _certify(source: Source, staged: Path, expected: Probabilities, variants: Se
 
 
 def _reduce(
-    source: Source, staged: Path, expected: Probabilities, variant: Variant, props: dict[str, str]
+    source: Source, staged: Path, expected: Probabilities, variant: Variant, props: dict[str, str], opset: int
 ) -> Comparison:
     """Write a variant in lower precision, by the first reduction within its budget; return its comparison.
 
@@ -225,7 +225,7 @@ def _reduce(
         VariantError: No reduction is within the budget; the file is removed.
     """
     path, problem = staged / variant.path, ""
-    for reduction in precision.list_reductions(variant.precision, source.evidence.calibration):
+    for reduction in precision.list_reductions(variant.precision, source.evidence.calibration, source.quantized, opset):
         tried = msgspec.structs.replace(variant, method=reduction.method, arithmetic=reduction.arithmetic)
         try:
             with _report(f"trying {variant.precision}: {reduction.method}"):

@@ -16,10 +16,10 @@ from export import classifier, reference
 from resnet import BadInput
 from resnet.archives import read_arrays
 from training import data as datasets
-from training import model_file
+from training import model_file, quantization  # noqa: F401  # Keras finds its layers once it is imported
 from training.data import ImageForm, check_names
 from training.images import CHANNELS, Resize, parse_size
-from training.run_folder import HELDOUT, choose_calibration, choose_heldout
+from training.run_folder import HELDOUT, RunFolder, choose_calibration, choose_heldout
 
 TESTED_IMAGES = 64  # enough to distinguish probabilities from other outputs
 
@@ -52,6 +52,7 @@ class Source:
         accuracy: Accuracy on the held-out images as the training measured it, 0 to 1; None if it used other images.
         temperature: The number by which the training divided the logits; None if it left them as they were.
         resize: The rule by which images are resized to the input of the model.
+        quantized: The model as `training.quantization` computes it, if it was trained so.
     """
 
     path: Path
@@ -61,6 +62,7 @@ class Source:
     accuracy: float | None
     temperature: float | None = None
     resize: Resize = "bilinear"
+    quantized: keras.Model | None = None
 
 
 def load(
@@ -115,9 +117,13 @@ def load(
             raise BadInput(f"{file.parent / 'labels.txt'} names other classes than metrics.json, or in another order")
         if training["images"]["test"] == len(evidence.images):  # otherwise the held-out images are a sample
             accuracy = training["accuracy"]
+    quantized_file, quantized = RunFolder(file.parent).quantized, None
+    if file.name == "model.keras" and quantized_file.exists():
+        quantized = classifier.complete(quantized_file, model_file.load(quantized_file), evidence.images.shape[1:])
+        quantized = classifier.end_in_probabilities(quantized_file, quantized, evidence.images[:TESTED_IMAGES], logits)
     calibration = (training or {}).get("calibration")
     temperature = calibration["temperature"] if calibration else None
-    return Source(file, model, evidence, training, accuracy, temperature, resize)
+    return Source(file, model, evidence, training, accuracy, temperature, resize, quantized)
 
 
 def _choose_form(file: Path, shape: tuple[int | None, ...], size: tuple[int, int] | None, resize: Resize) -> ImageForm:

@@ -5,6 +5,7 @@ checkpoint.keras model and optimizer after the last finished epoch
 history.csv      one row per epoch, with a header
 best.keras       the model of the epoch with the best validation accuracy, in float32 and without its optimizer
 model.keras      the trained model: that of the best epoch with --patience, else that of the last
+quantized.keras  with --quantize, the same with its rounding and the learned ranges: an export to int8 reads it
 labels.txt       class names, one per line, in the order of the outputs of the model
 heldout.npz      test images and labels: `resnet export` compares models on them
 calibration.npz  some training images: an export to int8 calibrates with them
@@ -56,6 +57,11 @@ class RunFolder:
     def model(self) -> Path:
         """The trained model."""
         return self.folder / "model.keras"
+
+    @property
+    def quantized(self) -> Path:
+        """The trained model as `training.quantization` computes it."""
+        return self.folder / "quantized.keras"
 
     @property
     def best(self) -> Path:

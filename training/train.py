@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resnet import BadInput
-from training import calibration, data, distribute, evaluation, networks, transfer
+from training import calibration, data, distribute, evaluation, networks, quantization, transfer
 from training.batches import WORKERS, Batches, TrainingBatches
 from training.checkpoints import Checkpoints
 from training.data import Dataset, ImageForm, Split
@@ -28,7 +28,7 @@ from training.optimizer import compile_for
 from training.plots import plot_confusion, plot_mistakes, plot_reliability
 from training.progress import Progress
 from training.recipes import Recipe
-from training.run_folder import HistoryRow, RunFolder
+from training.run_folder import HistoryRow, RunFolder, choose_calibration
 from training.splits import split_validation
 from training.transfer import Pretrained
 
@@ -143,11 +143,10 @@ def train(
         # Replaces the weights by their moving average, if the recipe has one.
         network.optimizer.finalize_variable_values(network.trainable_weights)
         final_model.set_weights(network.get_weights())
-    temperature = None
-    if recipe.calibrate:
-        probabilities = evaluation.predict(final_model, dataset.train, validation)
-        temperature = calibration.fit_temperature(probabilities, dataset.train.labels[validation])
-        calibration.fold_temperature(final_model, temperature)
+    temperature = _calibrate(final_model, dataset, validation) if recipe.calibrate else None
+    if recipe.quantize:
+        run_folder.replace(run_folder.quantized, final_model.save)
+        final_model = quantization.restore(final_model)
     run_folder.replace(run_folder.model, final_model.save)
 
     test, classes = dataset.test, dataset.classes
@@ -211,7 +210,9 @@ def _build(settings: TrainingSettings, dataset: Dataset, pretrained: Pretrained 
     try:
         shape, outputs = dataset.image_shape, count_outputs(settings.head, len(dataset.classes))
         if pretrained is not None:
-            return transfer.build(pretrained, shape, dataset.classes, outputs, settings.recipe)
+            network = transfer.build(pretrained, shape, dataset.classes, outputs, settings.recipe)
+            images = choose_calibration(dataset.train)
+            return quantization.quantize(network, images) if settings.recipe.quantize else network
         return networks.build(settings.model, shape, outputs, settings.recipe.zero_scale)
     finally:
         keras.config.set_dtype_policy(policy)
@@ -237,6 +238,14 @@ def _start_or_resume(
     done = int(network.optimizer.iterations.numpy()) // steps
     print(f"resuming after epoch {done} of {settings.recipe.epochs}")
     return network, run_folder.read_history()[:done]
+
+
+def _calibrate(final_model: keras.Model, dataset: Dataset, validation: NDArray[np.intp]) -> float:
+    """Let the confidence of a model be its accuracy on the validation images; return the temperature that does."""
+    probabilities = evaluation.predict(final_model, dataset.train, validation)
+    temperature = calibration.fit_temperature(probabilities, dataset.train.labels[validation])
+    calibration.fold_temperature(final_model, temperature)
+    return temperature
 
 
 def _describe_run(

@@ -19,7 +19,7 @@ import keras
 import numpy as np
 
 from resnet import BadInput
-from training import applications, model_file, networks, preprocessing
+from training import applications, model_file, networks, preprocessing, quantization
 from training.applications import APPLICATIONS
 from training.model import HEAD, classify
 from training.recipes import ALL_BUT_HEAD, Recipe
@@ -86,7 +86,7 @@ def load(source: str, architecture: str, preprocess: str | None, resumed: RunFol
     if resumed is not None and resumed.checkpoint.exists():
         there = source != IMAGENET and path.exists()
         digest = _hash(model_file.find(path)) if there else str(resumed.read_settings().get("source_sha256"))
-        network = model_file.load(resumed.checkpoint)
+        network = quantization.restore(model_file.load(resumed.checkpoint))
         return Pretrained(name, digest, network, _read_labels(resumed.folder))
     if source == IMAGENET:
         return _load_imagenet(architecture)

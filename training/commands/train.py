@@ -5,6 +5,7 @@ Examples:
   resnet train --data path/to/images --out runs/mine        (train/CLASS/* and test/CLASS/* of JPEG or PNG files)
   resnet train --data path/to/images --out runs/mine --resume
   resnet train --data path/to/images --from runs/cifar10 --out runs/finer     (starts from what another run has learned)
+  resnet train --data path/to/images --from runs/finer --quantize int8 --out runs/finer-int8
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from training.distribute import STRATEGIES
 from training.heads import HEADS
 from training.images import CHANNELS, parse_size
 from training.preprocessing import PREPROCESSING
-from training.recipes import FINETUNE, RECIPES, Recipe
+from training.recipes import FINETUNE, QUANTIZE, RECIPES, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,9 @@ class TrainOptions:
         metavar="KIND",
     )
     recipe: str | None = option(
-        None, "hyperparameters to start from (default: notebook; with --from finetune)", choices=tuple(RECIPES)
+        None,
+        "hyperparameters to start from (default: notebook; finetune with --from, quantize with --quantize)",
+        choices=tuple(RECIPES),
     )
     seed: int = option(0, "random seed of initial weights and image order", low=0, high=2**32 - 1)
     image_size: str | None = option(None, "resize image files to N by N, or height by width pixels", metavar="N|HxW")
@@ -80,12 +83,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train, and print the test accuracy."""
     options = read(args, TrainOptions)
-    named = options.recipe or (FINETUNE if options.from_ else "notebook")
-    recipe = dataclasses.replace(RECIPES[named], **given(args, Recipe))
+    values = given(args, Recipe)
+    named = options.recipe or (QUANTIZE if "quantize" in values else FINETUNE if options.from_ else "notebook")
+    recipe = dataclasses.replace(RECIPES[named], **values)
     if options.from_ is None and recipe.transfers:
         raise BadInput(
-            "--freeze, --head-epochs, --source-rate, --frozen-statistics and the recipe finetune are for a network "
-            "that has learned something; name it with --from"
+            "--freeze, --head-epochs, --source-rate, --frozen-statistics, --quantize and the recipes finetune and "
+            "quantize are for a network that has learned something; name it with --from"
         )
 
     start_tensorflow(recipe.fuse)
