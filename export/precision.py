@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -20,7 +21,8 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers import float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 
-from export import half
+from export import half, quantized
+from export.formats import OPSET
 
 # Sums of many values and exponentials overflow or underflow in half precision.
 KEPT_IN_FP32 = ("GlobalAveragePool", "ReduceMean", "Softmax")
@@ -69,17 +71,31 @@ class Reduction(NamedTuple):
     arithmetic: str = ""
 
 
-def list_reductions(precision: str, calibration: NDArray[np.uint8] | None) -> list[Reduction]:
+def list_reductions(
+    precision: str, calibration: NDArray[np.uint8] | None, network: keras.Model | None = None, opset: int = OPSET
+) -> list[Reduction]:
     """Return the reductions to a precision, from the fastest model to the most accurate one.
 
     Args:
         precision: `fp16` or `int8`.
-        calibration: Training images, uint8 [n, height, width, 3]; int8 needs them.
+        calibration: Training images, uint8 [n, height, width, channels]; int8 needs them.
+        network: The classifier as `training.quantization` trained it, if it did: its int8 is tried first.
+        opset: Operator set of what is made of `network`.
     """
     if precision == "fp16":
         return [Reduction(f"{', '.join(KEPT_IN_FP32)} in fp32", to_fp16, half.ARITHMETIC)]
     assert calibration is not None
-    return [Reduction(str(row), partial(to_int8, images=calibration, quantization=row)) for row in QUANTIZATIONS]
+    calibrated = [Reduction(str(row), partial(to_int8, images=calibration, quantization=row)) for row in QUANTIZATIONS]
+    if network is None:
+        return calibrated
+
+    def learn(bits: int) -> Reduction:
+        def write(_: Path, target: Path) -> None:
+            quantized.write(network, target, opset, quantized.LARGEST[bits])
+
+        return Reduction(f"learned ranges, {bits}-bit weights", write)
+
+    return [learn(8), learn(7), *calibrated]
 
 
 def to_fp16(source: Path, target: Path) -> None:
@@ -109,7 +125,7 @@ def to_int8(source: Path, target: Path, images: NDArray[np.uint8], quantization:
     Args:
         source: An ONNX file in fp32.
         target: The file to write.
-        images: Training images, uint8 [n, height, width, 3], with which the ranges of activations are calibrated.
+        images: Training images, uint8 [n, height, width, channels], to calibrate the ranges of activations with.
         quantization: One of `QUANTIZATIONS`, or other settings.
     """
     with tempfile.TemporaryDirectory() as folder:

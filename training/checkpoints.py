@@ -64,8 +64,9 @@ class Checkpoints(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has 
             self._run_folder.replace(self._run_folder.best, self._final_model.save)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:  # noqa: D102
+        rate = {"learning_rate": float(self.model.optimizer.learning_rate)}
         seconds = {"seconds": time.perf_counter() - self._started, "data_seconds": self._batches.seconds}
-        self.rows.append({"epoch": epoch + 1} | logs | seconds)
+        self.rows.append({"epoch": epoch + 1} | logs | rate | seconds)
         self._run_folder.write_history(self.rows)
         plot_curves(self.rows, self._run_folder)
         # Last, because resuming starts at the epoch of the checkpoint: it drops a history row without a checkpoint.

@@ -20,24 +20,24 @@ def check_name(name: str) -> None:
         )
 
 
-def build(name: str, image_shape: tuple[int, int, int], classes: int, zero_scale: bool = False) -> keras.Model:
+def build(name: str, image_shape: tuple[int, int, int], outputs: int, zero_scale: bool = False) -> keras.Model:
     """Build an untrained network.
 
     Args:
         name: Its name, which `check_name` accepts.
-        image_shape: (height, width, 3) of the images.
-        classes: Number of classes.
+        image_shape: (height, width, channels) of the images.
+        outputs: See `training.model.classify`.
         zero_scale: See `training.model.build`; the networks of keras.applications ignore it.
 
     Returns:
-        A model from `image`, uint8 [batch, height, width, 3], to `probabilities`, float32 [batch, classes].
+        A model from `image`, uint8 [batch, height, width, channels], to `probabilities`, float32 [batch, outputs].
 
     Raises:
-        BadInput: The network does not take images of this size.
+        BadInput: The network does not take images of this shape.
     """
     if name in APPLICATIONS:
-        return applications.build(name, image_shape, classes)
-    return model.build(ARCHITECTURES[name], image_shape, classes, zero_scale, name)
+        return applications.build(name, image_shape, outputs)
+    return model.build(ARCHITECTURES[name], image_shape, outputs, zero_scale, name)
 
 
 def reseed(network: keras.Model, seed: int, epoch: int) -> None:

@@ -9,7 +9,7 @@ from resnet import BadInput
 from resnet.options import check, option
 
 ALL_BUT_HEAD = "all-but-head"
-FINETUNE = "finetune"
+FINETUNE, QUANTIZE = "finetune", "quantize"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,7 @@ class Recipe:
         "float32", "Keras dtype policy; both keep the weights in float32"
     )
     fuse: bool = option(True, "compile with XLA on a CPU: faster steps, half a minute slower start")
+    calibrate: bool = option(False, "scale the confidence of the trained model to its validation accuracy")
     class_weights: bool | None = option(
         False, "weight the loss so that all classes count equally; by default finetune does if they are uneven"
     )
@@ -65,16 +66,22 @@ class Recipe:
         1.0, "with --from: learning rate of all but the head, as a fraction of the learning rate", low=0, high=1
     )
     frozen_statistics: bool = option(False, "with --from: batch normalization keeps its statistics, scales and shifts")
+    quantize: str | None = option(
+        None, "with --from: train in the arithmetic of this precision, for an export to it", choices=("int8",)
+    )
 
     def __post_init__(self) -> None:
         check(self)
         if self.freeze not in ("", ALL_BUT_HEAD) and not self.freeze.isdecimal():
             raise BadInput(f"--freeze must be a number of layers or {ALL_BUT_HEAD}, not {self.freeze!r}")
 
+        if self.quantize and self.precision != "float32":
+            raise BadInput("--quantize rounds float32 values to 8 bits; leave out --precision")
+
     @property
     def transfers(self) -> bool:
         """Whether a value says how to treat what another network has learned."""
-        return bool(self.freeze or self.head_epochs or self.source_rate != 1 or self.frozen_statistics)
+        return bool(self.freeze or self.head_epochs or self.source_rate != 1 or self.frozen_statistics or self.quantize)
 
 
 RECIPES = {
@@ -105,6 +112,7 @@ RECIPES = {
             flip=True,
             crop=0.125,
             validation=0.04,
+            calibrate=True,
         ),
         # A short training with current methods: one cycle of the learning rate, and more regularisation.
         Recipe(
@@ -120,6 +128,7 @@ RECIPES = {
             cutout=0.25,
             weight_average=0.99,
             validation=0.04,
+            calibrate=True,
         ),
         # A few hundred images and a network that has seen others: see docs/training.md.
         Recipe(
@@ -137,6 +146,22 @@ RECIPES = {
             head_epochs=5,
             source_rate=0.1,
             frozen_statistics=True,
+            calibrate=True,
+        ),
+        # What is there already only has to get used to rounding: small steps suffice.
+        Recipe(
+            name=QUANTIZE,
+            epochs=3,
+            batch_size=64,
+            optimizer="adam",
+            learning_rate=1e-4,
+            schedule="cosine",
+            flip=True,
+            crop=0.125,
+            validation=0.04,
+            frozen_statistics=True,
+            quantize="int8",
+            calibrate=True,
         ),
     )
 }

@@ -5,12 +5,14 @@ checkpoint.keras model and optimizer after the last finished epoch
 history.csv      one row per epoch, with a header
 best.keras       the model of the epoch with the best validation accuracy, in float32 and without its optimizer
 model.keras      the trained model: that of the best epoch with --patience, else that of the last
+quantized.keras  with --quantize, the same with its rounding and the learned ranges: an export to int8 reads it
 labels.txt       class names, one per line, in the order of the outputs of the model
 heldout.npz      test images and labels: `resnet export` compares models on them
 calibration.npz  some training images: an export to int8 calibrates with them
 metrics.json     accuracy (overall and by class), settings, library versions, hash of the data
-curves.png       accuracy and loss by epoch
+curves.png       accuracy, loss, learning rate and seconds by epoch
 confusion.png    confusion matrix of the test images
+reliability.png  accuracy of the test images by confidence
 mistakes.png     the misclassified test images with the highest confidence
 tensorboard/     the curves for TensorBoard, with --tensorboard
 """
@@ -55,6 +57,11 @@ class RunFolder:
     def model(self) -> Path:
         """The trained model."""
         return self.folder / "model.keras"
+
+    @property
+    def quantized(self) -> Path:
+        """The trained model as `training.quantization` computes it."""
+        return self.folder / "quantized.keras"
 
     @property
     def best(self) -> Path:
@@ -178,6 +185,6 @@ def choose_heldout(test: Split) -> NDArray[np.intp]:
 
 
 def choose_calibration(train: Split) -> NDArray[np.uint8]:
-    """Return training images, uint8 [n, height, width, 3], with which an export to int8 calibrates activations."""
+    """Return training images, uint8 [n, height, width, channels], to calibrate activations with for int8."""
     limit = min(CALIBRATION_IMAGES, max(1, CALIBRATION_BYTES // math.prod(train.images.shape[1:])))
     return train.images[np.sort(np.random.default_rng(0).permutation(len(train.labels))[:limit])]

@@ -19,7 +19,7 @@ import keras
 import numpy as np
 
 from resnet import BadInput
-from training import applications, model_file, networks
+from training import applications, model_file, networks, preprocessing, quantization
 from training.applications import APPLICATIONS
 from training.model import HEAD, classify
 from training.recipes import ALL_BUT_HEAD, Recipe
@@ -56,6 +56,11 @@ class Pretrained:
         height, width = self.network.input_shape[1:3]
         return (height, width) if height and width else None
 
+    @property
+    def channels(self) -> int:
+        """Channels of its images."""
+        return int(self.network.input_shape[3])
+
     def describe(self, network: keras.Model) -> dict[str, Any]:
         """Return what metrics.json says of the source of a network from `build`."""
         frozen = sum(layer.count_params() for layer in network.layers if not layer.trainable)
@@ -81,7 +86,7 @@ def load(source: str, architecture: str, preprocess: str | None, resumed: RunFol
     if resumed is not None and resumed.checkpoint.exists():
         there = source != IMAGENET and path.exists()
         digest = _hash(model_file.find(path)) if there else str(resumed.read_settings().get("source_sha256"))
-        network = model_file.load(resumed.checkpoint)
+        network = quantization.restore(model_file.load(resumed.checkpoint))
         return Pretrained(name, digest, network, _read_labels(resumed.folder))
     if source == IMAGENET:
         return _load_imagenet(architecture)
@@ -139,7 +144,7 @@ def _load_weights(file: Path, architecture: str) -> keras.Model:
 def _check_layers(name: str, network: keras.Model, architecture: str) -> None:
     """Check that a network has the layers of a named one, in the same order, apart from its head."""
     height, width = network.input_shape[1:3]
-    shape = (height or IMAGENET_SHAPE[0], width or IMAGENET_SHAPE[1], 3)
+    shape = (height or IMAGENET_SHAPE[0], width or IMAGENET_SHAPE[1], network.input_shape[3])
     expected = networks.build(architecture, shape, NO_CLASSES)
     for ours, theirs in zip_longest(*(_list_weighted(each)[:-1] for each in (expected, network))):
         if ours is None or theirs is None or _list_shapes(ours) != _list_shapes(theirs):
@@ -161,7 +166,7 @@ def _hash(file: Path) -> str:
 
 
 def build(
-    pretrained: Pretrained, image_shape: tuple[int, int, int], classes: Sequence[str], recipe: Recipe
+    pretrained: Pretrained, image_shape: tuple[int, int, int], classes: Sequence[str], outputs: int, recipe: Recipe
 ) -> keras.Model:
     """Build a classifier from the layers and weights of another one, in the dtype policy of Keras.
 
@@ -170,12 +175,13 @@ def build(
 
     Args:
         pretrained: The other one.
-        image_shape: (height, width, 3) of the images.
+        image_shape: (height, width, channels) of the images.
         classes: The names of the classes.
+        outputs: See `training.model.classify`.
         recipe: Its values `freeze` and `frozen_statistics` are used.
 
     Returns:
-        A model from `image`, uint8 [batch, height, width, 3], to `probabilities`, float32 [batch, classes].
+        A model from `image`, uint8 [batch, height, width, channels], to `probabilities`, float32 [batch, outputs].
 
     Raises:
         BadInput: The source takes no images of this size, or has no layer that could be replaced; or nothing is left to
@@ -183,7 +189,7 @@ def build(
     """
     source = pretrained.network
     image = keras.Input(image_shape, dtype="uint8", name="image")
-    pixels = model_file.convert(image, source, pretrained.preprocess)
+    pixels = preprocessing.apply(pretrained.preprocess, image)
     entry = image if pixels is image else keras.Input(pixels.shape[1:], dtype=source.inputs[0].dtype)
     try:
         copied = _copy(source, entry)
@@ -197,7 +203,7 @@ def build(
     features = _find_features(copied, pretrained.name)
     if pixels is not image:
         features = keras.Model(entry, features).call(pixels)
-    network = keras.Model(image, classify(features, len(classes)), name=source.name)
+    network = keras.Model(image, classify(features, outputs), name=source.name)
     _keep_classes(network.get_layer(HEAD), pretrained, classes)
     _freeze(network, recipe)
     return network
@@ -259,13 +265,23 @@ def _keep_classes(head: keras.layers.Dense, pretrained: Pretrained, classes: Seq
     """Set the weights of a new head: those of classes that the source has too, zeros for the others."""
     old = _list_weighted(pretrained.network)[-1]
     kernel, bias = (np.zeros_like(weight) for weight in head.get_weights())
-    labels = pretrained.labels or (tuple(classes) if _list_shapes(old) == _list_shapes(head) else ())
-    if isinstance(old, keras.layers.Dense) and len(labels) == old.units and len(old.kernel.shape) == 2:
-        rows = [(new, labels.index(name)) for new, name in enumerate(classes) if name in labels]
-        for new, before in rows:
+    if isinstance(old, keras.layers.Dense) and len(old.kernel.shape) == 2:
+        for new, before in _match_outputs(pretrained.labels, old.units, tuple(classes), head.units):
             kernel[:, new] = old.kernel.numpy()[:, before]
             bias[new] = old.bias.numpy()[before] if old.use_bias else 0
     head.set_weights([kernel, bias])
+
+
+def _match_outputs(
+    old_classes: tuple[str, ...], old_units: int, classes: tuple[str, ...], units: int
+) -> list[tuple[int, int]]:
+    """Return the pairs of a new and an old output that stand for the same class, or for the second of the same two."""
+    if units == 1:
+        return [(0, 0)] if old_units == 1 and old_classes == classes else []
+    known = old_classes or (classes if old_units == units else ())
+    if old_units != len(known):
+        return []
+    return [(new, known.index(name)) for new, name in enumerate(classes) if name in known]
 
 
 def _freeze(network: keras.Model, recipe: Recipe) -> None:

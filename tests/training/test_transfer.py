@@ -74,7 +74,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_same_classes_keep_their_head(run: Path) -> None:
     """Before it learns anything, the network answers as its source does."""
-    network = transfer.build(load(run), (32, 32, 3), DIGITS, PLAIN)
+    network = transfer.build(load(run), (32, 32, 3), DIGITS, len(DIGITS), PLAIN)
     np.testing.assert_allclose(answer(network, images()), answer(load(run).network, images()), atol=1e-6)
 
 

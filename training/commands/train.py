@@ -5,6 +5,7 @@ Examples:
   resnet train --data path/to/images --out runs/mine        (train/CLASS/* and test/CLASS/* of JPEG or PNG files)
   resnet train --data path/to/images --out runs/mine --resume
   resnet train --data path/to/images --from runs/cifar10 --out runs/finer     (starts from what another run has learned)
+  resnet train --data path/to/images --from runs/finer --quantize int8 --out runs/finer-int8
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from resnet.options import add_options, check, given, option, read
 from training.backend import start_tensorflow
 from training.data import SOURCES
 from training.distribute import STRATEGIES
+from training.heads import HEADS
+from training.images import CHANNELS, parse_size
 from training.preprocessing import PREPROCESSING
-from training.recipes import FINETUNE, RECIPES, Recipe
+from training.recipes import FINETUNE, QUANTIZE, RECIPES, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +48,16 @@ class TrainOptions:
         metavar="KIND",
     )
     recipe: str | None = option(
-        None, "hyperparameters to start from (default: notebook; with --from finetune)", choices=tuple(RECIPES)
+        None,
+        "hyperparameters to start from (default: notebook; finetune with --from, quantize with --quantize)",
+        choices=tuple(RECIPES),
     )
     seed: int = option(0, "random seed of initial weights and image order", low=0, high=2**32 - 1)
-    image_size: int | None = option(None, "resize the images of a folder to N by N pixels", low=8, high=16_384)
+    image_size: str | None = option(None, "resize image files to N by N, or height by width pixels", metavar="N|HxW")
+    colors: str | None = option(
+        None, "colours of the images that the model takes (default: those of the data)", choices=tuple(CHANNELS)
+    )
+    head: str = option("softmax", "an output for each class (softmax), or one for the second of two", choices=HEADS)
     images: int | None = option(None, "number of training images to use (default: all)", low=1)
     out: Path = option(MISSING, "run folder to write", metavar="FOLDER", required=True)
     resume: bool = option(False, "continue the run in --out after its last finished epoch")
@@ -61,6 +70,7 @@ class TrainOptions:
         check(self)
         if self.preprocess is not None and self.from_ is None:
             raise BadInput("--preprocess is for a model of float input; name the model with --from")
+        parse_size(self.image_size)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -73,12 +83,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train, and print the test accuracy."""
     options = read(args, TrainOptions)
-    named = options.recipe or (FINETUNE if options.from_ else "notebook")
-    recipe = dataclasses.replace(RECIPES[named], **given(args, Recipe))
+    values = given(args, Recipe)
+    named = options.recipe or (QUANTIZE if "quantize" in values else FINETUNE if options.from_ else "notebook")
+    recipe = dataclasses.replace(RECIPES[named], **values)
     if options.from_ is None and recipe.transfers:
         raise BadInput(
-            "--freeze, --head-epochs, --source-rate, --frozen-statistics and the recipe finetune are for a network "
-            "that has learned something; name it with --from"
+            "--freeze, --head-epochs, --source-rate, --frozen-statistics, --quantize and the recipes finetune and "
+            "quantize are for a network that has learned something; name it with --from"
         )
 
     start_tensorflow(recipe.fuse)
@@ -98,6 +109,8 @@ def run(args: argparse.Namespace) -> None:
         images=options.images,
         source=options.from_,
         preprocess=options.preprocess,
+        colors=options.colors,
+        head=options.head,
     )
     strategy = distribute.choose(options.distribute, recipe.batch_size)
     try:
