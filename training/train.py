@@ -163,12 +163,13 @@ def train(
 
 def _load_data(settings: TrainingSettings, pretrained: Pretrained | None) -> Dataset:
     """Load the data set, its images in the form that is asked for, or that the network to start from takes."""
-    size, channels = parse_size(settings.image_size), CHANNELS[settings.colors] if settings.colors else None
+    asked, channels = parse_size(settings.image_size), CHANNELS[settings.colors] if settings.colors else None
+    size = asked
     if pretrained:
-        size, channels = size or pretrained.size, channels or pretrained.channels
+        size, channels = asked or pretrained.size, channels or pretrained.channels
     dataset = data.load(settings.data, ImageForm(size, channels=channels))
     height, width, _ = dataset.image_shape
-    if size and (height, width) != size:
+    if asked and (height, width) != asked:
         raise BadInput(f"--image-size is for image files; {settings.data!r} has {width}x{height} pixels")
     return dataset
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,13 @@ def load(source: Path | str, architecture: str = "", preprocess: str | None = No
     return transfer.load(str(source), architecture, preprocess, None)
 
 
+def build(
+    pretrained: Pretrained, image_shape: tuple[int, int, int], classes: Sequence[str], recipe: Recipe
+) -> keras.Model:
+    """Return a network with an output for each class."""
+    return transfer.build(pretrained, image_shape, classes, len(classes), recipe)
+
+
 def settings(source: Path | str, epochs: int = 2, data: str = "digits", **values: Any) -> TrainingSettings:
     """Return settings of a fine-tuning that takes seconds."""
     recipe = dataclasses.replace(
@@ -74,13 +82,13 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_same_classes_keep_their_head(run: Path) -> None:
     """Before it learns anything, the network answers as its source does."""
-    network = transfer.build(load(run), (32, 32, 3), DIGITS, len(DIGITS), PLAIN)
+    network = build(load(run), (32, 32, 3), DIGITS, PLAIN)
     np.testing.assert_allclose(answer(network, images()), answer(load(run).network, images()), atol=1e-6)
 
 
 def test_only_classes_of_the_same_name_keep_their_weights(run: Path) -> None:
     """In whatever order; a new class begins at zero."""
-    network = transfer.build(load(run), (32, 32, 3), ("8", "five", "3"), PLAIN)
+    network = build(load(run), (32, 32, 3), ("8", "five", "3"), PLAIN)
     old, new = load(run).network.get_layer(HEAD), network.get_layer(HEAD)
     np.testing.assert_array_equal(new.kernel[:, 0], old.kernel[:, 8])
     np.testing.assert_array_equal(new.kernel[:, 2], old.kernel[:, 3])
@@ -94,14 +102,14 @@ def test_only_classes_of_the_same_name_keep_their_weights(run: Path) -> None:
 def test_a_file_without_names_keeps_its_head_if_the_number_fits(run: Path, tmp_path: Path) -> None:
     """And begins anew with any other."""
     file = shutil.copy(run / "model.keras", tmp_path)
-    kept = transfer.build(load(file), (32, 32, 3), [f"class {digit}" for digit in DIGITS], PLAIN).get_layer(HEAD)
+    kept = build(load(file), (32, 32, 3), [f"class {digit}" for digit in DIGITS], PLAIN).get_layer(HEAD)
     np.testing.assert_array_equal(kept.kernel, load(run).network.get_layer(HEAD).kernel)
-    assert not np.any(transfer.build(load(file), (32, 32, 3), ("a", "b"), PLAIN).get_layer(HEAD).kernel)
+    assert not np.any(build(load(file), (32, 32, 3), ("a", "b"), PLAIN).get_layer(HEAD).kernel)
 
 
 def test_images_may_have_another_size(run: Path) -> None:
     """A network that averages its features takes any."""
-    network = transfer.build(load(run), (48, 40, 3), DIGITS, PLAIN)
+    network = build(load(run), (48, 40, 3), DIGITS, PLAIN)
     assert network.input_shape == (None, 48, 40, 3)
     np.testing.assert_array_equal(network.get_layer(HEAD).kernel, load(run).network.get_layer(HEAD).kernel)
 
@@ -117,13 +125,13 @@ def nest() -> keras.Model:
 
 
 def test_a_network_within_a_network_is_opened(tmp_path: Path) -> None:
-    """So that its layers can be frozen one by one; what it answers to grey pixels stays."""
+    """So that its layers can be frozen one by one; what it answers stays."""
     original = nest()
     original.save(tmp_path / "mine.keras")
-    network = transfer.build(load(tmp_path / "mine.keras", preprocess="identity"), (16, 16, 3), "abc", PLAIN)
+    network = build(load(tmp_path / "mine.keras", preprocess="identity"), (16, 16, 1), "abc", PLAIN)
     assert not any(isinstance(layer, keras.Model) for layer in network.layers)
-    grey = np.repeat(images(side=16)[..., :1], 3, axis=-1)
-    np.testing.assert_allclose(answer(network, grey), answer(original, grey[..., :1].astype(np.float32)), atol=1e-6)
+    grey = images(side=16)[..., :1]
+    np.testing.assert_allclose(answer(network, grey), answer(original, grey.astype(np.float32)), atol=1e-6)
     network.save(tmp_path / "copy.keras")
     again = keras.models.load_model(tmp_path / "copy.keras")
     np.testing.assert_allclose(answer(again, grey), answer(network, grey), atol=1e-6)
@@ -132,7 +140,7 @@ def test_a_network_within_a_network_is_opened(tmp_path: Path) -> None:
 def test_frozen_statistics_stay_while_all_else_learns(small: Path) -> None:
     """Keras freezes scale and shift with them. A source that was frozen itself learns again."""
     for frozen in (True, False):
-        network = transfer.build(load(small), (8, 8, 3), "ab", dataclasses.replace(PLAIN, frozen_statistics=frozen))
+        network = build(load(small), (8, 8, 3), "ab", dataclasses.replace(PLAIN, frozen_statistics=frozen))
         network.save(small)  # with frozen layers, the first time
         compile_for(network, PLAIN, 10)
         watched = network.get_layer("norm").weights + network.get_layer("convolution").weights
@@ -146,7 +154,7 @@ def test_frozen_statistics_stay_while_all_else_learns(small: Path) -> None:
 @pytest.mark.parametrize(("freeze", "first"), [("1", "stage1_block1_1_conv"), (ALL_BUT_HEAD, HEAD)])
 def test_frozen_layers_are_the_first_ones(run: Path, freeze: str, first: str) -> None:
     """With what is between them; metrics.json counts their weights."""
-    network = transfer.build(load(run), (32, 32, 3), DIGITS, dataclasses.replace(PLAIN, freeze=freeze))
+    network = build(load(run), (32, 32, 3), DIGITS, dataclasses.replace(PLAIN, freeze=freeze))
     assert next(layer.name for layer in network.layers if layer.trainable_weights) == first
     frozen = load(run).describe(network)["frozen_parameters"]
     head = network.get_layer(HEAD).count_params()
@@ -202,7 +210,7 @@ def test_every_application_is_one_of_keras() -> None:
 def test_a_file_of_weights_alone_fits_its_network(run: Path, tmp_path: Path) -> None:
     """Whatever classes it was for."""
     load(run).network.save_weights(tmp_path / "mine.weights.h5")
-    network = transfer.build(load(tmp_path / "mine.weights.h5", "tiny"), (32, 32, 3), "abc", PLAIN)
+    network = build(load(tmp_path / "mine.weights.h5", "tiny"), (32, 32, 3), "abc", PLAIN)
     for ours, theirs in zip(network.layers[:-1], load(run).network.layers[:-1], strict=True):
         for left, right in zip(ours.get_weights(), theirs.get_weights(), strict=True):
             np.testing.assert_array_equal(left, right)
@@ -213,7 +221,7 @@ def test_a_network_of_keras_applications_takes_weights_and_pixels(tmp_path: Path
     original = keras.applications.MobileNet((32, 32, 3), alpha=1.0, include_top=False, weights=None, pooling="avg")
     original.save_weights(tmp_path / "mine.weights.h5")
     pretrained = load(tmp_path / "mine.weights.h5", "mobilenet")
-    network = transfer.build(pretrained, (32, 32, 3), "abc", PLAIN)
+    network = build(pretrained, (32, 32, 3), "abc", PLAIN)
     features = keras.Model(network.inputs, network.get_layer(HEAD).input)
     scaled = keras.applications.mobilenet.preprocess_input(images().astype(np.float32))
     np.testing.assert_allclose(answer(features, images()), answer(original, scaled), rtol=1e-4, atol=1e-6)
@@ -227,7 +235,7 @@ def test_a_network_of_keras_applications_takes_weights_and_pixels(tmp_path: Path
         (["--from=RUN", "--model=resnet9"], "--model 'resnet9' is unknown"),
         (["--from=RUN", "--preprocess=tf"], "takes uint8 pixels already; leave out --preprocess"),
         (["--from=FLOAT"], "takes float32 [batch, 32, 32, 3] instead of uint8 pixels; name its preprocessing"),
-        (["--from=FLOAT", "--preprocess=unit", "--image-size=16"], "--image-size is for folders"),
+        (["--from=FLOAT", "--preprocess=unit", "--image-size=16"], "--image-size is for image files"),
         (["--from=FLAT", "--preprocess=unit"], "takes no images of 32x32 pixels"),
         (["--from=WEIGHTS"], "holds weights without a network; name the network with --model"),
         (["--from=WEIGHTS", "--model=resnet20"], "do not fit --model resnet20: "),
@@ -236,7 +244,7 @@ def test_a_network_of_keras_applications_takes_weights_and_pixels(tmp_path: Path
         (["--from=imagenet", "--model=mobilenetv2"], "the weights of mobilenetv2 could not be downloaded (offline)"),
         (["--from=RUN", "--freeze=7"], "--freeze 7 leaves nothing to train: the network has 7 convolutions and dense"),
         (["--from=RUN", "--freeze=half"], "--freeze must be a number of layers or all-but-head, not 'half'"),
-        (["--freeze=1"], "the recipe finetune are for a network that has learned something; name it with --from"),
+        (["--freeze=1"], "for a network that has learned something; name it with --from"),
         (["--recipe=finetune"], "name it with --from"),
         (["--preprocess=tf"], "--preprocess is for a model of float input; name the model with --from"),
     ],
