@@ -144,7 +144,7 @@ RECIPES = {
             patience=15,
             validation=0.15,
             head_epochs=5,
-            source_rate=0.1,
+            source_rate=0.3,
             frozen_statistics=True,
             calibrate=True,
         ),

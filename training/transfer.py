@@ -113,8 +113,9 @@ def _load_imagenet(architecture: str) -> Pretrained:
             "network, and put it into ~/.keras/models, or name it by --from"
         ) from None
     digest = hashlib.sha256()
-    for weight in network.get_weights():
-        digest.update(np.ascontiguousarray(weight).data)
+    for layer in _list_weighted(network)[:-1]:
+        for weight in layer.get_weights():
+            digest.update(np.ascontiguousarray(weight).data)
     return Pretrained(IMAGENET, digest.hexdigest(), network)
 
 
@@ -157,7 +158,12 @@ def _check_layers(name: str, network: keras.Model, architecture: str) -> None:
 
 def _read_labels(folder: Path) -> tuple[str, ...]:
     path = folder / "labels.txt"
-    return tuple(path.read_text("utf-8").splitlines()) if path.exists() else ()
+    try:
+        return tuple(path.read_text("utf-8").splitlines()) if path.exists() else ()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(
+            f"{path} cannot be read ({error}); remove it, and the network has classes without names"
+        ) from None
 
 
 def _hash(file: Path) -> str:

@@ -22,6 +22,7 @@ from PIL import Image
 from resnet import BadInput, CheckFailed, cli
 from tests.tiny import TINY, TRAIN
 from training.batches import TrainingBatches
+from training.checkpoints import Checkpoints
 from training.data import Dataset, Split
 from training.evaluation import evaluate
 from training.model import ARCHITECTURES
@@ -374,3 +375,20 @@ def test_a_cluster_that_cannot_be_used_is_one_sentence(
     monkeypatch.setenv("TF_CONFIG", "machines")
     assert cli.main(["train", "--data=digits", "--distribute=multiworker", "--out", str(tmp_path / "run")]) == 2
     assert "TF_CONFIG cannot be used (Expecting value: line 1 column 1 (char 0))" in capsys.readouterr().err
+
+
+def test_of_equal_accuracies_the_lower_loss_is_better(tmp_path: Path) -> None:
+    """Few validation images are classified as well in many epochs, the first time by chance."""
+    network, best = (keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)]) for _ in range(2))
+    batches: Any = None
+    checkpoints = Checkpoints(RunFolder(tmp_path), [], batches, 2, best)
+    checkpoints.set_model(network)
+    for value, (accuracy, loss, kept) in enumerate([(0.9, 0.8, True), (0.9, 0.3, True), (0.9, 0.3, False)]):
+        network.set_weights([np.full((1, 1), value), np.zeros(1)])
+        checkpoints.on_test_end({"accuracy": accuracy, "loss": loss})
+        checkpoints.rows.append({"val_accuracy": accuracy, "val_loss": loss})
+        saved = keras.models.load_model(tmp_path / "best.keras").layers[0].kernel.numpy().item()
+        assert (saved == value) is kept
+    assert not checkpoints.exhausted
+    checkpoints.rows.append({"val_accuracy": 0.8, "val_loss": 0.1})
+    assert checkpoints.exhausted
