@@ -117,10 +117,10 @@ class Tensor(_message.Message):
     DATA_FIELD_NUMBER: _builtins.int
     data_type: Global___DataType.ValueType
     data: _builtins.bytes
-    """Row-major, RGB."""
+    """Row-major; colours are RGB or RGBA."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """[images, height, width, 3]"""
+        """[images, height, width, channels], as the model takes them"""
 
     def __init__(
         self,

@@ -19,10 +19,10 @@ from serving.client import Client
 from serving.config import Compute, Limits
 from serving.models import loader, registry
 from serving.server import Server
-from tests.tiny import TINY
 from training.images import decode
-from training.model import ARCHITECTURES
+from training.model import ARCHITECTURES, Architecture
 
+SMALLEST = Architecture((4,), strides=(2,), blocks=(1,), stem="cifar")
 PIXELS = np.random.default_rng(0).integers(256, size=(16, 6, 7, 4), dtype=np.uint8)
 
 
@@ -76,11 +76,11 @@ def test_images_and_heads_of_every_kind_are_trained_exported_served_and_classifi
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Files and tensors get the answers of the trained model."""
-    monkeypatch.setitem(ARCHITECTURES, "tiny", TINY)
+    monkeypatch.setitem(ARCHITECTURES, "smallest", SMALLEST)
     data, run, models = tmp_path / "data", tmp_path / "run", tmp_path / "models"
     data.mkdir()
     write(data)
-    train = ["train", f"--data={data}", "--model=tiny", "--epochs=1", f"--out={run}", *options]
+    train = ["train", f"--data={data}", "--model=smallest", "--epochs=1", f"--out={run}", *options]
     assert cli.main(train) == 0
     assert cli.main(["export", str(run), f"--to={models / 'mine'}"]) == 0
     assert cli.main(["verify", str(models / "mine")]) == 0

@@ -205,8 +205,6 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
         image = Image.fromarray((values >> 8).astype(np.uint8))
     elif image.mode not in MODES:
         raise InvalidImage(f"has pixels of a kind that is not supported ({image.mode}); save it as RGB")
-    if mode == "L" and image.mode != "L":
-        image = image.convert("RGB")  # Pillow rounds the luma of a palette otherwise
     return image if image.mode == mode else image.convert(mode)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -164,7 +165,8 @@ def _picture(run_folder: RunFolder, name: str, size: tuple[float, float]) -> Ite
         size: Width and height in units of 120 pixels.
     """
     try:
-        with rc_context({"text.parse_math": False}):  # a name may contain dollars
+        with rc_context({"text.parse_math": False}), warnings.catch_warnings():  # a name may contain dollars
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for a letter
             figure = Figure(figsize=size, layout="constrained")
             yield figure
             run_folder.replace(run_folder.folder / name, lambda path: figure.savefig(path, dpi=120))

@@ -164,7 +164,7 @@ def check_pair(model: Model, stable: Model) -> None:
         FailedPrecondition: They take other images, or have other classes.
     """
     for what, mine, others in (
-        ("takes images of another size", model.image_shape, stable.image_shape),
+        ("takes images of another size or colours", model.image_shape, stable.image_shape),
         ("has other classes", model.manifest.labels, stable.manifest.labels),
     ):
         if mine != others:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pickle
 from collections.abc import Callable, Sequence
@@ -62,10 +63,13 @@ def test_a_folder_is_read_in_the_order_of_its_names(folder: Path) -> None:
     assert dataset.test.images[:, 0, 0, 0].tolist() == [2, 12]
 
 
-def test_the_hash_follows_pixels_labels_and_names(folder: Path) -> None:
-    """Equal data have equal hashes; one pixel changes it."""
-    before = data.load(str(folder)).sha256
+def test_the_hash_follows_pixels_labels_names_and_groups(folder: Path) -> None:
+    """Equal data have equal hashes; one pixel changes it, and so do groups, which move validation images."""
+    dataset = data.load(str(folder))
+    before = dataset.sha256
     assert data.load(str(folder)).sha256 == before
+    grouped = dataset.train._replace(groups=np.zeros(4, np.int32))
+    assert dataclasses.replace(dataset, train=grouped).sha256 != before
     write(folder / "test" / "dog" / "1.png", 99)
     assert data.load(str(folder)).sha256 != before
 

@@ -13,6 +13,11 @@ from training.data import Dataset, Split
 from training.duplicates import find_duplicates
 
 
+@pytest.fixture
+def small_network() -> None:
+    """Nothing is trained here."""
+
+
 def test_test_images_that_were_trained_on_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever their files are called, in memory or not; and those of two classes."""
     shades = {"train/cat/a": 1, "train/cat/b": 1, "train/dog/c": 2, "test/cat/d": 1, "test/dog/e": 1, "test/dog/f": 3}

@@ -44,10 +44,12 @@ def test_a_network_of_one_output_ends_in_a_sigmoid(small_network: str) -> None:
 def test_both_heads_have_the_same_loss() -> None:
     """The cross-entropy of the probabilities of both classes, smoothed and weighted; and the same accuracy."""
     images = np.random.default_rng(0).integers(256, size=(8, 2, 2, 1), dtype=np.uint8)
-    split = Split(images, np.arange(8, dtype=np.int32) % 2)
+    labels = np.arange(8, dtype=np.int32) % 2
     recipe = dataclasses.replace(RECIPES["notebook"], label_smoothing=0.2, learning_rate=0.0)
     kernel, bias = np.float32([[1], [-2], [3], [-1]]), np.float32([0.5])
-    found = []
+    second = 1 / (1 + np.exp(-(images.reshape(8, 4) / 255 @ kernel + bias)[:, 0]))
+    target, weight = 0.8 * labels + 0.1, np.where(labels == 1, 2.0, 0.5)
+    loss = np.mean(weight * -(target * np.log(second) + (1 - target) * np.log(1 - second)))
     for outputs, activation in ((1, "sigmoid"), (2, "softmax")):
         dense = keras.layers.Dense(outputs, activation)
         layers = [keras.layers.Rescaling(1 / 255), keras.layers.Flatten(), dense]
@@ -55,7 +57,7 @@ def test_both_heads_have_the_same_loss() -> None:
         dense.set_weights([np.hstack([0 * kernel, kernel])[:, -outputs:], np.hstack([0 * bias, bias])[-outputs:]])
         compile_for(network, recipe, 1)
         network.run_eagerly = True
-        batches = Batches(split, np.arange(8), outputs, 8)
+        batches = Batches(Split(images, labels), np.arange(8), outputs, 8)
         history = network.fit(batches, epochs=1, class_weight={0: 0.5, 1: 2.0}, verbose=0).history
-        found.append([history["loss"][0], history["accuracy"][0]])
-    np.testing.assert_allclose(*found, rtol=1e-5)
+        found = [history["loss"][0], history["accuracy"][0]]
+        np.testing.assert_allclose(found, [loss, np.mean((second > 0.5) == labels)], rtol=1e-5)

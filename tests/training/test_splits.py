@@ -10,6 +10,11 @@ from training import splits
 from training.data import Split
 
 
+@pytest.fixture
+def small_network() -> None:
+    """Nothing is trained here."""
+
+
 def test_each_class_gives_its_share() -> None:
     """At least one image, but never its last; which ones does not depend on the other classes."""
     labels = np.repeat(np.arange(4, dtype=np.int32), [50, 3, 2, 1])

@@ -16,6 +16,11 @@ Rows = Sequence[Sequence[str]]
 
 
 @pytest.fixture
+def small_network() -> None:
+    """Nothing is trained here."""
+
+
+@pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
     """Writes a table, and an image of its own for each file that it names."""
 

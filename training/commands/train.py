@@ -3,6 +3,7 @@
 Examples:
   resnet train --data digits --epochs 5 --out runs/digits
   resnet train --data path/to/images --out runs/mine        (train/CLASS/* and test/CLASS/* of JPEG or PNG files)
+  resnet train --data photos.csv --image-size 48x64 --out runs/mine        (with the columns path and label)
   resnet train --data path/to/images --out runs/mine --resume
   resnet train --data path/to/images --from runs/cifar10 --out runs/finer     (starts from what another run has learned)
   resnet train --data path/to/images --from runs/finer --quantize int8 --out runs/finer-int8

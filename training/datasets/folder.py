@@ -49,7 +49,9 @@ def load(source: str, form: ImageForm) -> Dataset:
 
 def _unwrap(folder: Path) -> Path:
     """Return the folder with the classes, or with `train`."""
-    while len(inner := _list_folders(folder)) == 1 and inner[0].name != "train" and _list_folders(inner[0]):
+    while (
+        len(inner := _list_folders(folder)) == 1 and inner[0].name not in ("train", "test") and _list_folders(inner[0])
+    ):
         folder = inner[0]
     return folder
 

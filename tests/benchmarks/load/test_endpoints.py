@@ -93,14 +93,15 @@ def test_another_server_gets_what_it_asks_for() -> None:
     assert 200 < pixels.max() <= 255
 
 
-def test_files_are_sent_in_the_size_of_the_model(tmp_path: Path) -> None:
-    """In turn, as floats where the model wants them."""
+@pytest.mark.parametrize("channels", [1, 3])
+def test_files_are_sent_in_the_form_of_the_model(channels: int, tmp_path: Path) -> None:
+    """In turn, in its size and colours, as floats where it wants them."""
     for shade in (10, 20):
         Image.new("RGB", (30, 20), (shade, shade, shade)).save(tmp_path / f"{shade}.png")
-    with serve(Stranger("FP32", [-1, 4, 5, 3])) as address:
+    with serve(Stranger("FP32", [-1, 4, 5, channels])) as address:
         endpoint = endpoints.connect(address, "kserve", "cats", data=sorted(tmp_path.glob("*.png")))
     sent = [pb.ModelInferRequest.FromString(request).raw_input_contents[0] for request in endpoint.requests[:3]]
-    assert sent == [np.full(4 * 5 * 3, shade, "<f4").tobytes() for shade in (10, 20, 10)]
+    assert sent == [np.full(4 * 5 * channels, shade, "<f4").tobytes() for shade in (10, 20, 10)]
 
 
 @pytest.mark.parametrize(
