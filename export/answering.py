@@ -7,7 +7,7 @@ frames on stdout. The first answer, to no images, says that it is loaded. It end
 that started it. It computes while the machine has nothing else to do, and in the environment `VARIABLES` on one thread.
 What fails is one line on stderr, and an exit code above 0.
 
-A frame of images is `IMAGES` and uint8 [n, height, width, 3], an answer `ANSWER` and float32 [n, classes], all
+A frame of images is `IMAGES` and uint8 [n, height, width, channels], an answer `ANSWER` and float32 [n, classes], all
 little-endian. Loading this module needs no TensorFlow.
 """
 
@@ -38,7 +38,7 @@ from resnet.options import CommandParser
 from training.backend import start_tensorflow
 
 MODEL = "model.keras"
-IMAGES = struct.Struct("<3I")  # n, height, width
+IMAGES = struct.Struct("<4I")  # n, height, width, channels
 ANSWER = struct.Struct("<2I")  # n, classes
 VARIABLES = {
     "CUDA_VISIBLE_DEVICES": "",
@@ -127,7 +127,7 @@ def answer(images: BinaryIO, answers: BinaryIO, predict: Predict, recorded: Mani
     answers.write(ANSWER.pack(0, len(recorded.labels)))
     answers.flush()
     while len(header := images.read(IMAGES.size)) == IMAGES.size:
-        shape = (*IMAGES.unpack(header), 3)
+        shape = IMAGES.unpack(header)
         pixels = images.read(math.prod(shape))
         if len(pixels) < math.prod(shape):
             return

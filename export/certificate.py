@@ -72,7 +72,7 @@ class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         gained: Number of images that only the variant classifies correctly.
         drop_bound: Upper bound of the loss of accuracy, at 95 % confidence; see `export.statistics.bound_drop`.
         mcnemar: p value of the hypothesis that both are equally accurate; see `export.statistics.compute_mcnemar`.
-        calibration_error: Difference between confidence and accuracy; see `export.statistics.measure_calibration`.
+        calibration_error: Difference between confidence and accuracy; see `training.calibration.measure_error`.
         class_agreement: `top1_agreement` of the images of each class; None for a class without images.
         class_cosine: Mean cosine between the logits of the images of each class; None for a class without images.
         worst: Indices of the images with the largest differences, at most ten, largest first.
@@ -218,7 +218,7 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         return f"of {self.name} at batch size {row.batch_size}"
 
 
-class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The comparison of every variant with the original, on images that the model was not trained on.
 
     Attributes:
@@ -227,6 +227,8 @@ class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         accuracy: Share of images that the Keras original classifies correctly, 0 to 1.
         calibration_error: Its calibration error; see `Parity`.
         variants: The converted models, those of `REQUIRED` among them.
+        temperature: The number by which its training divided the logits; see `training.calibration`.
+        uncalibrated_error: Its calibration error before that; None if the training left the logits as they were.
     """
 
     images: Count
@@ -234,6 +236,8 @@ class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     accuracy: float
     calibration_error: float
     variants: list[Variant]
+    temperature: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    uncalibrated_error: float | None = None
 
     def find(self, name: str) -> Variant | None:
         """Return the variant with this name, or None."""

@@ -1,4 +1,4 @@
-"""A Keras model as a classifier: from plain RGB pixels, uint8, to probabilities, float32."""
+"""A Keras model as a classifier: from plain pixels, uint8, to probabilities, float32."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resnet import BadInput
-from training import model_file
+from training import model_file, preprocessing
 
 
 def complete(file: Path, model: keras.Model, shape: tuple[int, int, int], preprocess: str | None = None) -> keras.Model:
-    """Return a model of RGB pixels, uint8, whose output is float32.
+    """Return a model of plain pixels, uint8, with the channels of the model, whose output is float32.
 
     Args:
         file: The file of the model, for messages.
         model: From `training.model_file.load`.
-        shape: (height, width, 3) of the images.
+        shape: (height, width, channels) of the images.
         preprocess: One of `training.preprocessing.PREPROCESSING`; None for a model of uint8 pixels.
 
     Raises:
@@ -27,16 +27,16 @@ def complete(file: Path, model: keras.Model, shape: tuple[int, int, int], prepro
     """
     model_file.check_shapes(file, model, preprocess)
     pixels, output = model.inputs[0], model.outputs[0]
-    takes = tuple(pixels.shape[1:3])
-    if any(side not in (None, actual) for side, actual in zip(takes, shape[:2], strict=True)):
+    takes = tuple(pixels.shape[1:])
+    if any(side not in (None, actual) for side, actual in zip(takes, shape, strict=True)):
         raise BadInput(
-            f"{file} takes images of shape {[*takes, 3]}, but the held-out images have {list(shape)}; "
+            f"{file} takes images of shape {list(takes)}, but the held-out images have {list(shape)}; "
             "name another data set with --data"
         )
-    if preprocess is None and takes == shape[:2] and pixels.shape[-1] == 3 and output.dtype == "float32":
+    if preprocess is None and takes == shape and output.dtype == "float32":
         return model
     image = keras.Input(shape, dtype="uint8", name="image")
-    x = model_file.convert(image, model, preprocess)
+    x = preprocessing.apply(preprocess, image)
     return keras.Model(image, keras.ops.cast(model(x), "float32"), name=model.name)
 
 
@@ -46,7 +46,7 @@ def end_in_probabilities(file: Path, model: keras.Model, images: NDArray[np.uint
     Args:
         file: The file of the model, for messages.
         model: From `complete`. One with a single output gives the probability, or the logit, of the second class.
-        images: Images to test the outputs with, uint8 [n, height, width, 3].
+        images: Images to test the outputs with, uint8 [n, height, width, channels].
         logits: The outputs are logits.
 
     Raises:

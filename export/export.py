@@ -30,11 +30,12 @@ from export import (
 )
 from export.certificate import MAX_DIFFERENCE, MAX_LOGIT_DIFFERENCE, Budget, Certificate, Variant
 from export.formats import FORMATS, ONNX, OPSET
-from export.manifest import FORMAT, Manifest, Preprocessing, TensorSpec, hash_files
+from export.manifest import COLORS, FORMAT, Manifest, Preprocessing, TensorSpec, hash_files
 from export.parity import BATCH_SIZES, Comparison, EvidenceError, ParityError, Probabilities, VariantError
 from export.source import Source
 from resnet import BadInput, CheckFailed
 from resnet.packages import find_version
+from training.calibration import measure_error, soften
 
 CHECK = Path(__file__).with_name("check.py")  # a copy of it comes with each version
 LIBRARIES = ("tensorflow-cpu", "tensorflow", "keras", "tf2onnx", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy")
@@ -80,7 +81,7 @@ def export(
             f"{source.path} has no training images beside it to calibrate int8 with; name a data set by --data"
         )
     images, targets, labels = source.evidence.images, source.evidence.targets, source.evidence.labels
-    preprocessing, shape = Preprocessing(resize=source.resize), source.model.input_shape[1:]
+    preprocessing, shape = _describe_preprocessing(source), source.model.input_shape[1:]
     budgets = {**budgets, "fp32": _adapt(budgets["fp32"], source)}
     heldout = parity.hash_images(images, targets)
     props = {name: metadata.describe(labels, shape, preprocessing, heldout, budget) for name, budget in budgets.items()}
@@ -96,7 +97,7 @@ def export(
         print("comparing with the Keras original")
         expected = parity.predict(original.load(staged / "model.keras"), images, max(BATCH_SIZES), "Keras")
         exact = [Variant(row.name, row.path, "fp32", "", budgets["fp32"], [], {}) for row in FORMATS]
-        certificate = _certify(source, staged, expected, exact).certificate
+        certificate = _add_calibration(_certify(source, staged, expected, exact).certificate, source, expected)
         parity.check(certificate)
         _check_evidence(source, certificate)
         refusals: dict[str, str] = {}
@@ -162,6 +163,14 @@ def _report(phase: str) -> Iterator[None]:
         print(flush=True)
 
 
+def _add_calibration(certificate: Certificate, source: Source, expected: Probabilities) -> Certificate:
+    """Return the certificate with the calibration error that the original had before its training calibrated it."""
+    if source.temperature is None:
+        return certificate
+    error = measure_error(soften(expected, 1 / source.temperature), source.evidence.targets)
+    return msgspec.structs.replace(certificate, temperature=source.temperature, uncalibrated_error=error)
+
+
 def _check_evidence(source: Source, certificate: Certificate) -> None:
     """Raise `EvidenceError` if the original has another accuracy than its training measured on the same images."""
     if source.accuracy is None:
@@ -188,6 +197,10 @@ def _adapt(budget: Budget, source: Source) -> Budget:
         if classifier.ends_in_softmax(source.model)
         else msgspec.structs.replace(budget, max_logit_difference=None)
     )
+
+
+def _describe_preprocessing(source: Source) -> Preprocessing:
+    return Preprocessing(COLORS[source.model.input_shape[-1]], source.resize)
 
 
 def _list_specs(source: Source) -> tuple[TensorSpec, TensorSpec]:

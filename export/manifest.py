@@ -19,6 +19,7 @@ from resnet import BadInput
 from training.images import Resize
 
 FORMAT = 3
+COLORS = {1: "grey", 3: "RGB", 4: "RGBA"}  # by the number of channels
 NAME, SIGNATURE, OLD_SIGNATURE = "manifest.json", "model.sig", "manifest.sig"
 UNHASHED = {NAME, SIGNATURE, OLD_SIGNATURE}  # the files of a version that the manifest does not list
 CHANGED = "is not the file that was exported (its SHA-256 differs)"
@@ -55,7 +56,7 @@ class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How an image file becomes a row of the input; scaling of values is part of the graph.
 
     Attributes:
-        color: Order of the channels.
+        color: What the channels are, one of `COLORS`.
         resize: Rule by which images of another size are resized; `training.images.RESIZES` says what each computes.
     """
 
@@ -71,7 +72,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         model: Name of the model.
         version: Number of the model version.
         created: Time of the export, in ISO 8601, UTC.
-        input: The images: uint8 [-1, height, width, 3].
+        input: The images: uint8 [-1, height, width, channels].
         output: The probabilities: float32 [-1, classes].
         labels: Names of the classes, in the order of the output.
         preprocessing: How an image file becomes pixels.

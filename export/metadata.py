@@ -22,7 +22,7 @@ def describe(
 
     Args:
         labels: Names of the classes, in the order of the output.
-        shape: (height, width, 3) of an image.
+        shape: (height, width, channels) of an image.
         preprocessing: How an image file becomes pixels.
         heldout: SHA-256 of the held-out images and their labels, as in the certificate.
         budget: The permitted difference from the Keras original.

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from export import statistics
 from export.certificate import Certificate, Parity, Variant
 from resnet import CheckFailed
+from training.calibration import measure_error
 
 Probabilities = NDArray[np.float32]
 Predict = Callable[[NDArray[np.uint8]], Probabilities]
-"""From uint8 [n, height, width, 3] to float32 [n, classes]."""
+"""From uint8 [n, height, width, channels] to float32 [n, classes]."""
 
 BATCH_SIZES = (1, 3, 64)
 WORST = 10  # images that the certificate lists for each variant and batch size
@@ -71,7 +72,7 @@ def certify(
     Args:
         expected: The answers of the Keras original, float32 [n, classes].
         variants: The converted models, each with the function that runs it; their rows are ignored.
-        images: Held-out images, uint8 [n, height, width, 3].
+        images: Held-out images, uint8 [n, height, width, channels].
         labels: Their labels, int32 [n].
 
     Returns:
@@ -90,7 +91,7 @@ def certify(
             rows.append(compare(expected, actual, labels, size, variant.budget.tie))
             predictions.setdefault(variant.name, actual.argmax(axis=1).astype(np.int32))
         measured.append(msgspec.structs.replace(variant, rows=rows))
-    calibration = statistics.measure_calibration(expected, labels)
+    calibration = measure_error(expected, labels)
     accuracy, heldout = _accuracy(expected, labels), hash_images(images, labels)
     return Comparison(Certificate(len(images), heldout, accuracy, calibration, measured), predictions)
 
@@ -139,7 +140,7 @@ def compare(
         gained=gained,
         drop_bound=statistics.bound_drop(lost, gained, len(labels)),
         mcnemar=statistics.compute_mcnemar(lost, gained),
-        calibration_error=statistics.measure_calibration(actual, labels),
+        calibration_error=measure_error(actual, labels),
         class_agreement=_average(agree, labels, expected.shape[1]),
         class_cosine=_average(cosines, labels, expected.shape[1]),
         worst=np.argsort(-np.nan_to_num(difference.max(axis=1), nan=np.inf), kind="stable")[:WORST].tolist(),
@@ -169,6 +170,9 @@ def describe(certificate: Certificate) -> str:
         ("difference", "batch", "largest", "mean", "largest of logits", "99.9 % within", "cosine", "same class")
     ]
     accuracies = [("accuracy", "batch", "right", "lost", "gained", "McNemar p", "loss below", "calibration error")]
+    if certificate.uncalibrated_error is not None:
+        before = f"{certificate.uncalibrated_error:.4f}"
+        accuracies.append(("uncalibrated", "", f"{certificate.accuracy:.2%}", "", "", "", "", before))
     accuracies.append(
         ("keras", "", f"{certificate.accuracy:.2%}", "", "", "", "", f"{certificate.calibration_error:.4f}")
     )
@@ -202,6 +206,8 @@ def describe(certificate: Certificate) -> str:
             )
     lines = [*_lay_out(differences), *_lay_out(accuracies)]
     lines.append(f"  on {certificate.images:,} held-out images; cosine: lowest mean of a class; loss: 95 % confidence")
+    if certificate.uncalibrated_error is not None:
+        lines.append(f"  the training divided the logits by {certificate.temperature:.3g}, to calibrate the confidence")
     for variant in certificate.variants:
         farthest = max(variant.rows, key=lambda row: row.max_difference, default=None)
         worst = ", ".join(map(str, farthest.worst[:3])) if farthest and farthest.max_difference else ""
@@ -232,7 +238,7 @@ def predict(run: Predict, images: NDArray[np.uint8], batch_size: int, title: str
 
     Args:
         run: The model.
-        images: uint8 [n, height, width, 3].
+        images: uint8 [n, height, width, channels].
         batch_size: Images per call; the last batch, or the only one, is filled with further copies of the images.
         title: What the model is called, in the progress display.
 

@@ -78,7 +78,7 @@ def list_reductions(
 
     Args:
         precision: `fp16` or `int8`.
-        calibration: Training images, uint8 [n, height, width, 3]; int8 needs them.
+        calibration: Training images, uint8 [n, height, width, channels]; int8 needs them.
         network: The classifier as `training.quantization` trained it, if it did: its int8 is tried first.
         opset: Operator set of what is made of `network`.
     """
@@ -125,7 +125,7 @@ def to_int8(source: Path, target: Path, images: NDArray[np.uint8], quantization:
     Args:
         source: An ONNX file in fp32.
         target: The file to write.
-        images: Training images, uint8 [n, height, width, 3], with which the ranges of activations are calibrated.
+        images: Training images, uint8 [n, height, width, channels], to calibrate the ranges of activations with.
         quantization: One of `QUANTIZATIONS`, or other settings.
     """
     with tempfile.TemporaryDirectory() as folder:

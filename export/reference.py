@@ -25,7 +25,7 @@ class Reference(NamedTuple):
     """Held-out images and the original's answers.
 
     Attributes:
-        images: uint8 [n, height, width, 3].
+        images: uint8 [n, height, width, channels].
         labels: Their classes, int32 [n].
         probabilities: The answers of the Keras original, float32 [n, classes].
         by_class: Order of the images that takes one of each class in turn, int32 [n]: the first k of it are spread as

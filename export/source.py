@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +17,8 @@ from resnet import BadInput
 from resnet.archives import read_arrays
 from training import data as datasets
 from training import model_file, quantization  # noqa: F401  # Keras finds its layers once it is imported
-from training.data import check_names
-from training.images import Resize
+from training.data import ImageForm, check_names
+from training.images import CHANNELS, Resize, parse_size
 from training.run_folder import HELDOUT, RunFolder, choose_calibration, choose_heldout
 
 TESTED_IMAGES = 64  # enough to distinguish probabilities from other outputs
@@ -28,9 +29,9 @@ class Evidence(NamedTuple):
 
     Attributes:
         labels: Names of the classes, in the order of the output.
-        images: Held-out images, uint8 [n, height, width, 3].
+        images: Held-out images, uint8 [n, height, width, channels].
         targets: Their labels, int32 [n].
-        calibration: Training images, uint8 [n, height, width, 3], for the ranges of int8; None if there are none.
+        calibration: Training images, uint8 [n, height, width, channels], for the ranges of int8; None without any.
     """
 
     labels: tuple[str, ...]
@@ -45,10 +46,11 @@ class Source:
 
     Attributes:
         path: The .keras file.
-        model: The model, from uint8 [batch, height, width, 3] to float32 [batch, classes].
+        model: The model, from uint8 [batch, height, width, channels] to float32 [batch, classes].
         evidence: The data for the comparison.
         training: Content of metrics.json; None for a model that `resnet train` did not make.
         accuracy: Accuracy on the held-out images as the training measured it, 0 to 1; None if it used other images.
+        temperature: The number by which the training divided the logits; None if it left them as they were.
         resize: The rule by which images are resized to the input of the model.
         quantized: The model as `training.quantization` computes it, if it was trained so.
     """
@@ -58,6 +60,7 @@ class Source:
     evidence: Evidence
     training: dict[str, Any] | None
     accuracy: float | None
+    temperature: float | None = None
     resize: Resize = "bilinear"
     quantized: keras.Model | None = None
 
@@ -69,7 +72,7 @@ def load(
     labels: Path | None = None,
     preprocess: str | None = None,
     logits: bool = False,
-    image_size: int | None = None,
+    image_size: str | None = None,
     resize: Resize = "bilinear",
 ) -> Source:
     """Load a run folder, or the file of a model together with a data set.
@@ -82,7 +85,8 @@ def load(
         preprocess: The preprocessing that the model expects, one of `training.preprocessing.PREPROCESSING`; it becomes
             part of the model. None for a model of uint8 input.
         logits: Append a softmax, for a model that ends in logits.
-        image_size: Side in pixels of the images, for a model that takes any size; None keeps that of the data set.
+        image_size: `N` or `HxW`, the pixels of the images, for a model that takes any size; None keeps those of the
+            data set.
         resize: The rule by which the images of `data`, and those of the server, are resized.
 
     Raises:
@@ -93,11 +97,11 @@ def load(
     if data is None:
         evidence = _load_evidence(file.parent)
     else:
-        evidence = _load_data(data, _choose_size(file, loaded.input_shape, image_size), resize)
+        evidence = _load_data(data, _choose_form(file, loaded.input_shape, parse_size(image_size), resize))
     if labels is not None:
         evidence = _rename(evidence, labels)
-    height, width, colours = evidence.images.shape[1:]
-    complete = classifier.complete(file, loaded, (height, width, colours), preprocess)
+    height, width, channels = evidence.images.shape[1:]
+    complete = classifier.complete(file, loaded, (height, width, channels), preprocess)
     outputs = complete.output_shape[-1]
     if len(evidence.labels) != max(2, outputs):  # a single output is that of the second class of two
         raise BadInput(
@@ -115,19 +119,21 @@ def load(
             accuracy = training["accuracy"]
     quantized_file, quantized = RunFolder(file.parent).quantized, None
     if file.name == "model.keras" and quantized_file.exists():
-        quantized = classifier.complete(quantized_file, model_file.load(quantized_file), (height, width, colours))
+        quantized = classifier.complete(quantized_file, model_file.load(quantized_file), evidence.images.shape[1:])
         quantized = classifier.end_in_probabilities(quantized_file, quantized, evidence.images[:TESTED_IMAGES], logits)
-    return Source(file, model, evidence, training, accuracy, resize, quantized)
+    calibration = (training or {}).get("calibration")
+    temperature = calibration["temperature"] if calibration else None
+    return Source(file, model, evidence, training, accuracy, temperature, resize, quantized)
 
 
-def _choose_size(file: Path, shape: tuple[int | None, ...], image_size: int | None) -> tuple[int, int] | None:
-    """Return the (height, width) of the images of a model; None if any will do."""
-    height, width = shape[1:3] if len(shape) == 4 else (None, None)
+def _choose_form(file: Path, shape: tuple[int | None, ...], size: tuple[int, int] | None, resize: Resize) -> ImageForm:
+    """Return the form of the images that a model takes."""
+    height, width, channels = shape[1:] if len(shape) == 4 else (None, None, None)
     if height and width:
-        if image_size not in (None, height) or image_size not in (None, width):
+        if size not in (None, (height, width)):
             raise BadInput(f"{file} takes images of {height}x{width} pixels; leave out --image-size")
-        return height, width
-    return (image_size, image_size) if image_size else None
+        size = height, width
+    return ImageForm(size, resize, channels if channels in CHANNELS.values() else None)
 
 
 def _rename(evidence: Evidence, path: Path) -> Evidence:
@@ -173,6 +179,9 @@ def _load_metrics(path: Path) -> dict[str, Any] | None:
         classes, accuracy, count = metrics["class_accuracy"], metrics["accuracy"], metrics["images"]["test"]
         if not (isinstance(classes, dict) and isinstance(accuracy, float | int | None) and isinstance(count, int)):
             raise ValueError("a value is of another type")
+        calibration = metrics.get("calibration")
+        if calibration and not 0 < calibration["temperature"] < math.inf:
+            raise ValueError("its temperature is not positive")
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
@@ -186,7 +195,7 @@ def load_heldout(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
     return reference.unpack_images(read_arrays(path if path.exists() else folder / HELDOUT))
 
 
-def _load_data(name: str, size: tuple[int, int] | None, resize: Resize) -> Evidence:
-    dataset = datasets.load(name, size, resize, decode=False)
+def _load_data(name: str, form: ImageForm) -> Evidence:
+    dataset = datasets.load(name, form, decode=False)
     test = dataset.test.take(choose_heldout(dataset.test))
     return Evidence(dataset.classes, np.asarray(test.images), test.labels, choose_calibration(dataset.train))

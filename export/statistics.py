@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Z = 1.6448536269514722  # quantile of the normal distribution at 95 %
-BINS = 15  # of confidence, as Guo et al. (2017) count them
 TINY = float(np.finfo(np.float32).tiny)  # smaller probabilities have fewer digits, and some libraries flush them to 0
 MOST_EXACT = 10_000
 MOST_IMAGES = 10**9  # a count above it is refused, so that arithmetic with counts never overflows
@@ -88,20 +87,3 @@ def compute_cosines(expected: NDArray[np.float64], actual: NDArray[np.float64]) 
     same = np.all(expected == actual, axis=1)  # also where both are zero, which have no angle
     cosines: NDArray[np.float64] = np.where(same, 1.0, np.sum(expected * actual, axis=1) / np.maximum(lengths, TINY))
     return cosines
-
-
-def measure_calibration(probabilities: NDArray[np.float32], labels: NDArray[np.int32]) -> float:
-    """Return the expected calibration error, 0 to 1: the distance of confidence and accuracy, over bins of confidence.
-
-    Source: Guo et al., On Calibration of Modern Neural Networks (2017), with `BINS` bins of equal width.
-
-    Args:
-        probabilities: float32 [n, classes].
-        labels: The right classes, int32 [n].
-    """
-    confidence, right = probabilities.max(axis=1).astype(np.float64), probabilities.argmax(axis=1) == labels
-    bins = np.clip(np.ceil(confidence * BINS) - 1, 0, BINS - 1)
-    if not np.all(np.isfinite(bins)):
-        return math.nan
-    gaps = np.bincount(bins.astype(int), weights=confidence - right)
-    return float(np.abs(gaps).sum() / len(labels))

@@ -22,6 +22,7 @@ from export.reference import Reference
 from export.signature import PublicKey
 from resnet import BadInput, CheckFailed
 from resnet.archives import check_size
+from training.calibration import measure_error, soften
 
 SAME_MODEL = 1e-5  # largest difference of a probability between two machines that run the same Keras model
 SAME_VARIANT = 0.01  # share of images that two machines may classify differently with the same variant
@@ -92,6 +93,13 @@ def _check_reference(folder: Path, certificate: Certificate, stored: Reference) 
             f"the certificate gives Keras an accuracy of {certificate.accuracy:.2%}, but its answers in {path} have "
             f"one of {right.mean():.2%}"
         )
+    if certificate.uncalibrated_error is not None:
+        error = measure_error(soften(stored.probabilities, 1 / certificate.temperature), labels)
+        if not abs(error - certificate.uncalibrated_error) <= max(1e-3, 1 / len(labels)) + ROUNDING:
+            raise CheckFailed(
+                f"the certificate gives Keras a calibration error of {certificate.uncalibrated_error:.4f} before its "
+                f"logits were divided by {certificate.temperature:.3g}, but by its answers in {path} it was {error:.4f}"
+            )
     for variant in certificate.variants:
         if variant.precision == "fp32":
             continue

@@ -116,7 +116,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Path:
     from training.recipes import RECIPES
     from training.train import TrainingSettings, train
 
-    recipe = dataclasses.replace(RECIPES["notebook"], epochs=3)
+    recipe = dataclasses.replace(RECIPES["notebook"], epochs=3, calibrate=True)
     folder = tmp_path_factory.mktemp("runs") / "digits"
     train(TrainingSettings(data="digits", model=tiny, recipe=recipe), folder)
     return folder

@@ -108,6 +108,8 @@ class Reader:
                 check_help("resnet", ["train", *options])
             case [variable, "resnet", "serve", *_] if "=" in variable:
                 self._start(words[3:])
+            case ["resnet", "train", *options] if "imagenet" in options:  # which Keras would download
+                check_help("resnet", ["train", *options])
             case ["resnet", "serve", *options] if "--print-config" not in options:
                 self._start(options)
             case ["resnet", name, *options]:

@@ -48,30 +48,34 @@ APPLICATIONS = {
 }
 
 
-def build(name: str, image_shape: tuple[int, int, int], classes: int, weights: str | None = None) -> keras.Model:
+def build(name: str, image_shape: tuple[int, int, int], outputs: int, weights: str | None = None) -> keras.Model:
     """Build a classifier.
 
     Args:
         name: A key of `APPLICATIONS`.
-        image_shape: (height, width, 3) of the images.
-        classes: Number of classes, at least 2.
+        image_shape: (height, width, channels) of the images.
+        outputs: See `training.model.classify`.
         weights: `imagenet`, a file of weights without those of the head, or None for random weights.
 
     Returns:
-        A model from `image`, uint8 [batch, height, width, 3], to `probabilities`, float32 [batch, classes].
+        A model from `image`, uint8 [batch, height, width, channels], to `probabilities`, float32 [batch, outputs].
 
     Raises:
-        BadInput: The network does not take images of this size.
+        BadInput: The network does not take images of this shape.
     """
     row = APPLICATIONS[name]
+    if row.preprocess in ("caffe", "torch") and image_shape[2] != 3:
+        raise BadInput(f"--model {name} takes three colours, not {image_shape[2]}; pass --colors rgb")
     image = keras.Input(image_shape, dtype="uint8", name="image")
-    pixels = preprocessing.apply(row.preprocess, keras.ops.cast(image, keras.config.dtype_policy().compute_dtype))
+    pixels = preprocessing.apply(row.preprocess, image, keras.config.dtype_policy().compute_dtype)
     try:
-        network = getattr(keras.applications, row.function)(include_top=False, weights=weights, input_tensor=pixels)
+        network = getattr(keras.applications, row.function)(
+            include_top=False, weights=weights, input_tensor=pixels, input_shape=image_shape
+        )
     except ValueError as error:
         if weights is not None:
             raise
         raise BadInput(
             f"--model {name} cannot be built for {image_shape[1]}x{image_shape[0]} pixels: {error}"
         ) from None
-    return keras.Model(image, classify(network.outputs[0], classes), name=name)
+    return keras.Model(image, classify(network.outputs[0], outputs), name=name)

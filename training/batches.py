@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.data import Split
+from training.heads import make_targets
 from training.images import Pixels
 from training.recipes import Recipe
 
@@ -20,7 +21,7 @@ WORKERS = max(1, min(8, (os.cpu_count() or 1) // 2))
 
 
 class Batches(keras.utils.PyDataset):  # type: ignore[misc]  # Keras has no types
-    """Selected examples of a split, in batches of (uint8 [n, height, width, 3], one-hot float32 [n, classes]).
+    """Selected examples of a split, in batches of (uint8 [n, height, width, channels], targets float32 [n, outputs]).
 
     Attributes:
         seconds: Time that the threads have spent on the batches of this pass so far, divided by the number of threads:
@@ -28,13 +29,13 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]  # Keras has no type
     """
 
     def __init__(
-        self, split: Split, indices: NDArray[np.intp], classes: int, batch_size: int, workers: int = 1
+        self, split: Split, indices: NDArray[np.intp], outputs: int, batch_size: int, workers: int = 1
     ) -> None:
         super().__init__(workers=workers, max_queue_size=2 * workers)
         self.seconds = 0.0
         self._lock = threading.Lock()
         self._split, self._order = split, indices
-        self._one_hot = np.eye(classes, dtype=np.float32)
+        self._targets = make_targets(outputs)
         self._batch_size = batch_size
 
     def __len__(self) -> int:
@@ -43,7 +44,7 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]  # Keras has no type
     def __getitem__(self, index: int) -> tuple[Pixels, NDArray[np.float32]]:
         started = time.perf_counter()
         rows = self._order[index * self._batch_size : (index + 1) * self._batch_size]
-        batch = self._prepare(self._split.images[rows], index), self._one_hot[self._split.labels[rows]]
+        batch = self._prepare(self._split.images[rows], index), self._targets[self._split.labels[rows]]
         with self._lock:
             self.seconds += (time.perf_counter() - started) / self.workers
         return batch
@@ -53,34 +54,38 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]  # Keras has no type
 
 
 class TrainingBatches(Batches):
-    """Batches whose order and augmentation change with every epoch; both follow from the seed and the epoch."""
+    """Batches whose order and augmentation change with every epoch; both follow from the seed and the epoch.
+
+    Attributes:
+        seed: The seed.
+    """
 
     def __init__(
-        self, split: Split, indices: NDArray[np.intp], classes: int, recipe: Recipe, seed: int, workers: int = 1
+        self, split: Split, indices: NDArray[np.intp], outputs: int, recipe: Recipe, seed: int, workers: int = 1
     ) -> None:
-        super().__init__(split, indices, classes, recipe.batch_size, workers)
-        self._indices, self._recipe, self._seed = indices, recipe, seed
+        super().__init__(split, indices, outputs, recipe.batch_size, workers)
+        self._indices, self._recipe, self.seed = indices, recipe, seed
         self.begin(0)
 
     def begin(self, epoch: int) -> None:
         """Shuffle for an epoch; epochs count from 0."""
         self.seconds, self._epoch = 0.0, epoch
-        self._order = np.random.default_rng((self._seed, epoch)).permutation(self._indices)
+        self._order = np.random.default_rng((self.seed, epoch)).permutation(self._indices)
 
     def _prepare(self, images: Pixels, index: int) -> Pixels:
-        return augment(images, self._recipe, np.random.default_rng((self._seed, self._epoch, index)))
+        return augment(images, self._recipe, np.random.default_rng((self.seed, self._epoch, index)))
 
 
 def augment(images: Pixels, recipe: Recipe, rng: np.random.Generator) -> Pixels:
     """Flip, shift and cut out a batch of images.
 
     Args:
-        images: uint8 [n, height, width, 3].
+        images: uint8 [n, height, width, channels].
         recipe: Its values `flip`, `crop` and `cutout` are used.
         rng: Source of all random choices.
 
     Returns:
-        uint8 [n, height, width, 3].
+        uint8 [n, height, width, channels].
     """
     count, height, width, _ = images.shape
     if recipe.flip:

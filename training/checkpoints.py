@@ -9,6 +9,7 @@ import keras
 
 from resnet import CheckFailed
 from training.batches import TrainingBatches
+from training.networks import reseed
 from training.plots import plot_curves
 from training.run_folder import HistoryRow, RunFolder
 
@@ -44,6 +45,7 @@ class Checkpoints(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has 
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:  # noqa: ARG002, D102
         self._batches.begin(epoch)
+        reseed(self.model, self._batches.seed, epoch)
         self._epoch, self._started = epoch, time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float]) -> None:  # noqa: D102
@@ -57,13 +59,14 @@ class Checkpoints(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has 
 
     def on_test_end(self, logs: dict[str, float]) -> None:
         """Save the best weights right after validation, while they are the ones that were measured: raw or averaged."""
-        if logs["accuracy"] > max((row["val_accuracy"] for row in self.rows), default=-1.0):
+        if _rank(logs["accuracy"], logs["loss"]) > max(self._ranks, default=(-1.0, 0.0)):
             self._final_model.set_weights(self.model.get_weights())
             self._run_folder.replace(self._run_folder.best, self._final_model.save)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:  # noqa: D102
+        rate = {"learning_rate": float(self.model.optimizer.learning_rate)}
         seconds = {"seconds": time.perf_counter() - self._started, "data_seconds": self._batches.seconds}
-        self.rows.append({"epoch": epoch + 1} | logs | seconds)
+        self.rows.append({"epoch": epoch + 1} | logs | rate | seconds)
         self._run_folder.write_history(self.rows)
         plot_curves(self.rows, self._run_folder)
         # Last, because resuming starts at the epoch of the checkpoint: it drops a history row without a checkpoint.
@@ -72,8 +75,19 @@ class Checkpoints(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has 
 
     @property
     def exhausted(self) -> bool:
-        """Whether `patience` epochs in a row brought no better validation accuracy."""
+        """Whether `patience` epochs in a row brought no better validation accuracy, nor the same with a lower loss."""
         if not self._patience or not self.rows:
             return False
-        accuracies = [row["val_accuracy"] for row in self.rows]
-        return len(accuracies) - 1 - accuracies.index(max(accuracies)) >= self._patience
+        return len(self._ranks) - 1 - self._ranks.index(max(self._ranks)) >= self._patience
+
+    @property
+    def _ranks(self) -> list[tuple[float, float]]:
+        return [_rank(row["val_accuracy"], row["val_loss"]) for row in self.rows]
+
+
+def _rank(accuracy: float, loss: float) -> tuple[float, float]:
+    """Return what is larger for a better epoch. Of few validation images, several epochs classify as many correctly.
+
+    With the digits of history.csv, so that a resumed training judges as one that was never interrupted.
+    """
+    return float(f"{accuracy:.6g}"), -float(f"{loss:.6g}")

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from resnet import BadInput
 from resnet.files import read_file
-from training.images import InvalidImage, Pixels, Resize, decode
+from training.images import InvalidImage, Pixels, Resize, convert, count_channels, decode
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # a terminal would obey it
 CHUNK = 1024  # images that are decoded at a time
@@ -32,25 +32,41 @@ CHUNK = 1024  # images that are decoded at a time
 CACHE_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 3
 
 
+class ImageForm(NamedTuple):
+    """What the images of a data set become.
+
+    Attributes:
+        size: (height, width) to which image files are resized; None requires that all have one size.
+        resize: The rule to resize by.
+        channels: 1 for grey, 3 for RGB, 4 for RGBA; None keeps what the data have, see `find_channels`.
+    """
+
+    size: tuple[int, int] | None = None
+    resize: Resize = "bilinear"
+    channels: int | None = None
+
+
+AS_THEY_ARE = ImageForm()
+
+
 class FileImages:
     """Images that stay in their files: each is decoded whenever it is indexed, by all cores.
 
     Attributes:
-        shape: (n, height, width, 3), as of the array in whose place it is used.
+        shape: (n, height, width, channels), as of the array in whose place it is used.
     """
 
-    def __init__(self, paths: Sequence[Path], size: tuple[int, int] | None, resize: Resize = "bilinear") -> None:
+    def __init__(self, paths: Sequence[Path], form: ImageForm) -> None:
         """Read the first image, whose size is that of all.
 
         Args:
             paths: JPEG or PNG files, at least one.
-            size: (height, width) to which all are resized; None requires that all have one size.
-            resize: The rule to resize by.
+            form: What they become; RGB if it names no channels.
 
         Raises:
             BadInput: An image cannot be read or has another size: here the first one, on indexing any other.
         """
-        self._paths, self._size, self._resize = paths, size, resize
+        self._paths, self._form = paths, form
         self._pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes outside the interpreter lock
         self.shape: tuple[int, ...] = ()
         self.shape = (len(paths), *self._read(paths[0]).shape)
@@ -65,7 +81,7 @@ class FileImages:
         """Return all images as an array if they fit into memory, else as they are."""
         from rich.progress import Progress
 
-        folder, total = os.path.commonpath(self._paths), math.prod(self.shape)
+        folder, total = os.path.commonpath([path.absolute() for path in self._paths]), math.prod(self.shape)
         if total > CACHE_BYTES:
             print(f"{folder} would take {total / 2**30:.1f} GiB of memory: its images are decoded in every epoch")
             return self
@@ -79,22 +95,50 @@ class FileImages:
 
     def _read(self, path: Path) -> Pixels:
         try:
-            image = decode(read_file(path), self._size, self._resize)
+            image = decode(read_file(path), self._form.size, self._form.resize, self._form.channels or 3)
         except InvalidImage as error:
             raise BadInput(f"{path} {error}") from None
         if self.shape and image.shape != self.shape[1:]:
             raise BadInput(
                 f"{path} has {image.shape[1]}x{image.shape[0]} pixels and {self._paths[0]} has "
-                f"{self.shape[2]}x{self.shape[1]}; pass --image-size N to resize all to N by N"
+                f"{self.shape[2]}x{self.shape[1]}; pass --image-size to resize all"
             )
         return image
 
 
+def find_channels(paths: Sequence[Path]) -> int:
+    """Return the channels for image files: 1 if all are grey, 4 if all have an alpha channel, else 3.
+
+    Raises:
+        BadInput: A file that is looked at is no image.
+    """
+    found: int | None = None
+    for path in paths:
+        try:
+            channels = count_channels(read_file(path))
+        except InvalidImage as error:
+            raise BadInput(f"{path} {error}") from None
+        if channels == 3 or found not in (None, channels):
+            return 3
+        found = channels
+    return found or 3
+
+
 class Split(NamedTuple):
-    """Images, uint8 [n, height, width, 3], and their labels, int32 [n]."""
+    """Images with their labels.
+
+    Attributes:
+        images: uint8 [n, height, width, channels].
+        labels: Their classes, int32 [n].
+        groups: Numbers of groups of images, int32 [n], such as those of one patient: what is set aside takes whole
+            groups. None if each image stands for itself.
+        paths: Their files; None if they come from elsewhere.
+    """
 
     images: Pixels | FileImages
     labels: NDArray[np.int32]
+    groups: NDArray[np.int32] | None = None
+    paths: Sequence[Path] | None = None
 
     def chunks(self) -> Iterator[Pixels]:
         """Yield all images in order, `CHUNK` at a time."""
@@ -105,9 +149,20 @@ class Split(NamedTuple):
         """Return the split with its images in memory, if they fit."""
         return self._replace(images=self.images.decode()) if isinstance(self.images, FileImages) else self
 
+    def convert(self, channels: int | None) -> Split:
+        """Return the split with this number of channels, if its images are in memory; None keeps what they have."""
+        if channels is None or isinstance(self.images, FileImages):
+            return self
+        return self._replace(images=convert(self.images, channels))
+
     def take(self, indices: NDArray[np.intp]) -> Split:
         """Return the examples at these indices, in this order."""
-        return Split(self.images[indices], self.labels[indices])
+        return Split(
+            self.images[indices],
+            self.labels[indices],
+            self.groups if self.groups is None else self.groups[indices],
+            self.paths if self.paths is None else [self.paths[int(index)] for index in indices],
+        )
 
 
 def check_names(classes: Sequence[str], origin: str) -> None:
@@ -129,6 +184,20 @@ def check_names(classes: Sequence[str], origin: str) -> None:
         raise BadInput(f"{origin} has the class {twice!r} twice; rename one of the two")
 
 
+class Digests(NamedTuple):
+    """Hashes of a data set.
+
+    Attributes:
+        sha256: Of class names, pixels, labels and groups of both splits, in order.
+        train: Of the pixels of each training image.
+        test: Of the pixels of each test image.
+    """
+
+    sha256: str
+    train: list[bytes]
+    test: list[bytes]
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A training and a test split over the same classes.
@@ -145,29 +214,74 @@ class Dataset:
     def __post_init__(self) -> None:
         check_names(self.classes, f"the data set {self.name!r}")
 
+    @classmethod
+    def of_files(
+        cls,
+        name: str,
+        classes: Sequence[str],
+        paths: Sequence[Path],
+        labels: NDArray[np.int32],
+        is_test: NDArray[np.bool_],
+        form: ImageForm,
+        groups: NDArray[np.int32] | None = None,
+    ) -> Dataset:
+        """Return a data set of image files.
+
+        Args:
+            name: Its name.
+            classes: Names of the classes.
+            paths: The files, some of either split.
+            labels: Their classes, int32 [n].
+            is_test: Which of them are test images, [n].
+            form: What the images become.
+            groups: Groups of the images, int32 [n]; see `Split`.
+
+        Raises:
+            BadInput: An image cannot be read, or the splits differ in size.
+        """
+        form = form._replace(channels=form.channels or find_channels(paths))
+        splits = []
+        for chosen in (np.flatnonzero(~is_test), np.flatnonzero(is_test)):
+            files = [paths[index] for index in chosen.tolist()]
+            group = None if groups is None else groups[chosen]
+            splits.append(Split(FileImages(files, form), labels[chosen], group, files))
+        train, test = splits
+        if train.images.shape[1:] != test.images.shape[1:]:
+            raise BadInput(f"the images of {name!r} to train and to test with differ in size; pass --image-size")
+        return cls(name, tuple(classes), train, test)
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(height, width, 3) of every image."""
+        """(height, width, channels) of every image."""
         height, width, channels = self.train.images.shape[1:]
         return height, width, channels
 
-    @cached_property
+    @property
     def sha256(self) -> str:
-        """Hash of class names, pixels and labels of both splits, in order."""
-        digest = hashlib.sha256("\n".join(self.classes).encode())
+        """Hash of class names, pixels, labels and groups of both splits, in order."""
+        return self.digests.sha256
+
+    @cached_property
+    def digests(self) -> Digests:
+        """The hashes of the data set and of its images, which take one pass over the pixels."""
+        whole, images = hashlib.sha256("\n".join(self.classes).encode()), list[list[bytes]]()
         for split in (self.train, self.test):
-            digest.update(repr(split.images.shape).encode())
-            for pixels in split.chunks():
-                digest.update(np.ascontiguousarray(pixels).data)
-            digest.update(np.ascontiguousarray(split.labels.astype("<i4")).data)
-        return digest.hexdigest()
+            whole.update(repr(split.images.shape).encode())
+            images.append([])
+            for pixels in map(np.ascontiguousarray, split.chunks()):
+                whole.update(pixels.data)
+                images[-1] += [hashlib.blake2b(image.data, digest_size=16).digest() for image in pixels]
+            whole.update(np.ascontiguousarray(split.labels.astype("<i4")).data)
+            if split.groups is not None:
+                whole.update(np.ascontiguousarray(split.groups.astype("<i4")).data)
+        return Digests(whole.hexdigest(), *images)
 
 
 class LoaderModule(Protocol):
     """What the module of a data set has."""
 
-    def load(self, source: str, size: tuple[int, int] | None = None, resize: Resize = "bilinear") -> Dataset:
-        """Return the data set, images in files as `FileImages`; see `load` of this module."""
+    def load(self, source: str, form: ImageForm) -> Dataset:
+        """Return the data set, images in files as `FileImages` in this form; see `load` of this module."""
         ...
 
 
@@ -199,6 +313,7 @@ LOADERS = (
     Loader("training.datasets.digits", "digits", name="digits"),
     Loader("training.datasets.cifar10", "cifar10", name="cifar10", holds="data_batch_1"),
     Loader("training.datasets.arrays", "an .npz file", suffix=".npz"),
+    Loader("training.datasets.table", "a .csv file of paths and labels", suffix=".csv", holds="train.csv"),
     Loader("training.datasets.folder", "a folder of images", holds="."),
 )
 """All data sets. A name goes before a path; of paths the first row that reads it counts, so any folder comes last."""
@@ -207,16 +322,15 @@ SOURCES = ", ".join(loader.meaning for loader in LOADERS)
 """What `--data` accepts, for help texts and messages."""
 
 
-def load(source: str, size: tuple[int, int] | None = None, resize: Resize = "bilinear", decode: bool = True) -> Dataset:
+def load(source: str, form: ImageForm = AS_THEY_ARE, decode: bool = True) -> Dataset:
     """Load a data set by name or path.
 
     Args:
-        source: `digits`, `cifar10`, a folder `train/CLASS/*` and `test/CLASS/*` of JPEG or PNG files, the unpacked
-            folder `cifar-10-batches-py`, or an .npz file with the arrays of the loaders of Keras.
-        size: (height, width) to which the images of a folder are resized; None keeps their common size. Other data
-            sets ignore it.
-        resize: The rule to resize by.
-        decode: Decode all images of a folder, if they fit into memory. Otherwise an image is decoded when it is used.
+        source: `digits`, `cifar10`, a folder of JPEG or PNG files with a folder for each class, or with `train.csv`,
+            any other CSV table of them, the unpacked folder `cifar-10-batches-py`, or an .npz file with the arrays of
+            the loaders of Keras.
+        form: What its images become. Only image files are resized.
+        decode: Decode all image files, if they fit into memory. Otherwise an image is decoded when it is used.
 
     Raises:
         BadInput: The data set is unknown, unreadable, or has fewer than two classes.
@@ -225,7 +339,8 @@ def load(source: str, size: tuple[int, int] | None = None, resize: Resize = "bil
     loader = loader or next((row for row in LOADERS if row.reads(Path(source))), None)
     if loader is None:
         raise BadInput(f"--data {source!r} is unknown; choose one of: {SOURCES}")
-    dataset = cast(LoaderModule, importlib.import_module(loader.module)).load(source, size, resize)
-    if not decode:
-        return dataset
-    return dataclasses.replace(dataset, train=dataset.train.decode(), test=dataset.test.decode())
+    dataset = cast(LoaderModule, importlib.import_module(loader.module)).load(source, form)
+    train, test = (split.convert(form.channels) for split in (dataset.train, dataset.test))
+    if decode:
+        train, test = train.decode(), test.decode()
+    return dataclasses.replace(dataset, train=train, test=test)

@@ -67,21 +67,26 @@ ARCHITECTURES = RESNETS | {
 
 
 def build(
-    architecture: Architecture, image_shape: tuple[int, int, int], classes: int, zero_scale: bool = False
+    architecture: Architecture,
+    image_shape: tuple[int, int, int],
+    outputs: int,
+    zero_scale: bool = False,
+    name: str = "resnet",
 ) -> keras.Model:
     """Build an untrained classifier.
 
     Args:
         architecture: A value of `ARCHITECTURES`, or one of your own.
-        image_shape: (height, width, 3) of the images.
-        classes: Number of classes, at least 2.
+        image_shape: (height, width, channels) of the images.
+        outputs: Number of classes, at least 2; or 1 for a sigmoid, the probability of the second of two classes.
         zero_scale: Initialise the scale of the last batch normalisation of every residual block with zero, so that the
             block starts as its shortcut (Goyal et al. 2017, section 5.1). A plain network has no shortcuts and ignores
             it.
+        name: The name of the model.
 
     Returns:
-        A model from `image`, uint8 [batch, height, width, 3], to `probabilities`, float32 [batch, classes]. Its first
-        layer scales pixels to [0, 1], so that callers pass plain pixels.
+        A model from `image`, uint8 [batch, height, width, channels], to `probabilities`, float32 [batch, outputs]. Its
+        first layer scales pixels to [0, 1], so that callers pass plain pixels.
     """
     image = keras.Input(image_shape, dtype="uint8", name="image")
     x = layers.Rescaling(1 / 255, name="rescale")(image)
@@ -103,22 +108,23 @@ def build(
                 zero_scale,
                 name=f"stage{stage}_block{block}",
             )
-    return keras.Model(image, classify(x, classes), name="resnet")
+    return keras.Model(image, classify(x, outputs), name=name)
 
 
-def classify(x: keras.KerasTensor, classes: int) -> keras.KerasTensor:
+def classify(x: keras.KerasTensor, outputs: int) -> keras.KerasTensor:
     """Append the head of every network that is trained here.
 
     Args:
         x: Features, [batch, channels], or a map of them, [batch, height, width, channels], which is averaged.
-        classes: Number of classes, at least 2.
+        outputs: A probability for each class, at least 2; or 1, that of the second of two.
 
     Returns:
-        float32 [batch, classes], from the layer `HEAD`.
+        float32 [batch, outputs], from the layer `HEAD`.
     """
     if len(x.shape) == 4:
         x = layers.GlobalAveragePooling2D(name="pool")(x)
-    return layers.Dense(classes, activation="softmax", dtype="float32", name=HEAD)(x)
+    activation = "softmax" if outputs > 1 else "sigmoid"
+    return layers.Dense(outputs, activation=activation, dtype="float32", name=HEAD)(x)
 
 
 def residual_block(

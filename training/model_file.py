@@ -1,4 +1,4 @@
-"""Files with Keras classifiers: how they are loaded and checked, and what their networks see of plain RGB pixels."""
+"""Files with Keras classifiers: how they are found, loaded and checked."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import keras
 import numpy as np
 
 from resnet import BadInput
-from training import keras2, preprocessing
+from training import keras2
+from training.images import CHANNELS
 from training.preprocessing import PREPROCESSING
-
-# Of Pillow's conversion to grey, which is exact in float32: R * 19595/65536 + G * 38470/65536 + B * 7471/65536.
-LUMA = tuple(part / 65536 for part in (19595, 38470, 7471))
 
 
 def find(path: Path) -> Path:
@@ -82,10 +80,10 @@ def check_shapes(file: Path, model: keras.Model, preprocess: str | None) -> None
         BadInput: It does not, or not without, or with, this preprocessing.
     """
     pixels, output = model.inputs[0], model.outputs[0]
-    if len(pixels.shape) != 4 or pixels.shape[-1] not in (1, 3):
+    if len(pixels.shape) != 4 or pixels.shape[-1] not in CHANNELS.values():
         raise BadInput(
             f"{file} takes {pixels.dtype} {_axes(pixels.shape)}; a classifier of images takes "
-            "[batch, height, width, 3], or 1 in the place of 3"
+            "[batch, height, width, channels] with 1, 3 or 4 channels"
         )
     if preprocess is None and pixels.dtype != "uint8":
         raise BadInput(
@@ -94,21 +92,13 @@ def check_shapes(file: Path, model: keras.Model, preprocess: str | None) -> None
         )
     if preprocess is not None and pixels.dtype == "uint8":
         raise BadInput(f"{file} takes uint8 pixels already; leave out --preprocess")
-    if preprocess in ("caffe", "torch") and pixels.shape[-1] == 1:
-        raise BadInput(f"{file} takes grey images, but --preprocess {preprocess} is for three colours; name another")
+    if preprocess in ("caffe", "torch") and pixels.shape[-1] != 3:
+        raise BadInput(
+            f"{file} takes images of {pixels.shape[-1]} channels, but --preprocess {preprocess} is for three colours; "
+            "name another"
+        )
     if len(output.shape) != 2 or output.shape[-1] is None:
         raise BadInput(f"{file} gives {output.dtype} {_axes(output.shape)}; a classifier gives [batch, classes]")
-
-
-def convert(image: keras.KerasTensor, model: keras.Model, preprocess: str | None) -> keras.KerasTensor:
-    """Return RGB pixels, uint8 [batch, height, width, 3], as the input of a model: grey and preprocessed, if it is."""
-    pixels, x = model.inputs[0], image
-    if pixels.shape[-1] == 1:
-        luma = keras.ops.sum(keras.ops.cast(image, "float32") * np.array(LUMA, np.float32), axis=-1, keepdims=True)
-        x = keras.ops.cast(keras.ops.floor(luma + 0.5), pixels.dtype)
-    if preprocess is not None:
-        x = preprocessing.apply(preprocess, keras.ops.cast(x, "float32"))
-    return x
 
 
 def _in_float32(model: keras.Model, file: Path) -> keras.Model:

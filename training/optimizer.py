@@ -25,9 +25,11 @@ def compile_for(network: keras.Model, recipe: Recipe, steps: int) -> None:
         optimizer = keras.optimizers.SGD(rate, momentum, nesterov=nesterov, weight_decay=decay, **average)
     if recipe.weight_decay:
         optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias", *RANGE])
+    is_single = network.output_shape[-1] == 1
+    loss = keras.losses.BinaryCrossentropy if is_single else keras.losses.CategoricalCrossentropy
     network.compile(
         optimizer,
-        loss=keras.losses.CategoricalCrossentropy(label_smoothing=recipe.label_smoothing),
+        loss=loss(label_smoothing=recipe.label_smoothing),
         metrics=["accuracy"],
         # On the CPU, XLA makes a step of ResNet-18 about three times slower. JAX cannot do without it.
         jit_compile=keras.backend.backend() == "jax",

@@ -10,24 +10,31 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from training import calibration
 from training.data import Split
 from training.run_folder import HistoryRow, RunFolder
 
 MATRIX_CLASSES = 30  # of more, neither names nor counts are legible
 PAIRS = 40
+TITLES = {"learning_rate": "Learning rate at the end of the epoch", "seconds": "Seconds an epoch"}
 
 
 def plot_curves(history: list[HistoryRow], run_folder: RunFolder) -> None:
-    """Draw accuracy and loss of the training and validation images by epoch, as curves.png."""
-    with _picture(run_folder, "curves.png", (10, 4)) as figure:
+    """Draw accuracy and loss of the training and validation images, learning rate and time, by epoch: curves.png."""
+    with _picture(run_folder, "curves.png", (10, 7)) as figure:
+        curves, times = figure.subplots(2, 2, height_ratios=(2, 1))
         epochs = [row["epoch"] for row in history]
-        for axes, name in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
+        for axes, name in zip(curves, ("accuracy", "loss"), strict=True):
             axes.plot(epochs, [row[name] for row in history], marker=".", label="training")
             axes.plot(epochs, [row[f"val_{name}"] for row in history], marker=".", label="validation")
-            axes.set(xlabel="epoch", ylabel=name, title=name.capitalize())
+            axes.set(ylabel=name, title=name.capitalize())
+            axes.legend()
+        for axes, name in zip(times, ("learning_rate", "seconds"), strict=True):
+            axes.plot(epochs, [row[name] for row in history], marker=".", color="gray")
+            axes.set(xlabel="epoch", title=TITLES[name], ylim=(0, None))
+        for axes in (*curves, *times):
             axes.locator_params(axis="x", integer=True)
             axes.grid(alpha=0.3)
-            axes.legend()
 
 
 def plot_confusion(confusion: NDArray[np.int_], classes: tuple[str, ...], run_folder: RunFolder) -> None:
@@ -91,9 +98,41 @@ def plot_mistakes(
         for axes, index in zip(figure.subplots(4, 8).flat, [*worst, *[None] * (32 - len(worst))], strict=True):
             axes.axis("off")
             if index is not None:
-                axes.imshow(test.images[np.array([index])][0])
+                axes.imshow(test.images[np.array([index])][0], cmap="gray", vmin=0, vmax=255)
                 prediction = f"{classes[predicted[index]]} {confidence[index]:.0%}"
                 axes.set_title(f"{classes[test.labels[index]]}\n{prediction}", fontsize=8)
+
+
+def plot_reliability(
+    labels: NDArray[np.int32], probabilities: NDArray[np.float32], temperature: float | None, run_folder: RunFolder
+) -> None:
+    """Draw the accuracy of the answers by their confidence, and how many there are, as reliability.png.
+
+    Args:
+        labels: The right classes, int32 [n].
+        probabilities: Output of the model, float32 [n, classes].
+        temperature: The number by which the training divided the logits; None if it left them as they were.
+        run_folder: The folder to write.
+    """
+    answers = {"": probabilities}
+    if temperature is not None:
+        softened = f"\nafter dividing the logits by {temperature:.3g}"
+        answers = {"\nbefore": calibration.soften(probabilities, 1 / temperature), softened: probabilities}
+    with _picture(run_folder, "reliability.png", (5 * len(answers), 6.5)) as figure:
+        columns = figure.subplots(2, len(answers), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1)).T
+        for (curve, images), (state, rows) in zip(columns, answers.items(), strict=True):
+            bins = calibration.measure_reliability(rows, labels)
+            used = bins.counts > 0
+            curve.plot((0, 1), (0, 1), "--", color="gray", label="as it should be")
+            curve.plot(*(sums[used] / bins.counts[used] for sums in (bins.confidence, bins.right)), marker="o")
+            curve.set(title=f"Calibration error {bins.error:.4f}{state}", xlim=(0, 1), ylim=(0, 1))
+            curve.legend(loc="upper left")
+            curve.grid(alpha=0.3)
+            middles = (np.arange(calibration.BINS) + 0.5) / calibration.BINS
+            images.bar(middles, bins.counts, 0.9 / calibration.BINS, color="gray")
+            images.set(xlabel="confidence")
+        columns[0][0].set(ylabel="accuracy")
+        columns[0][1].set(ylabel="test images")
 
 
 def plot_errors(histories: dict[str, list[HistoryRow]], run_folder: RunFolder) -> None:

@@ -20,15 +20,19 @@ PREPROCESSING = {
 """What each kind makes of RGB pixels, by its name; `tf`, `torch` and `caffe` are the modes of keras.applications."""
 
 
-def apply(kind: str, pixels: keras.KerasTensor) -> keras.KerasTensor:
+def apply(kind: str | None, image: keras.KerasTensor, dtype: str = "float32") -> keras.KerasTensor:
     """Return the input that a model of this kind expects.
 
     Args:
-        kind: One of `PREPROCESSING`.
-        pixels: float32 [batch, height, width, 3], RGB, 0 to 255.
+        kind: One of `PREPROCESSING`; None for a model of pixels as they are.
+        image: Pixels, uint8 [batch, height, width, channels].
+        dtype: The dtype of the input.
     """
     import keras
 
+    if kind is None:
+        return image
+    pixels = keras.ops.cast(image, dtype)
     if kind == "identity":
         return pixels
     if kind == "unit":

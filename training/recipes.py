@@ -44,12 +44,16 @@ class Recipe:
         "float32", "Keras dtype policy; both keep the weights in float32"
     )
     fuse: bool = option(True, "compile with XLA on a CPU: faster steps, half a minute slower start")
+    calibrate: bool = option(False, "scale the confidence of the trained model to its validation accuracy")
     class_weights: bool | None = option(
         False, "weight the loss so that all classes count equally; by default finetune does if they are uneven"
     )
     validation: float = option(0.1, "fraction of the training images used for validation", low=0.001, high=0.9)
     patience: int = option(
-        0, "stop after N epochs without better validation accuracy, and keep the best weights; 0 disables it", low=0
+        0,
+        "stop after N epochs without better validation accuracy, or the same with a lower loss, and keep the best "
+        "weights; 0 disables it",
+        low=0,
     )
 
     freeze: str = option(
@@ -61,7 +65,7 @@ class Recipe:
     source_rate: float = option(
         1.0, "with --from: learning rate of all but the head, as a fraction of the learning rate", low=0, high=1
     )
-    frozen_statistics: bool = option(False, "with --from: batch normalization keeps the statistics of the source")
+    frozen_statistics: bool = option(False, "with --from: batch normalization keeps its statistics, scales and shifts")
     quantize: str | None = option(
         None, "with --from: train in the arithmetic of this precision, for an export to it", choices=("int8",)
     )
@@ -108,6 +112,7 @@ RECIPES = {
             flip=True,
             crop=0.125,
             validation=0.04,
+            calibrate=True,
         ),
         # A short training with current methods: one cycle of the learning rate, and more regularisation.
         Recipe(
@@ -123,6 +128,7 @@ RECIPES = {
             cutout=0.25,
             weight_average=0.99,
             validation=0.04,
+            calibrate=True,
         ),
         # A few hundred images and a network that has seen others: see docs/training.md.
         Recipe(
@@ -140,6 +146,7 @@ RECIPES = {
             head_epochs=5,
             source_rate=0.1,
             frozen_statistics=True,
+            calibrate=True,
         ),
         # What is there already only has to get used to rounding: small steps suffice.
         Recipe(
@@ -152,8 +159,8 @@ RECIPES = {
             flip=True,
             crop=0.125,
             validation=0.04,
-            frozen_statistics=True,
             quantize="int8",
+            calibrate=True,
         ),
     )
 }

@@ -10,8 +10,9 @@ labels.txt       class names, one per line, in the order of the outputs of the m
 heldout.npz      test images and labels: `resnet export` compares models on them
 calibration.npz  some training images: an export to int8 calibrates with them
 metrics.json     accuracy (overall and by class), settings, library versions, hash of the data
-curves.png       accuracy and loss by epoch
+curves.png       accuracy, loss, learning rate and seconds by epoch
 confusion.png    confusion matrix of the test images
+reliability.png  accuracy of the test images by confidence
 mistakes.png     the misclassified test images with the highest confidence
 tensorboard/     the curves for TensorBoard, with --tensorboard
 """
@@ -184,6 +185,6 @@ def choose_heldout(test: Split) -> NDArray[np.intp]:
 
 
 def choose_calibration(train: Split) -> NDArray[np.uint8]:
-    """Return training images, uint8 [n, height, width, 3], with which an export to int8 calibrates activations."""
+    """Return training images, uint8 [n, height, width, channels], to calibrate activations with for int8."""
     limit = min(CALIBRATION_IMAGES, max(1, CALIBRATION_BYTES // math.prod(train.images.shape[1:])))
     return train.images[np.sort(np.random.default_rng(0).permutation(len(train.labels))[:limit])]

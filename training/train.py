@@ -17,15 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resnet import BadInput
-from training import data, distribute, networks, quantization, transfer
+from training import calibration, data, distribute, evaluation, networks, quantization, transfer
 from training.batches import WORKERS, Batches, TrainingBatches
 from training.checkpoints import Checkpoints
-from training.data import Dataset, Split
+from training.data import Dataset, ImageForm, Split
+from training.duplicates import find_duplicates
+from training.heads import count_outputs
+from training.images import CHANNELS, parse_size
 from training.optimizer import compile_for
-from training.plots import plot_confusion, plot_mistakes
+from training.plots import plot_confusion, plot_mistakes, plot_reliability
 from training.progress import Progress
 from training.recipes import Recipe
 from training.run_folder import HistoryRow, RunFolder, choose_calibration
+from training.splits import split_validation
 from training.transfer import Pretrained
 
 UNEVEN = 1.5  # times the images of the smallest class in the largest one
@@ -40,20 +44,24 @@ class TrainingSettings:
         model: The name of a network; see `training.networks`. Empty takes that of `source`.
         recipe: The hyperparameters.
         seed: Seed of the initial weights, the order of the images and their augmentation.
-        image_size: Side in pixels to which the images of a folder are resized; None keeps their size.
+        image_size: `N` or `HxW`, the pixels to which image files are resized; None keeps their size.
         images: Number of training images to use; None uses all.
         source: A network to start from; see `training.transfer.load`. None starts with random weights.
         preprocess: The preprocessing that a source of float input expects; else None.
+        colors: A key of `training.images.CHANNELS`; None follows the data.
+        head: One of `training.heads.HEADS`.
     """
 
     data: str
     model: str
     recipe: Recipe
     seed: int = 0
-    image_size: int | None = None
+    image_size: str | None = None
     images: int | None = None
     source: str | None = None
     preprocess: str | None = None
+    colors: str | None = None
+    head: str = "softmax"
 
     def as_dict(self) -> dict[str, Any]:
         """Return all settings in one flat dict, with the values of the recipe and its name as `recipe`."""
@@ -88,20 +96,20 @@ def train(
     if tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise BadInput("--tensorboard needs a package that is not installed: pip install tensorboard")
     recipe, run_folder = settings.recipe, RunFolder(folder)
-    size = (settings.image_size, settings.image_size) if settings.image_size else None
     pretrained = None
     if settings.source is not None:
         resumed = run_folder if resume else None
         pretrained = transfer.load(settings.source, settings.model, settings.preprocess, resumed)
-    dataset = data.load(settings.data, size or (pretrained.size if pretrained else None))
-    height, width, _ = dataset.image_shape
-    if size and (height, width) != size:
-        raise BadInput(f"--image-size is for folders of images; {settings.data!r} has {width}x{height} pixels")
+    dataset = _load_data(settings, pretrained)
+    outputs = count_outputs(settings.head, len(dataset.classes))
     training, validation = _split(dataset.train, settings, strategy.num_replicas_in_sync if strategy else 1)
     keras.utils.set_random_seed(settings.seed)
     final_model = _build(settings, dataset, pretrained, "float32")
     hashes = {"data_sha256": dataset.sha256} | ({"source_sha256": pretrained.sha256} if pretrained else {})
     run_folder.start(settings.as_dict() | hashes, resume)
+    duplicates = find_duplicates(dataset)
+    for line in duplicates.describe(dataset):
+        print(line)
     run_folder.write_evidence(dataset)
 
     steps = math.ceil(len(training) / recipe.batch_size)
@@ -111,12 +119,12 @@ def train(
         distribute.prepare(network, strategy)
     # One thread with a strategy: there Keras carries prefetched batches of one pass over into the next.
     workers = 1 if strategy else WORKERS
-    batches = TrainingBatches(dataset.train, training, len(dataset.classes), recipe, settings.seed, workers)
+    batches = TrainingBatches(dataset.train, training, outputs, recipe, settings.seed, workers)
     checkpoints = Checkpoints(run_folder, rows, batches, recipe.patience, final_model)
     if not checkpoints.exhausted:
         network.fit(
             batches,
-            validation_data=Batches(dataset.train, validation, len(dataset.classes), recipe.batch_size),
+            validation_data=Batches(dataset.train, validation, outputs, recipe.batch_size),
             initial_epoch=len(rows),
             epochs=recipe.epochs,
             shuffle=False,  # the batches shuffle themselves
@@ -135,31 +143,45 @@ def train(
         # Replaces the weights by their moving average, if the recipe has one.
         network.optimizer.finalize_variable_values(network.trainable_weights)
         final_model.set_weights(network.get_weights())
+    temperature = _calibrate(final_model, dataset, validation) if recipe.calibrate else None
     if recipe.quantize:
         run_folder.replace(run_folder.quantized, final_model.save)
         final_model = quantization.restore(final_model)
     run_folder.replace(run_folder.model, final_model.save)
-    probabilities = _predict(final_model, dataset)
-    confusion = _count(probabilities, dataset)
-    metrics = _evaluate(probabilities, confusion, dataset)
-    metrics |= _describe_run(settings, dataset, final_model, checkpoints.rows)
-    metrics |= {"source": pretrained.describe(network)} if pretrained else {}
+
+    test, classes = dataset.test, dataset.classes
+    probabilities = evaluation.predict(final_model, test)
+    metrics = evaluation.evaluate(probabilities, test.labels, classes, temperature)
+    metrics |= _describe_run(settings, dataset, pretrained, final_model, checkpoints.rows)
+    metrics["duplicates"] = duplicates.count_all()
     run_folder.write_metrics(metrics)
-    plot_confusion(confusion, dataset.classes, run_folder)
-    plot_mistakes(dataset.test, probabilities, dataset.classes, run_folder)
+    plot_confusion(evaluation.count_confusion(probabilities, test.labels), classes, run_folder)
+    plot_reliability(test.labels, probabilities, temperature, run_folder)
+    plot_mistakes(test, probabilities, classes, run_folder)
     return metrics
+
+
+def _load_data(settings: TrainingSettings, pretrained: Pretrained | None) -> Dataset:
+    """Load the data set, its images in the form that is asked for, or that the network to start from takes."""
+    asked, channels = parse_size(settings.image_size), CHANNELS[settings.colors] if settings.colors else None
+    size = asked
+    if pretrained:
+        size, channels = asked or pretrained.size, channels or pretrained.channels
+    dataset = data.load(settings.data, ImageForm(size, channels=channels))
+    height, width, _ = dataset.image_shape
+    if asked and (height, width) != asked:
+        raise BadInput(f"--image-size is for image files; {settings.data!r} has {width}x{height} pixels")
+    return dataset
 
 
 def _split(examples: Split, settings: TrainingSettings, replicas: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Return the indices of the training and of the validation examples, a multiple of `replicas` of each."""
-    # With a fixed seed: trainings with different seeds have the same validation images, so that they compare.
-    order = np.random.default_rng(0).permutation(len(examples.labels))
     share = settings.recipe.validation
-    validation, training = np.split(order, [round(share * len(order))])
+    training, validation = split_validation(examples, share)
     training = training[: settings.images]
     if len(validation) < replicas:
         raise BadInput(
-            f"{len(order)} training images are too few for a validation share of {share:.0%}; "
+            f"{len(examples.labels)} training images are too few for a validation share of {share:.0%}; "
             "add images, or raise --validation"
         )
     return training[: len(training) // replicas * replicas], validation[: len(validation) // replicas * replicas]
@@ -187,11 +209,12 @@ def _build(settings: TrainingSettings, dataset: Dataset, pretrained: Pretrained 
     policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy(precision)
     try:
+        shape, outputs = dataset.image_shape, count_outputs(settings.head, len(dataset.classes))
         if pretrained is not None:
-            network = transfer.build(pretrained, dataset.image_shape, dataset.classes, settings.recipe)
+            network = transfer.build(pretrained, shape, dataset.classes, outputs, settings.recipe)
             images = choose_calibration(dataset.train)
             return quantization.quantize(network, images) if settings.recipe.quantize else network
-        return networks.build(settings.model, dataset.image_shape, len(dataset.classes), settings.recipe.zero_scale)
+        return networks.build(settings.model, shape, outputs, settings.recipe.zero_scale)
     finally:
         keras.config.set_dtype_policy(policy)
 
@@ -205,7 +228,7 @@ def _start_or_resume(
     if pretrained is not None:
         transfer.slow_down(network, settings.recipe, steps)
     if not run_folder.checkpoint.exists():
-        print(f"{settings.model or network.name}: {network.count_params():,} parameters, {len(network.layers)} layers")
+        print(f"{network.name}: {network.count_params():,} parameters, {len(network.layers)} layers")
         return network, []
     # Load weights into a new network: a loaded optimizer would not exclude any variable from weight decay.
     network.optimizer.build(network.trainable_variables)
@@ -218,39 +241,27 @@ def _start_or_resume(
     return network, run_folder.read_history()[:done]
 
 
-def _predict(final_model: keras.Model, dataset: Dataset) -> NDArray[np.float32]:
-    """Return the answers to the test images, which nothing else in a training uses: float32 [n, classes]."""
-    batches = Batches(dataset.test, np.arange(len(dataset.test.labels)), len(dataset.classes), batch_size=256)
-    return np.asarray(final_model.predict(batches, verbose=0))
-
-
-def _count(probabilities: NDArray[np.float32], dataset: Dataset) -> NDArray[np.int_]:
-    """Return the confusion matrix, [true class, predicted class]."""
-    confusion = np.zeros((len(dataset.classes),) * 2, int)
-    np.add.at(confusion, (dataset.test.labels, probabilities.argmax(axis=1)), 1)
-    return confusion
-
-
-def _evaluate(probabilities: NDArray[np.float32], confusion: NDArray[np.int_], dataset: Dataset) -> dict[str, Any]:
-    """Return accuracy and loss of the test images; None for a class without any."""
-    labels, indices = dataset.test.labels, np.arange(len(dataset.test.labels))
-    return {
-        "accuracy": float(np.trace(confusion) / len(labels)),
-        "loss": float(-np.log(np.maximum(probabilities[indices, labels], keras.config.epsilon())).mean()),
-        "class_accuracy": {
-            name: float(row[label] / row.sum()) if row.any() else None
-            for label, (name, row) in enumerate(zip(dataset.classes, confusion, strict=True))
-        },
-    }
+def _calibrate(final_model: keras.Model, dataset: Dataset, validation: NDArray[np.intp]) -> float:
+    """Let the confidence of a model be its accuracy on the validation images; return the temperature that does."""
+    probabilities = evaluation.predict(final_model, dataset.train, validation)
+    temperature = calibration.fit_temperature(probabilities, dataset.train.labels[validation])
+    calibration.fold_temperature(final_model, temperature)
+    return temperature
 
 
 def _describe_run(
-    settings: TrainingSettings, dataset: Dataset, final_model: keras.Model, rows: list[HistoryRow]
+    settings: TrainingSettings,
+    dataset: Dataset,
+    pretrained: Pretrained | None,
+    final_model: keras.Model,
+    rows: list[HistoryRow],
 ) -> dict[str, Any]:
     """Return the settings, data and library versions that the weights come from."""
     backend = keras.backend.backend()
+    names = {"data": dataset.name, "model": final_model.name, "source": pretrained.name if pretrained else None}
     return {
-        "settings": settings.as_dict() | {"data": dataset.name},
+        "settings": settings.as_dict() | names,
+        "source": pretrained.describe(final_model) if pretrained else None,
         "classes": len(dataset.classes),
         "images": {"train": len(dataset.train.labels), "test": len(dataset.test.labels)},
         "data_sha256": dataset.sha256,

@@ -7,6 +7,7 @@ has what was there change more slowly than the new head.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -18,7 +19,7 @@ import keras
 import numpy as np
 
 from resnet import BadInput
-from training import applications, model_file, networks, quantization
+from training import applications, model_file, networks, preprocessing, quantization
 from training.applications import APPLICATIONS
 from training.model import HEAD, classify
 from training.recipes import ALL_BUT_HEAD, Recipe
@@ -41,7 +42,6 @@ class Pretrained:
         network: The network, in float32.
         labels: The names of its classes, in the order of its outputs; empty if they are not known.
         preprocess: One of `training.preprocessing.PREPROCESSING` for a network of float input, else None.
-        architecture: The network to build with its weights, by the name that `--model` has; empty takes its own layers.
     """
 
     name: str
@@ -49,7 +49,6 @@ class Pretrained:
     network: keras.Model
     labels: tuple[str, ...] = ()
     preprocess: str | None = None
-    architecture: str = ""
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -57,8 +56,13 @@ class Pretrained:
         height, width = self.network.input_shape[1:3]
         return (height, width) if height and width else None
 
+    @property
+    def channels(self) -> int:
+        """Channels of its images."""
+        return int(self.network.input_shape[3])
+
     def describe(self, network: keras.Model) -> dict[str, Any]:
-        """Return what metrics.json says of the source of a trained network."""
+        """Return what metrics.json says of the source of a network from `build`."""
         frozen = sum(layer.count_params() for layer in network.layers if not layer.trainable)
         return {"name": self.name, "sha256": self.sha256, "frozen_parameters": frozen}
 
@@ -68,7 +72,8 @@ def load(source: str, architecture: str, preprocess: str | None, resumed: RunFol
 
     Args:
         source: A run folder, a .keras or .h5 file of a Keras classifier, a file of weights, or `imagenet`.
-        architecture: The name of the network, which weights alone need, and `imagenet`; else it may be empty.
+        architecture: The name of the network. Weights alone need it, and `imagenet`; of a network it is checked, unless
+            it is empty.
         preprocess: The preprocessing that a network of float input expects; None for one of uint8 pixels.
         resumed: The run folder of a training that goes on. Its checkpoint has all that was learned, so that the source
             need not be there any more.
@@ -82,15 +87,17 @@ def load(source: str, architecture: str, preprocess: str | None, resumed: RunFol
         there = source != IMAGENET and path.exists()
         digest = _hash(model_file.find(path)) if there else str(resumed.read_settings().get("source_sha256"))
         network = quantization.restore(model_file.load(resumed.checkpoint))
-        return Pretrained(name, digest, network, _read_labels(resumed.folder), None, architecture)
+        return Pretrained(name, digest, network, _read_labels(resumed.folder))
     if source == IMAGENET:
         return _load_imagenet(architecture)
     file = model_file.find(path)
     if _holds_weights_only(file):
-        return Pretrained(name, _hash(file), _load_weights(file, architecture), architecture=architecture)
+        return Pretrained(name, _hash(file), _load_weights(file, architecture))
     network = model_file.load(file)
     model_file.check_shapes(file, network, preprocess)
-    return Pretrained(name, _hash(file), network, _read_labels(file.parent), preprocess, architecture)
+    if architecture:
+        _check_layers(name, network, architecture)
+    return Pretrained(name, _hash(file), network, _read_labels(file.parent), preprocess)
 
 
 def _load_imagenet(architecture: str) -> Pretrained:
@@ -108,7 +115,7 @@ def _load_imagenet(architecture: str) -> Pretrained:
     digest = hashlib.sha256()
     for weight in network.get_weights():
         digest.update(np.ascontiguousarray(weight).data)
-    return Pretrained(IMAGENET, digest.hexdigest(), network, architecture=architecture)
+    return Pretrained(IMAGENET, digest.hexdigest(), network)
 
 
 def _holds_weights_only(file: Path) -> bool:
@@ -123,14 +130,29 @@ def _load_weights(file: Path, architecture: str) -> keras.Model:
     if not architecture:
         raise BadInput(f"{file} holds weights without a network; name the network with --model")
     try:
-        if architecture in APPLICATIONS:
-            return applications.build(architecture, IMAGENET_SHAPE, NO_CLASSES, str(file))
-        network = networks.build(architecture, IMAGENET_SHAPE, NO_CLASSES)
-        keras.Model(network.inputs, network.get_layer(HEAD).input).load_weights(file)
+        with warnings.catch_warnings(action="ignore"):  # of what the file has not: if it has weights, it is an error
+            if architecture in APPLICATIONS:
+                return applications.build(architecture, IMAGENET_SHAPE, NO_CLASSES, str(file))
+            network = networks.build(architecture, IMAGENET_SHAPE, NO_CLASSES)
+            keras.Model(network.inputs, network.get_layer(HEAD).input).load_weights(file)
     except Exception as error:  # Keras raises many types
         reason = str(error).strip().splitlines()[0]
         raise BadInput(f"the weights in {file} do not fit --model {architecture}: {reason}") from None
     return network
+
+
+def _check_layers(name: str, network: keras.Model, architecture: str) -> None:
+    """Check that a network has the layers of a named one, in the same order, apart from its head."""
+    height, width = network.input_shape[1:3]
+    shape = (height or IMAGENET_SHAPE[0], width or IMAGENET_SHAPE[1], network.input_shape[3])
+    expected = networks.build(architecture, shape, NO_CLASSES)
+    for ours, theirs in zip_longest(*(_list_weighted(each)[:-1] for each in (expected, network))):
+        if ours is None or theirs is None or _list_shapes(ours) != _list_shapes(theirs):
+            has, needs = (_describe(layer) if layer else "no layer" for layer in (theirs, ours))
+            raise BadInput(
+                f"--from {name} does not fit --model {architecture}: it has {has} where that network has {needs}; "
+                "leave out --model to take the network of the source"
+            )
 
 
 def _read_labels(folder: Path) -> tuple[str, ...]:
@@ -144,7 +166,7 @@ def _hash(file: Path) -> str:
 
 
 def build(
-    pretrained: Pretrained, image_shape: tuple[int, int, int], classes: Sequence[str], recipe: Recipe
+    pretrained: Pretrained, image_shape: tuple[int, int, int], classes: Sequence[str], outputs: int, recipe: Recipe
 ) -> keras.Model:
     """Build a classifier from the layers and weights of another one, in the dtype policy of Keras.
 
@@ -153,26 +175,24 @@ def build(
 
     Args:
         pretrained: The other one.
-        image_shape: (height, width, 3) of the images.
+        image_shape: (height, width, channels) of the images.
         classes: The names of the classes.
+        outputs: See `training.model.classify`.
         recipe: Its values `freeze` and `frozen_statistics` are used.
 
     Returns:
-        A model from `image`, uint8 [batch, height, width, 3], to `probabilities`, float32 [batch, classes].
+        A model from `image`, uint8 [batch, height, width, channels], to `probabilities`, float32 [batch, outputs].
 
     Raises:
-        BadInput: The source does not fit `pretrained.architecture`, takes no images of this size, or has no layer that
-            could be replaced; or nothing is left to train.
+        BadInput: The source takes no images of this size, or has no layer that could be replaced; or nothing is left to
+            train.
     """
-    source, preprocess = pretrained.network, pretrained.preprocess
-    if pretrained.architecture:
-        source, preprocess = networks.build(pretrained.architecture, image_shape, len(classes)), None
-        _fill(source, pretrained)
+    source = pretrained.network
     image = keras.Input(image_shape, dtype="uint8", name="image")
-    pixels = model_file.convert(image, source, preprocess)
+    pixels = preprocessing.apply(pretrained.preprocess, image)
     entry = image if pixels is image else keras.Input(pixels.shape[1:], dtype=source.inputs[0].dtype)
     try:
-        copied = _copy(source, entry, recipe.frozen_statistics)
+        copied = _copy(source, entry)
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         height, width = pretrained.size or IMAGENET_SHAPE[:2]
@@ -183,25 +203,13 @@ def build(
     features = _find_features(copied, pretrained.name)
     if pixels is not image:
         features = keras.Model(entry, features).call(pixels)
-    network = keras.Model(image, classify(features, len(classes)), name=source.name)
+    network = keras.Model(image, classify(features, outputs), name=source.name)
     _keep_classes(network.get_layer(HEAD), pretrained, classes)
-    _freeze(network, recipe.freeze)
+    _freeze(network, recipe)
     return network
 
 
-def _fill(network: keras.Model, pretrained: Pretrained) -> None:
-    """Copy all weights but those of the head between two networks that have the same layers in the same order."""
-    for ours, theirs in zip_longest(*(_list_weighted(each)[:-1] for each in (network, pretrained.network))):
-        if ours is None or theirs is None or _list_shapes(ours) != _list_shapes(theirs):
-            has, needs = (f"{_describe(layer)}" if layer else "no layer" for layer in (theirs, ours))
-            raise BadInput(
-                f"--from {pretrained.name} does not fit --model {pretrained.architecture}: it has {has} where the "
-                f"network has {needs}; leave out --model to take the network of the source"
-            )
-        _set_weights(ours, theirs)
-
-
-def _copy(network: keras.Model, entry: keras.KerasTensor, frozen_statistics: bool) -> keras.Model:
+def _copy(network: keras.Model, entry: keras.KerasTensor) -> keras.Model:
     """Return a network with the same layers and weights on another input; layers of networks within become its own.
 
     Raises:
@@ -223,12 +231,9 @@ def _copy(network: keras.Model, entry: keras.KerasTensor, frozen_statistics: boo
 
     def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(layer, keras.Model):
-            inner = keras.Model(layer.inputs, layer.outputs)
-            inputs = [keras.Input(x.shape[1:], dtype=x.dtype) for x in args]
-            return _copy(inner, inputs if len(inputs) > 1 else inputs[0], frozen_statistics).call(*args)
-        kwargs.pop("training", None)
-        if frozen_statistics and isinstance(layer, keras.layers.BatchNormalization):
-            kwargs["training"] = False
+            (x,), (inside,), (y,) = args, layer.inputs, layer.outputs
+            return _copy(keras.Model(inside, y), keras.Input(x.shape[1:], dtype=x.dtype)).call(x)
+        kwargs.pop("training", None)  # whether dropout and batch normalization are at work is for us to say
         return layer(*args, **kwargs)
 
     copied = keras.models.clone_model(network, entry, clone_function=copy, call_function=call)
@@ -260,21 +265,36 @@ def _keep_classes(head: keras.layers.Dense, pretrained: Pretrained, classes: Seq
     """Set the weights of a new head: those of classes that the source has too, zeros for the others."""
     old = _list_weighted(pretrained.network)[-1]
     kernel, bias = (np.zeros_like(weight) for weight in head.get_weights())
-    labels = pretrained.labels or (tuple(classes) if _list_shapes(old) == _list_shapes(head) else ())
-    if isinstance(old, keras.layers.Dense) and len(labels) == old.units and len(old.kernel.shape) == 2:
-        rows = [(new, labels.index(name)) for new, name in enumerate(classes) if name in labels]
-        for new, before in rows:
+    if isinstance(old, keras.layers.Dense) and len(old.kernel.shape) == 2:
+        for new, before in _match_outputs(pretrained.labels, old.units, tuple(classes), head.units):
             kernel[:, new] = old.kernel.numpy()[:, before]
             bias[new] = old.bias.numpy()[before] if old.use_bias else 0
     head.set_weights([kernel, bias])
 
 
-def _freeze(network: keras.Model, freeze: str) -> None:
-    """Have the first layers keep their weights: as many with kernels as `freeze` says, and what is between them."""
-    if not freeze:
+def _match_outputs(
+    old_classes: tuple[str, ...], old_units: int, classes: tuple[str, ...], units: int
+) -> list[tuple[int, int]]:
+    """Return the pairs of a new and an old output that stand for the same class, or for the second of the same two."""
+    if units == 1:
+        return [(0, 0)] if old_units == 1 and old_classes == classes else []
+    known = old_classes or (classes if old_units == units else ())
+    if old_units != len(known):
+        return []
+    return [(new, known.index(name)) for new, name in enumerate(classes) if name in known]
+
+
+def _freeze(network: keras.Model, recipe: Recipe) -> None:
+    """Have the first layers keep their weights: as many with kernels as `freeze` says, and what is between them.
+
+    With `frozen_statistics` all batch normalization does, because Keras freezes statistics with scale and shift only.
+    """
+    for layer in network.layers:
+        layer.trainable = not (recipe.frozen_statistics and isinstance(layer, keras.layers.BatchNormalization))
+    if not recipe.freeze:
         return
     kernels = [index for index, layer in enumerate(network.layers) if _has_kernel(layer)]
-    count = len(kernels) - 1 if freeze == ALL_BUT_HEAD else int(freeze)
+    count = len(kernels) - 1 if recipe.freeze == ALL_BUT_HEAD else int(recipe.freeze)
     if count >= len(kernels):
         raise BadInput(
             f"--freeze {count} leaves nothing to train: the network has {len(kernels)} convolutions and dense layers, "

@@ -37,7 +37,7 @@ class KerasEngine:
         self._model = keras.models.load_model(path, compile=False)
 
     def run(self, images: Images) -> Probabilities:
-        """Map uint8 [n, height, width, 3] to float32 [n, classes]."""
+        """Map uint8 [n, height, width, channels] to float32 [n, classes]."""
         return np.asarray(self._model.predict_on_batch(images))
 
 

@@ -18,7 +18,7 @@ from resnet import BadInput
 from resnet.files import read_file
 from serving.client.access import ANYONE, CallerAccess
 from serving.client.channel import UNLIMITED, CallMetadata
-from training.images import InvalidImage, decode
+from training.images import CHANNELS, InvalidImage, decode
 
 SIGNATURE, SIGNATURE_DEF = "serving_default", "signature_def"
 PATIENCE_SECONDS = 30
@@ -144,7 +144,7 @@ def make_pixels(spec: Input, count: int, data: Sequence[Path] = ()) -> PixelArra
     """Return `count` images in the model's shape and datatype: noise, or the images of files in turn.
 
     Raises:
-        BadInput: A file is no image, or the model's input is not [height, width, 3].
+        BadInput: A file is no image, or the model's input is not [height, width, channels].
     """
     pixels = _read_files(spec, data)[np.arange(count) % len(data)] if data else _make_noise(spec, count)
     return pixels.astype(TYPES[spec.datatype], copy=False)
@@ -172,12 +172,12 @@ def _make_noise(spec: Input, count: int) -> PixelArray:
 def _read_files(spec: Input, files: Sequence[Path]) -> PixelArray:
     """Return the pixels of image files, resized to the model's input."""
     _, *sizes = spec.shape
-    if len(sizes) != 3 or sizes[2] != 3:
-        raise BadInput(f"--data needs a model of [height, width, 3]; {spec.model!r} takes {sizes}")
+    if len(sizes) != 3 or sizes[2] not in CHANNELS.values():
+        raise BadInput(f"--data needs a model of [height, width, 1, 3 or 4]; {spec.model!r} takes {sizes}")
     pixels = []
     for file in files:
         try:
-            pixels.append(decode(read_file(file), (sizes[0], sizes[1])))
+            pixels.append(decode(read_file(file), (sizes[0], sizes[1]), channels=sizes[2]))
         except InvalidImage as error:
             raise BadInput(f"{file} {error}") from None
     return np.stack(pixels)

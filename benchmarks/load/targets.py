@@ -48,7 +48,7 @@ class FunctionTarget:
     """A function of a batch of images, called in this process by a thread for each request in flight."""
 
     def __init__(self, predict: Callable[[NDArray[np.uint8]], object], pixels: NDArray[np.uint8]) -> None:
-        """Prepare to call `predict` with batches of `pixels`, uint8 [n, height, width, 3]."""
+        """Prepare to call `predict` with batches of `pixels`, uint8 [n, height, width, channels]."""
         self._predict, self._pixels = predict, pixels
 
     def measure(self, workload: Workload, seconds: float) -> Sample:

@@ -20,7 +20,7 @@ from resnet import BadInput
 from resnet.options import add_options, check, option, read
 from resnet.storage import find_name, is_url
 from training.backend import start_tensorflow
-from training.images import RESIZES, Resize
+from training.images import RESIZES, Resize, parse_size
 from training.preprocessing import PREPROCESSING
 
 
@@ -58,7 +58,9 @@ class ExportOptions:
         metavar="RULE",
     )
     logits: bool = option(False, "append a softmax to a model that ends in logits")
-    image_size: int | None = option(None, "side of the images in pixels, for a model that takes any size", low=8)
+    image_size: str | None = option(
+        None, "pixels of the images, for a model that takes any size: N by N, or height by width", metavar="N|HxW"
+    )
     labels: Path | None = option(None, "file with one class name per line, in the order of the outputs")
     opset: int = option(
         OPSET, f"opset version of the ONNX files, {OLDEST_OPSET} to {NEWEST_OPSET}", low=OLDEST_OPSET, high=NEWEST_OPSET
@@ -70,6 +72,7 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         check(self)
+        parse_size(self.image_size)
         if is_url(self.to) and not find_name(self.to):
             raise BadInput(f"--to {self.to} is a bucket; name a model in it, as s3://bucket/models/digits")
 

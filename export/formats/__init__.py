@@ -31,7 +31,7 @@ class FormatModule(Protocol):
         """Convert a model.
 
         Args:
-            model: The classifier, from uint8 [batch, height, width, 3] to float32 [batch, classes].
+            model: The classifier, from uint8 [batch, height, width, channels] to float32 [batch, classes].
             metadata: What the file says of itself, if the format has a place for that.
             path: The file or folder to write; the folder exists already if it is that of the version.
             opset: Operator set, for formats that consist of ONNX operators.

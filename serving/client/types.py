@@ -12,10 +12,10 @@ from protos import classifier_pb2 as pb
 from serving.errors import InternalError
 
 ImageInput = bytes | NDArray[np.uint8]
-"""A JPEG or PNG file; or pixels, uint8 [height, width, 3], of the model's input size."""
+"""A JPEG or PNG file; or pixels, uint8 [height, width, channels], of the model's input size."""
 
 ImageInputs = Sequence[bytes] | NDArray[np.uint8]
-"""JPEG or PNG files; or pixels, uint8 [n, height, width, 3], of the model's input size."""
+"""JPEG or PNG files; or pixels, uint8 [n, height, width, channels], of the model's input size."""
 
 
 MAX_INT32, MAX_INT64 = 2**31 - 1, 2**63 - 1

@@ -52,7 +52,7 @@ class CheckedVersion:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """The shape of one input image: (height, width, 3)."""
+        """The shape of one input image: (height, width, channels)."""
         height, width, channels = self.manifest.input.shape[1:]
         return height, width, channels
 

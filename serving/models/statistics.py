@@ -61,7 +61,7 @@ class TrackedRequest:
         find_id: Returns its id.
         arrived_ns: When it began, on the clock of `time.perf_counter_ns`.
         is_split: Whether a rollout decided which version answers.
-        images: Its images, uint8 [n, height, width, 3], once they are decoded.
+        images: Its images, uint8 [n, height, width, channels], once they are decoded.
         decode_ns: Time to decode them, in nanoseconds.
         answer: Its result, once it is answered.
         error: Why it failed, once it has.

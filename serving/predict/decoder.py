@@ -39,14 +39,14 @@ FileContents = Sequence[bytes | Path | Exception]
 """Image files: their bytes, the path of one to read, or why it cannot be read."""
 
 DecodedImages = tuple[Pixels, dict[int, str]]
-"""Decoded images, uint8 [n - errors, height, width, 3], and what is wrong with the others, by their position."""
+"""Decoded images, uint8 [n - errors, height, width, channels], and what is wrong with the others, by their position."""
 
 
 class FileDecoder(NamedTuple):
     """Decodes files to images of one size, one after the other: one large image is in memory at a time.
 
     Attributes:
-        shape: [height, width, 3] of the images.
+        shape: [height, width, channels] of the images.
         resize: The rule to resize by.
     """
 
@@ -67,7 +67,8 @@ class FileDecoder(NamedTuple):
         if isinstance(content, Exception):
             raise InvalidImage(f"cannot be read ({content})")
         data = read_file(content) if isinstance(content, Path) else content
-        return decode(data, self.shape[:2], self.resize)
+        height, width, channels = self.shape
+        return decode(data, (height, width), self.resize, channels)
 
 
 class DecoderPool:

@@ -43,7 +43,7 @@ class ImageChunk(NamedTuple):
 
     Attributes:
         keys: Their paths, or other names.
-        images: Pixels, uint8 [n, height, width, 3], or files.
+        images: Pixels, uint8 [n, height, width, channels], or files.
     """
 
     keys: Sequence[str]

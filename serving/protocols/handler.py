@@ -30,7 +30,7 @@ class ParsedRequest:
     """What a request asks of a model.
 
     Attributes:
-        images: uint8 [n, height, width, 3].
+        images: uint8 [n, height, width, channels].
         respond: Returns the serialized response, given the result and the time to decode the images in nanoseconds.
         timeout: Seconds that the caller waits, apart from the deadline of the call; 0 is no limit.
         priority: One of `serving.scheduling.queue.PRIORITIES`.

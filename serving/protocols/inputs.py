@@ -31,7 +31,7 @@ class TensorLayout(NamedTuple):
     """How the bytes of a tensor are pixels.
 
     Attributes:
-        shape: [n, height, width, 3], as the model takes it.
+        shape: [n, height, width, channels], as the model takes it.
         dtype: Of the values, little-endian.
         size: In bytes.
     """
@@ -63,7 +63,7 @@ class InputDecoder:
             check: Called before each image, and while it waits.
 
         Returns:
-            Pixels, uint8 [n, height, width, 3].
+            Pixels, uint8 [n, height, width, channels].
 
         Raises:
             InvalidRequest: There are none or too many, one is no image, or they have too many pixels.
@@ -76,7 +76,7 @@ class InputDecoder:
         """Return the layout of a tensor that `read` takes.
 
         Args:
-            shape: [n, height, width, 3], as the model takes it.
+            shape: [n, height, width, channels], as the model takes it.
             dtype: NumPy's name: `uint8`, or `float32` for pixels of 0 to 255, which are rounded (halves to even).
             model: The model.
 
@@ -93,7 +93,7 @@ class InputDecoder:
         return TensorLayout(tuple(shape), values, math.prod(shape) * values.itemsize)
 
     def read(self, data: bytes | memoryview, layout: TensorLayout) -> Images:
-        """Return the pixels of a tensor, uint8 [n, height, width, 3].
+        """Return the pixels of a tensor, uint8 [n, height, width, channels].
 
         Args:
             data: Its values, row-major, little-endian.
@@ -142,9 +142,11 @@ class InputDecoder:
 
     def _decode(self, data: bytes, index: int, model: Model, admit: Admit) -> Images:
         self.decoded += 1
-        (height, width, _), resize = model.image_shape, model.manifest.preprocessing.resize
+        (height, width, channels), resize = model.image_shape, model.manifest.preprocessing.resize
         try:
-            return decode(data, (height, width), resize, max_pixels=self._limits.max_image_pixels, admit=admit)
+            return decode(
+                data, (height, width), resize, channels, max_pixels=self._limits.max_image_pixels, admit=admit
+            )
         except InvalidImage as error:
             raise InvalidRequest(f"image {index} {error}", image=index) from None
 

@@ -1,7 +1,7 @@
 """`inference.GRPCInferenceService`, the Open Inference Protocol (KServe v2) with Triton's extensions.
 
 A model has one input, in one of three forms by its datatype: UINT8 or FP32 pixels of 0 to 255,
-[n, height, width, 3], or BYTES, [n] encoded images. Responses use `raw_output_contents` only: tritonclient reads
+[n, height, width, channels], or BYTES, [n] encoded images. Responses use `raw_output_contents` only: tritonclient reads
 nothing else.
 """
 

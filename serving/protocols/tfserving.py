@@ -1,7 +1,7 @@
 """`tensorflow.serving.PredictionService` and `ModelService`, without TensorFlow.
 
 A model has the signature `serving_default`, with one input: DT_UINT8 or DT_FLOAT pixels of 0 to 255,
-[n, height, width, 3], or DT_STRING, [n] encoded images.
+[n, height, width, channels], or DT_STRING, [n] encoded images.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class Agreement:
         Args:
             request_id: Id of the request.
             version: The version that answered.
-            images: uint8 [n, height, width, 3].
+            images: uint8 [n, height, width, channels].
             given: What the caller was given, float32 [n, classes].
             other: What the other version computes, float32 [n, classes].
             first: Index of the first image in its request.

@@ -52,9 +52,9 @@ class ImageFolder:
         return self._folder / f"{ODD.sub('_', request_id)[:MAX_NAME]}-{digest}-{image}.png"
 
     def keep(self, request_id: str, image: int, pixels: NDArray[np.uint8]) -> None:
-        """Write an image, uint8 [height, width, 3]; if that fails, a warning says so."""
+        """Write an image, uint8 [height, width, channels]; if that fails, a warning says so."""
         path, content = self.find(request_id, image), io.BytesIO()
-        Image.fromarray(pixels).save(content, "PNG")
+        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(content, "PNG")
         try:
             files.write(path, content.getvalue())
         except OSError as error:

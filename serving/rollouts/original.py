@@ -69,7 +69,7 @@ class OriginalProcess:
             raise BadInput(f"{self._folder} has no Keras original; export the model again")
 
     def compute(self, images: Images) -> Probabilities | None:
-        """Map uint8 [n, height, width, 3] to float32 [n, classes]. One thread calls it, and lives as long.
+        """Map uint8 [n, height, width, channels] to float32 [n, classes]. One thread calls it, and lives as long.
 
         Returns:
             None while it is loaded, and once it is closed.
@@ -159,7 +159,7 @@ class _Child:
         """Return the answers to images."""
         self._socket.settimeout(ANSWER_SECONDS)
         try:
-            self._socket.sendall(IMAGES.pack(*images.shape[:3]))
+            self._socket.sendall(IMAGES.pack(*images.shape))
             self._socket.sendall(np.ascontiguousarray(images).data)
         except TimeoutError:
             raise OriginalError(f"took no images in {ANSWER_SECONDS:g} s") from None

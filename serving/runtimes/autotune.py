@@ -95,7 +95,7 @@ def measure(
 
     Args:
         engines: Any number of engines.
-        batches: uint8 [n, height, width, 3] each, ascending.
+        batches: uint8 [n, height, width, channels] each, ascending.
         clock: Returns nanoseconds.
     """
 

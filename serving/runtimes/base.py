@@ -14,7 +14,7 @@ from serving.threads import WorkerPool
 __all__ = ["Concatenator", "Engine", "EngineThreads", "Images", "Probabilities", "ThreadPool"]
 
 Images = NDArray[np.uint8]
-"""Pixels of 0 to 255, [n, height, width, 3]."""
+"""Pixels of 0 to 255, [n, height, width, channels]."""
 
 Concatenator = Callable[[Sequence[Images]], Images]
 """Concatenates the images of several requests."""
@@ -27,7 +27,7 @@ class Engine(Protocol):
     """What computes: an execution provider of onnxruntime, or the name of another library."""
 
     def run(self, images: Images) -> Probabilities:
-        """Map uint8 [n, height, width, 3] to float32 [n, classes]."""
+        """Map uint8 [n, height, width, channels] to float32 [n, classes]."""
         ...
 
 

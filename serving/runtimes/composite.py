@@ -29,7 +29,7 @@ class ConcurrentEngine:
         self.provider, self.parts = alone.provider, (alone, concurrent)
 
     def run(self, images: Images) -> Probabilities:
-        """Map uint8 [n, height, width, 3] to float32 [n, classes]."""
+        """Map uint8 [n, height, width, channels] to float32 [n, classes]."""
         with self._lock:
             engine = self._concurrent if self._running else self._alone
             self._running += 1
@@ -56,5 +56,5 @@ class SizedEngine:
         return list(largest.values())
 
     def run(self, images: Images) -> Probabilities:
-        """Map uint8 [n, height, width, 3] to float32 [n, classes]."""
+        """Map uint8 [n, height, width, channels] to float32 [n, classes]."""
         return self._engines[bisect_left(self._sizes, min(len(images), self._sizes[-1]))].run(images)

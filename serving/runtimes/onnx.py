@@ -77,6 +77,6 @@ class OnnxEngine:
         self._input, self._outputs = manifest.input.name, [manifest.output.name]
 
     def run(self, images: Images) -> Probabilities:
-        """Map uint8 [n, height, width, 3] to float32 [n, classes]."""
+        """Map uint8 [n, height, width, channels] to float32 [n, classes]."""
         result: Probabilities = self._session.run(self._outputs, {self._input: images})[0]
         return result

@@ -74,6 +74,6 @@ class OpenvinoEngine:
             raise BadInput(f"{path} cannot be run by OpenVINO: {error}") from None
 
     def run(self, images: Images) -> Probabilities:
-        """Map uint8 [n, height, width, 3] to float32 [n, classes]."""
+        """Map uint8 [n, height, width, channels] to float32 [n, classes]."""
         result: Probabilities = self._request.infer({self._input: images}, share_inputs=True)[self._output]
         return result

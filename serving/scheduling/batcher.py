@@ -58,7 +58,7 @@ class Batcher:
         """Begin with an empty queue.
 
         Args:
-            run: Maps uint8 [n, height, width, 3] to float32 [n, classes].
+            run: Maps uint8 [n, height, width, channels] to float32 [n, classes].
             batching: Limits of batches and of the queue. A request with more images than a batch is computed alone.
             curve: Cost of a batch by its size, as measured so far; None if nothing was measured.
             instances: Concurrent calls of `run`, each on a thread of its own.
@@ -101,7 +101,7 @@ class Batcher:
         """Add a request to the queue, and return at once.
 
         Args:
-            images: uint8 [n, height, width, 3], at least one image.
+            images: uint8 [n, height, width, channels], at least one image.
             callback: Called once with the result, or with the error if the engine failed or the request was dropped. It
                 runs on a thread that the next batch may need: it must be quick and must not raise.
             deadline: As in `Entry`.

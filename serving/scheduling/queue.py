@@ -48,7 +48,7 @@ class Entry:
     """One request in the queue.
 
     Attributes:
-        images: uint8 [n, height, width, 3], at least one image.
+        images: uint8 [n, height, width, channels], at least one image.
         deadline: When the result becomes useless, in seconds on the clock of `time.monotonic`.
         is_active: Returns whether the caller still waits; called just before the computation.
         callback: Called once, with the outcome.

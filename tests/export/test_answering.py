@@ -20,7 +20,7 @@ from export.manifest import Manifest
 from resnet import BadInput, CheckFailed
 from tests.versions import list_file, write_version
 
-FRAME = IMAGES.pack(2, 4, 4) + bytes(2 * 4 * 4 * 3)
+FRAME = IMAGES.pack(2, 4, 4, 3) + bytes(2 * 4 * 4 * 3)
 ANSWERING = [sys.executable, "-m", "export.answering"]
 
 # Its library prints where answers belong, and reports how the system schedules it.
@@ -78,7 +78,7 @@ def recorded(version: Path) -> Manifest:
 
 def pack(images: NDArray[np.uint8]) -> bytes:
     """Return a frame of images."""
-    return IMAGES.pack(*images.shape[:3]) + images.tobytes()
+    return IMAGES.pack(*images.shape) + images.tobytes()
 
 
 def unpack(answers: bytes) -> list[NDArray[np.float32]]:
@@ -93,8 +93,8 @@ def unpack(answers: bytes) -> list[NDArray[np.float32]]:
 
 
 def average(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Answer the mean of each colour."""
-    return images.mean(axis=(1, 2), dtype=np.float32)
+    """Answer the mean of each of three colours, or of grey."""
+    return np.broadcast_to(images.mean(axis=(1, 2), dtype=np.float32), (len(images), 3))
 
 
 def answer_all(version: Path, digest: str, frames: bytes = FRAME, code: str = "") -> subprocess.CompletedProcess[bytes]:
@@ -104,9 +104,9 @@ def answer_all(version: Path, digest: str, frames: bytes = FRAME, code: str = ""
 
 
 def test_frames_are_answered_in_turn(recorded: Manifest) -> None:
-    """After an answer to no images; batches and images may have any size."""
+    """After an answer to no images; batches and images may have any size, and colours or none."""
     random, answers = np.random.default_rng(0), io.BytesIO()
-    batches = [random.integers(0, 256, (n, 2 + n, 5, 3), np.uint8) for n in (3, 1, 2)]
+    batches = [random.integers(0, 256, (n, 2 + n, 5, channels), np.uint8) for n, channels in ((3, 3), (1, 1), (2, 3))]
     answering.answer(io.BytesIO(b"".join(map(pack, batches))), answers, average, recorded)
     loaded, *found = unpack(answers.getvalue())
     assert loaded.shape == (0, 3)

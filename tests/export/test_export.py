@@ -19,14 +19,15 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from export import attestation, formats, inspection, manifest, original, precision, repository, source
+from export import attestation, formats, inspection, manifest, original, parity, precision, repository, source
 from export.export import export
 from export.formats import OPSET
 from export.formats import onnx as onnx_format
 from export.manifest import Cost
 from export.parity import BudgetError
 from export.precision import Reduction
-from resnet import BadInput, cli
+from export.verification import verify
+from resnet import BadInput, CheckFailed, cli
 from tests.conftest import edit_manifest
 from tests.export.sources import classifier, make_source
 
@@ -62,6 +63,20 @@ def test_the_certificate_covers_both_variants_at_three_batch_sizes(
     }
     assert not list(certificate.violations())
     assert {row.accuracy for variant in certificate.variants for row in variant.rows} == {certificate.accuracy}
+
+
+def test_the_certificate_says_how_confidence_was_calibrated(run: Path, own_repository: Path) -> None:
+    """As metrics.json does; verifying recomputes it from the answers."""
+    version = own_repository / "digits" / "1"
+    certificate = manifest.read(version).certificate
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert certificate.temperature == metrics["calibration"]["temperature"]
+    assert certificate.calibration_error == pytest.approx(metrics["calibration_error"], abs=0.003)
+    assert certificate.uncalibrated_error == pytest.approx(metrics["calibration"]["error_before"], abs=0.003)
+    assert "uncalibrated" in parity.describe(certificate)
+    edit_manifest(version, lambda content: content["certificate"].update(uncalibrated_error=0.5))
+    with pytest.raises(CheckFailed, match=r"calibration error of 0\.5000 before .* by its answers in .* it was 0\."):
+        verify(version)
 
 
 def test_the_onnx_file_has_the_names_that_clients_use(repository: Path) -> None:

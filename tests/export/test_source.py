@@ -246,14 +246,17 @@ def test_a_single_output_is_the_probability_of_the_second_class(activation: str,
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
 def test_a_model_of_grey_images_sees_what_pillow_makes_of_the_colours(dtype: str, tmp_path: Path) -> None:
-    """To the last bit, before its preprocessing."""
+    """To the last bit, before its preprocessing; it is exported with its one channel."""
     original = model((8, 8, 1), dtype=dtype)
     original.save(tmp_path / "mine.keras")
     preprocess = None if dtype == "uint8" else "unit"
     data = write_data(tmp_path / "mine.npz", 8, 8)
     loaded = source.load(tmp_path / "mine.keras", data, preprocess=preprocess)
     images = loaded.evidence.images
-    grey = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in images])[..., None]
+    with np.load(data) as arrays:
+        grey = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in arrays["x_test"]])[..., None]
+    np.testing.assert_array_equal(images, grey)
+    assert loaded.model.input_shape == (None, 8, 8, 1)
     expected = original.predict(grey if dtype == "uint8" else grey / np.float32(255), verbose=0)
     np.testing.assert_allclose(loaded.model.predict(images, verbose=0), expected, atol=1e-7)
     with pytest.raises(BadInput, match="caffe is for three colours" if dtype == "float32" else "leave out"):
@@ -279,10 +282,10 @@ def test_images_of_a_folder_are_resized_to_what_the_model_takes(tmp_path: Path) 
     wide = source.load(tmp_path / "9.keras", str(tmp_path / "data"))
     assert wide.evidence.images.shape[1:] == wide.model.input_shape[1:] == (9, 14, 3)
     with pytest.raises(BadInput, match="9x14 pixels; leave out --image-size"):
-        source.load(tmp_path / "9.keras", str(tmp_path / "data"), image_size=9)
+        source.load(tmp_path / "9.keras", str(tmp_path / "data"), image_size="9")
     own = source.load(tmp_path / "None.keras", str(tmp_path / "data"))
     assert own.evidence.images.shape[1:] == own.model.input_shape[1:] == (20, 20, 3)
-    told = source.load(tmp_path / "None.keras", str(tmp_path / "data"), image_size=16)
+    told = source.load(tmp_path / "None.keras", str(tmp_path / "data"), image_size="16")
     assert told.evidence.images.shape[1:] == told.model.input_shape[1:] == (16, 16, 3)
 
 

@@ -6,12 +6,9 @@ import math
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from scipy import optimize, stats
 
 from export import statistics
-
-ANSWERS = np.array([[0.7, 0.2, 0.1], [0.3, 0.3, 0.4], [0.05, 0.9, 0.05]], np.float32)
 
 
 @pytest.fixture
@@ -155,30 +152,3 @@ def test_cosines_are_between_the_logits_of_each_image() -> None:
     expected = np.array([[1.0, -1.0, 0.0], [1.0, -1.0, 0.0], [1.0, -1.0, 0.0], [0.0] * 3, [0.0] * 3])
     actual = np.array([[2.0, -2.0, 0.0], [-3.0, 3.0, 0.0], [1.0, 1.0, -2.0], [0.0] * 3, [1.0, -1.0, 0.0]])
     np.testing.assert_allclose(statistics.compute_cosines(expected, actual), [1, -1, 0, 1, 0], atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("probabilities", "labels", "error"),
-    [
-        (ANSWERS, [0, 2, 1], (0.3 + 0.6 + 0.1) / 3),
-        (ANSWERS, [1, 2, 1], (0.7 + 0.6 + 0.1) / 3),
-        ([[0.61, 0.39], [0.65, 0.35]], [0, 1], abs(0.61 - 1 + 0.65) / 2),  # one bin: 0.6 to 0.667
-        ([[0.05] * 20, [0.1, *[0.9 / 19] * 19]], [0, 1], (0.95 + 0.1) / 2),  # the first two bins
-        ([[1.0, 0.0], [0.0, 1.0]], [0, 1], 0),
-        ([[1.0, 0.0], [0.0, 1.0]], [1, 0], 1),
-        ([[1.0000001, 0.0]], [0], 0),
-        ([[np.nan, 0.0], [0.5, 0.5]], [0, 0], math.nan),
-    ],
-)
-def test_the_calibration_error_is_that_of_fifteen_bins(
-    probabilities: NDArray[np.float32], labels: list[int], error: float
-) -> None:
-    """Confidence less accuracy of each bin, whatever its sign, weighted by its images."""
-    measured = statistics.measure_calibration(np.array(probabilities, np.float32), np.array(labels, np.int32))
-    assert measured == pytest.approx(error, abs=1e-6, nan_ok=True)
-
-
-def test_a_thousand_classes_are_as_calibrated_as_two() -> None:
-    """A uniform answer is right once in a thousand times."""
-    uniform = np.full((1000, 1000), 1e-3, np.float32)
-    assert statistics.measure_calibration(uniform, np.arange(1000, dtype=np.int32)) == pytest.approx(0, abs=1e-9)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from PIL import Image
 
 from resnet import BadInput
 from training import data
+from training.data import ImageForm
 from training.datasets import cifar10
 
 
-def write(path: Path, shade: int = 0, size: tuple[int, int] = (8, 8)) -> None:
+def write(path: Path, shade: int = 0, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> None:
     """Write a picture of one shade."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (shade, shade, shade)).save(path)
+    Image.new("RGB", size, (shade, shade, shade)).convert(mode).save(path)
 
 
 @pytest.fixture
@@ -70,9 +71,9 @@ def test_the_hash_follows_pixels_labels_and_names(folder: Path) -> None:
 
 
 def test_images_of_several_sizes_are_resized_on_request(folder: Path) -> None:
-    """--image-size makes them square."""
+    """--image-size gives them height and width."""
     write(folder / "train" / "cat" / "3.png", size=(20, 9))
-    assert data.load(str(folder), (16, 16)).image_shape == (16, 16, 3)
+    assert data.load(str(folder), ImageForm((16, 9))).image_shape == (16, 9, 3)
 
 
 def test_images_that_do_not_fit_memory_are_decoded_when_they_are_asked_for(
@@ -117,7 +118,8 @@ def test_arrays_are_read_from_an_npz_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"x_test": np.zeros((3, 8, 8, 4), np.uint8)}, r"x_test must be uint8 \[n, height, width, 3\]"),
+        ({"x_test": np.zeros((3, 8, 8, 2), np.uint8)}, r"x_test must be uint8 .* with 1, 3 or 4 channels"),
+        ({"x_test": np.zeros((3, 8, 8, 4), np.uint8)}, "x_train and x_test differ in size or colours"),
         ({"x_train": np.zeros((4, 8, 8, 3))}, "x_train must be uint8"),
         ({"x_test": np.zeros((3, 9, 9, 3), np.uint8)}, "x_train and x_test differ in size"),
         ({"y_train": [0, 1]}, "y_train must be 4 integers"),
@@ -140,15 +142,57 @@ def test_arrays_of_another_kind_are_refused(tmp_path: Path, changed: dict[str, A
         data.load(str(tmp_path / "mine.npz"))
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 1)])
-def test_grey_arrays_become_rgb(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    """As those of MNIST, whose images have no axis of colours."""
-    images = np.arange(4 * 8 * 8, dtype=np.uint8).reshape(4, *shape)
-    np.savez(tmp_path / "mnist.npz", **arrays(x_train=images, x_test=images[:3]))
-    train = data.load(str(tmp_path / "mnist.npz")).train
-    assert train.images.shape == (4, 8, 8, 3)
-    for colour in range(3):
-        np.testing.assert_array_equal(train.images[..., colour], images.reshape(4, 8, 8))
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 1), (8, 8, 4)])
+def test_arrays_keep_their_channels(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """Those of MNIST have no axis of colours; on request they are converted as files are."""
+    images = np.random.default_rng(0).integers(256, size=(4, *shape), dtype=np.uint8)
+    np.savez(tmp_path / "mine.npz", **arrays(x_train=images, x_test=images[:3]))
+    kept = np.asarray(data.load(str(tmp_path / "mine.npz")).train.images)
+    np.testing.assert_array_equal(kept, images.reshape(4, 8, 8, -1))
+    converted = data.load(str(tmp_path / "mine.npz"), ImageForm(channels=3))
+    assert converted.test.images.shape == (3, 8, 8, 3)
+    np.testing.assert_array_equal(
+        converted.train.images, images[..., :3] if shape[2:] == (4,) else kept.repeat(3, axis=3)
+    )
+
+
+@pytest.mark.parametrize(
+    ("modes", "channels"),
+    [(("L", "1", "L"), 1), (("LA", "RGBA", "LA"), 4), (("L", "RGB", "L"), 3), (("L", "L", "LA"), 3)],
+)
+def test_the_channels_are_those_of_all_files(tmp_path: Path, modes: Sequence[str], channels: int) -> None:
+    """Of training and of test images; what differs among them becomes RGB, and so does what is asked to be."""
+    for split, mode in zip(("train/cat", "train/dog", "test/cat"), modes, strict=True):
+        write(tmp_path / split / "1.png", 7, mode=mode)
+    write(tmp_path / "test" / "dog" / "1.png", 7, mode=modes[0])
+    dataset = data.load(str(tmp_path))
+    assert dataset.train.images.shape == (2, 8, 8, channels)
+    assert dataset.test.images.shape == (2, 8, 8, channels)
+    assert data.load(str(tmp_path), ImageForm(channels=3)).image_shape == (8, 8, 3)
+
+
+def test_a_folder_without_test_images_is_split_by_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A fifth of each class, at least one image, the same every time; it may lie in a folder of an archive."""
+    for name, count in (("cat", 10), ("a dog", 2)):
+        for number in range(count):
+            write(tmp_path / "archive" / "pets" / name / str(number % 3) / f"{number}.png", number)
+    first, second = data.load(str(tmp_path)), data.load(str(tmp_path / "archive" / "pets"))
+    assert first.classes == ("a dog", "cat")
+    assert np.bincount(first.test.labels).tolist() == [1, 2]
+    assert np.bincount(first.train.labels).tolist() == [1, 8]
+    assert (first.sha256, first.train.paths) == (second.sha256, second.train.paths)
+    assert not {*(first.train.paths or ())} & {*(first.test.paths or ())}
+    said = "pets names no test images: 3 of 12 images are for testing, chosen from each class by the seed 0\n"
+    assert capsys.readouterr().out.count(said) == 2
+
+
+def test_a_folder_of_training_images_gives_its_test_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What else is beside it is named, because it is not used."""
+    for name in ("train/cat/1", "train/cat/2", "train/dog/1", "train/dog/2", "val/cat/1"):
+        write(tmp_path / f"{name}.png")
+    dataset = data.load(str(tmp_path))
+    assert (len(dataset.train.labels), len(dataset.test.labels)) == (2, 2)
+    assert "has train; not used are its folders val\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["", "two\nlines", "two\u2028lines", "tail\r", "\udcff", "\x1b[31mred"])
@@ -246,6 +290,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a truncated image": (_truncate, "train/dog/2.jpg is a broken image"),
     "a text file": (lambda folder: (folder / "test" / "cat" / "a.txt").write_text("x"), "a.txt is not a JPEG or PNG"),
     "a size of its own": (lambda folder: write(folder / "test" / "cat" / "9.png", size=(9, 8)), "pass --image-size"),
+    "training images by another name": (
+        lambda folder: (folder / "train").rename(folder / "val"),
+        "but none named train",
+    ),
     "a class for testing only": (lambda folder: write(folder / "test" / "emu" / "1.png"), "the class 'emu'"),
 }
 
@@ -265,8 +313,11 @@ def test_unknown_empty_and_one_class_data_are_refused(tmp_path: Path) -> None:
         BadInput, match="--data 'mnist' is unknown; choose one of: digits, cifar10, .* a folder of images"
     ):
         data.load("mnist")
-    with pytest.raises(BadInput, match="train cannot be read"):
+    with pytest.raises(BadInput, match="two or more classes; it has 0"):
         data.load(str(tmp_path))
-    write(tmp_path / "train" / "cat" / "1.png")
+    write(tmp_path / "cat" / "1.png")
     with pytest.raises(BadInput, match="two or more classes; it has 1"):
+        data.load(str(tmp_path))
+    write(tmp_path / "dog" / "1.png")
+    with pytest.raises(BadInput, match="none can be chosen: every class has one image only"):
         data.load(str(tmp_path))

@@ -13,8 +13,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from resnet import BadInput
 from tests.acceptance.bombs import add_scans
-from training.images import InvalidImage, Resize, decode
+from training.images import InvalidImage, Resize, convert, count_channels, decode, parse_size
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 3), np.uint8)
 
@@ -46,10 +47,69 @@ def test_png_comes_out_as_it_went_in(png: Callable[[NDArray[np.uint8]], bytes]) 
     np.testing.assert_array_equal(decode(png(PIXELS)), PIXELS)
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "LA"])
-def test_every_mode_becomes_rgb(mode: str) -> None:
-    """Grey, palette, alpha and black-and-white images have three channels afterwards."""
-    assert decode(encode(Image.fromarray(PIXELS).convert(mode))).shape == (6, 4, 3)
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "1", "LA", "CMYK"])
+def test_every_mode_gets_the_channels_of_the_model(mode: str, channels: int) -> None:
+    """As Pillow converts them, by way of RGB; arrays are converted as files are."""
+    image = Image.fromarray(PIXELS).convert(mode)
+    file = encode(image, "PNG" if mode != "CMYK" else "JPEG", quality=100)
+    found = decode(file, channels=channels)
+    with Image.open(io.BytesIO(file)) as opened:
+        expected = opened.convert("RGB") if channels == 1 else opened
+        expected = expected.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
+    np.testing.assert_array_equal(found, np.asarray(expected).reshape(6, 4, channels))
+    rgb = decode(file)[None]
+    np.testing.assert_array_equal(convert(rgb, 1)[0], decode(file, channels=1))
+    np.testing.assert_array_equal(convert(convert(rgb, 1), 3)[0], decode(file, channels=1).repeat(3, axis=2))
+
+
+def test_alpha_is_kept_for_four_channels() -> None:
+    """That of an alpha channel, of a palette, and of a colour; a chunk that is broken names none."""
+    pixels = np.dstack([PIXELS, np.arange(24, dtype=np.uint8).reshape(6, 4)])
+    np.testing.assert_array_equal(decode(encode(Image.fromarray(pixels)), channels=4), pixels)
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([1, 2, 3, 4, 5, 6])
+    palette.putdata([0, 1])
+    file = encode(palette, transparency=b"\x07\xff")
+    assert decode(file, channels=4).tolist() == [[[1, 2, 3, 7], [4, 5, 6, 255]]]
+    at = file.index(b"tRNS")
+    broken = file[: at + 4] + b"\x08" + file[at + 5 :]
+    assert decode(broken, channels=4)[..., 3].tolist() == [[255, 255]]
+    assert (count_channels(file), count_channels(broken)) == (4, 3)
+    colour = encode(Image.new("RGB", (1, 1), (9, 8, 7)), transparency=(9, 8, 7))
+    assert decode(colour, channels=4).tolist() == [[[9, 8, 7, 0]]]
+
+
+@pytest.mark.parametrize("rule", ["bilinear", "bilinear-no-antialias"])
+def test_each_of_four_channels_is_resized_by_itself(rule: Resize) -> None:
+    """A transparent pixel has its share of the colour: Pillow alone would leave it out."""
+    pixels = np.array([[[200, 0, 0, 0], [100, 0, 0, 255]]], np.uint8)
+    assert decode(encode(Image.fromarray(pixels)), (1, 1), rule, 4).tolist() == [[[150, 0, 0, 128]]]
+
+
+@pytest.mark.parametrize(
+    ("mode", "channels"), [("1", 1), ("L", 1), ("I;16", 1), ("P", 3), ("RGB", 3), ("LA", 4), ("RGBA", 4)]
+)
+def test_the_header_says_how_many_channels_a_file_has(mode: str, channels: int) -> None:
+    """Black-and-white and 16-bit images are grey; colours that are all alike are still colours."""
+    assert count_channels(encode(Image.new(mode, (2, 2)))) == channels
+    with pytest.raises(InvalidImage, match="is not a JPEG or PNG"):
+        count_channels(b"text")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("64", (64, 64)), ("48x64", (48, 64)), ("8x16384", (8, 16384)), (None, None)]
+)
+def test_a_size_is_a_side_or_height_and_width(text: str | None, size: tuple[int, int] | None) -> None:
+    """Height comes first, as in arrays."""
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "x", "7", "48x", "x64", "-64", "64x7", "16385", "48x64x3", "6.4", "9" * 5000])
+def test_other_sizes_are_refused(text: str) -> None:
+    """In one sentence that shows both forms."""
+    with pytest.raises(BadInput, match=r"--image-size must be N or HxW .*, as 64 or 48x64, not"):
+        parse_size(text)
 
 
 def test_the_orientation_of_a_camera_is_applied() -> None:

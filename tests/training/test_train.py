@@ -23,10 +23,11 @@ from resnet import BadInput, CheckFailed, cli
 from tests.tiny import TINY, TRAIN
 from training.batches import TrainingBatches
 from training.data import Dataset, Split
+from training.evaluation import evaluate
 from training.model import ARCHITECTURES
 from training.recipes import RECIPES
 from training.run_folder import RunFolder
-from training.train import TrainingSettings, _balance, _count, _evaluate, train
+from training.train import TrainingSettings, _balance, train
 
 
 def settings(epochs: int = 2, seed: int = 0, images: int | None = None, **values: Any) -> TrainingSettings:
@@ -49,9 +50,9 @@ def rows(folder: Path) -> list[dict[str, str]]:
 def test_a_run_folder_is_complete(run: Path) -> None:
     """Model, history, curves and figures are there, and agree with each other."""
     assert [row["epoch"] for row in rows(run)] == ["1", "2", "3"]
-    assert {"accuracy", "loss", "val_accuracy", "val_loss"} < rows(run)[0].keys()
+    assert {"accuracy", "loss", "val_accuracy", "val_loss", "learning_rate", "seconds"} < rows(run)[0].keys()
     assert (run / "labels.txt").read_text().split() == [str(digit) for digit in range(10)]
-    for name in ("curves.png", "confusion.png", "mistakes.png"):
+    for name in ("curves.png", "mistakes.png", "reliability.png"):
         with Image.open(run / name) as picture:
             assert picture.width >= picture.height > 300
     metrics = json.loads((run / "metrics.json").read_text())
@@ -108,12 +109,14 @@ def test_a_run_killed_twice_resumes_and_learns_what_it_would_have_learned(tmp_pa
 
 def test_equal_settings_learn_equal_weights(run: Path, tmp_path: Path) -> None:
     """To the last bit, on one machine; another seed learns others."""
-    train(settings(epochs=3), tmp_path / "again")
+    train(settings(epochs=3, calibrate=True), tmp_path / "again")
     for left, right in zip(weights(run), weights(tmp_path / "again"), strict=True):
         np.testing.assert_array_equal(left, right)
-    train(settings(epochs=3), tmp_path / "again", resume=True)  # there is nothing left to do, and nothing changes
+    train(
+        settings(epochs=3, calibrate=True), tmp_path / "again", resume=True
+    )  # there is nothing left to do, and nothing changes
     np.testing.assert_array_equal(weights(run)[0], weights(tmp_path / "again")[0])
-    train(settings(epochs=1, seed=1), tmp_path / "other")
+    train(settings(epochs=1, seed=1, calibrate=True), tmp_path / "other")
     assert not np.array_equal(weights(run)[0], weights(tmp_path / "other")[0])
 
 
@@ -222,7 +225,7 @@ def test_images_of_224_pixels_train(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         noise = rng.integers(256, size=(200 + number, 240, 3), dtype=np.uint8)
         Image.fromarray(noise // (1 if name == "cat" else 4)).save(path)
-    made = dataclasses.replace(settings(epochs=3, batch_size=8), data=str(tmp_path / "data"), image_size=224)
+    made = dataclasses.replace(settings(epochs=3, batch_size=8), data=str(tmp_path / "data"), image_size="224")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.data.CACHE_BYTES", 0)
         # On CPUs with AVX-512, TensorFlow 2.21 crashes in the gradient of a 1x1 convolution of stride 2 that reads
@@ -248,9 +251,9 @@ def test_a_folder_in_use_is_not_overwritten(run: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="pass --resume"):
         train(settings(), run)
     with pytest.raises(BadInput, match="was started with seed 0, not 1"):
-        train(settings(epochs=3, seed=1), run, resume=True)
+        train(settings(epochs=3, seed=1, calibrate=True), run, resume=True)
     with pytest.raises(BadInput, match="can only raise"):
-        train(settings(epochs=1), run, resume=True)
+        train(settings(epochs=1, calibrate=True), run, resume=True)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(BadInput, match="holds no run to resume"):
         train(settings(), tmp_path, resume=True)
@@ -300,10 +303,8 @@ def test_model_and_metrics_are_written_before_the_pictures(tmp_path: Path, monke
 
 def test_a_class_without_test_images_has_no_accuracy(tmp_path: Path) -> None:
     """It is null in metrics.json, because JSON has no NaN; so is a loss that is none."""
-    test = Split(np.zeros((2, 8, 8, 3), np.uint8), np.array([0, 0], np.int32))
-    dataset = Dataset("mine", ("cat", "dog"), test, test)
     probabilities = np.array([[1, 0], [0, 1]], np.float32)
-    metrics = _evaluate(probabilities, _count(probabilities, dataset), dataset)
+    metrics = evaluate(probabilities, np.array([0, 0], np.int32), ("cat", "dog"), None)
     assert metrics["class_accuracy"] == {"cat": 0.5, "dog": None}
     assert metrics["accuracy"] == 0.5
     RunFolder(tmp_path).write_metrics(metrics | {"loss": math.nan})
@@ -343,7 +344,10 @@ def test_a_run_folder_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["--model", "resnet9"], "--model 'resnet9' is unknown; choose one of resnet18"),
-        (["--image-size", "64"], "--image-size is for folders of images; 'digits' has 32x32 pixels"),
+        (["--image-size", "64"], "--image-size is for image files; 'digits' has 32x32 pixels"),
+        (["--image-size", "64x"], "--image-size must be N or HxW"),
+        (["--colors", "cmyk"], "--colors must be one of grey, rgb, rgba, not 'cmyk'"),
+        (["--head", "sigmoid"], "--head sigmoid is for two classes, and the data have 10"),
         (["--distribute", "magic"], "--distribute must be one of mirrored, multiworker, not 'magic'"),
         (["--distribute", "multiworker"], "needs TF_CONFIG"),
         (["--images", "0"], "--images must be at least 1"),

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from resnet.options import COUNT, add_options, check, option, read
 from training.backend import start_tensorflow
+from training.images import parse_size
 from training.recipes import RECIPES
 
 
@@ -29,13 +30,14 @@ class DegradationOptions:
     recipe: str = option("quick", "recipe, as for `resnet train`", choices=tuple(RECIPES))
     epochs: int | None = option(None, "passes over the training images (default: the recipe's)", low=1, high=1_000_000)
     images: int | None = option(None, "number of training images to use (default: all)", low=1)
-    image_size: int | None = option(None, "resize the images of a folder to N by N pixels", low=8, high=16_384)
+    image_size: str | None = option(None, "resize image files to N by N, or height by width pixels", metavar="N|HxW")
     seed: int = option(0, "random seed of initial weights and image order", low=0, high=2**32 - 1)
     out: Path = option(MISSING, "folder for the four runs and degradation.png", metavar="FOLDER", required=True)
     resume: bool = option(False, "continue after the last finished epoch of an interrupted command")
 
     def __post_init__(self) -> None:
         check(self)
+        parse_size(self.image_size)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

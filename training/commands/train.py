@@ -20,6 +20,8 @@ from resnet.options import add_options, check, given, option, read
 from training.backend import start_tensorflow
 from training.data import SOURCES
 from training.distribute import STRATEGIES
+from training.heads import HEADS
+from training.images import CHANNELS, parse_size
 from training.preprocessing import PREPROCESSING
 from training.recipes import FINETUNE, QUANTIZE, RECIPES, Recipe
 
@@ -51,7 +53,11 @@ class TrainOptions:
         choices=tuple(RECIPES),
     )
     seed: int = option(0, "random seed of initial weights and image order", low=0, high=2**32 - 1)
-    image_size: int | None = option(None, "resize the images of a folder to N by N pixels", low=8, high=16_384)
+    image_size: str | None = option(None, "resize image files to N by N, or height by width pixels", metavar="N|HxW")
+    colors: str | None = option(
+        None, "colours of the images that the model takes (default: those of the data)", choices=tuple(CHANNELS)
+    )
+    head: str = option("softmax", "an output for each class (softmax), or one for the second of two", choices=HEADS)
     images: int | None = option(None, "number of training images to use (default: all)", low=1)
     out: Path = option(MISSING, "run folder to write", metavar="FOLDER", required=True)
     resume: bool = option(False, "continue the run in --out after its last finished epoch")
@@ -64,6 +70,7 @@ class TrainOptions:
         check(self)
         if self.preprocess is not None and self.from_ is None:
             raise BadInput("--preprocess is for a model of float input; name the model with --from")
+        parse_size(self.image_size)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -102,6 +109,8 @@ def run(args: argparse.Namespace) -> None:
         images=options.images,
         source=options.from_,
         preprocess=options.preprocess,
+        colors=options.colors,
+        head=options.head,
     )
     strategy = distribute.choose(options.distribute, recipe.batch_size)
     try:

@@ -10,18 +10,18 @@ from numpy.typing import NDArray
 
 from resnet import BadInput
 from resnet.archives import read_arrays
-from training.data import Dataset, Split
+from training.data import Dataset, ImageForm, Split
 from training.datasets import cifar10
-from training.images import Resize
+from training.images import CHANNELS
 
 MAX_CLASSES = 2**16  # without names
 
 
-def load(source: str, size: tuple[int, int] | None = None, resize: Resize = "bilinear") -> Dataset:  # noqa: ARG001
+def load(source: str, form: ImageForm) -> Dataset:  # noqa: ARG001
     """Load the arrays `x_train`, `y_train`, `x_test` and `y_test`, and the class names in `classes` if it is there.
 
-    Images are RGB or grey. Without `classes` the names are the numbers; a file called cifar10.npz has the classes of
-    CIFAR-10.
+    Images are grey, RGB or RGBA, and keep their channels. Without `classes` the names are the numbers; a file called
+    cifar10.npz has the classes of CIFAR-10.
 
     Raises:
         BadInput: The file cannot be read, lacks an array, or an array has another dtype, shape or range.
@@ -39,20 +39,19 @@ def load(source: str, size: tuple[int, int] | None = None, resize: Resize = "bil
         images, labels = arrays[f"x_{name}"], arrays[f"y_{name}"].ravel()
         if images.ndim == 3:  # as of MNIST
             images = images[..., np.newaxis]
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in CHANNELS.values():
             raise BadInput(
-                f"{path}: x_{name} must be uint8 [n, height, width, 3], or grey without the last axis or with 1 there, "
-                f"not {images.dtype} {list(arrays[f'x_{name}'].shape)}"
+                f"{path}: x_{name} must be uint8 [n, height, width, channels] with 1, 3 or 4 channels, or [n, height, "
+                f"width] of grey, not {images.dtype} {list(arrays[f'x_{name}'].shape)}"
             )
         if 0 in images.shape[1:3]:
             raise BadInput(f"{path}: the images of x_{name} have no pixels")
-        images = np.broadcast_to(images, (*images.shape[:3], 3))  # grey becomes RGB without a copy
         if len(labels) != len(images) or not np.issubdtype(labels.dtype, np.integer) or not len(labels):
             raise BadInput(f"{path}: y_{name} must be {len(images) or 'some'} integers, one for each of x_{name}")
         splits.append((images, labels))
     (train_images, train_labels), (test_images, test_labels) = splits
     if train_images.shape[1:] != test_images.shape[1:]:
-        raise BadInput(f"{path}: the images of x_train and x_test differ in size")
+        raise BadInput(f"{path}: the images of x_train and x_test differ in size or colours")
     first = min(int(train_labels.min()), int(test_labels.min()))
     last = max(int(train_labels.max()), int(test_labels.max()))
     classes = _name_classes(path, arrays.get("classes"), last)

@@ -9,15 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from resnet import BadInput
-from training.data import Dataset, Split
-from training.images import Resize
+from training.data import Dataset, ImageForm, Split
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 TRAINING_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 TEST_BATCH = "test_batch"
 
 
-def load(source: str, size: tuple[int, int] | None = None, resize: Resize = "bilinear") -> Dataset:  # noqa: ARG001
+def load(source: str, form: ImageForm) -> Dataset:  # noqa: ARG001
     """Load CIFAR-10 from a folder of its original batches, or with the name `cifar10` through Keras.
 
     Raises:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from training.data import Dataset, Split
-from training.images import Resize
+from training.data import Dataset, ImageForm, Split
 
 
-def load(source: str, size: tuple[int, int] | None = None, resize: Resize = "bilinear") -> Dataset:  # noqa: ARG001
+def load(source: str, form: ImageForm) -> Dataset:  # noqa: ARG001
     """Load the 1,797 digits, enlarged from 8x8 grey to 32x32 RGB pixels; every fifth image is a test image."""
     from sklearn.datasets import load_digits
 

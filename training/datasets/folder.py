@@ -1,4 +1,4 @@
-"""A folder of JPEG and PNG files: `train/CLASS/*` and `test/CLASS/*`, also in folders of a class."""
+"""A folder of JPEG and PNG files in a folder for each class: below `train` and `test`, or all together."""
 
 from __future__ import annotations
 
@@ -6,35 +6,56 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from resnet import BadInput
-from training.data import Dataset, FileImages, Split
-from training.images import Resize
+from training import splits
+from training.data import Dataset, ImageForm
 
 
-def load(source: str, size: tuple[int, int] | None = None, resize: Resize = "bilinear") -> Dataset:
-    """Load a folder of images; the folders in `train` are the classes, in alphabetical order.
+def load(source: str, form: ImageForm) -> Dataset:
+    """Load a folder of images; its folders, or those in its `train`, are the classes, in alphabetical order.
+
+    A class has the files in its folder and in the folders in that. Without `test`, `training.splits` chooses test
+    images from each class. A folder that holds a single folder of folders stands for it, as archives often unpack.
 
     Raises:
         BadInput: There are fewer than two classes, a class has no images, or an image cannot be read or has a size of
             its own.
     """
-    folder = Path(source)
-    classes = tuple(path.name for path in _list_visible(folder / "train") if path.is_dir())
+    folder = _unwrap(Path(source))
+    train, test = folder / "train", folder / "test"
+    if not train.is_dir() and test.is_dir():
+        raise BadInput(f"{folder} has a folder test but none named train; name the training images train")
+    root = train if train.is_dir() else folder
+    unused = {path.name for path in _list_folders(folder)} - {"train", "test"}
+    if root == train and unused:
+        print(f"{folder} has train; not used are its folders {', '.join(sorted(unused))}")
+    classes = [path.name for path in _list_folders(root)]
     if len(classes) < 2:
-        raise BadInput(
-            f"{folder / 'train'} needs a folder of images for each of two or more classes; it has {len(classes)}"
-        )
-    unknown = {path.name for path in _list_visible(folder / "test") if path.is_dir()} - set(classes)
-    if unknown:
-        raise BadInput(f"{folder / 'test'} has the class {min(unknown)!r}, which {folder / 'train'} does not have")
-    train, test = (_read_split(folder / split, classes, size, resize) for split in ("train", "test"))
-    if train.images.shape[1:] != test.images.shape[1:]:
-        raise BadInput(f"the images of {folder / 'train'} and {folder / 'test'} differ in size; pass --image-size N")
-    return Dataset(folder.resolve().name, classes, train, test)
+        raise BadInput(f"{root} needs a folder of images for each of two or more classes; it has {len(classes)}")
+    paths, labels = _find_images(root, classes)
+    if test.is_dir():
+        unknown = {path.name for path in _list_folders(test)} - set(classes)
+        if unknown:
+            raise BadInput(f"{test} has the class {min(unknown)!r}, which {train} does not have")
+        test_paths, test_labels = _find_images(test, classes)
+        is_test = np.repeat([False, True], [len(paths), len(test_paths)])
+        paths, labels = paths + test_paths, np.concatenate([labels, test_labels])
+    else:
+        is_test = splits.choose_test(str(root), labels)
+    return Dataset.of_files(Path(source).resolve().name, classes, paths, labels, is_test, form)
 
 
-def _read_split(folder: Path, classes: Sequence[str], size: tuple[int, int] | None, resize: Resize) -> Split:
+def _unwrap(folder: Path) -> Path:
+    """Return the folder with the classes, or with `train`."""
+    while len(inner := _list_folders(folder)) == 1 and inner[0].name != "train" and _list_folders(inner[0]):
+        folder = inner[0]
+    return folder
+
+
+def _find_images(folder: Path, classes: Sequence[str]) -> tuple[list[Path], NDArray[np.int32]]:
+    """Return the files of all classes, and their labels."""
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -43,7 +64,7 @@ def _read_split(folder: Path, classes: Sequence[str], size: tuple[int, int] | No
             raise BadInput(f"{folder / name} holds no images")
         paths += files
         labels += [label] * len(files)
-    return Split(FileImages(paths, size, resize), np.array(labels, np.int32))
+    return paths, np.array(labels, np.int32)
 
 
 def _find_files(folder: Path) -> Iterator[Path]:
@@ -53,6 +74,10 @@ def _find_files(folder: Path) -> Iterator[Path]:
             yield from _find_files(path)
         else:
             yield path
+
+
+def _list_folders(folder: Path) -> list[Path]:
+    return [path for path in _list_visible(folder) if path.is_dir()]
 
 
 def _list_visible(folder: Path) -> list[Path]:

@@ -64,7 +64,7 @@ class Buffers:
     require.
 
     Attributes:
-        images: Address of the images on the GPU, uint8 [size, height, width, 3].
+        images: Address of the images on the GPU, uint8 [size, height, width, channels].
         probabilities: Address of the probabilities on the GPU, float32 [size, classes].
     """
 
@@ -74,7 +74,7 @@ class Buffers:
         Args:
             device: Index of the GPU.
             size: Largest number of images.
-            image_shape: (height, width, 3).
+            image_shape: (height, width, channels).
             classes: Outputs for each image.
 
         Raises:

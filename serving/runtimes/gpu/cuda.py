@@ -185,7 +185,7 @@ class CudaEngine:
         self.curve = CostCurve(self._executor.submit(self._measure).result())
 
     def run(self, images: Images) -> Probabilities:
-        """Map uint8 [n, height, width, 3] to float32 [n, classes]; n may exceed the largest bucket."""
+        """Map uint8 [n, height, width, channels] to float32 [n, classes]; n may exceed the largest bucket."""
         if threading.get_ident() != self.thread:
             return self._executor.submit(self.run, images).result()
         probabilities = np.empty((len(images), self._manifest.output.shape[1]), np.float32)

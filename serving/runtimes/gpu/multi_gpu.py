@@ -53,7 +53,7 @@ class MultiGpuEngine:
         self._failed: set[SingleThreadEngine] = set()
 
     def run(self, images: Images) -> Probabilities:
-        """Map uint8 [n, height, width, 3] to float32 [n, classes]; on the thread of an engine, with that engine."""
+        """Map uint8 [n, height, width, channels] to float32 [n, classes], on an engine's thread with that engine."""
         engine = self._by_thread.get(threading.get_ident())
         if engine is None:
             future: Future[Probabilities] = Future()

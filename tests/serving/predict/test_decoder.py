@@ -18,6 +18,7 @@ from resnet import BadInput
 from serving.predict.decoder import IMAGES_EACH, DecodedImages, DecoderPool, FileContents, FileDecoder
 from tests.serving.predict.data import FILES, PIXELS
 from tests.versions import SIDE
+from training.images import decode
 
 DECODER = FileDecoder((SIDE, SIDE, 3), "bilinear")
 ENDED = "a process that decodes images ended with SIGKILL; if memory was short, free some, and run the same command"
@@ -79,6 +80,15 @@ def test_large_images_are_handed_over_in_small_numbers() -> None:
     """So that memory does not depend on their size."""
     for side, expected in ((32, 64), (224, 13), (4096, 1)):
         assert DecoderPool(FileDecoder((side, side, 3), "bilinear"), 0, 1).images_at_once == expected
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_get_the_channels_of_the_model(channels: int) -> None:
+    """As the server decodes them."""
+    (file, *_), shape = FILES.values(), (SIDE, SIDE, channels)
+    ((pixels,), errors) = FileDecoder(shape, "bilinear").decode([file])
+    np.testing.assert_array_equal(pixels, decode(file, channels=channels))
+    assert not errors
 
 
 @pytest.mark.slow

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,11 +25,12 @@ from export.certificate import Certificate
 from export.manifest import Cost, Manifest, Preprocessing, TensorSpec
 from serving.client import Client
 from serving.config import Batching, Limits
+from serving.errors import InvalidRequest
 from serving.models import loader, registry
 from serving.runtimes.base import Images, Probabilities
 from serving.server import Server
 from training import data
-from training.images import Resize
+from training.images import Resize, decode
 
 SHAPE = (2, 2, 3)
 CLASSES = 12
@@ -44,16 +47,17 @@ class EchoEngine:
         return np.float32(images.reshape(len(images), -1) / 255)
 
 
-def make_manifest(resize: Resize = "bilinear") -> Manifest:
+def make_manifest(resize: Resize = "bilinear", shape: tuple[int, ...] = SHAPE) -> Manifest:
     """Return the manifest of a model whose classes are the values of an image."""
+    classes = math.prod(shape)
     return Manifest(
         format=2,
         model="echo",
         version=1,
         created="",
-        input=TensorSpec("image", "uint8", [-1, *SHAPE]),
-        output=TensorSpec("probabilities", "float32", [-1, CLASSES]),
-        labels=[str(index) for index in range(CLASSES)],
+        input=TensorSpec("image", "uint8", [-1, *shape]),
+        output=TensorSpec("probabilities", "float32", [-1, classes]),
+        labels=[str(index) for index in range(classes)],
         preprocessing=Preprocessing(resize=resize),
         opset=17,
         cost=Cost(0, 0, 0, 0, 0),
@@ -80,10 +84,10 @@ def serve() -> Iterator[Callable[[Manifest], str]]:
         server.stop(0)
 
 
-def ask_native(address: str, files: list[bytes]) -> NDArray[np.float32]:
+def ask_native(address: str, files: list[bytes], classes: int = CLASSES) -> NDArray[np.float32]:
     """Return the outputs by our own protocol."""
     with Client(address) as client:
-        answer = client.classify(files, top_k=CLASSES)
+        answer = client.classify(files, top_k=classes)
     ordered = [sorted(classes, key=lambda item: item.index) for classes in answer.images]
     return np.float32([[item.probability for item in classes] for classes in ordered])
 
@@ -166,6 +170,29 @@ def test_training_export_and_every_protocol_see_the_same_pixels(
     address = serve(make_manifest())
     for ask in (ask_native, ask_kserve, ask_tfserving):
         np.testing.assert_array_equal(np.rint(ask(address, FILES).reshape(-1, *SHAPE) * 255), DECODED, ask.__name__)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 1), (1, 2, 4)], ids=["grey", "rgba"])
+def test_every_protocol_takes_the_channels_of_the_manifest(
+    serve: Callable[[Manifest], str], shape: tuple[int, ...]
+) -> None:
+    """Files, whatever colours they have, and tensors."""
+    address, size = serve(make_manifest(shape=shape)), math.prod(shape)
+    expected = [decode(file, shape[:2], channels=shape[2]) for file in FILES]
+    for ask in (partial(ask_native, classes=size), ask_kserve, ask_tfserving):
+        np.testing.assert_array_equal(np.rint(ask(address, FILES).reshape(-1, *shape) * 255), expected)
+    pixels = np.stack(expected)
+    with Client(address) as client:
+        answer = client.classify(pixels, top_k=size)
+    probabilities = [[item.probability for item in classes] for classes in answer.images]
+    np.testing.assert_allclose(np.sort(probabilities), np.sort(pixels.reshape(-1, size) / np.float32(255)))
+    for ask in ask_with_floats(address, np.float32(pixels)):
+        np.testing.assert_array_equal(np.rint(ask() * 255), pixels.ravel())
+    with (
+        Client(address) as client,
+        pytest.raises(InvalidRequest, match=rf"takes \[images, {shape[0]}, 2, {shape[2]}\]"),
+    ):
+        client.classify(np.zeros((1, *shape[:2], 3), np.uint8))
 
 
 @pytest.mark.parametrize(("resize", "expected"), [("bilinear", [43, 163]), ("nearest", [60, 240])])

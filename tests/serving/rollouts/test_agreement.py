@@ -93,6 +93,14 @@ def test_images_are_kept_where_that_was_asked_for(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "kept"]
 
 
+def test_grey_images_are_kept_as_such(tmp_path: Path) -> None:
+    """Pillow takes no last axis of 1."""
+    folder, pixels = ImageFolder(tmp_path), np.arange(6, dtype=np.uint8).reshape(2, 3, 1)
+    folder.keep("a", 0, pixels)
+    with Image.open(folder.find("a", 0)) as image:
+        assert np.asarray(image).tolist() == pixels[..., 0].tolist()
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     """At once; one that vanishes later costs a warning only."""
     (tmp_path / "file").touch()

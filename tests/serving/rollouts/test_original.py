@@ -36,8 +36,8 @@ CHILD = """
 import os, struct, sys, time
 import numpy as np
 def read():
-    shape = struct.unpack("<3I", sys.stdin.buffer.read(12))
-    return np.frombuffer(sys.stdin.buffer.read(np.prod(shape) * 3), np.uint8).reshape(*shape, 3)
+    shape = struct.unpack("<4I", sys.stdin.buffer.read(16))
+    return np.frombuffer(sys.stdin.buffer.read(np.prod(shape)), np.uint8).reshape(shape)
 def write(answers):
     sys.stdout.buffer.write(struct.pack("<2I", *answers.shape) + answers.astype("<f4").tobytes())
     sys.stdout.buffer.flush()
