@@ -84,12 +84,19 @@ def preactivated(x: Any) -> Any:
     return layers.Add(name="add")([x, layers.BatchNormalization(name="norm2")(x)])
 
 
+def shared(x: Any) -> Any:
+    """Append one layer twice."""
+    twice = layers.Conv2D(3, 3, padding="same", name="conv")
+    return twice(layers.ReLU(name="relu")(twice(x)))
+
+
 @pytest.mark.parametrize(
     ("build", "rounded", "folded"),
     [
         (residual, {"rescale", "relu1", "norm", "relu2", "pool"}, {"conv1": False, "conv2": True}),
         (separable, {"rescale", "relu6", "cut", "pool"}, {"expand": False, "depthwise": True}),
         (swish, {"rescale", "conv1", "gate", "conv2", "pool"}, {"conv1": False, "conv2": False}),
+        (shared, {"rescale", "conv", "relu", "pool"}, {"conv": False}),
         (preactivated, {"relu1", "conv", "norm2", "add", "pool"}, {"conv": False}),
     ],
 )
