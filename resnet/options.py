@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
@@ -204,6 +206,26 @@ def read(args: argparse.Namespace, declared: type[OptionsT]) -> OptionsT:
     return declared(**found)
 
 
+def sort_keywords(keywords: Mapping[str, object], *declared: type) -> list[dict[str, Any]]:
+    """Return the keywords of a function by the dataclass whose options they are, as the fields take them.
+
+    Raises:
+        BadInput: A keyword is no option of any, or its value is not of the option's type.
+    """
+    fields = {field.name: field for each in declared for field in options(each)}
+    for name in keywords:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, 1)
+            raise BadInput(f"there is no option {name!r}" + (f"; do you mean {near[0]!r}?" if near else ""))
+    found = {name: kind for each in declared for name, kind in kinds(each).items()}
+    values = {
+        name: convert(os.fspath(value) if isinstance(value, os.PathLike) else value, found[name], flag(fields[name]))
+        for name, value in keywords.items()
+        if value is not None
+    }
+    return [{field.name: values[field.name] for field in options(each) if field.name in values} for each in declared]
+
+
 def convert(value: object, kind: Kind, name: str) -> Any:
     """Return a value as its field takes it; flags and environment variables give text, TOML files typed values.
 
@@ -216,7 +238,7 @@ def convert(value: object, kind: Kind, name: str) -> Any:
         BadInput: It is of another type.
     """
     if kind.several:
-        items = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+        items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
         return tuple(convert(item, kind._replace(several=False), name) for item in items)
     if isinstance(value, str):
         if value or kind.choices:  # `check` names the choices

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import json
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -129,3 +132,31 @@ def test_the_public_face_names_what_there_is() -> None:
     assert resnet.Client is Client
     with pytest.raises(AttributeError, match="no attribute 'Servant'"):
         _ = resnet.Servant
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epoch": 3}, "there is no option 'epoch'; do you mean 'epochs'?"),
+        ({"epochs": "many"}, "--epochs must be a whole number, not 'many'"),
+        ({"epochs": 0}, "--epochs must be from 1 to 1000000, not 0"),
+        ({"model": "resnet19"}, "--model 'resnet19' is unknown"),
+        ({"data": "nothing"}, "--data 'nothing' is unknown"),
+    ],
+)
+def test_bad_options_of_a_function_are_one_sentence(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """That of the command, which says what to do."""
+    with pytest.raises(resnet.BadInput, match=re.escape(message)):
+        resnet.train(out=tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_stages_are_functions_too(tiny: str, tmp_path: Path) -> None:
+    """Their keywords are the options of the commands: text, numbers and lists, and paths of either kind."""
+    run = resnet.train(out=tmp_path / "run", model=tiny, epochs=1, images=64, recipe="notebook")
+    settings = json.loads((run.folder / "settings.json").read_text())
+    assert (settings["data"], settings["model"], settings["images"], settings["epochs"]) == ("digits", tiny, 64, 1)
+    assert run.read_metrics()["images"]["test"] == 360
+    version = resnet.export(run.folder, to=str(tmp_path / "models" / "digits"), precision=["fp32"])
+    assert version == tmp_path / "models" / "digits" / "1"
+    assert (Path(version) / "model.onnx").exists()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
+
+from resnet.cli import set_variables
 
 
 def start_tensorflow(fuse: bool = False, required: bool = False) -> None:
@@ -17,11 +20,14 @@ def start_tensorflow(fuse: bool = False, required: bool = False) -> None:
             ten operations, each of which reads and writes memory: fused, a step of ResNet-20 takes a third less time.
         required: Let Keras use TensorFlow, whatever KERAS_BACKEND says.
     """
+    set_variables()
     if required:
         os.environ["KERAS_BACKEND"] = "tensorflow"
     if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
         return
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+    # It warns of each further network that is traced in one process.
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
     if fuse:  # convolutions, at which XLA is slow, stay with oneDNN
         flags = "--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit --tf_xla_ops_to_cluster=FUSIBLE"
         os.environ.setdefault("TF_XLA_FLAGS", flags)

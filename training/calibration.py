@@ -33,16 +33,18 @@ class Reliability(NamedTuple):
     @property
     def error(self) -> float:
         """The expected calibration error, 0 to 1: the distance of confidence and accuracy, over all answers."""
-        return float(np.abs(self.confidence - self.right).sum() / self.counts.sum())
+        return float(np.abs(self.confidence - self.right).sum() / max(1, self.counts.sum()))
 
 
 def measure_reliability(probabilities: NDArray[np.float32], labels: NDArray[np.int32]) -> Reliability:
-    """Count the answers by confidence.
+    """Count the answers by confidence, without those that are no numbers.
 
     Args:
-        probabilities: float32 [n, classes], finite.
+        probabilities: float32 [n, classes].
         labels: The right classes, int32 [n].
     """
+    finite = np.isfinite(probabilities).all(axis=1)
+    probabilities, labels = probabilities[finite], labels[finite]
     confidence, right = probabilities.max(axis=1).astype(np.float64), probabilities.argmax(axis=1) == labels
     bins = np.clip(np.ceil(confidence * BINS) - 1, 0, BINS - 1).astype(int)
     counts, sums, hits = (np.bincount(bins, weights, BINS) for weights in (None, confidence, right))
@@ -57,7 +59,7 @@ def measure_error(probabilities: NDArray[np.float32], labels: NDArray[np.int32])
 
 
 def fit_temperature(probabilities: NDArray[np.float32], labels: NDArray[np.int32]) -> float:
-    """Return the temperature that makes the right classes most probable, from 1 / `MOST` to `MOST`.
+    """Return the temperature that makes the right classes most probable, from 1 / `MOST` to `MOST`; 1 for no numbers.
 
     A network that errs on none of a few images would become as good as certain of everything. So the target is not 1,
     but (n + 1) / (n + 2) for n images, as in Platt, Probabilistic Outputs for Support Vector Machines (1999).
@@ -69,6 +71,8 @@ def fit_temperature(probabilities: NDArray[np.float32], labels: NDArray[np.int32
     from scipy.optimize import minimize_scalar
 
     count, classes = probabilities.shape
+    if not np.all(np.isfinite(probabilities)):
+        return 1.0
     targets = np.full((count, classes), 1 / (count + 2) / (classes - 1))
     targets[np.arange(count), labels] = (count + 1) / (count + 2)
 

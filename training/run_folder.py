@@ -152,6 +152,11 @@ class RunFolder:
 
         self.replace(self.folder / name, write)
 
+    def read_metrics(self) -> dict[str, Any]:
+        """Return the content of metrics.json, which a finished training has."""
+        metrics: dict[str, Any] = json.loads((self.folder / "metrics.json").read_text())
+        return metrics
+
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Write metrics.json."""
         self._write_json("metrics.json", metrics)

@@ -54,6 +54,17 @@ def test_extreme_answers_have_a_temperature_within_bounds() -> None:
         assert np.isfinite(soften(probabilities, temperature)).all()
 
 
+def test_a_network_that_gives_no_numbers_is_left_as_it_is() -> None:
+    """Its error is no number; the other answers are counted."""
+    probabilities, labels = make_answers(100, 3)
+    probabilities[7] = np.nan
+    assert fit_temperature(probabilities, labels) == 1
+    assert math.isnan(measure_error(probabilities, labels))
+    assert measure_reliability(probabilities, labels).counts.sum() == 99
+    nothing = measure_reliability(np.full((3, 2), np.nan, np.float32), np.zeros(3, np.int32))
+    assert nothing.error == nothing.counts.sum() == 0
+
+
 def test_all_answers_are_in_a_bin() -> None:
     """Their counts, sums of confidence and right ones add up."""
     probabilities, labels = make_answers(1000, 1)
