@@ -159,7 +159,6 @@ RECIPES = {
             flip=True,
             crop=0.125,
             validation=0.04,
-            frozen_statistics=True,
             quantize="int8",
             calibrate=True,
         ),

@@ -352,7 +352,10 @@ def test_a_run_folder_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
         (["--distribute", "magic"], "--distribute must be one of mirrored, multiworker, not 'magic'"),
         (["--distribute", "multiworker"], "needs TF_CONFIG"),
         (["--images", "0"], "--images must be at least 1"),
-        (["--recipe", "magic"], "--recipe must be one of notebook, paper, quick, modern, finetune, not 'magic'"),
+        (
+            ["--recipe", "magic"],
+            "--recipe must be one of notebook, paper, quick, modern, finetune, quantize, not 'magic'",
+        ),
         (["--validation", "0"], "--validation must be from 0.001 to 0.9"),
         (["--epochs", "0"], "--epochs must be from 1 to 1000000"),
         (["--seed", "-1"], "--seed must be from 0 to 4294967295"),
