@@ -8,7 +8,7 @@ import keras
 
 from resnet import BadInput
 from training import preprocessing
-from training.model import classify
+from training.model import MOMENTUM, classify
 
 
 class Application(NamedTuple):
@@ -78,4 +78,7 @@ def build(name: str, image_shape: tuple[int, int, int], outputs: int, weights: s
         raise BadInput(
             f"--model {name} cannot be built for {image_shape[1]}x{image_shape[0]} pixels: {error}"
         ) from None
+    for layer in network.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.momentum = MOMENTUM
     return keras.Model(image, classify(network.outputs[0], outputs), name=name)

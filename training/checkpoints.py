@@ -6,6 +6,7 @@ import math
 import time
 
 import keras
+import numpy as np
 
 from resnet import CheckFailed
 from training.batches import TrainingBatches
@@ -64,7 +65,7 @@ class Checkpoints(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has 
             self._run_folder.replace(self._run_folder.best, self._final_model.save)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:  # noqa: D102
-        rate = {"learning_rate": float(self.model.optimizer.learning_rate)}
+        rate = {"learning_rate": float(np.asarray(self.model.optimizer.learning_rate))}
         seconds = {"seconds": time.perf_counter() - self._started, "data_seconds": self._batches.seconds}
         self.rows.append({"epoch": epoch + 1} | logs | rate | seconds)
         self._run_folder.write_history(self.rows)

@@ -10,6 +10,9 @@ from keras import layers
 Shortcut = Literal["projection", "padding", "none"]
 
 HEAD = "probabilities"  # the name of the last layer
+# Of the running statistics of batch normalisation (Goyal et al. 2017, section 5.1). With those of Keras, 0.99 and more,
+# they lag behind until the end of a training on a small data set.
+MOMENTUM = 0.9
 
 
 class Architecture(NamedTuple):
@@ -179,11 +182,7 @@ def _match_shape(x: keras.KerasTensor, filters: int, stride: int, shortcut: Shor
 def _convolve(
     x: keras.KerasTensor, filters: int, size: int, stride: int, name: str, zero_scale: bool = False
 ) -> keras.KerasTensor:
-    """Append a convolution and batch normalisation, whose shift makes a bias of the convolution redundant.
-
-    The momentum of the running statistics is 0.9 (Goyal et al. 2017, section 5.1). With 0.99, the default of Keras,
-    they lag behind until the end of a training on a small data set.
-    """
+    """Append a convolution and batch normalisation, whose shift makes a bias of the convolution redundant."""
     x = layers.Conv2D(
         filters,
         size,
@@ -194,4 +193,4 @@ def _convolve(
         name=f"{name}_conv",
     )(x)
     scale = "zeros" if zero_scale else "ones"
-    return layers.BatchNormalization(momentum=0.9, gamma_initializer=scale, name=f"{name}_norm")(x)
+    return layers.BatchNormalization(momentum=MOMENTUM, gamma_initializer=scale, name=f"{name}_norm")(x)

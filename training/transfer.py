@@ -21,15 +21,13 @@ import numpy as np
 from resnet import BadInput
 from training import applications, model_file, networks, preprocessing, quantization
 from training.applications import APPLICATIONS
-from training.model import HEAD, classify
+from training.model import HEAD, MOMENTUM, classify
 from training.recipes import ALL_BUT_HEAD, Recipe
 from training.run_folder import RunFolder
 
 IMAGENET = "imagenet"
 IMAGENET_SHAPE = (224, 224, 3)
 NO_CLASSES = 1  # a head that no data set fits, so that it is replaced
-# Of the statistics of batch normalisation, as in the family: with those of Keras, up to 0.999, they lag behind.
-MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
