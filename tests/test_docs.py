@@ -33,7 +33,7 @@ from tests.serving.models.test_watcher import add
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = {
-    "train": ["--model=tiny", "--epochs=1", "--images=200"],
+    "train": ["--model=tiny", "--epochs=1", "--images=200", "--no-fuse"],
     "degradation": ["--epochs=1", "--images=200"],
     "bench": ["--seconds=0.1", "--rounds=1"],
     "load": ["--seconds=0.2", "--rounds=1", "--warm-up=0.1"],

@@ -173,12 +173,8 @@ def test_a_range_holds_zero_and_that_of_a_relu_begins_there() -> None:
     np.testing.assert_allclose(below(np.array([-2.0, 0.0], np.float32)), [-2, 0], atol=1e-6)
 
 
-def test_a_run_folder_has_the_model_in_float_and_as_it_was_trained(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_folder_has_the_model_in_float_and_as_it_was_trained(run: Path, tmp_path: Path) -> None:
     """The same weights are in both, those of the best epoch; they stay when there is nothing to do on resuming."""
-    for name in ("plot_confusion", "plot_mistakes"):
-        monkeypatch.setattr(f"training.train.{name}", lambda *_: None)
     recipe = dataclasses.replace(RECIPES["quantize"], epochs=1, patience=1, fuse=False)
     settings = TrainingSettings(data="digits", model="", recipe=recipe, images=256, source=str(run))
     folder = RunFolder(tmp_path / "run")
