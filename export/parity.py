@@ -266,11 +266,12 @@ def _fill(start: int, size: int, count: int) -> slice | NDArray[np.intp]:
 def _track(starts: range, title: str) -> Iterator[Iterable[int]]:
     """Show progress where `rich` is installed; the display ends even if a model fails."""
     try:
+        from rich import get_console
         from rich.progress import Progress
     except ImportError:
         yield starts
         return
-    with Progress() as progress:
+    with Progress(disable=get_console().is_jupyter) as progress:  # there it would need a package of its own
         yield progress.track(starts, description=f"  {title:<28}")
 
 

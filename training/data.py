@@ -79,6 +79,7 @@ class FileImages:
 
     def decode(self) -> Pixels | FileImages:
         """Return all images as an array if they fit into memory, else as they are."""
+        from rich import get_console
         from rich.progress import Progress
 
         folder, total = os.path.commonpath([path.absolute() for path in self._paths]), math.prod(self.shape)
@@ -87,7 +88,8 @@ class FileImages:
             return self
         pixels = np.empty(self.shape, np.uint8)
         starts = range(0, len(self), CHUNK)
-        with Progress() as progress:  # which ends its display even at an unreadable image
+        # It ends its display even at an unreadable image. In a notebook it would need a package of its own.
+        with Progress(disable=get_console().is_jupyter) as progress:
             for start in progress.track(starts, description=f"reading {folder}"):
                 end = min(start + CHUNK, len(self))
                 pixels[start:end] = self[np.arange(start, end)]

@@ -212,8 +212,9 @@ def _build(settings: TrainingSettings, dataset: Dataset, pretrained: Pretrained 
         shape, outputs = dataset.image_shape, count_outputs(settings.head, len(dataset.classes))
         if pretrained is not None:
             network = transfer.build(pretrained, shape, dataset.classes, outputs, settings.recipe)
-            images = choose_calibration(dataset.train)
-            return quantization.quantize(network, images) if settings.recipe.quantize else network
+            if settings.recipe.quantize:
+                network = quantization.quantize(network, choose_calibration(dataset.train))
+            return network
         return networks.build(settings.model, shape, outputs, settings.recipe.zero_scale)
     finally:
         keras.config.set_dtype_policy(policy)

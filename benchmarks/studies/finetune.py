@@ -120,7 +120,7 @@ def train(folder: Path, *options: str) -> dict[str, Any]:
     """Run `resnet train` in a process of its own, and return its metrics."""
     command = ["train", *options, f"--out={folder}"]
     print(f"resnet {' '.join(command)}", flush=True)
-    subprocess.run([sys.executable, "-m", "resnet", *command], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "resnet", *command], check=True)
     return dict(json.loads((folder / "metrics.json").read_text()))
 
 
