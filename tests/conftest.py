@@ -13,6 +13,7 @@ import io
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,15 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "digits"
     train(TrainingSettings(data="digits", model=tiny, recipe=recipe), folder)
     return folder
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the pictures of a run, which take longer than a training here."""
+    if "training.train" in sys.modules:
+        for name in ("plot_confusion", "plot_mistakes", "plot_reliability"):
+            monkeypatch.setattr(f"training.train.{name}", lambda *_: None)
+        monkeypatch.setattr("training.checkpoints.plot_curves", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -222,6 +222,7 @@ def list_commands(page: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.stem)
 def test_every_command_runs(page: Path, reader: Reader) -> None:
     """In the order of the page."""
@@ -237,6 +238,7 @@ def test_every_command_runs(page: Path, reader: Reader) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_every_command_of_the_readme_runs(reader: Reader) -> None:
     """Those that another page has word for word run there."""
     others = {command for page in PAGES[1:] for command in list_commands(page)}

@@ -63,7 +63,13 @@ def ask_kserve(address: str, pixels: NDArray[np.uint8], datatype: str) -> NDArra
             ["no", "yes"],
             id="grey, rectangular, one output, from a table",
         ),
-        pytest.param(write_transparent_folder, [], (6, 7, 4), ["a", "b", "c"], id="RGBA, from a folder"),
+        pytest.param(
+            write_transparent_folder,
+            ["--recipe=hour", "--no-fuse"],
+            (6, 7, 4),
+            ["a", "b", "c"],
+            id="RGBA, from a folder, looked at twice",
+        ),
     ],
 )
 def test_images_and_heads_of_every_kind_are_trained_exported_served_and_classified(

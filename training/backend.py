@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from pathlib import Path
 
 from resnet.cli import set_variables
+
+CPU_INFO = Path("/proc/cpuinfo")
 
 
 def start_tensorflow(fuse: bool = False, required: bool = False) -> None:
@@ -43,3 +46,21 @@ def start_tensorflow(fuse: bool = False, required: bool = False) -> None:
         os.dup2(stderr, 2)
         os.close(stderr)
         os.close(devnull)
+
+
+def choose_precision() -> str:
+    """Return the dtype policy that trains fastest here: `mixed_bfloat16` on a CPU that computes in it, else `float32`.
+
+    That is half again as many images a second on Zen 4 (AVX512-BF16), and more with AMX; other CPUs convert each
+    number. It holds for TensorFlow's convolutions. A GPU keeps `float32`, whose products TensorFlow shortens where it
+    pays.
+    """
+    import keras
+
+    if keras.backend.backend() != "tensorflow" or keras.distribution.list_devices("gpu"):
+        return "float32"
+    try:
+        words = CPU_INFO.read_text().split()
+    except OSError:  # not Linux
+        return "float32"
+    return "mixed_bfloat16" if {"avx512_bf16", "amx_bf16"} & set(words) else "float32"

@@ -44,13 +44,13 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]  # Keras has no type
     def __getitem__(self, index: int) -> tuple[Pixels, NDArray[np.float32]]:
         started = time.perf_counter()
         rows = self._order[index * self._batch_size : (index + 1) * self._batch_size]
-        batch = self._prepare(self._split.images[rows], index), self._targets[self._split.labels[rows]]
+        batch = self._prepare(rows, index), self._targets[self._split.labels[rows]]
         with self._lock:
             self.seconds += (time.perf_counter() - started) / self.workers
         return batch
 
-    def _prepare(self, images: Pixels, index: int) -> Pixels:  # noqa: ARG002
-        return images
+    def _prepare(self, rows: NDArray[np.intp], index: int) -> Pixels:  # noqa: ARG002
+        return self._split.images[rows]
 
 
 class TrainingBatches(Batches):
@@ -65,6 +65,7 @@ class TrainingBatches(Batches):
     ) -> None:
         super().__init__(split, indices, outputs, recipe.batch_size, workers)
         self._indices, self._recipe, self.seed = indices, recipe, seed
+        self._mirrored_first = np.random.default_rng(seed).integers(2, size=len(split.labels)) == 1
         self.begin(0)
 
     def begin(self, epoch: int) -> None:
@@ -72,24 +73,28 @@ class TrainingBatches(Batches):
         self.seconds, self._epoch = 0.0, epoch
         self._order = np.random.default_rng((self.seed, epoch)).permutation(self._indices)
 
-    def _prepare(self, images: Pixels, index: int) -> Pixels:
+    def _prepare(self, rows: NDArray[np.intp], index: int) -> Pixels:
+        images = self._split.images[rows]
+        if self._recipe.flip:
+            # In turn and not by chance, which would show some images in the same way for epochs: Jordan (2024),
+            # https://arxiv.org/abs/2404.00498, section 3.6.
+            mirrored = self._mirrored_first[rows] ^ (self._epoch % 2 == 1)
+            images = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
         return augment(images, self._recipe, np.random.default_rng((self.seed, self._epoch, index)))
 
 
 def augment(images: Pixels, recipe: Recipe, rng: np.random.Generator) -> Pixels:
-    """Flip, shift and cut out a batch of images.
+    """Shift and cut out a batch of images.
 
     Args:
         images: uint8 [n, height, width, channels].
-        recipe: Its values `flip`, `crop` and `cutout` are used.
+        recipe: Its values `crop` and `cutout` are used.
         rng: Source of all random choices.
 
     Returns:
         uint8 [n, height, width, channels].
     """
     count, height, width, _ = images.shape
-    if recipe.flip:
-        images = np.where(rng.integers(2, size=(count, 1, 1, 1)) == 1, images[:, :, ::-1], images)
     if recipe.crop:
         above, left = round(recipe.crop * height), round(recipe.crop * width)
         padded = np.pad(images, ((0, 0), (above, above), (left, left), (0, 0)), mode="reflect")

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resnet import BadInput
-from training import calibration, data, distribute, evaluation, networks, quantization, transfer
+from training import calibration, data, distribute, evaluation, mirroring, networks, quantization, transfer
+from training.backend import choose_precision
 from training.batches import WORKERS, Batches, TrainingBatches
 from training.checkpoints import Checkpoints
 from training.data import Dataset, ImageForm, Split
@@ -31,6 +32,7 @@ from training.recipes import Recipe
 from training.run_folder import HistoryRow, RunFolder, choose_calibration
 from training.splits import split_validation
 from training.transfer import Pretrained
+from training.whitening import whiten
 
 UNEVEN = 1.5  # times the images of the smallest class in the largest one
 
@@ -143,6 +145,8 @@ def train(
         # Replaces the weights by their moving average, if the recipe has one.
         network.optimizer.finalize_variable_values(network.trainable_weights)
         final_model.set_weights(network.get_weights())
+    if recipe.mirror:
+        final_model = mirroring.mirror(final_model)
     temperature = _calibrate(final_model, dataset, validation) if recipe.calibrate else None
     if recipe.quantize:
         run_folder.replace(run_folder.quantized, final_model.save)
@@ -220,16 +224,26 @@ def _build(settings: TrainingSettings, dataset: Dataset, pretrained: Pretrained 
         keras.config.set_dtype_policy(policy)
 
 
+def _find_precision(recipe: Recipe) -> str:
+    if recipe.precision != "auto":
+        return recipe.precision
+    return "float32" if recipe.quantize else choose_precision()
+
+
 def _start_or_resume(
     settings: TrainingSettings, run_folder: RunFolder, dataset: Dataset, pretrained: Pretrained | None, steps: int
 ) -> tuple[keras.Model, list[HistoryRow]]:
     """Return a compiled model and its history: new, or from the checkpoint; an epoch has `steps` steps."""
-    network = _build(settings, dataset, pretrained, settings.recipe.precision)
+    precision = _find_precision(settings.recipe)
+    network = _build(settings, dataset, pretrained, precision)
     compile_for(network, settings.recipe, steps * settings.recipe.epochs)
     if pretrained is not None:
         transfer.slow_down(network, settings.recipe, steps)
     if not run_folder.checkpoint.exists():
-        print(f"{network.name}: {network.count_params():,} parameters, {len(network.layers)} layers")
+        if pretrained is None:
+            whiten(network, choose_calibration(dataset.train))
+        size = f"{network.count_params():,} parameters, {len(network.layers)} layers"
+        print(f"{network.name}: {size}" + (f", {precision}" if precision != "float32" else ""))
         return network, []
     # Load weights into a new network: a loaded optimizer would not exclude any variable from weight decay.
     network.optimizer.build(network.trainable_variables)
@@ -260,6 +274,7 @@ def _describe_run(
     """Return the settings, data and library versions that the weights come from."""
     backend = keras.backend.backend()
     names = {"data": dataset.name, "model": final_model.name, "source": pretrained.name if pretrained else None}
+    names["precision"] = _find_precision(settings.recipe)
     return {
         "settings": settings.as_dict() | names,
         "source": pretrained.describe(final_model) if pretrained else None,

@@ -19,7 +19,7 @@ import keras
 import numpy as np
 
 from resnet import BadInput
-from training import applications, model_file, networks, preprocessing, quantization
+from training import applications, mirroring, model_file, networks, preprocessing, quantization
 from training.applications import APPLICATIONS
 from training.model import HEAD, MOMENTUM, classify
 from training.recipes import ALL_BUT_HEAD, Recipe
@@ -91,7 +91,7 @@ def load(source: str, architecture: str, preprocess: str | None, resumed: RunFol
     file = model_file.find(path)
     if _holds_weights_only(file):
         return Pretrained(name, _hash(file), _load_weights(file, architecture))
-    network = model_file.load(file)
+    network = mirroring.restore(model_file.load(file))
     model_file.check_shapes(file, network, preprocess)
     if architecture:
         _check_layers(name, network, architecture)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 
 
@@ -14,9 +12,5 @@ def small_network(tiny: str) -> str:
 
 
 @pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the pictures, which take longer than a training here; test_plots.py draws them."""
-    if "training.train" in sys.modules:
-        for name in ("plot_confusion", "plot_mistakes", "plot_reliability"):
-            monkeypatch.setattr(f"training.train.{name}", lambda *_: None)
-        monkeypatch.setattr("training.checkpoints.plot_curves", lambda *_: None)
+def without_pictures(no_pictures: None) -> None:
+    """Leave out the pictures in every test; test_plots.py draws them."""

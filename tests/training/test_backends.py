@@ -20,6 +20,7 @@ import tensorflow as tf
 
 from resnet import BadInput, cli
 from tests.tiny import TRAIN
+from training import backend
 from training.distribute import choose
 
 ARGUMENTS = ["train", "--data=digits", "--model=tiny", "--epochs=3"]
@@ -115,6 +116,27 @@ def test_a_model_trained_on_jax_exports_like_any_other(tmp_path: Path) -> None:
     assert metrics(tmp_path / "run")["versions"].keys() >= {"jax"}
     assert metrics(tmp_path / "run")["accuracy"] > 0.3
     assert cli.main(["export", str(tmp_path / "run"), "--to", str(tmp_path / "models" / "digits")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision"),
+    [
+        ("fma avx512_bf16 avx512_vnni", "mixed_bfloat16"),
+        ("amx_tile amx_bf16", "mixed_bfloat16"),
+        ("fma avx2", "float32"),
+        (None, "float32"),
+    ],
+)
+def test_the_cpu_decides_on_the_precision(
+    flags: str | None, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Linux tells of it; elsewhere, with a GPU and on another backend it is float32."""
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(f"model name: One\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(backend, "CPU_INFO", tmp_path / "cpuinfo")
+    assert backend.choose_precision() == precision
+    monkeypatch.setattr(keras.distribution, "list_devices", lambda kind: [f"{kind}:0"])
+    assert backend.choose_precision() == "float32"
 
 
 def test_a_batch_is_divided_equally(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,14 +31,20 @@ def test_without_augmentation_nothing_changes(images: Pixels) -> None:
     np.testing.assert_array_equal(changed(images), images)
 
 
-def test_flip_mirrors_about_half_of_the_images(images: Pixels) -> None:
-    """From left to right; the others stay."""
-    mirrored = [
-        np.array_equal(after, before[:, ::-1]) for before, after in zip(images, changed(images, flip=True), strict=True)
-    ]
-    same = [np.array_equal(after, before) for before, after in zip(images, changed(images, flip=True), strict=True)]
-    assert np.logical_xor(mirrored, same).all()
-    assert 15 < sum(mirrored) < 35
+def test_flip_mirrors_each_image_in_every_other_epoch(images: Pixels) -> None:
+    """From left to right, half of them in the first; the others stay."""
+    split = Split(images, np.arange(50, dtype=np.int32))
+    batches = TrainingBatches(split, np.arange(50), 50, Recipe(name="", batch_size=50, flip=True), seed=3)
+    mirrored = []
+    for epoch in range(3):
+        batches.begin(epoch)
+        shown, targets = batches[0]
+        before = images[targets.argmax(axis=1)]
+        turned = np.array([np.array_equal(after, image[:, ::-1]) for after, image in zip(shown, before, strict=True)])
+        np.testing.assert_array_equal(shown[~turned], before[~turned])
+        mirrored.append(set(targets.argmax(axis=1)[turned].tolist()))
+    assert mirrored[0] == mirrored[2] == set(range(50)) - mirrored[1]
+    assert 15 < len(mirrored[0]) < 35
 
 
 def test_crop_moves_images_by_up_to_its_share(images: Pixels) -> None:

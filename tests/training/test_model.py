@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 
+from resnet import BadInput
 from training.family import PUBLISHED, count_parameters
 from training.model import ARCHITECTURES, RESNETS, Architecture, build, residual_block
 
@@ -26,10 +27,10 @@ def test_a_cifar_network_has_the_published_number_of_parameters(depth: int, mill
     assert PUBLISHED[f"resnet{depth}"] == f"{millions}M"
 
 
-@pytest.mark.parametrize("depth", [20, 56])
-def test_depth_counts_the_layers_with_weights(depth: int) -> None:
+@pytest.mark.parametrize(("name", "depth"), [("resnet20", 20), ("resnet56", 56), ("resnet8-pooled", 8)])
+def test_depth_counts_the_layers_with_weights(name: str, depth: int) -> None:
     """Convolutions on the main path and the dense layer."""
-    network = build(ARCHITECTURES[f"resnet{depth}"], (32, 32, 3), 10)
+    network = build(ARCHITECTURES[name], (32, 32, 3), 10)
     weighted = [layer for layer in network.layers if isinstance(layer, keras.layers.Conv2D | keras.layers.Dense)]
     assert len(weighted) == depth
 
@@ -43,6 +44,7 @@ def test_depth_counts_the_layers_with_weights(depth: int) -> None:
         ("resnet18-stride1", [8, 8, 8, 8]),
         ("resnet20", [32, 16, 8]),
         ("plain20", [32, 16, 8]),
+        ("resnet8-pooled", [15, 7, 3]),
     ],
 )
 def test_stages_have_the_feature_maps_of_their_strides(name: str, rows: list[int]) -> None:
@@ -51,7 +53,8 @@ def test_stages_have_the_feature_maps_of_their_strides(name: str, rows: list[int
     network = build(architecture, (32, 32, 3), 10)
     widen = 4 if architecture.bottleneck else 1
     for stage, (count, filters) in enumerate(zip(rows, architecture.filters, strict=True), start=1):
-        output = network.get_layer(f"stage{stage}_block2_relu").output
+        last = f"stage{stage}_block1_add" if architecture.pooled else f"stage{stage}_block2_relu"
+        output = network.get_layer(last).output
         assert output.shape[1:] == (count, count, widen * filters)
 
 
@@ -79,6 +82,14 @@ def test_a_block_whose_convolutions_are_zero_is_its_identity_shortcut(bottleneck
             layer.kernel.assign(np.zeros(layer.kernel.shape))
     value = np.random.default_rng(0).normal(size=(2, 4, 4, 8)).astype(np.float32)
     np.testing.assert_array_equal(block(value, training=False), np.maximum(value, 0))
+
+
+def test_a_pooled_network_needs_a_pixel_after_all_pooling() -> None:
+    """Of 9 pixels the stem leaves 8, and three poolings 1; of 8 they would leave none."""
+    pooled = ARCHITECTURES["resnet8-pooled"]
+    assert build(pooled, (9, 20, 1), 2).get_layer("stage3_block1_add").output.shape == (None, 1, 2, 256)
+    with pytest.raises(BadInput, match="small takes images of 9x9 pixels or more, not 20x8; pass --image-size 9"):
+        build(pooled, (8, 20, 3), 2, name="small")
 
 
 def test_a_block_with_zero_scale_starts_as_its_shortcut() -> None:

@@ -353,7 +353,7 @@ def test_a_run_folder_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
         (["--images", "0"], "--images must be at least 1"),
         (
             ["--recipe", "magic"],
-            "--recipe must be one of notebook, paper, quick, modern, finetune, quantize, not 'magic'",
+            "--recipe must be one of notebook, paper, quick, hour, modern, finetune, quantize, not 'magic'",
         ),
         (["--validation", "0"], "--validation must be from 0.001 to 0.9"),
         (["--epochs", "0"], "--epochs must be from 1 to 1000000"),

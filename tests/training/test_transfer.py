@@ -15,13 +15,14 @@ import pytest
 from numpy.typing import NDArray
 
 from resnet import BadInput, cli
-from training import transfer
+from training import mirroring, model, transfer
 from training.applications import APPLICATIONS
-from training.model import HEAD
+from training.model import HEAD, WHITENED, Architecture
 from training.optimizer import compile_for
 from training.recipes import ALL_BUT_HEAD, RECIPES, Recipe
 from training.train import TrainingSettings, train
 from training.transfer import Pretrained
+from training.whitening import whiten
 
 PLAIN = Recipe(name="plain", fuse=False)
 DIGITS = tuple(map(str, range(10)))
@@ -124,6 +125,18 @@ def nest() -> keras.Model:
     return keras.Model(image, layers.Softmax()(layers.Dense(3)(layers.Dropout(0.5)(x))))
 
 
+def test_a_source_that_looks_twice_learns_from_one_look(few: Path, tmp_path: Path) -> None:
+    """Its first layer, which was computed from other images, is taken over as all else is."""
+    network = model.build(Architecture((4,), (1,), (1,), stem="whitened", pooled=True), (8, 8, 3), 2)
+    whiten(network, images(side=8))
+    mirroring.mirror(network).save(tmp_path / "source.keras")
+    train(settings(tmp_path / "source.keras", 1, str(few), learning_rate=0.0, calibrate=False), tmp_path / "run")
+    learned = keras.models.load_model(tmp_path / "run" / "model.keras")
+    assert [layer.name for layer in learned.layers] == [layer.name for layer in network.layers]
+    np.testing.assert_array_equal(learned.get_layer(WHITENED).kernel, network.get_layer(WHITENED).kernel)
+    np.testing.assert_allclose(answer(learned, images(side=8)), answer(network, images(side=8)), atol=1e-6)
+
+
 def test_a_network_within_a_network_is_opened(tmp_path: Path) -> None:
     """So that its layers can be frozen one by one; what it answers stays."""
     original = nest()
@@ -192,7 +205,7 @@ def test_a_fine_tuning_resumes_to_the_same_bits_without_its_source(small: Path, 
     small.rename(tmp_path / "gone")
     metrics = train(settings(small, 3, str(few), **constant), tmp_path / "run", resume=True)
     models = [keras.models.load_model(tmp_path / name / "model.keras") for name in ("whole", "run")]
-    for left, right in zip(*(model.get_weights() for model in models), strict=True):
+    for left, right in zip(*(trained.get_weights() for trained in models), strict=True):
         np.testing.assert_array_equal(left, right)
     assert metrics["source"] == json.loads((tmp_path / "whole" / "metrics.json").read_text())["source"]
     assert metrics["source"]["name"] == metrics["settings"]["source"] == "small.keras"
