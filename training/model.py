@@ -99,7 +99,7 @@ def build(
         outputs: Number of classes, at least 2; or 1 for a sigmoid, the probability of the second of two classes.
         zero_scale: Initialise the scale of the last batch normalisation of every residual block with zero, so that the
             block starts as its shortcut (Goyal et al. 2017, section 5.1). A plain network has no shortcuts and ignores
-            it.
+            it; so does a pooled one, in which a ReLU follows, and no gradient would pass.
         name: The name of the model.
 
     Returns:
@@ -133,7 +133,7 @@ def build(
         for block in range(1, blocks + 1):
             block_name = f"stage{stage}_block{block}"
             if architecture.pooled:
-                x = _append_single(x, filters, architecture.shortcut, zero_scale, block_name)
+                x = _append_single(x, filters, architecture.shortcut, block_name)
                 continue
             stride = first_stride if block == 1 else 1
             x = residual_block(
@@ -196,11 +196,9 @@ def residual_block(
     return layers.ReLU(name=f"{name}_relu")(y)
 
 
-def _append_single(
-    x: keras.KerasTensor, filters: int, shortcut: Shortcut, zero_scale: bool, name: str
-) -> keras.KerasTensor:
+def _append_single(x: keras.KerasTensor, filters: int, shortcut: Shortcut, name: str) -> keras.KerasTensor:
     """Append a residual block of one 3x3 convolution, whose input has its shape."""
-    y = _convolve(x, filters, 3, 1, name=f"{name}_1", zero_scale=zero_scale and shortcut != "none")
+    y = _convolve(x, filters, 3, 1, name=f"{name}_1")
     y = layers.ReLU(name=f"{name}_1_relu")(y)
     return y if shortcut == "none" else layers.Add(name=f"{name}_add")([x, y])
 
