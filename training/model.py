@@ -112,7 +112,7 @@ def build(
     if min(image_shape[:2]) < architecture.smallest:
         raise BadInput(
             f"--model {name} takes images of {architecture.smallest}x{architecture.smallest} pixels or more, not "
-            f"{image_shape[1]}x{image_shape[0]}; pass --image-size {architecture.smallest}"
+            f"{image_shape[1]}x{image_shape[0]}; image files are enlarged by --image-size {architecture.smallest}"
         )
     image = keras.Input(image_shape, dtype="uint8", name="image")
     x = layers.Rescaling(1 / 255, name="rescale")(image)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from resnet import BadInput
 from resnet.options import check, option
@@ -44,9 +44,7 @@ class Recipe:
         "float32", "Keras dtype policy; auto is mixed_bfloat16 on CPUs that compute in it; weights are float32 in both"
     )
     fuse: bool = option(True, "compile with XLA on a CPU: faster steps, half a minute slower start")
-    mirror: bool = option(
-        False, "answer from each image and its mirror image: a little more accurate, and half as fast"
-    )
+    mirror: bool = option(False, "answer from each image and its mirror image: more accurate, for twice the arithmetic")
     calibrate: bool = option(False, "scale the confidence of the trained model to its validation accuracy")
     class_weights: bool | None = option(
         False, "weight the loss so that all classes count equally; by default finetune does if they are uneven"
@@ -87,6 +85,19 @@ class Recipe:
         return bool(self.freeze or self.head_epochs or self.source_rate != 1 or self.frozen_statistics or self.quantize)
 
 
+# What the short trainings from scratch share: one cycle of the learning rate, and some regularisation.
+ONE_CYCLE: dict[str, Any] = {
+    "learning_rate": 0.2,
+    "schedule": "cosine",
+    "warmup": 0.2,
+    "weight_decay": 5e-4,
+    "label_smoothing": 0.1,
+    "flip": True,
+    "crop": 0.125,
+    "validation": 0.04,
+    "calibrate": True,
+}
+
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -106,49 +117,24 @@ RECIPES = {
         Recipe(
             name="quick",
             epochs=30,
-            learning_rate=0.2,
-            schedule="cosine",
-            warmup=0.2,
-            weight_decay=5e-4,
-            label_smoothing=0.1,
-            flip=True,
-            crop=0.125,
-            validation=0.04,
-            calibrate=True,
+            **ONE_CYCLE,
         ),
-        # The most of an hour on two cores, with `resnet8-pooled`: docs/training.md has what it reached, and what did
-        # not pay.
+        # The most of an hour on two cores, with `resnet8-pooled`; docs/training.md has what it reached.
         Recipe(
             name="hour",
             epochs=32,
-            learning_rate=0.2,
-            schedule="cosine",
-            warmup=0.2,
-            weight_decay=5e-4,
-            label_smoothing=0.1,
-            flip=True,
-            crop=0.125,
             cutout=0.25,
             precision="auto",
             mirror=True,
-            validation=0.04,
-            calibrate=True,
+            **ONE_CYCLE,
         ),
-        # A short training with current methods: one cycle of the learning rate, and more regularisation.
+        # A short training on a GPU, in which a large network learns enough to need more regularisation.
         Recipe(
             name="modern",
             epochs=20,
-            learning_rate=0.2,
-            schedule="cosine",
-            warmup=0.2,
-            weight_decay=5e-4,
-            label_smoothing=0.1,
-            flip=True,
-            crop=0.125,
             cutout=0.25,
             weight_average=0.99,
-            validation=0.04,
-            calibrate=True,
+            **ONE_CYCLE,
         ),
         # A few hundred images and a network that has seen others: see docs/training.md.
         Recipe(

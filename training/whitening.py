@@ -31,7 +31,7 @@ def whiten(network: keras.Model, images: NDArray[np.uint8]) -> None:
     layer = network.get_layer(WHITENED)
     side, _, channels, filters = layer.kernel.shape
     step = math.ceil(math.sqrt(images[..., 0].size / PATCHES))
-    windows = np.lib.stride_tricks.sliding_window_view(images / 255, (side, side), axis=(1, 2))
+    windows = np.lib.stride_tricks.sliding_window_view(images / np.float32(255), (side, side), axis=(1, 2))
     patches = windows[:, ::step, ::step].transpose(0, 1, 2, 4, 5, 3).reshape(-1, side * side * channels)
     variances, directions = np.linalg.eigh(np.cov(patches, rowvar=False))
     rows = (directions / np.sqrt(variances + NOISE)).T
