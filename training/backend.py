@@ -51,9 +51,8 @@ def start_tensorflow(fuse: bool = False, required: bool = False) -> None:
 def choose_precision() -> str:
     """Return the dtype policy that trains fastest here: `mixed_bfloat16` on a CPU that computes in it, else `float32`.
 
-    That is half again as many images a second on Zen 4 (AVX512-BF16), and more with AMX; other CPUs convert each
-    number. It holds for TensorFlow's convolutions. A GPU keeps `float32`, whose products TensorFlow shortens where it
-    pays.
+    On Zen 4, which has AVX512-BF16, a step takes two thirds of the time; CPUs without it or AMX convert each number. It
+    holds for TensorFlow's convolutions. A GPU keeps `float32`, whose products TensorFlow shortens where it pays.
     """
     import keras
 

@@ -134,11 +134,11 @@ def build(
             block_name = f"stage{stage}_block{block}"
             if architecture.pooled:
                 x = _append_single(x, filters, architecture.shortcut, block_name)
-                continue
-            stride = first_stride if block == 1 else 1
-            x = residual_block(
-                x, filters, stride, architecture.bottleneck, architecture.shortcut, zero_scale, block_name
-            )
+            else:
+                stride = first_stride if block == 1 else 1
+                x = residual_block(
+                    x, filters, stride, architecture.bottleneck, architecture.shortcut, zero_scale, block_name
+                )
     return keras.Model(image, classify(x, outputs), name=name)
 
 

@@ -11,6 +11,8 @@ import pytest
 from tests.tiny import TINY
 from training.mirroring import mirror, restore
 from training.model import HEAD, build
+from training.quantization import quantize
+from training.quantization import restore as restore_float
 
 IMAGES = np.random.default_rng(0).integers(256, size=(5, 8, 8, 3), dtype=np.uint8)
 
@@ -48,3 +50,12 @@ def test_what_was_mirrored_is_restored_from_its_file(tmp_path: Path) -> None:
     np.testing.assert_array_equal(restored.predict(IMAGES, verbose=0), network.predict(IMAGES, verbose=0))
     assert [layer.name for layer in restored.layers] == [layer.name for layer in network.layers]
     assert restore(network) is network
+
+
+def test_a_network_in_the_arithmetic_of_int8_is_mirrored_too(tmp_path: Path) -> None:
+    """In float it is the mirrored network, also from its file."""
+    network = build(TINY, (8, 8, 3), 4)
+    expected = mirror(network).predict(IMAGES, verbose=0)
+    mirror(quantize(network, IMAGES)).save(tmp_path / "quantized.keras")
+    restored = restore_float(keras.models.load_model(tmp_path / "quantized.keras"))
+    np.testing.assert_allclose(restored.predict(IMAGES, verbose=0), expected, atol=1e-6)

@@ -174,18 +174,15 @@ def test_a_range_holds_zero_and_that_of_a_relu_begins_there() -> None:
 
 
 def test_a_run_folder_has_the_model_in_float_and_as_it_was_trained(run: Path, tmp_path: Path) -> None:
-    """The same weights are in both, those of the best epoch; they stay when there is nothing to do on resuming.
-
-    Each image is looked at twice, by one network.
-    """
-    recipe = dataclasses.replace(RECIPES["quantize"], epochs=1, patience=1, fuse=False, mirror=True)
+    """The same weights are in both, those of the best epoch; they stay when there is nothing to do on resuming."""
+    recipe = dataclasses.replace(RECIPES["quantize"], epochs=1, patience=1, fuse=False)
     settings = TrainingSettings(data="digits", model="", recipe=recipe, images=256, source=str(run))
     folder = RunFolder(tmp_path / "run")
     metrics = train(settings, folder.folder)
     model, network = keras.models.load_model(folder.model), keras.models.load_model(folder.quantized)
     assert not any(isinstance(layer, FakeQuantize | QuantizedLayer) for layer in model.layers)
     assert list_folded(network).keys() == {layer.name for layer in model.layers if hasattr(layer, "kernel")}
-    assert metrics["accuracy"] > 0.4
+    assert metrics["accuracy"] > 0.5
     with np.load(folder.folder / "heldout.npz") as heldout:
         images = heldout["images"][:32]
     np.testing.assert_allclose(restore(network)(images), model(images), atol=1e-6)
