@@ -52,7 +52,7 @@ class ClassifyRequest(_message.Message):
     `stable`, or without such a version the latest.
     """
     top_k: _builtins.int
-    """Classes to return for each image, the most probable first; 0 returns 5, or all if the model has fewer."""
+    """Classes to return for each image, the most probable first; 0 returns 5. All if the model has fewer."""
     version_label: _builtins.str
     """Label that the server's operator gave to a version, such as "stable"."""
     priority: _builtins.int

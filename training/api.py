@@ -50,7 +50,11 @@ class TrainOptions:
     colors: str | None = option(
         None, "colours of the images that the model takes (default: those of the data)", choices=tuple(CHANNELS)
     )
-    head: str = option("softmax", "an output for each class (softmax), or one for the second of two", choices=HEADS)
+    head: str | None = option(
+        None,
+        "an output for each class (softmax), or one for the second of two (default: softmax, or that of --from)",
+        choices=HEADS,
+    )
     images: int | None = option(None, "number of training images to use (default: all)", low=1)
     out: Path = option(MISSING, "run folder to write", metavar="FOLDER", required=True)
     resume: bool = option(False, "continue the run in --out after its last finished epoch")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+LEAST_IMAGES = 20  # to fit a temperature to: with fewer, a share of right answers says little
 BINS = 15  # of confidence, as Guo et al. count them
 MOST = 20.0  # the largest temperature, and the inverse of the least
 TINY = float(np.finfo(np.float32).tiny)

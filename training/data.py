@@ -11,6 +11,7 @@ import importlib
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from resnet.files import read_file
 from training.images import InvalidImage, Pixels, Resize, convert, count_channels, decode
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # a terminal would obey it
-CHUNK = 1024  # images that are decoded at a time
+CHUNK, CHUNK_BYTES = 1024, 2**28  # images that are decoded at a time, and their pixels
 # Limit on the pixels of a split that are kept in memory: two splits and the training share it. A larger split stays in
 # its files.
 CACHE_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 3
@@ -87,11 +88,12 @@ class FileImages:
             print(f"{folder} would take {total / 2**30:.1f} GiB of memory: its images are decoded in every epoch")
             return self
         pixels = np.empty(self.shape, np.uint8)
-        starts = range(0, len(self), CHUNK)
+        step = find_chunk(self.shape)
+        starts = range(0, len(self), step)
         # It ends its display even at an unreadable image. In a notebook it would need a package of its own.
         with Progress(disable=get_console().is_jupyter) as progress:
             for start in progress.track(starts, description=f"reading {folder}"):
-                end = min(start + CHUNK, len(self))
+                end = min(start + step, len(self))
                 pixels[start:end] = self[np.arange(start, end)]
         return pixels
 
@@ -99,13 +101,18 @@ class FileImages:
         try:
             image = decode(read_file(path), self._form.size, self._form.resize, self._form.channels or 3)
         except InvalidImage as error:
-            raise BadInput(f"{path} {error}") from None
+            raise _refuse(path, error) from None
         if self.shape and image.shape != self.shape[1:]:
             raise BadInput(
                 f"{path} has {image.shape[1]}x{image.shape[0]} pixels and {self._paths[0]} has "
                 f"{self.shape[2]}x{self.shape[1]}; pass --image-size to resize all"
             )
         return image
+
+
+def find_chunk(shape: tuple[int, ...]) -> int:
+    """Return how many of the images of a split, [n, height, width, channels], to decode at a time."""
+    return max(1, min(CHUNK, CHUNK_BYTES // math.prod(shape[1:])))
 
 
 def find_channels(paths: Sequence[Path]) -> int:
@@ -119,11 +126,15 @@ def find_channels(paths: Sequence[Path]) -> int:
         try:
             channels = count_channels(read_file(path))
         except InvalidImage as error:
-            raise BadInput(f"{path} {error}") from None
+            raise _refuse(path, error) from None
         if channels == 3 or found not in (None, channels):
             return 3
         found = channels
     return found or 3
+
+
+def _refuse(path: Path, error: InvalidImage) -> BadInput:
+    return BadInput(f"{path} {error}" + ("" if ";" in str(error) else "; replace or remove it"))
 
 
 class Split(NamedTuple):
@@ -143,9 +154,10 @@ class Split(NamedTuple):
     paths: Sequence[Path] | None = None
 
     def chunks(self) -> Iterator[Pixels]:
-        """Yield all images in order, `CHUNK` at a time."""
-        for start in range(0, len(self.labels), CHUNK):
-            yield self.images[np.arange(start, min(start + CHUNK, len(self.labels)))]
+        """Yield all images in order, some at a time."""
+        step = find_chunk(self.images.shape)
+        for start in range(0, len(self.labels), step):
+            yield self.images[np.arange(start, min(start + step, len(self.labels)))]
 
     def decode(self) -> Split:
         """Return the split with its images in memory, if they fit."""
@@ -181,8 +193,9 @@ def check_names(classes: Sequence[str], origin: str) -> None:
     for name in classes:
         if name.splitlines() != [name] or CONTROL.search(name) or name != name.encode("utf-8", "replace").decode():
             raise BadInput(f"{origin} has the class {name!r}; a name is one line of text, so rename it")
-    if len(set(classes)) < len(classes):
-        twice = next(name for name in classes if classes.count(name) > 1)
+    alike = [unicodedata.normalize("NFC", name) for name in classes]  # an accent may be a character of its own
+    if len(set(alike)) < len(alike):
+        twice = next(name for name in alike if alike.count(name) > 1)
         raise BadInput(f"{origin} has the class {twice!r} twice; rename one of the two")
 
 
@@ -308,7 +321,7 @@ class Loader(NamedTuple):
         """Return whether a file or folder is of this kind."""
         if path.is_dir():
             return bool(self.holds) and (self.holds == "." or (path / self.holds).is_file())
-        return bool(self.suffix) and path.suffix == self.suffix and path.is_file()
+        return bool(self.suffix) and path.suffix.lower() == self.suffix and path.is_file()
 
 
 LOADERS = (
@@ -339,8 +352,11 @@ def load(source: str, form: ImageForm = AS_THEY_ARE, decode: bool = True) -> Dat
     """
     loader = next((row for row in LOADERS if row.name and row.name == source), None)
     loader = loader or next((row for row in LOADERS if row.reads(Path(source))), None)
-    if loader is None:
-        raise BadInput(f"--data {source!r} is unknown; choose one of: {SOURCES}")
+    if loader is None or not source:
+        path = Path(source)
+        looks_like_path = path.suffix or len(path.parts) > 1
+        problem = "is unknown" if path.exists() or not looks_like_path else "does not exist"
+        raise BadInput(f"--data {source!r} {problem}; choose one of: {SOURCES}")
     dataset = cast(LoaderModule, importlib.import_module(loader.module)).load(source, form)
     train, test = (split.convert(form.channels) for split in (dataset.train, dataset.test))
     if decode:

@@ -10,7 +10,7 @@ from resnet import BadInput
 HEADS = ("softmax", "sigmoid")
 
 
-def count_outputs(head: str, classes: int) -> int:
+def count_outputs(head: str | None, classes: int) -> int:
     """Return the number of outputs of a network: one for each class, or 1, the probability of the second of two.
 
     Raises:

@@ -146,14 +146,15 @@ def classify(x: keras.KerasTensor, outputs: int) -> keras.KerasTensor:
     """Append the head of every network that is trained here.
 
     Args:
-        x: Features, [batch, channels], or a map of them, [batch, height, width, channels], which is averaged.
+        x: Features, [batch, channels], or a sequence or map of them, [batch, …, channels], which is averaged.
         outputs: A probability for each class, at least 2; or 1, that of the second of two.
 
     Returns:
         float32 [batch, outputs], from the layer `HEAD`.
     """
-    if len(x.shape) == 4:
-        x = layers.GlobalAveragePooling2D(name="pool")(x)
+    if len(x.shape) > 2:
+        pool = layers.GlobalAveragePooling1D if len(x.shape) == 3 else layers.GlobalAveragePooling2D
+        x = pool(name="pool")(x)
     activation = "softmax" if outputs > 1 else "sigmoid"
     return layers.Dense(outputs, activation=activation, dtype="float32", name=HEAD)(x)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ def find(path: Path) -> Path:
     if not path.exists():
         raise BadInput(f"{path} does not exist; it should be a run folder of `resnet train` or a .keras file")
     if (path / "saved_model.pb").exists():
+        if (path / "model.keras").exists():
+            raise BadInput(
+                f"{path} is a version that `resnet export` wrote; name the model in it, {path / 'model.keras'}"
+            )
         raise BadInput(f"{path} is a SavedModel, which has no layers; save the model with model.save('NAME.keras')")
     file = path / "model.keras" if path.is_dir() else path
     if not file.is_file():
@@ -39,14 +44,14 @@ def load(file: Path) -> keras.Model:
     Raises:
         BadInput: The file cannot be read, its weights are not finite, or it holds no such model.
     """
+    if file.suffix == ".keras" and not zipfile.is_zipfile(file):
+        raise BadInput(f"{file} is not a .keras file, or a damaged one; save or copy it again")
     try:
         model = keras2.load(file) or keras.models.load_model(file, compile=False)
         model = _in_float32(model, file)
     except Exception as error:  # Keras raises many types for unreadable files
         text = str(error).strip() or type(error).__name__
-        advice = (
-            "; only the built-in layers of Keras can be exported" if "Lambda" in text or "locate class" in text else ""
-        )
+        advice = "; only the built-in layers of Keras can be used" if "Lambda" in text or "locate class" in text else ""
         # Keras quotes a configuration first, and what is wrong with it last.
         reason = text.rpartition("Exception encountered: ")[2].splitlines()[0]
         raise BadInput(f"{file} is not a Keras model that can be loaded ({reason}){advice}") from None

@@ -266,7 +266,7 @@ def _calibrate(model: keras.Model, steps: list[Any], images: NDArray[np.uint8]) 
     probe = keras.Model(model.inputs[0], [tensors[step] for step in steps])
     lows, highs = [], []
     for start in range(0, len(images), CALIBRATION_BATCH):
-        values = probe(images[start : start + CALIBRATION_BATCH], training=False)
+        values = keras.tree.flatten(probe(images[start : start + CALIBRATION_BATCH], training=False))
         lows.append([float(ops.min(value)) for value in values])
         highs.append([float(ops.max(value)) for value in values])
     ends = np.min(lows, axis=0).tolist(), np.max(highs, axis=0).tolist()

@@ -44,7 +44,11 @@ class Recipe:
         "float32", "Keras dtype policy; auto is mixed_bfloat16 on CPUs that compute in it; weights are float32 in both"
     )
     fuse: bool = option(True, "compile with XLA on a CPU: faster steps, half a minute slower start")
-    mirror: bool = option(False, "answer from each image and its mirror image: more accurate, for twice the arithmetic")
+    mirror: bool | None = option(
+        False,
+        "answer from each image and its mirror image: more accurate, for twice the arithmetic; by default finetune and "
+        "quantize do if the source does",
+    )
     calibrate: bool = option(False, "scale the confidence of the trained model to its validation accuracy")
     class_weights: bool | None = option(
         False, "weight the loss so that all classes count equally; by default finetune does if they are uneven"
@@ -62,7 +66,9 @@ class Recipe:
         f"with --from: the first N convolutions and dense layers learn nothing, or {ALL_BUT_HEAD}",
         metavar=f"N|{ALL_BUT_HEAD}",
     )
-    head_epochs: int = option(0, "with --from: epochs in which the head alone learns, before all", high=1_000_000)
+    head_epochs: int = option(
+        0, "with --from: epochs in which the head alone learns, before all; at most half of --epochs", high=1_000_000
+    )
     source_rate: float = option(
         1.0, "with --from: learning rate of all but the head, as a fraction of the learning rate", low=0, high=1
     )
@@ -145,6 +151,7 @@ RECIPES = {
             schedule="cosine",
             warmup=0.1,
             flip=True,
+            mirror=None,
             crop=0.1,
             class_weights=None,
             patience=15,
@@ -163,6 +170,7 @@ RECIPES = {
             learning_rate=1e-4,
             schedule="cosine",
             flip=True,
+            mirror=None,
             crop=0.125,
             validation=0.04,
             quantize="int8",

@@ -99,12 +99,17 @@ class RunFolder:
             raise BadInput(f"{self.folder / 'settings.json'} holds no settings of a run; choose another folder")
         # A schedule depends on the number of epochs, unless the rate is constant.
         changeable = {"epochs"} if now["schedule"] == "constant" else set()
-        for key in now.keys() - changeable:
-            if before.get(key) != now[key]:
+        for key, value in now.items():
+            if key in changeable or before.get(key) == value:
+                continue
+            if key == "data_sha256":  # the last but the source, so that an option explains it first
                 raise BadInput(
-                    f"{self.folder} was started with {key} {before.get(key)!r}, not {now[key]!r}; "
-                    "--resume needs the same settings"
+                    f"the images or labels have changed since {self.folder} was started; --resume needs the same"
                 )
+            raise BadInput(
+                f"{self.folder} was started with {key} {before.get(key)!r}, not {value!r}; "
+                "--resume needs the same settings"
+            )
         if now["epochs"] < before["epochs"]:
             raise BadInput(
                 f"{self.folder} was started with {before['epochs']} epochs; --resume can only raise that number"
@@ -175,8 +180,10 @@ class RunFolder:
             with part.open("rb") as file:
                 os.fsync(file.fileno())
             part.replace(path)
-        except BaseException:
+        except BaseException as error:
             part.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno and not error.filename:  # of a write, as to a full disk
+                error.filename = str(path)
             raise
 
 

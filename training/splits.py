@@ -40,11 +40,17 @@ def choose_test(origin: str, labels: NDArray[np.int32], groups: NDArray[np.int32
         f"{origin} names no test images: {chosen.sum():,} of {len(labels):,} images are for testing, "
         f"chosen from each class by the seed {SEED}{of_groups}"
     )
+    untested = len(np.setdiff1d(labels, labels[chosen]))
+    if untested:
+        reason = "no group could be set aside" if of_groups else "each has one image only"
+        print(f"no test image of {untested} of the {len(np.unique(labels))} classes: {reason}")
     return chosen
 
 
 def split_validation(examples: Split, share: float) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Return the indices of the training and of the validation examples, in random order; no group is split.
+    """Return the indices of the training and of the validation examples, in random order.
+
+    No group is split, and each class has training examples.
 
     Args:
         examples: All that are not for testing.
@@ -55,13 +61,15 @@ def split_validation(examples: Split, share: float) -> tuple[NDArray[np.intp], N
     """
     order = np.random.default_rng(SEED).permutation(len(examples.labels))
     if examples.groups is None:
-        validation, training = np.split(order, [round(share * len(order))])
+        chosen = np.arange(len(order)) < round(share * len(order))
+        # Of a class that would have none to learn from, all images are for training.
+        labels = examples.labels[order]
+        chosen &= np.isin(labels, labels[~chosen])
     else:
         chosen = _set_aside(examples.labels, examples.groups, share)[order]
         if not chosen.any():
             raise BadInput(f"no training images can be chosen for validation: {ALL_IN_ONE}; add images of other groups")
-        validation, training = order[chosen], order[~chosen]
-    return training, validation
+    return order[~chosen], order[chosen]
 
 
 def _set_aside(labels: NDArray[np.int32], groups: NDArray[np.int32] | None, share: float) -> NDArray[np.bool_]:

@@ -51,7 +51,7 @@ class TrainingSettings:
         source: A network to start from; see `training.transfer.load`. None starts with random weights.
         preprocess: The preprocessing that a source of float input expects; else None.
         colors: A key of `training.images.CHANNELS`; None follows the data.
-        head: One of `training.heads.HEADS`.
+        head: One of `training.heads.HEADS`; None is that of `source`, or a softmax.
     """
 
     data: str
@@ -63,7 +63,7 @@ class TrainingSettings:
     source: str | None = None
     preprocess: str | None = None
     colors: str | None = None
-    head: str = "softmax"
+    head: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return all settings in one flat dict, with the values of the recipe and its name as `recipe`."""
@@ -97,12 +97,13 @@ def train(
     """
     if tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise BadInput("--tensorboard needs a package that is not installed: pip install tensorboard")
-    recipe, run_folder = settings.recipe, RunFolder(folder)
-    pretrained = None
+    run_folder, pretrained = RunFolder(folder), None
     if settings.source is not None:
         resumed = run_folder if resume else None
         pretrained = transfer.load(settings.source, settings.model, settings.preprocess, resumed)
     dataset = _load_data(settings, pretrained)
+    settings = _follow_source(settings, pretrained, dataset)
+    recipe = settings.recipe
     outputs = count_outputs(settings.head, len(dataset.classes))
     training, validation = _split(dataset.train, settings, strategy.num_replicas_in_sync if strategy else 1)
     keras.utils.set_random_seed(settings.seed)
@@ -132,8 +133,8 @@ def train(
             shuffle=False,  # the batches shuffle themselves
             class_weight=_balance(dataset.train.labels[training], recipe.class_weights),
             callbacks=[
-                Progress(recipe.epochs, steps, len(training)),
                 checkpoints,
+                Progress(recipe.epochs, steps, len(training)),  # says that an epoch is over when it is saved
                 *([keras.callbacks.SwapEMAWeights()] if recipe.weight_average else []),
                 *([keras.callbacks.TensorBoard(folder / "tensorboard")] if tensorboard else []),
             ],
@@ -165,12 +166,26 @@ def train(
     return metrics
 
 
+def _follow_source(settings: TrainingSettings, pretrained: Pretrained | None, dataset: Dataset) -> TrainingSettings:
+    """Return the settings, what they leave to the source as it is there."""
+    head, mirror = settings.head, settings.recipe.mirror
+    if head is None:
+        head = pretrained.head if pretrained and pretrained.head and len(dataset.classes) == 2 else "softmax"
+    if mirror is None:
+        mirror = pretrained is not None and pretrained.mirrored
+    return dataclasses.replace(settings, head=head, recipe=dataclasses.replace(settings.recipe, mirror=mirror))
+
+
 def _load_data(settings: TrainingSettings, pretrained: Pretrained | None) -> Dataset:
     """Load the data set, its images in the form that is asked for, or that the network to start from takes."""
     asked, channels = parse_size(settings.image_size), CHANNELS[settings.colors] if settings.colors else None
     size = asked
     if pretrained:
-        size, channels = asked or pretrained.size, channels or pretrained.channels
+        if channels not in (None, pretrained.channels):
+            raise BadInput(
+                f"--from {pretrained.name} takes images of {pretrained.channels} channels; leave out --colors"
+            )
+        size, channels = asked or pretrained.size, pretrained.channels
     dataset = data.load(settings.data, ImageForm(size, channels=channels))
     height, width, _ = dataset.image_shape
     if asked and (height, width) != asked:
@@ -256,8 +271,15 @@ def _start_or_resume(
     return network, run_folder.read_history()[:done]
 
 
-def _calibrate(final_model: keras.Model, dataset: Dataset, validation: NDArray[np.intp]) -> float:
-    """Let the confidence of a model be its accuracy on the validation images; return the temperature that does."""
+def _calibrate(final_model: keras.Model, dataset: Dataset, validation: NDArray[np.intp]) -> float | None:
+    """Let the confidence of a model be its accuracy on the validation images; return the temperature that does.
+
+    None if there are too few.
+    """
+    if len(validation) < calibration.LEAST_IMAGES:
+        few = f"{len(validation)} validation images, and {calibration.LEAST_IMAGES} are needed"
+        print(f"the confidence stays as it is: to calibrate it there are {few}; raise --validation")
+        return None
     probabilities = evaluation.predict(final_model, dataset.train, validation)
     temperature = calibration.fit_temperature(probabilities, dataset.train.labels[validation])
     calibration.fold_temperature(final_model, temperature)

@@ -7,6 +7,7 @@ has what was there change more slowly than the new head.
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ class Pretrained:
         network: The network, in float32.
         labels: The names of its classes, in the order of its outputs; empty if they are not known.
         preprocess: One of `training.preprocessing.PREPROCESSING` for a network of float input, else None.
+        head: One of `training.heads.HEADS`; None if the weights of its head mean nothing.
+        mirrored: Whether it was made by `training.mirroring`; `network` is what it was made of.
     """
 
     name: str
@@ -47,6 +50,8 @@ class Pretrained:
     network: keras.Model
     labels: tuple[str, ...] = ()
     preprocess: str | None = None
+    head: str | None = None
+    mirrored: bool = False
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -85,17 +90,24 @@ def load(source: str, architecture: str, preprocess: str | None, resumed: RunFol
         there = source != IMAGENET and path.exists()
         digest = _hash(model_file.find(path)) if there else str(resumed.read_settings().get("source_sha256"))
         network = quantization.restore(model_file.load(resumed.checkpoint))
-        return Pretrained(name, digest, network, _read_labels(resumed.folder))
+        mirrored = bool(resumed.read_settings().get("mirror"))
+        return Pretrained(name, digest, network, _read_labels(resumed.folder), None, _find_head(network), mirrored)
     if source == IMAGENET:
         return _load_imagenet(architecture)
     file = model_file.find(path)
     if _holds_weights_only(file):
         return Pretrained(name, _hash(file), _load_weights(file, architecture))
-    network = mirroring.restore(model_file.load(file))
+    loaded = model_file.load(file)
+    network = mirroring.restore(loaded)
     model_file.check_shapes(file, network, preprocess)
     if architecture:
         _check_layers(name, network, architecture)
-    return Pretrained(name, _hash(file), network, _read_labels(file.parent), preprocess)
+    labels, mirrored = _read_labels(file.parent), network is not loaded
+    return Pretrained(name, _hash(file), network, labels, preprocess, _find_head(network), mirrored)
+
+
+def _find_head(network: keras.Model) -> str:
+    return "sigmoid" if network.output_shape[-1] == 1 else "softmax"
 
 
 def _load_imagenet(architecture: str) -> Pretrained:
@@ -135,7 +147,9 @@ def _load_weights(file: Path, architecture: str) -> keras.Model:
             network = networks.build(architecture, IMAGENET_SHAPE, NO_CLASSES)
             keras.Model(network.inputs, network.get_layer(HEAD).input).load_weights(file)
     except Exception as error:  # Keras raises many types
-        reason = str(error).strip().splitlines()[0]
+        # Keras counts first what does not fit, and then says why of one layer.
+        _, _, example = str(error).rpartition("Example error message for object ")
+        reason = " ".join(line.strip() for line in example.strip().splitlines()[:3]).strip()
         raise BadInput(f"the weights in {file} do not fit --model {architecture}: {reason}") from None
     return network
 
@@ -155,10 +169,12 @@ def _check_layers(name: str, network: keras.Model, architecture: str) -> None:
 
 
 def _read_labels(folder: Path) -> tuple[str, ...]:
-    path = folder / "labels.txt"
+    path, manifest = folder / "labels.txt", folder / "manifest.json"  # of a run folder, of an export
     try:
-        return tuple(path.read_text("utf-8").splitlines()) if path.exists() else ()
-    except (OSError, UnicodeDecodeError) as error:
+        if path.exists():
+            return tuple(path.read_text("utf-8").splitlines())
+        return tuple(json.loads(manifest.read_text())["labels"]) if manifest.exists() else ()
+    except (OSError, ValueError, KeyError) as error:
         raise BadInput(
             f"{path} cannot be read ({error}); remove it, and the network has classes without names"
         ) from None
@@ -268,24 +284,19 @@ def _find_features(network: keras.Model, name: str) -> keras.KerasTensor:
 def _keep_classes(head: keras.layers.Dense, pretrained: Pretrained, classes: Sequence[str]) -> None:
     """Set the weights of a new head: those of classes that the source has too, zeros for the others."""
     old = _list_weighted(pretrained.network)[-1]
-    kernel, bias = (np.zeros_like(weight) for weight in head.get_weights())
-    if isinstance(old, keras.layers.Dense) and len(old.kernel.shape) == 2:
-        for new, before in _match_outputs(pretrained.labels, old.units, tuple(classes), head.units):
-            kernel[:, new] = old.kernel.numpy()[:, before]
-            bias[new] = old.bias.numpy()[before] if old.use_bias else 0
-    head.set_weights([kernel, bias])
-
-
-def _match_outputs(
-    old_classes: tuple[str, ...], old_units: int, classes: tuple[str, ...], units: int
-) -> list[tuple[int, int]]:
-    """Return the pairs of a new and an old output that stand for the same class, or for the second of the same two."""
-    if units == 1:
-        return [(0, 0)] if old_units == 1 and old_classes == classes else []
-    known = old_classes or (classes if old_units == units else ())
-    if old_units != len(known):
-        return []
-    return [(new, known.index(name)) for new, name in enumerate(classes) if name in known]
+    kept = np.zeros((head.kernel.shape[0] + 1, len(classes)), np.float32)  # the last row is the bias
+    if pretrained.head and isinstance(old, keras.layers.Dense) and len(old.kernel.shape) == 2:
+        there = np.vstack([old.kernel, old.bias if old.use_bias else np.zeros(old.units)])
+        if old.units == 1:  # the logit of the second class; that of the first is 0
+            there = np.pad(there, ((0, 0), (1, 0)))
+        known = pretrained.labels or (tuple(classes) if there.shape[1] == len(classes) else ())
+        if len(known) == there.shape[1]:
+            for new, name in enumerate(classes):
+                if name in known:
+                    kept[:, new] = there[:, known.index(name)]
+    if head.units == 1:
+        kept = kept[:, 1:] - kept[:, :1]
+    head.set_weights([kept[:-1], kept[-1]])
 
 
 def _freeze(network: keras.Model, recipe: Recipe) -> None:
@@ -314,11 +325,12 @@ def slow_down(network: keras.Model, recipe: Recipe, steps: int) -> None:
     Args:
         network: From `build`, compiled.
         recipe: Its values `source_rate` and `head_epochs` are used.
-        steps: Steps per epoch. In the first `head_epochs` epochs only the head learns.
+        steps: Steps per epoch. In the first `head_epochs` epochs, but at most half of all, only the head learns.
     """
     optimizer, head = network.optimizer, {id(weight) for weight in network.get_layer(HEAD).trainable_variables}
     slow = [id(weight) not in head for weight in network.trainable_variables]
-    update, decay, warmup = optimizer.update_step, optimizer._apply_weight_decay, recipe.head_epochs * steps
+    update, decay = optimizer.update_step, optimizer._apply_weight_decay
+    warmup = min(recipe.head_epochs, recipe.epochs // 2) * steps
 
     def update_step(gradient: Any, variable: Any, learning_rate: Any) -> None:
         if slow[optimizer._get_variable_index(variable)]:

@@ -92,7 +92,7 @@ class Client:
 
         Args:
             images: Files or pixels.
-            top_k: Classes to return for each image; 0 returns 5, or all if the model has fewer.
+            top_k: Classes to return for each image; 0 returns 5. All if the model has fewer.
             model: Name of the model; may be empty if the server has only one.
             version: Version number, or a label such as "stable"; 0 is the server's default.
             timeout: Seconds until the client gives up; None waits forever.

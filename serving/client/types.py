@@ -82,7 +82,7 @@ class ClassifyOptions:
     """Options that apply to every image.
 
     Attributes:
-        top_k: Classes to return for each image; 0 returns 5, or all if the model has fewer.
+        top_k: Classes to return for each image; 0 returns 5. All if the model has fewer.
         model: Name of the model; may be empty if the server has only one.
         version: Version number, or a label; 0 is the server's default.
 

@@ -32,7 +32,7 @@ class ClassifyQuestion:
 
     model: str = option("", "model to call (default: the server's only model)", metavar="NAME")
     version: str = option("", "version number or label (default: stable, or else the latest)", metavar="VERSION")
-    top_k: int = option(3, "classes to print per image", low=1, metavar="K")
+    top_k: int = option(3, "classes to print per image, or all if the model has fewer", low=1, metavar="K")
     timeout: float = option(30.0, "seconds to wait for a response", low=1e-3, high=DAY, metavar="S")
     json: bool = option(False, "print a JSON array with one object per image")
 

@@ -105,10 +105,9 @@ def find_methods(context: ServerContext) -> Methods:
 
 
 def _find_top_k(request: pb.ClassifyRequest, model: Model) -> int:
-    classes = len(model.manifest.labels)
-    if not 0 <= request.top_k <= classes:
-        raise InvalidRequest(f"top_k is {request.top_k}; for model {model.name!r} it must be 1 to {classes}")
-    return request.top_k or min(DEFAULT_TOP_K, classes)
+    if request.top_k < 0:
+        raise InvalidRequest(f"top_k is {request.top_k}; it is a number of classes, or 0 for {DEFAULT_TOP_K}")
+    return min(request.top_k or DEFAULT_TOP_K, len(model.manifest.labels))
 
 
 def _respond(model: Model, top_k: int, result: BatchResult, decode_ns: int) -> bytes:

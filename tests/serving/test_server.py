@@ -133,12 +133,7 @@ REQUESTS: dict[str, tuple[pb.ClassifyRequest, grpc.StatusCode, str]] = {
         INVALID,
         "has 3071 bytes, its shape [1, 32, 32, 3] needs 3072",
     ),
-    "top_k": (
-        pb.ClassifyRequest(tensor=tensor(), top_k=11),
-        INVALID,
-        "for model 'digits' it must be 1 to 10",
-    ),
-    "top_k < 0": (pb.ClassifyRequest(tensor=tensor(), top_k=-1), INVALID, "top_k is -1"),
+    "top_k": (pb.ClassifyRequest(tensor=tensor(), top_k=-1), INVALID, "top_k is -1; it is a number of classes"),
     "model": (pb.ClassifyRequest(tensor=tensor(), model="cats"), UNKNOWN, "no model 'cats'; this server has digits"),
     "version": (pb.ClassifyRequest(tensor=tensor(), version=9), UNKNOWN, "version 9 of model 'digits' is not served"),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pickle
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,24 @@ def test_a_folder_without_test_images_is_split_by_class(tmp_path: Path, capsys: 
     assert capsys.readouterr().out.count(said) == 2
 
 
+def test_what_systems_leave_in_folders_is_no_image(folder: Path) -> None:
+    """Nor a class."""
+    before = data.load(str(folder)).sha256
+    (folder / "train" / "__MACOSX").mkdir()
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store"):
+        (folder / "train" / "cat" / name).write_text("x")
+    assert data.load(str(folder)).sha256 == before
+
+
+def test_accents_make_no_two_classes(folder: Path) -> None:
+    """Names that look alike are an error."""
+    for name in ("K\u00e4se", "Ka\u0308se"):
+        shutil.copytree(folder / "train" / "cat", folder / "train" / name)
+        shutil.copytree(folder / "test" / "cat", folder / "test" / name)
+    with pytest.raises(BadInput, match="has the class 'K\u00e4se' twice"):
+        data.load(str(folder))
+
+
 def test_a_folder_of_training_images_gives_its_test_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What else is beside it is named, because it is not used."""
     for name in ("train/cat/1", "train/cat/2", "train/dog/1", "train/dog/2", "val/cat/1"):
@@ -284,6 +303,15 @@ def _remove_test(folder: Path) -> None:
         path.unlink()
 
 
+def _name_splits(folder: Path) -> None:
+    (folder / "train").rename(folder / "Training")
+    (folder / "test").rename(folder / "val")
+
+
+def _link(folder: Path) -> None:
+    (folder / "train" / "cat" / "loop").symlink_to(folder / "train", target_is_directory=True)
+
+
 def _truncate(folder: Path) -> None:
     path = folder / "train" / "dog" / "2.jpg"
     path.write_bytes(path.read_bytes()[:200])
@@ -298,6 +326,9 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: (folder / "train").rename(folder / "val"),
         "but none named train",
     ),
+    "splits by other names": (_name_splits, "the folders Training and val, which are no classes; name them train and"),
+    "no folder to test a class": (lambda folder: shutil.rmtree(folder / "test" / "dog"), "test has no folder 'dog'"),
+    "a loop": (_link, "train/cat/loop is a link to a folder that it is in"),
     "a class for testing only": (lambda folder: write(folder / "test" / "emu" / "1.png"), "the class 'emu'"),
 }
 
@@ -317,6 +348,11 @@ def test_unknown_empty_and_one_class_data_are_refused(tmp_path: Path) -> None:
         BadInput, match="--data 'mnist' is unknown; choose one of: digits, cifar10, .* a folder of images"
     ):
         data.load("mnist")
+    for missing in ("mine.csv", str(tmp_path / "nowhere"), ""):
+        with pytest.raises(
+            BadInput, match=f"--data '{missing}' {'does not exist' if missing else 'is unknown'}; choose"
+        ):
+            data.load(missing)
     with pytest.raises(BadInput, match="two or more classes; it has 0"):
         data.load(str(tmp_path))
     write(tmp_path / "cat" / "1.png")

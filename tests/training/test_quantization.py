@@ -90,6 +90,16 @@ def shared(x: Any) -> Any:
     return twice(layers.ReLU(name="relu")(twice(x)))
 
 
+def test_a_network_of_one_layer_is_quantized() -> None:
+    """One range is as good as several."""
+    image = keras.Input((SIDE, SIDE, 3), dtype="uint8", name="image")
+    x = layers.Rescaling(1 / 255, name="rescale")(image)
+    model = keras.Model(image, layers.Dense(3, "softmax", name="probabilities")(layers.Flatten(name="flat")(x)))
+    network = quantize(model, make_images())
+    assert list_rounded(network) == {"rescale"}
+    np.testing.assert_allclose(network(make_images()), model(make_images()), atol=0.02)
+
+
 @pytest.mark.parametrize(
     ("build", "rounded", "folded"),
     [

@@ -15,11 +15,12 @@ def small_network() -> None:
     """Nothing is trained here."""
 
 
-def test_each_class_gives_its_share() -> None:
-    """At least one image, but never its last; which ones does not depend on the other classes."""
+def test_each_class_gives_its_share(capsys: pytest.CaptureFixture[str]) -> None:
+    """At least one image, but never its last, which is said; which ones does not depend on the other classes."""
     labels = np.repeat(np.arange(4, dtype=np.int32), [50, 3, 2, 1])
     chosen = splits.choose_test("mine", labels)
     assert np.bincount(labels[chosen], minlength=4).tolist() == [10, 1, 1, 0]
+    assert "no test image of 1 of the 4 classes: each has one image only" in capsys.readouterr().out
     np.testing.assert_array_equal(splits.choose_test("mine", labels), chosen)
     assert np.flatnonzero(chosen)[:10].tolist() != list(range(10))
 
@@ -43,6 +44,16 @@ def test_validation_images_without_groups_are_those_of_earlier_versions() -> Non
         Split(np.zeros((30, 1, 1, 1), np.uint8), np.zeros(30, np.int32)), 0.1
     )
     assert (validation.tolist(), training.tolist()) == (order[:3].tolist(), order[3:].tolist())
+
+
+def test_each_class_has_images_to_learn_from() -> None:
+    """Also one of whose few images chance would take all for validation."""
+    labels = np.array([0] * 20 + [1, 2, 3, 4], np.int32)
+    examples = Split(np.zeros((len(labels), 1, 1, 1), np.uint8), labels)
+    training, validation = splits.split_validation(examples, 0.5)
+    assert set(labels[training].tolist()) == {0, 1, 2, 3, 4}
+    assert set(labels[validation].tolist()) == {0}
+    assert sorted([*training, *validation]) == list(range(len(labels)))
 
 
 def test_one_group_leaves_nothing_for_validation() -> None:

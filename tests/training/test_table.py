@@ -86,14 +86,37 @@ def test_a_group_is_on_one_side_only(write: Callable[..., Path], tmp_path: Path)
     assert not set(dataset.train.groups[training]) & set(dataset.train.groups[validation])
 
 
+def test_a_table_is_read_as_spreadsheets_write_it(write: Callable[..., Path], tmp_path: Path) -> None:
+    """Spaces around values, capitals in the first row, rows of commas, and accents in either form."""
+    rows = [(f"{n}.png", ' "K\u00e4se"' if n % 4 else " Ka\u0308se", f" {n // 10}") for n in range(30)]
+    rows += [(f"{n}.png", " dog", f"{n // 10} ") for n in range(30)]
+    table = write(rows, "Path, Label,GROUP")
+    table.write_text(table.read_text("utf-8") + ",,\n", "utf-8")
+    dataset = data.load(str(tmp_path))
+    assert dataset.classes == ("K\u00e4se", "dog")
+    assert dataset.train.groups is not None
+    assert len(set(dataset.train.groups)) == 2
+    assert len(dataset.train.labels) + len(dataset.test.labels) == 60
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [(r"in\1.png", "separate folders by /"), ("x" * 300, "but there is no file")]
+)
+def test_a_path_that_leads_nowhere_is_refused(write: Callable[..., Path], name: str, message: str) -> None:
+    """With its row."""
+    with pytest.raises(BadInput, match=f"row 2 of .*{message}"):
+        data.load(str(write([(name, "cat")], images=False)))
+
+
 CLASSES = [("1.png", "cat"), ("2.png", "dog")]
 KNOWN = "the columns are path and label, and optionally split and group"
 FAULTS: dict[str, tuple[str, Rows, str]] = {
-    "an unknown column": ("path,label,fold", [], f"has a column 'fold'; {KNOWN}"),
+    "an unknown column": ("path,label,fold", [], f"has a column 'fold'; {KNOWN}, so remove or rename it"),
     "a column twice": ("path,label,label", [], f"has a column 'label' twice; {KNOWN}"),
-    "no labels": ("path,group", [], f"has no column 'label'; {KNOWN}"),
-    "another separator": ("path;label", [], f"has a column 'path;label'; {KNOWN}"),
-    "no line": ("", [], f"has no column 'path'; {KNOWN}"),
+    "no labels": ("path,group", [], f"the first row of .* names no column 'label'; {KNOWN}"),
+    "another separator": ("path;label", [], "are separated by semicolons; separate them by commas"),
+    "no line": ("", [], f"the first row of .* names no column 'path'; {KNOWN}"),
+    "no group": ("path,label,group", [("1.png", "cat", " ")], "row 2 of .* has no group; an image that belongs to no"),
     "one class": ("path,label", [("1.png", "cat"), ("2.png", "cat")], "two or more classes to train with; it has 1"),
     "no images": ("path,label", [], "two or more classes to train with; it has 0"),
     "a value too few": ("path,label,group", CLASSES, "row 2 of .* has 2 values for 3 columns"),

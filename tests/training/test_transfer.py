@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from resnet import BadInput, cli
 from training import mirroring, model, transfer
 from training.applications import APPLICATIONS
+from training.heads import to_probabilities
 from training.model import HEAD, WHITENED, Architecture
 from training.optimizer import compile_for
 from training.recipes import ALL_BUT_HEAD, RECIPES, Recipe
@@ -125,16 +126,56 @@ def nest() -> keras.Model:
     return keras.Model(image, layers.Softmax()(layers.Dense(3)(layers.Dropout(0.5)(x))))
 
 
-def test_a_source_that_looks_twice_learns_from_one_look(few: Path, tmp_path: Path) -> None:
-    """Its first layer, which was computed from other images, is taken over as all else is."""
-    network = model.build(Architecture((4,), (1,), (1,), stem="whitened", pooled=True), (8, 8, 3), 2)
+@pytest.mark.parametrize(("mirror", "outputs"), [(None, 1), (False, 2)])
+def test_a_source_that_looks_twice_learns_from_one_look(
+    mirror: bool | None, outputs: int, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And looks twice again unless that is not wanted; head and first layer are taken over as all else is."""
+    network = model.build(Architecture((4,), (1,), (1,), stem="whitened", pooled=True), (8, 8, 3), outputs)
     whiten(network, images(side=8))
-    mirroring.mirror(network).save(tmp_path / "source.keras")
-    train(settings(tmp_path / "source.keras", 1, str(few), learning_rate=0.0, calibrate=False), tmp_path / "run")
+    source = mirroring.mirror(network)
+    source.save(tmp_path / "source.keras")
+    values = {"learning_rate": 0.0, "mirror": mirror, "schedule": "constant", "warmup": 0.0}
+    train(settings(tmp_path / "source.keras", 1, str(few), **values), tmp_path / "run")
     learned = keras.models.load_model(tmp_path / "run" / "model.keras")
-    assert [layer.name for layer in learned.layers] == [layer.name for layer in network.layers]
+    assert "to calibrate it there are 5 validation images, and 20 are needed" in capsys.readouterr().out
+    expected = network if mirror is False else source
+    assert len(learned.layers) == len(expected.layers)
     np.testing.assert_array_equal(learned.get_layer(WHITENED).kernel, network.get_layer(WHITENED).kernel)
-    np.testing.assert_allclose(answer(learned, images(side=8)), answer(network, images(side=8)), atol=1e-6)
+    np.testing.assert_allclose(answer(learned, images(side=8)), answer(expected, images(side=8)), atol=1e-6)
+    (tmp_path / "source.keras").unlink()
+    metrics = train(settings(tmp_path / "source.keras", 2, str(few), **values), tmp_path / "run", resume=True)
+    assert metrics["settings"]["mirror"] is (mirror is None)
+    assert metrics["settings"]["head"] == ("sigmoid" if outputs == 1 else "softmax")
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (1, 1)])
+def test_one_output_and_two_say_the_same(before: int, after: int) -> None:
+    """A head of the one kind becomes one of the other."""
+    network = model.build(Architecture((4,), (1,), (1,)), (8, 8, 3), before)
+    kernel, bias = network.get_layer(HEAD).get_weights()
+    network.get_layer(HEAD).set_weights([kernel, bias + np.arange(before) + 0.5])
+    source = Pretrained("mine", "", network, ("cat", "dog"), head="softmax")
+    learned = transfer.build(source, (8, 8, 3), ("cat", "dog"), after, PLAIN)
+    expected, found = (to_probabilities(answer(each, images(side=8))) for each in (network, learned))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_features_of_a_sequence_are_averaged(tmp_path: Path) -> None:
+    """As those of a map are."""
+    image = keras.Input((32, 32, 3), dtype="uint8")
+    x = layers.Reshape((16, 8))(layers.Conv2D(8, 8, strides=8)(layers.Rescaling(1 / 255)(image)))
+    network = keras.Model(image, layers.Softmax()(layers.GlobalAveragePooling1D()(layers.Dense(3)(x))))
+    network.save(tmp_path / "tokens.keras")
+    learned = build(load(tmp_path / "tokens.keras"), (32, 32, 3), "abc", PLAIN)
+    np.testing.assert_allclose(answer(learned, images()), answer(network, images()), atol=1e-6)
+
+
+def test_a_version_of_an_export_has_names_for_its_classes(repository: Path) -> None:
+    """So that only the same ones keep their weights."""
+    assert load(repository / "digits" / "1" / "model.keras").labels == DIGITS
+    with pytest.raises(BadInput, match="name the model in it, .*model.keras"):
+        load(repository / "digits" / "1")
 
 
 def test_a_network_within_a_network_is_opened(tmp_path: Path) -> None:
@@ -197,6 +238,13 @@ def test_the_source_learns_later_and_more_slowly_than_the_head(optimizer: Any) -
     np.testing.assert_allclose(steps[0.25, 1][1], steps[1.0, 1][1], rtol=1e-3)
 
 
+def test_at_most_half_of_the_epochs_are_for_the_head_alone(small: Path, few: Path, tmp_path: Path) -> None:
+    """However short a training is, the source learns too."""
+    before = keras.models.load_model(small).get_layer("convolution").kernel
+    train(settings(small, 1, str(few), head_epochs=5), tmp_path / "run")
+    assert np.any(keras.models.load_model(tmp_path / "run" / "model.keras").get_layer("convolution").kernel != before)
+
+
 def test_a_fine_tuning_resumes_to_the_same_bits_without_its_source(small: Path, few: Path, tmp_path: Path) -> None:
     """Its checkpoint has all that was learned, and dropout draws what it would have; another source is refused."""
     constant = {"schedule": "constant", "warmup": 0.0, "batch_size": 4}
@@ -251,7 +299,9 @@ def test_a_network_of_keras_applications_takes_weights_and_pixels(tmp_path: Path
         (["--from=FLOAT", "--preprocess=unit", "--image-size=16"], "--image-size is for image files"),
         (["--from=FLAT", "--preprocess=unit"], "takes no images of 32x32 pixels"),
         (["--from=WEIGHTS"], "holds weights without a network; name the network with --model"),
-        (["--from=WEIGHTS", "--model=resnet20"], "do not fit --model resnet20: "),
+        (["--from=WEIGHTS", "--model=resnet20"], "do not fit --model resnet20: <Conv2D name=stem_conv"),
+        (["--from=RUN", "--colors=grey"], "takes images of 3 channels; leave out --colors"),
+        (["--from=TEXT"], "TEXT.keras is not a .keras file, or a damaged one; save or copy it again"),
         (["--from=imagenet"], "--from imagenet has weights for the networks of keras.applications only; pass --model"),
         (["--from=imagenet", "--model=resnet50"], "only; pass --model keras-resnet50"),
         (["--from=imagenet", "--model=mobilenetv2"], "the weights of mobilenetv2 could not be downloaded (offline)"),
@@ -277,6 +327,7 @@ def test_a_source_that_cannot_be_used_is_one_sentence(
     small = keras.Input((8, 8, 3))
     keras.Model(small, layers.Dense(2)(layers.Flatten()(small))).save(tmp_path / "FLAT.keras")
     keras.Model(image, layers.Conv2D(3, 3)(image)).save_weights(tmp_path / "WEIGHTS.weights.h5")
+    (tmp_path / "TEXT.keras").write_text("x")
     names = {"RUN": run} | {path.name.partition(".")[0]: path for path in tmp_path.iterdir()}
     words = [
         f"--from={names.get(word.removeprefix('--from='), word.removeprefix('--from='))}" if "from" in word else word

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +42,7 @@ class LabelledFile(NamedTuple):
 
 
 def load(source: str, form: ImageForm) -> Dataset:
-    """Load a table, or a folder with `train.csv` and perhaps `test.csv`; classes are in alphabetical order.
+    """Load a table, or a folder with `train.csv` and perhaps `test.csv`; classes are in the order of their names.
 
     Without the column `split` and `test.csv`, `training.splits` chooses test images from each class. No group is in
     both splits.
@@ -87,35 +89,48 @@ def _read(table: Path) -> list[LabelledFile]:
     """Return the rows of a table."""
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            return list(_parse(table, csv.reader(file, strict=True)))
+            return list(_parse(table, csv.reader(file, strict=True, skipinitialspace=True)))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise BadInput(f"{table} cannot be read ({error}); it must be a CSV table in UTF-8") from None
 
 
-def _parse(table: Path, lines: Iterator[list[str]]) -> Iterator[LabelledFile]:
-    columns = next(lines, [])
+def _parse_header(table: Path, names: list[str]) -> list[str]:
+    """Return the columns that the first row of a table names."""
+    columns = [name.strip().lower() for name in names]
     known = "the columns are path and label, and optionally split and group"
+    if len(columns) == 1 and ";" in columns[0]:
+        raise BadInput(f"the values in {table} are separated by semicolons; separate them by commas")
     for name in columns:
-        if name not in COLUMNS or columns.count(name) > 1:
-            raise BadInput(f"{table} has a column {name!r}{' twice' * (name in COLUMNS)}; {known}")
+        if name not in COLUMNS:
+            raise BadInput(f"{table} has a column {name!r}; {known}, so remove or rename it")
+        if columns.count(name) > 1:
+            raise BadInput(f"{table} has a column {name!r} twice; {known}")
     for name in NEEDED:
         if name not in columns:
-            raise BadInput(f"{table} has no column {name!r}; {known}")
+            raise BadInput(f"the first row of {table} names no column {name!r}; {known}")
+    return columns
+
+
+def _parse(table: Path, lines: Iterator[list[str]]) -> Iterator[LabelledFile]:
+    columns = _parse_header(table, next(lines, []))
     for number, line in enumerate(lines, start=2):
-        if not line:  # as the last line may be
+        if not any(value.strip() for value in line):  # spreadsheets leave such rows
             continue
         if len(line) != len(columns):
             raise BadInput(f"row {number} of {table} has {len(line)} values for {len(columns)} columns")
-        row = dict(zip(columns, line, strict=True))
+        row = {name: value.strip() for name, value in zip(columns, line, strict=True)}
         for name in columns:
-            if not row[name].strip():
-                raise BadInput(f"row {number} of {table} has no {name}")
+            if not row[name]:
+                advice = "; an image that belongs to no other needs a group of its own" if name == "group" else ""
+                raise BadInput(f"row {number} of {table} has no {name}{advice}")
         if "split" in row and row["split"] not in SPLITS:
             raise BadInput(
                 f"row {number} of {table} has the split {row['split']!r}; it must be train or test "
                 "(images for validation are chosen from train)"
             )
         path = table.parent / row["path"]
-        if not path.is_file():
-            raise BadInput(f"row {number} of {table} names {row['path']!r}, but there is no file {str(path)!r}")
-        yield LabelledFile(path, row["label"].strip(), row.get("split", ""), row.get("group", ""))
+        if not os.path.isfile(path):  # noqa: PTH113  # Path.is_file raises for a name that is too long
+            advice = "; separate folders by /" if "\\" in row["path"] else ""
+            raise BadInput(f"row {number} of {table} names {row['path']!r}, but there is no file {str(path)!r}{advice}")
+        label, group = (unicodedata.normalize("NFC", row.get(name, "")) for name in ("label", "group"))
+        yield LabelledFile(path, label, row.get("split", ""), group)

@@ -185,8 +185,8 @@ def test_what_is_wrong_with_the_question_is_raised(address: str) -> None:
     with Client(address) as client:
         with pytest.raises(NotFound, match="no model 'cats'"):
             next(client.classify_each(images, model="cats"))
-        with pytest.raises(InvalidRequest, match="top_k is 99"):
-            next(client.classify_each(images, top_k=99))
+        with pytest.raises(NotFound, match="version 99 of model 'digits' is not served"):
+            next(client.classify_each(images, version=99))
         with pytest.raises(TypeError, match="must be uint8"):
             next(client.classify_each(images.astype(float)))  # type: ignore[arg-type]
 

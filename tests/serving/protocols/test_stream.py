@@ -162,7 +162,7 @@ def test_an_engine_that_fails_does_not_end_the_stream(server: Gated, talk: Talk)
 def test_streamed_requests_are_counted_as_others(server: Gated, talk: Talk) -> None:
     """By status; images; one wait and one computation each."""
     server.engine.gate.release(10)
-    bad = pb.ClassifyRequest(top_k=99)
+    bad = pb.ClassifyRequest(top_k=-1)
     talk.send(ask(1, 1), ask(2, 2, 2), pb.ClassifyStreamRequest(id=3, request=bad))
     talk.half_close()
     assert len(list(talk.call)) == 3
@@ -195,7 +195,7 @@ def test_a_cancelled_stream_costs_no_computation(server: Gated, talk: Talk) -> N
 def test_a_server_that_stops_answers_and_ends_its_streams(server: Gated, talk: Talk) -> None:
     """Long before the grace is over: what was read is answered, what comes is told by the end of the stream, once."""
     with Talk(server.address) as idle, ThreadPoolExecutor() as pool:
-        idle.send(pb.ClassifyStreamRequest(id=1, request=pb.ClassifyRequest(top_k=99)))
+        idle.send(pb.ClassifyStreamRequest(id=1, request=pb.ClassifyRequest(top_k=-1)))
         assert idle.receive().failure.code == 3
         talk.send(ask(1, 1))
         server.engine.entered.acquire()
@@ -220,7 +220,7 @@ def test_a_stream_is_read_ahead_so_far(repository: Path) -> None:
         server.await_queued(READ_AHEAD - 1)
         with Talk(server.address) as other:  # a hundred round trips, in which it could read on
             for number in range(100):
-                other.send(pb.ClassifyStreamRequest(id=number, request=pb.ClassifyRequest(top_k=99)))
+                other.send(pb.ClassifyStreamRequest(id=number, request=pb.ClassifyRequest(top_k=-1)))
                 other.receive()
         server.engine.gate.release(4 * READ_AHEAD)
         answers = list(talk.call)
