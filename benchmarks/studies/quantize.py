@@ -7,8 +7,9 @@ multiples of that of the run's ONNX file in fp32, at batch sizes 1 and 32, on th
 is one JSON object.
 
 Examples:
-  resnet train --data cifar10 --from runs/mobilenet --quantize int8 --out runs/mobilenet-int8
-  python -m benchmarks.studies.quantize runs/mobilenet runs/mobilenet-int8
+  resnet train --data cifar10 --image-size 32 --model efficientnetb0 --recipe quick --epochs 8 --out runs/efficient
+  resnet train --data cifar10 --image-size 32 --from runs/efficient --quantize int8 --out runs/efficient-int8
+  python -m benchmarks.studies.quantize runs/efficient runs/efficient-int8
 """
 
 from __future__ import annotations
