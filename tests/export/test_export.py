@@ -392,7 +392,7 @@ def test_what_is_no_model_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="holds no model.keras; finish its training"):
         source.load(tmp_path)
     (tmp_path / "text.keras").write_text("no model")
-    with pytest.raises(BadInput, match="is not a Keras model that can be loaded"):
+    with pytest.raises(BadInput, match="is not a .keras file, or a damaged one; save or copy it again"):
         source.load(tmp_path / "text.keras")
     (tmp_path / "empty.keras").touch()
     with pytest.raises(BadInput, match="empty.keras is empty; save the model again"):

@@ -102,7 +102,7 @@ def test_layers_that_only_their_author_knows_are_refused(tmp_path: Path) -> None
     """A Lambda hides Python code, and a class of one's own is not there when the file is read."""
     image = keras.Input((32, 32, 3), dtype="uint8")
     keras.Model(image, keras.layers.Lambda(lambda x: x)(image)).save(tmp_path / "lambda.keras")
-    with pytest.raises(BadInput, match="only the built-in layers of Keras can be exported"):
+    with pytest.raises(BadInput, match="only the built-in layers of Keras can be used"):
         source.load(tmp_path / "lambda.keras", "digits")
 
     class Mine(keras.layers.Layer):  # type: ignore[misc]
@@ -110,7 +110,7 @@ def test_layers_that_only_their_author_knows_are_refused(tmp_path: Path) -> None
             return x
 
     keras.Model(image, Mine()(image)).save(tmp_path / "own.keras")
-    with pytest.raises(BadInput, match="only the built-in layers of Keras can be exported"):
+    with pytest.raises(BadInput, match="only the built-in layers of Keras can be used"):
         source.load(tmp_path / "own.keras", "digits")
 
 
