@@ -13,6 +13,8 @@ HEADS = ("softmax", "sigmoid")
 def count_outputs(head: str | None, classes: int) -> int:
     """Return the number of outputs of a network: one for each class, or 1, the probability of the second of two.
 
+    Without a head there is one for each class.
+
     Raises:
         BadInput: A sigmoid does not fit the number of classes.
     """

@@ -24,13 +24,11 @@ def find(path: Path) -> Path:
     """
     if not path.exists():
         raise BadInput(f"{path} does not exist; it should be a run folder of `resnet train` or a .keras file")
-    if (path / "saved_model.pb").exists():
-        if (path / "model.keras").exists():
-            raise BadInput(
-                f"{path} is a version that `resnet export` wrote; name the model in it, {path / 'model.keras'}"
-            )
-        raise BadInput(f"{path} is a SavedModel, which has no layers; save the model with model.save('NAME.keras')")
     file = path / "model.keras" if path.is_dir() else path
+    if (path / "saved_model.pb").exists():
+        if file.exists():
+            raise BadInput(f"{path} is a version that `resnet export` wrote; name the model in it, {file}")
+        raise BadInput(f"{path} is a SavedModel, which has no layers; save the model with model.save('NAME.keras')")
     if not file.is_file():
         raise BadInput(f"{path} holds no model.keras; finish its training with `resnet train ... --resume`")
     if not file.stat().st_size:

@@ -169,14 +169,17 @@ def _check_layers(name: str, network: keras.Model, architecture: str) -> None:
 
 
 def _read_labels(folder: Path) -> tuple[str, ...]:
-    path, manifest = folder / "labels.txt", folder / "manifest.json"  # of a run folder, of an export
+    """Return the names of the classes from beside a model, in a run folder or a version of an export; () without."""
+    found = [path for path in (folder / "labels.txt", folder / "manifest.json") if path.exists()]
+    if not found:
+        return ()
+    path = found[0]
     try:
-        if path.exists():
-            return tuple(path.read_text("utf-8").splitlines())
-        return tuple(json.loads(manifest.read_text())["labels"]) if manifest.exists() else ()
-    except (OSError, ValueError, KeyError) as error:
+        text = path.read_text("utf-8")
+        return tuple(json.loads(text)["labels"] if path.suffix == ".json" else text.splitlines())
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(
-            f"{path} cannot be read ({error}); remove it, and the network has classes without names"
+            f"{path} cannot be read ({error}); copy the model elsewhere, and the network has classes without names"
         ) from None
 
 

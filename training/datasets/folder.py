@@ -12,7 +12,7 @@ from resnet import BadInput
 from training import splits
 from training.data import Dataset, ImageForm
 
-SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
+SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}
 LEFT_BY_SYSTEMS = {"Thumbs.db", "desktop.ini", "__MACOSX"}
 
 
@@ -32,7 +32,7 @@ def load(source: str, form: ImageForm) -> Dataset:
         raise BadInput(f"{folder} has a folder test but none named train; name the training images train")
     root = train if train.is_dir() else folder
     if root == folder:
-        _check_splits(folder)
+        _refuse_split_names(folder)
     unused = {path.name for path in _list_folders(folder)} - {"train", "test"}
     if root == train and unused:
         print(f"{folder} has train; not used are its folders {', '.join(sorted(unused))}")
@@ -64,9 +64,9 @@ def _unwrap(folder: Path) -> Path:
     return folder
 
 
-def _check_splits(folder: Path) -> None:
+def _refuse_split_names(folder: Path) -> None:
     """Refuse to take folders of splits for classes."""
-    names = sorted(path.name for path in _list_folders(folder) if path.name.lower() in SPLITS)
+    names = sorted(path.name for path in _list_folders(folder) if path.name.lower() in SPLIT_NAMES)
     if len(names) > 1:
         raise BadInput(
             f"{folder} has the folders {' and '.join(names)}, which are no classes; name them train and test "
