@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks.peers.protocols import JSON, JSON_BATCH, RAW, KServePeer, PeerProtocol
+from benchmarks.peers.protocols import JSON, JSON_BATCH, RAW, FilesPeer, KServeHttpPeer, KServePeer, PeerProtocol
 from resnet import BadInput
 
 SERVERS = Path(__file__).parent / "servers"
@@ -68,11 +68,23 @@ class Ours(Peer):
         return [*start, str(model.path.parents[2]), f"--port={port}", f"--precision={model.precision}"]
 
 
+@dataclass(frozen=True)
+class OursHttp(Peer):
+    """`resnet serve` over HTTP."""
+
+    def command(self, python: Path, model: ModelFile, port: int) -> Sequence[str]:
+        """Return the command that starts the server on a port of 127.0.0.1."""
+        start = [str(python), "-m", "resnet", "serve", str(model.path.parents[2])]
+        return [*start, "--port=0", f"--http-port={port}", f"--precision={model.precision}"]
+
+
 RUNTIME = f"onnxruntime=={version('onnxruntime')}"  # the same version for all
 NUMPY = "numpy==2.4.6"
 
 PEERS = (
     Ours("ours", "resnet serve", KServePeer(), every=True),
+    OursHttp("ours_http", "resnet serve (HTTP, KServe)", KServeHttpPeer(), every=True),
+    OursHttp("ours_files", "resnet serve (HTTP, PNG files)", FilesPeer(), every=True),
     Peer("mosec", "mosec 0.9.8 (HTTP)", RAW, ("mosec==0.9.8", NUMPY, RUNTIME), every=True),
     Peer("pytriton", "pytriton 0.7.0 (Triton)", KServePeer(), ("nvidia-pytriton==0.7.0", "numpy==1.26.4", RUNTIME)),
     Peer("mlserver", "MLServer 1.7.1", KServePeer(), ("mlserver==1.7.1", NUMPY, RUNTIME)),

@@ -19,11 +19,12 @@ from resnet.table import render
 WARM_UP_SECONDS = 1.0
 
 
-WORKLOADS = FEW, MANY, BATCHES = Workload(1, 8), Workload(1, 32), Workload(32, 8)
+WORKLOADS = ALONE, FEW, MANY, BATCHES = Workload(1, 1), Workload(1, 8), Workload(1, 32), Workload(32, 8)
 HEADER = (
     "system",
-    "1 image, 8 in flight: images/s",
-    "1 image, 32 in flight: images/s",
+    "1 image, 1 in flight: images/s",
+    "8 in flight",
+    "32 in flight",
     "p50 ms",
     "p99 ms",
     "32 images, 8 in flight: images/s",
@@ -185,6 +186,6 @@ def _list_cells(row: RaceRow) -> list[str]:
     if not all(row.rounds.values()):
         return [f"{row.title}: {row.problem}", *[""] * (len(HEADER) - 1)]
     title = f"{row.title} ({len(row.rounds[BATCHES])} rounds, then: {row.problem})" if row.problem else row.title
-    few, many, batches = (f"{row.median(workload, 'images_per_second'):,.0f}" for workload in WORKLOADS)
+    alone, few, many, batches = (f"{row.median(workload, 'images_per_second'):,.0f}" for workload in WORKLOADS)
     p50, p99, cpu = (row.median(MANY, figure) for figure in ("p50_ms", "p99_ms", "cpu_ms"))
-    return [title, few, many, f"{p50:.1f}", f"{p99:.1f}", batches, f"{cpu:.2f}", f"{row.peak_mb():,.0f}"]
+    return [title, alone, few, many, f"{p50:.1f}", f"{p99:.1f}", batches, f"{cpu:.2f}", f"{row.peak_mb():,.0f}"]

@@ -1,0 +1,139 @@
+"""A real server over HTTP, beside gRPC, and a client that says exactly what it is told."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from serving.config import Compute, Limits
+from serving.http.server import HttpServer
+from serving.http.versions import VersionPages
+from serving.models import loader
+from serving.models.registry import ModelRegistry
+from serving.models.version_policy import parse
+from serving.models.watcher import Watcher
+from serving.observability.metrics import make_metrics
+from serving.rollouts.rollouts import Rollouts
+from serving.rollouts.shadows import Shadows
+from serving.server import Server
+from serving.transports.tls import ServerTls
+
+JSON = "application/json"
+PROBLEM = "application/problem+json"
+
+
+class Site(NamedTuple):
+    """A running server.
+
+    Attributes:
+        http: Its HTTP side.
+        server: Its gRPC side.
+        models: Its models.
+    """
+
+    http: HttpServer
+    server: Server
+    models: ModelRegistry
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT of the HTTP side."""
+        return self.http.address
+
+
+class Reply(NamedTuple):
+    """A response: status, headers by name in lower case, and body."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        """The body, parsed."""
+        return json.loads(self.body)
+
+
+def ask(
+    address: str, path: str, body: bytes | object = None, method: str = "", headers: Mapping[str, str] | None = None
+) -> Reply:
+    """Send a request; a body that is not bytes is sent as JSON, and a body makes it a POST."""
+    host, _, port = address.rpartition(":")
+    content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    connection = http.client.HTTPConnection(host, int(port), timeout=30)
+    try:
+        connection.request(method or ("GET" if body is None else "POST"), path, content, dict(headers or {}))
+        response = connection.getresponse()
+        names = {name.lower(): value for name, value in response.getheaders()}
+        return Reply(response.status, names, response.read())
+    finally:
+        connection.close()
+
+
+def connect(address: str) -> socket.socket:
+    """Open a connection that nobody speaks on yet."""
+    host, _, port = address.rpartition(":")
+    return socket.create_connection((host, int(port)), timeout=30)
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """Return what comes until the other side closes."""
+    received = b""
+    try:
+        while part := connection.recv(65536):
+            received += part
+    except ConnectionError:
+        pass
+    return received
+
+
+@contextmanager
+def serve(repository: Path, versions: str = "latest", **options: Any) -> Iterator[Site]:
+    """Serve a repository until the end of the block.
+
+    Args:
+        repository: The folder.
+        versions: As `--versions`.
+        options: `limits`, `token`, `admin_token`, `tls` and `origins`.
+    """
+    models = ModelRegistry()
+    load = partial(loader.load, compute=Compute(device="cpu", tune=False))
+    watcher = Watcher(repository, models, load, parse(versions))
+    watcher.start()
+    shadows, rollouts = Shadows(models, watcher, lambda: True), Rollouts(models, watcher, lambda: True)
+    limits = options.get("limits", Limits())
+    token, tls = options.get("token"), options.get("tls")
+    server = Server(
+        models,
+        "127.0.0.1",
+        0,
+        limits,
+        token=token,
+        admin_token=options.get("admin_token"),
+        repository=watcher,
+        shadows=shadows,
+        rollouts=rollouts,
+        transport="grpcio",
+    )
+    with server, open_http(server, models, VersionPages(models, watcher), tls, options.get("origins", ())) as http_side:
+        yield Site(http_side, server, models)
+        rollouts.close()
+        shadows.close()
+
+
+def open_http(
+    server: Server,
+    models: ModelRegistry,
+    versions: VersionPages | None = None,
+    tls: ServerTls | None = None,
+    origins: tuple[str, ...] = (),
+) -> HttpServer:
+    """Serve HTTP on a free port."""
+    metrics = make_metrics(models, "grpcio", server.refusals)
+    return HttpServer(server, models, metrics, "127.0.0.1", 0, versions, tls, origins)
