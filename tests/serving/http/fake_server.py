@@ -172,6 +172,7 @@ class FakeServer(ThreadingHTTPServer):
     def __init__(self, port: int = 0) -> None:
         """Begin with five samples of the history."""
         super().__init__(("127.0.0.1", port), Handler)
+        load_examples()  # now: it takes a second or two
         self.started = time.time()
         self.samples: list[dict[str, Any]] = []
         for rate in range(5):
