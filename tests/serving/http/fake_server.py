@@ -82,6 +82,7 @@ OPENAPI = {
         },
     },
     "components": {
+        "responses": {"Overloaded": {"description": "429 Too Many Requests: it cannot be answered in time."}},
         "schemas": {
             "Answer": {
                 "type": "object",
@@ -91,7 +92,7 @@ OPENAPI = {
                 },
             },
             "Class": SHAPE,
-        }
+        },
     },
 }
 

@@ -95,7 +95,7 @@ def test_a_chosen_file_is_classified(opened: Page, four: Path) -> None:
     expected = classify(four.read_bytes(), "digits", "1")[:5]
     rows = opened.locator(".bars tr")
     expect(rows.locator("th")).to_have_text([item["label"] for item in expected])
-    expect(rows.locator(".number")).to_have_text([f"{100 * item['probability']:.1f}\u00a0%" for item in expected])
+    expect(rows.locator("td:last-child")).to_have_text([f"{100 * item['probability']:.1f}\u00a0%" for item in expected])
     widths = [bar.bounding_box()["width"] for bar in rows.locator(".bar").all()]
     assert widths == sorted(widths, reverse=True)
     assert widths[0] > 5 * widths[1]
@@ -309,16 +309,17 @@ def test_everybody_can_use_the_page(opened: Page, scheme: Literal["light", "dark
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_everybody_can_use_the_page_of_the_api(page: Page, url: str, scheme: Literal["light", "dark"]) -> None:
-    """It shows operations, parameters, schemas and examples, and axe finds nothing."""
+    """It shows operations, parameters, schemas, examples and errors, and axe finds nothing."""
     page.emulate_media(color_scheme=scheme)
-    page.goto(f"{url}/docs")
+    page.goto(f"{url}/docs#Overloaded")
+    expect(page.locator("#Overloaded")).to_be_in_viewport()
     for summary in page.locator("summary").all():
         summary.click()
     operation = page.get_by_role("region", name="POST /classify/{model}")
     expect(operation.locator("tbody tr")).to_have_text("top_kqueryintegerClasses.")
     expect(operation.locator(".schema .schema")).to_have_text("label string Name of the class.")
     expect(operation.locator("pre")).to_contain_text("curl --data-binary @cat.jpg")
-    expect(page.get_by_role("navigation").get_by_role("link")).to_have_text(["Classify", "Server"])
+    expect(page.get_by_role("navigation").get_by_role("link")).to_have_text(["Classify", "Server", "Errors"])
     found = Axe().run(page)
     assert found.violations_count == 0, found.generate_report()
 
