@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import signal
 import threading
+import webbrowser
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -33,9 +34,11 @@ from serving.server import Server
 from serving.signals import Signals
 from serving.transports import auth
 from serving.transports.auth import Tokens
+from serving.transports.choice import is_local
 from serving.transports.tls import ServerTls
 
 if TYPE_CHECKING:
+    from serving.http.server import HttpServer
     from serving.observability.tracing import Tracing
 
 ANYWHERE = "0.0.0.0"  # where callers are that others bring
@@ -80,7 +83,7 @@ def serve(config: Config) -> None:
             transport=config.transport,
         )
         server.watch(threads.end_process if config.exit_when_stuck else log.critical)
-        serve_metrics(config, registry, server, shadows, rollouts, opened.mirror)
+        http = serve_http(config, access, registry, server, watcher, shadows, rollouts, opened.mirror)
         logs.announce(f"serving on {server.address}")
         wake = follow(watcher, config.watch, opened.mirror)
         while signals.wait() == signal.SIGHUP:
@@ -90,6 +93,8 @@ def serve(config: Config) -> None:
         shadows.close()
         logs.announce("finishing the requests under way")
         server.stop(config.grace)
+        if http:
+            http.stop()
         if tracing:
             tracing.close()
 
@@ -291,20 +296,42 @@ def open_shadows(shadows: Shadows, wanted: Mapping[str, ShadowSettings], strict:
             log.warning("%s; nothing is compared", problem)
 
 
-def serve_metrics(
+def serve_http(
     config: Config,
+    access: Access,
     registry: ModelRegistry,
     server: Server,
+    watcher: Watcher,
     shadows: Shadows,
     rollouts: Rollouts,
     mirror: Mirror | None = None,
-) -> None:
-    """Serve Prometheus metrics, with --metrics-port."""
-    if config.metrics_port is not None:
-        from serving.observability.metrics import MetricsServer
+) -> HttpServer | None:
+    """Serve HTTP, with --http-port.
 
-        host = "127.0.0.1" if config.host.startswith("unix:") else config.host
-        metrics = MetricsServer(
-            registry, host, config.metrics_port, server.transport, server.refusals, shadows, rollouts, mirror
-        )
-        logs.announce(f"metrics on http://{metrics.address}/metrics")
+    Raises:
+        BadInput: The port cannot be bound.
+    """
+    port = config.find_http_port()
+    if port is None:
+        return None
+    from serving.http.server import HttpServer
+    from serving.http.versions import VersionPages
+    from serving.observability.metrics import make_metrics
+
+    host = "127.0.0.1" if config.host.startswith("unix:") else config.host
+    http = HttpServer(
+        server,
+        registry,
+        make_metrics(registry, server.transport, server.refusals, shadows, rollouts, mirror),
+        host,
+        port,
+        VersionPages(registry, watcher),
+        access.tls,
+        config.list_origins(),
+        is_local(host),
+        access.token is not None,
+    )
+    logs.announce(f"HTTP on {http.url}, metrics on {http.url}metrics")
+    if config.open and not webbrowser.open(http.url):
+        log.warning("no browser can be opened here; the page is at %s", http.url)
+    return http

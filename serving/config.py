@@ -33,6 +33,8 @@ FILE_VARIABLE = "RESNET_CONFIG"
 SERVICE_VARIABLE = re.compile(rf"{PREFIX}(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://.*")
 
+ORIGIN = re.compile(r"https?://[^/\s]+")  # as browsers send it
+
 LARGEST = 2**31 - 1  # of gRPC's options, and the number of milliseconds that stands for never
 COUNT = 65_536  # of what takes memory or threads each
 MONTH = 2e6  # seconds; gRPC takes milliseconds of 32 bits
@@ -231,9 +233,20 @@ class ServeOptions:
         "gRPC library; native handles several times as many calls, but has no TLS and fewer limits; auto picks native "
         "on a local address without TLS",
     )
-    metrics_port: int | None = option(
-        None, "port for Prometheus metrics over HTTP; 0 picks a free one", low=0, high=65535
+    http_port: int | None = option(
+        None,
+        "port for HTTP: a page to look at, KServe v2 and TensorFlow Serving as REST, images to /classify/NAME, probes, "
+        "/metrics; 0 picks a free one",
+        low=0,
+        high=65535,
     )
+    metrics_port: int | None = option(None, "the former name of --http-port", low=0, high=65535)
+    cors: str | None = option(
+        None,
+        "origins of web pages that may call over HTTP, as https://example.org, separated by spaces; * for all",
+        metavar="ORIGINS",
+    )
+    open: bool = option(False, "open the page in a browser; without --http-port, on a free port")
     grace: float = option(30.0, "seconds to finish active requests after SIGTERM", low=0, high=threading.TIMEOUT_MAX)
     exit_when_stuck: bool = option(
         True,
@@ -277,12 +290,27 @@ class Config(Limits, Batching, Compute, ServeOptions):
         if (self.tls_cert is None) != (self.tls_key is None) or (self.tls_client_ca and self.tls_cert is None):
             certificate, key, authority = map(self.name_of, ("tls_cert", "tls_key", "tls_client_ca"))
             raise BadInput(f"{certificate} and {key} belong together, and {authority} needs both")
+        if None is not self.http_port != self.metrics_port is not None:
+            names = " and ".join(map(self.name_of, ("http_port", "metrics_port")))
+            raise BadInput(f"{names} are two names of one option; leave out the latter")
+        for origin in self.list_origins():
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise BadInput(f"{self.name_of('cors')} takes origins as https://example.org, not {origin[:SHOWN]!r}")
         if self.transport == "native" and self.tls_cert:
             raise BadInput(f"{self.name_of('tls_cert')} needs --transport grpcio: native has no TLS")
 
     def name_of(self, field: str) -> str:
         """Return an option's name as the user wrote it, or its flag if it has its default."""
         return self.origins[field].name if field in self.origins else flag(Config.__dataclass_fields__[field])
+
+    def find_http_port(self) -> int | None:
+        """Return the port for HTTP, None for none."""
+        port = self.metrics_port if self.http_port is None else self.http_port
+        return 0 if port is None and self.open else port
+
+    def list_origins(self) -> list[str]:
+        """Return the origins of pages elsewhere that may call over HTTP."""
+        return (self.cors or "").split()
 
     def to_toml(self) -> str:
         """Return all values as a TOML file that `load` can read, each with its origin."""

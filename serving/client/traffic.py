@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import NamedTuple
 
 from protos import admin_pb2 as pb
+from resnet.histogram import find_quantile
 
 EMPTY = pb.VersionStatus()
 
@@ -48,8 +48,8 @@ def measure(before: pb.VersionStatus | None, after: pb.VersionStatus, seconds: f
         requests_per_second=requests / seconds if seconds else 0.0,
         images_per_second=(after.images - before.images) / seconds if seconds else 0.0,
         failed=(count_failed(after) - count_failed(since)) / ended if ended else None,
-        p50_seconds=find_quantile(latency, 0.5),
-        p99_seconds=find_quantile(latency, 0.99),
+        p50_seconds=find_seconds(latency, 0.5),
+        p99_seconds=find_seconds(latency, 0.99),
         since_load=not requests,
     )
 
@@ -64,25 +64,10 @@ def count_failed(version: pb.VersionStatus) -> int:
     return count_requests(version) - version.requests.get("OK", 0)
 
 
-def find_quantile(histogram: pb.Histogram, share: float) -> float | None:
-    """Return a quantile in seconds, interpolated within its bucket as Prometheus' `histogram_quantile` does.
-
-    Args:
-        histogram: Latencies; one beyond the last bound counts as that bound.
-        share: Which quantile, above 0 to 1.
-
-    Returns:
-        None if the histogram is empty.
-    """
-    rank = share * sum(histogram.counts)
-    if not rank:
-        return None
-    for index, (count, below) in enumerate(zip(histogram.counts, accumulate(histogram.counts), strict=True)):
-        if below >= rank and index < len(histogram.bounds_ns):
-            low = histogram.bounds_ns[index - 1] if index else 0
-            part = 1 - (below - rank) / count
-            return (low + part * (histogram.bounds_ns[index] - low)) / 1e9
-    return histogram.bounds_ns[-1] / 1e9
+def find_seconds(histogram: pb.Histogram, share: float) -> float | None:
+    """Return a quantile in seconds, as `resnet.histogram.find_quantile` does; None if the histogram is empty."""
+    ns = find_quantile(histogram.bounds_ns, histogram.counts, share)
+    return None if ns is None else ns / 1e9
 
 
 def _subtract(after: pb.Histogram, before: pb.Histogram) -> pb.Histogram:

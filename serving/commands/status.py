@@ -17,13 +17,11 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from google.protobuf.message import Message
 
 from protos import admin_pb2 as pb
+from protos.record import to_record
 from resnet import BadInput, CheckFailed
 from resnet.options import AMOUNT, add_options, option, read
 from serving.client.access import AccessOptions, to_bad_input
@@ -158,27 +156,3 @@ def show(options: StatusCommand, text: str) -> None:
         print(f"{CLEAR}{text}", flush=True)
     else:
         print(f"{text}\n", flush=True)
-
-
-def to_record(message: Message) -> dict[str, Any]:
-    """Return a message as JSON has it: numbers as such, enums by name, null for a message that is not there."""
-    return {
-        field.name: to_value(getattr(message, field.name), field.enum_type)
-        if not field.has_presence or message.HasField(field.name)
-        else None
-        for field in message.DESCRIPTOR.fields
-    }
-
-
-def to_value(value: Any, enum: Any) -> Any:
-    """Return the value of a field as JSON has it."""
-    match value:
-        case Message():
-            return to_record(value)
-        case Mapping():
-            return dict(value)
-        case str() | bool():
-            return value
-        case Sequence():
-            return [to_value(item, enum) for item in value]
-    return enum.values_by_number[value].name if enum else value

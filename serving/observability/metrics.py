@@ -30,18 +30,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import io
-import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
-from http.client import parse_headers
-from threading import Thread
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Self
 
 import onnxruntime
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -50,7 +43,6 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from resnet import BadInput
 from resnet.packages import VERSION
 from serving.models.mirror import Mirror
 from serving.models.registry import ModelRegistry
@@ -62,113 +54,31 @@ from serving.runtimes.cost import CostCurve
 
 LABELS = ("model", "version")
 BATCH_BOUNDS = tuple(2**power for power in range(9))  # 1 to 256 images
-MAX_CONNECTIONS = 32
-REQUEST_SECONDS = 10.0  # for a client to send its request and to read the response
 
 
-class MetricsServer:
-    """HTTP server of GET /metrics; it runs until `close`, or until the end of the block as a context manager.
+def make_metrics(
+    models: ModelRegistry,
+    transport: str = "",
+    refusals: Mapping[str, int] = MappingProxyType({}),
+    shadows: Shadows | None = None,
+    rollouts: Rollouts | None = None,
+    mirror: Mirror | None = None,
+) -> CollectorRegistry:
+    """Return the metrics, which are collected anew whenever somebody reads them.
 
-    It has one thread. Of more than `MAX_CONNECTIONS`, the oldest is closed: one that has sent its request is answered
-    at once, so that is one that sends none.
+    Args:
+        models: Models to report on.
+        transport: Name of the server's transport, for `resnet_build_info`.
+        refusals: Number of calls that the server refused, by the name of their status.
+        shadows: The shadows of the server, if it has any.
+        rollouts: Its rollouts, likewise.
+        mirror: The mirror of its models, if they are in object storage.
     """
-
-    def __init__(
-        self,
-        models: ModelRegistry,
-        host: str,
-        port: int,
-        transport: str = "",
-        refusals: Mapping[str, int] = MappingProxyType({}),
-        shadows: Shadows | None = None,
-        rollouts: Rollouts | None = None,
-        mirror: Mirror | None = None,
-    ) -> None:
-        """Listen on a port.
-
-        Args:
-            models: Models to report on.
-            host: Host name or address to listen on.
-            port: Port to listen on; 0 picks a free one, see the attribute `address`.
-            transport: Name of the server's transport, for `resnet_build_info`.
-            refusals: Number of calls that the server refused, by the name of their status.
-            shadows: The shadows of the server, if it has any.
-            rollouts: Its rollouts, likewise.
-            mirror: The mirror of its models, if they are in object storage.
-
-        Raises:
-            BadInput: The server cannot listen on that port.
-        """
-        registry = CollectorRegistry()
-        registry.register(_ModelsCollector(models, transport, refusals, mirror))
-        if shadows and rollouts:
-            registry.register(ComparisonsCollector(models, shadows, rollouts))
-        self._respond = make_wsgi_app(registry)
-        try:
-            family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-            self._socket = socket.create_server((str(place[0]), port), family=family)
-        except OSError as error:
-            raise BadInput(
-                f"cannot serve metrics on {host}:{port} ({error.strerror}); choose another with --metrics-port"
-            ) from None
-        host = f"[{host}]" if ":" in host else host
-        self.address = f"{host}:{self._socket.getsockname()[1]}"
-        self._open: dict[asyncio.StreamWriter, None] = {}  # in order of arrival
-        self._loop = asyncio.new_event_loop()
-        self._closing = asyncio.Event()
-        self._thread = Thread(target=self._run, name="metrics", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop the server."""
-        self._loop.call_soon_threadsafe(self._closing.set)
-        self._thread.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _run(self) -> None:
-        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:  # ends what is still open
-            runner.run(self._serve())
-
-    async def _serve(self) -> None:
-        server = await asyncio.start_server(self._answer, sock=self._socket)
-        await self._closing.wait()
-        server.close()
-
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer one request and close the connection, whether or not one comes."""
-        self._open[writer] = None
-        if len(self._open) > MAX_CONNECTIONS:
-            oldest = next(iter(self._open))
-            del self._open[oldest]
-            oldest.transport.abort()
-        with suppress(OSError, EOFError, asyncio.LimitOverrunError):  # gone, late, or more headers than anybody sends
-            async with asyncio.timeout(REQUEST_SECONDS):
-                writer.write(self._make_response(await reader.readuntil(b"\r\n\r\n")))
-                await writer.drain()
-        self._open.pop(writer, None)
-        writer.close()
-
-    def _make_response(self, request: bytes) -> bytes:
-        """Return the response to a request without a body."""
-        method, _, rest = request.partition(b"\r\n")[0].decode("latin-1").partition(" ")
-        path, _, query = rest.partition(" ")[0].partition("?")
-        headers = parse_headers(io.BytesIO(request.partition(b"\r\n")[2]))
-        environment = {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query}
-        environment |= {f"HTTP_{key.upper().replace('-', '_')}": value for key, value in headers.items()}
-        lines: list[str] = []
-
-        def start(status: str, fields: list[tuple[str, str]], _: object = None) -> Callable[[bytes], object]:
-            lines.extend([f"HTTP/1.1 {status}", *(f"{key}: {value}" for key, value in fields)])
-            return lines.append  # type: ignore[return-value]  # WSGI demands a function, and nobody calls it
-
-        body = b"".join(self._respond(environment, start))
-        lines += [f"Content-Length: {len(body)}", "Connection: close", "", ""]
-        return "\r\n".join(lines).encode("latin-1") + body
+    registry = CollectorRegistry()
+    registry.register(_ModelsCollector(models, transport, refusals, mirror))
+    if shadows and rollouts:
+        registry.register(ComparisonsCollector(models, shadows, rollouts))
+    return registry
 
 
 class _ModelsCollector(Collector):

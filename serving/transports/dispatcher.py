@@ -37,6 +37,13 @@ class Dispatcher:
         self._separate: defaultdict[str, set[Call]] = defaultdict(set)
         self._closed = False
 
+    def check(self, call: Call) -> ServingError | None:
+        """Return why a call is refused before its request is read, None if it is not: its token is missing or wrong."""
+        refusal = self._tokens.check(call)
+        if refusal:
+            self.refusals[refusal.status.name] += 1
+        return refusal
+
     def dispatch(self, call: Call, method: Unary) -> None:
         """Have a call answered or refused, now or later. It raises nothing, which could end the receiving thread."""
         try:
@@ -79,7 +86,7 @@ class Dispatcher:
 
     def _find_refusal(self, call: Call, active: set[Call] | None, limit: int) -> ServingError | None:
         """Return why a call is refused; None counts it among the `active` calls."""
-        refusal = self._check(call) or (self._admit(call, active, limit) if active is not None else None)
+        refusal = self._find_fault(call) or (self._admit(call, active, limit) if active is not None else None)
         if refusal:
             self.refusals[refusal.status.name] += 1
         return refusal
@@ -95,7 +102,7 @@ class Dispatcher:
         active.add(call)
         return None
 
-    def _check(self, call: Call) -> ServingError | None:
+    def _find_fault(self, call: Call) -> ServingError | None:
         """Return why a call is refused whatever the load."""
         if refusal := self._tokens.check(call):
             return refusal

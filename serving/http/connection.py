@@ -1,0 +1,168 @@
+"""A connection of HTTP/1.1 with the limits that uvicorn leaves to a proxy: time to send, size of headers, number.
+
+uvicorn reads whatever comes, however slowly and however long; its option for headers counts for its slower parser only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, cast
+
+import msgspec
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from serving.config import Limits
+from serving.errors import InvalidRequest, Malformed, ServingError, TooLarge
+from serving.http import problems
+
+if TYPE_CHECKING:
+    from serving.transports.call import Call
+
+BYTES_PER_SECOND = 32 * 2**10  # of a client that is not too slow, once `handshake_seconds` are over
+FIELD_BYTES = 32  # of a header beside its name and value, as HTTP/2 counts them
+CONNECTION = "resnet.connection"  # the key of the ASGI scope
+
+
+class HttpConnection(HttpToolsProtocol):
+    """A connection.
+
+    Attributes:
+        call: The call that is under way; marked as cancelled when the connection ends.
+    """
+
+    def __init__(self, limits: Limits, *args: Any, **kwargs: Any) -> None:
+        """Keep `limits`; the other arguments are uvicorn's."""
+        super().__init__(*args, **kwargs)
+        self.call: Call | None = None
+        self._limits = limits
+        self._opened = self._used = self.loop.time()
+        self._waits_since: float | None = self._opened  # for the rest of a request
+        self._stalled_since: float | None = None  # because the client reads no response
+        self._received = self._fields = 0  # bytes of a request, and of its headers as far as they are parsed
+        self._in_head = True
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no call is under way: nothing is lost when it ends."""
+        return self.cycle is None or self.cycle.response_complete
+
+    @property
+    def used(self) -> float:
+        """When the last request began, on the loop's clock."""
+        return self._used
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin, unless there are too many: then the one that has been idle for longest ends, or else this one."""
+        if len(self.connections) >= self._limits.max_connections:
+            idle = [other for other in self.connections if isinstance(other, HttpConnection) and other.is_idle]
+            if not idle:
+                transport.abort()
+                self.transport = transport
+                return
+            min(idle, key=lambda other: other.used).abort()
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Mark the call under way as cancelled."""
+        if self.call is not None:
+            self.call.cancelled = True
+            self.call.leave()
+            self.call = None
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Read a part of a request."""
+        if self.transport.is_closing():
+            return
+        self._received += len(data)
+        super().data_received(data)
+        # The parser holds a header until it ends.
+        if self._in_head and self._received > self._limits.max_metadata_bytes and not self.transport.is_closing():
+            self._refuse_head()
+
+    def on_message_begin(self) -> None:
+        """Begin a request."""
+        super().on_message_begin()
+        cast(dict[str, object], self.scope)[CONNECTION] = self
+        self._used = self._waits_since = self.loop.time()
+        self._received = self._fields = 0
+        self._in_head = True
+
+    def on_url(self, url: bytes) -> None:
+        """Read a part of the target."""
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Read a header."""
+        self._count(len(name) + len(value) + FIELD_BYTES)
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Have the request answered."""
+        self._in_head = False
+        super().on_headers_complete()
+        age = self._limits.max_connection_age
+        if age and self.loop.time() - self._opened > age:
+            self.cycle.keep_alive = False
+
+    def on_message_complete(self) -> None:
+        """Note that all of the request is there."""
+        self._waits_since = None
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002  # uvicorn's word for it
+        """Refuse what is no HTTP, or has too large headers."""
+        if self._fields > self._limits.max_metadata_bytes:
+            self._refuse_head()
+        else:
+            self._refuse(Malformed("the request cannot be parsed: it is no HTTP"))
+
+    def expire(self, now: float) -> None:
+        """End the connection if its client is too slow: in sending a request, or in reading a response."""
+        seconds = self._limits.handshake_seconds
+        if self.flow is not None and self.flow.write_paused:
+            self._stalled_since = self._stalled_since or now
+            if now - self._stalled_since > seconds:
+                self.abort()
+        else:
+            self._stalled_since = None
+        since = self._waits_since
+        if since is None or self.flow.read_paused or now - since <= seconds + self._received / BYTES_PER_SECOND:
+            return
+        if self._received and not (self.cycle and self.cycle.response_started and not self.cycle.response_complete):
+            self._refuse(InvalidRequest("the request was not sent in time"), HTTPStatus.REQUEST_TIMEOUT)
+        else:
+            self.abort()
+
+    def abort(self) -> None:
+        """End the connection at once."""
+        self.transport.abort()
+        self.connections.discard(self)
+
+    def _count(self, size: int) -> None:
+        """Count bytes of the headers; too many end the parsing."""
+        self._fields += size
+        if self._fields > self._limits.max_metadata_bytes:
+            raise ValueError("too many headers")
+
+    def _refuse_head(self) -> None:
+        error = TooLarge(f"the headers have more than the {self._limits.max_metadata_bytes:,} bytes allowed")
+        self._refuse(error, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+
+    def _refuse(self, error: ServingError, status: int = 0) -> None:
+        """Answer with an error, and end the connection."""
+        problem = problems.to_problem(error) | {"status": status or error.status.http}
+        body = msgspec.json.encode(problem)
+        head = f"HTTP/1.1 {problem['status']} {HTTPStatus(problem['status']).phrase}\r\ncontent-length: {len(body)}\r\n"
+        head += f"content-type: {problems.MEDIA_TYPE}\r\nconnection: close\r\n\r\n"
+        self.transport.write(head.encode("ascii") + body)
+        self.transport.close()
+
+
+def make_factory(limits: Limits, config: Any, state: Any) -> Callable[[], asyncio.Protocol]:
+    """Return what makes a protocol for each connection."""
+    return functools.partial(HttpConnection, limits, config=config, server_state=state, app_state={})

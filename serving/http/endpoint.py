@@ -1,0 +1,346 @@
+"""From a request to its response: a REST method is a gRPC method in another encoding, and shares all that is behind it.
+
+A request with the right token and of an allowed size is read, encoded as the message of its gRPC method, and passed to
+the dispatcher as a `Call`, like one that came over gRPC. What takes longer than a millisecond is done by workers: one
+thread receives all requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any, NamedTuple, TypeVar, cast
+from urllib.parse import parse_qs
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from serving.config import Limits
+from serving.errors import REQUEST_ID, Cancelled, InvalidRequest, Overloaded, ServingError, TooLarge, Trailers
+from serving.http import problems
+from serving.http.connection import CONNECTION
+from serving.http.content import unpack
+from serving.protocols.inputs import MAX_DIGITS
+from serving.threads import WorkerPool
+from serving.transports.call import Call, Metadata, Unary, report
+from serving.transports.dispatcher import RETRY_MS, Dispatcher
+
+T = TypeVar("T")
+
+TIMEOUT = "x-envoy-expected-rq-timeout-ms"  # how long a proxy of Envoy's make, as Istio's, waits for the response
+QUICK_BYTES = 2**16  # of JSON or of encoded images that are read in about a millisecond
+QUICK_PIXEL_BYTES = 2**20  # of a body that is only copied
+JSON, BINARY = "application/json", "application/octet-stream"
+FILE = {"type": "string", "format": "binary"}  # the schema of bytes
+
+
+@dataclass(slots=True)
+class RestRequest:
+    """A request, without its transport.
+
+    Attributes:
+        parameters: The parameters in its path.
+        query: The parameters after it, as bytes.
+        headers: By name in lower case; of several of one name the last.
+        body: As it was sent, or unpacked if it was compressed.
+        parsed: What `Encode` keeps of it for `Decode`.
+    """
+
+    parameters: Mapping[str, Any]
+    query: bytes
+    headers: Mapping[str, str]
+    body: bytes = b""
+    parsed: Any = None
+
+    def read_query(self, *names: str) -> Mapping[str, str]:
+        """Return the parameters after the path.
+
+        Raises:
+            InvalidRequest: One is unknown, or is given twice.
+        """
+        try:
+            given = parse_qs(self.query.decode("ascii"), keep_blank_values=True, max_num_fields=16, errors="strict")
+        except ValueError:
+            raise InvalidRequest("the parameters after the ? cannot be read") from None
+        for name, values in given.items():
+            if name not in names:
+                known = ", ".join(names) or "none"
+                raise InvalidRequest(f"there is no parameter {name!r}; this path takes: {known}")
+            if len(values) > 1:
+                raise InvalidRequest(f"the parameter {name} is given {len(values)} times")
+        return {name: values[0] for name, values in given.items()}
+
+
+class RestResponse(NamedTuple):
+    """A response: its body, and what stands before it."""
+
+    body: bytes
+    content_type: str = JSON
+    status: int = HTTPStatus.OK
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+Schema = type[msgspec.Struct] | Mapping[str, Any]
+"""What JSON is like."""
+Encode = Callable[[RestRequest], bytes]
+"""Returns the message of the gRPC method; raises a `ServingError`."""
+Decode = Callable[[RestRequest, bytes], RestResponse]
+"""Returns the response, given the serialized message that answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestMethod:
+    """A method of HTTP that stands for a method of gRPC.
+
+    Attributes:
+        verb: GET or POST.
+        paths: With parameters in braces.
+        method: Path of the gRPC method.
+        encode: Makes its request.
+        decode: Makes the response.
+        tag: The protocol, for the description.
+        summary: What it does, for people.
+        request: Media types of the request's body, each with its type or schema.
+        response: Type or schema of the response.
+        query: Names of the parameters after the path, each with its description.
+        example: How curl calls it.
+    """
+
+    verb: str
+    paths: tuple[str, ...]
+    method: str
+    encode: Encode
+    decode: Decode
+    tag: str
+    summary: str
+    request: Mapping[str, Schema] = field(default_factory=dict)
+    response: Schema = field(default_factory=dict)
+    query: Mapping[str, str] = field(default_factory=dict)
+    example: str = ""
+
+
+class HttpCall(Call):
+    """A call by HTTP, whose coroutine waits for the answer."""
+
+    def __init__(self, method: str, scope: Scope) -> None:
+        """Begin a call of a gRPC method."""
+        headers: Metadata = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+        super().__init__(method, b"", headers, None)
+        self._client = scope.get("client")
+        self._loop = asyncio.get_running_loop()
+        self.answered: asyncio.Future[tuple[bytes | ServingError, Trailers]] = self._loop.create_future()
+
+    def set_timeout(self, milliseconds: str | None) -> None:
+        """Set the deadline, from the header that a proxy adds.
+
+        Raises:
+            InvalidRequest: It is no number.
+        """
+        if milliseconds is None:
+            return
+        if not (milliseconds.isascii() and milliseconds.isdecimal() and len(milliseconds) <= MAX_DIGITS):
+            raise InvalidRequest(f"the header {TIMEOUT} is a number of milliseconds, not {milliseconds!r}")
+        self.deadline = time.monotonic() + int(milliseconds) / 1000
+
+    @property
+    def peer(self) -> str:
+        """Address of the caller."""
+        return "{}:{}".format(*self._client) if self._client else "unknown"
+
+    def _send(self, response: bytes, trailers: Trailers) -> None:
+        with suppress(RuntimeError):  # the server has ended
+            self._loop.call_soon_threadsafe(self._end, response, trailers)
+
+    def _send_error(self, error: ServingError) -> None:
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._end, error, ())
+
+    def _end(self, answer: bytes | ServingError, trailers: Trailers) -> None:
+        if not self.answered.done():
+            self.answered.set_result((answer, trailers))
+
+
+class Exchange:
+    """What all endpoints share: the dispatcher, the limits, and the workers."""
+
+    def __init__(self, dispatcher: Dispatcher, workers: WorkerPool) -> None:
+        """Pass calls to `dispatcher`, and leave slow work to `workers`."""
+        self.dispatcher, self.limits, self._workers = dispatcher, dispatcher.limits, workers
+        self._reading = 0
+
+    async def read(self, call: HttpCall, request: RestRequest, receive: Receive) -> None:
+        """Read the body of a request, once its caller is known to be allowed.
+
+        Raises:
+            ServingError: The call is refused, the body is too large, or the caller went away.
+        """
+        self.check(call)
+        # As many bodies as there may be calls: a body is held before its call counts as active.
+        if self._reading >= self.limits.max_calls:
+            raise Overloaded(f"the server reads {self._reading} requests over HTTP", RETRY_MS)
+        self._reading += 1
+        try:
+            body = await _read_body(receive, request.headers, self.limits)
+        finally:
+            self._reading -= 1
+        if coding := request.headers.get("content-encoding"):
+            body = await self.work(unpack, body, coding, self.limits.max_message_bytes)
+        request.body = body
+
+    def check(self, call: HttpCall) -> None:
+        """Raise the error of a call that is refused whatever it asks: its token is missing or wrong."""
+        if refusal := self.dispatcher.check(call):
+            refusal.request_id = call.find_id()  # without a line in the log, which strangers could cause at will
+            raise refusal
+
+    async def work(self, function: Callable[..., T], *args: Any) -> T:
+        """Return what a function returns that takes longer than a millisecond, or raise its error."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[T] = loop.create_future()
+
+        def run() -> None:
+            try:
+                result = function(*args)
+            except Exception as error:
+                loop.call_soon_threadsafe(_fail, done, error)
+            else:
+                loop.call_soon_threadsafe(_succeed, done, result)
+
+        self._workers.submit(run)
+        return await done
+
+
+class CallEndpoint:
+    """An ASGI application that answers the requests of one method."""
+
+    def __init__(self, rest: RestMethod, exchange: Exchange) -> None:
+        """Answer the requests of `rest`."""
+        self._rest, self._exchange = rest, exchange
+        self._method = cast(Unary, exchange.dispatcher.methods[rest.method])
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        call = HttpCall(self._rest.method, scope)
+        connection = scope.get(CONNECTION)
+        if connection is not None:
+            connection.call = call
+        request = RestRequest(scope.get("path_params", {}), scope["query_string"], dict(call.metadata))  # type: ignore[arg-type]
+        is_read = False
+        try:
+            call.set_timeout(request.headers.get(TIMEOUT))
+            await self._exchange.read(call, request, receive)
+            is_read = True
+            call.payload = await self._encode(request)
+            self._exchange.dispatcher.dispatch(call, self._method)
+            answer, trailers = await call.answered
+            if not isinstance(answer, ServingError):
+                response = self._rest.decode(request, answer)
+        except Exception as error:
+            call.leave()
+            answer = error if isinstance(error, ServingError) and error.request_id else report(call, error)
+        if not isinstance(answer, ServingError):
+            await _send(send, response, call.find_id(), trailers)
+        elif not isinstance(answer, Cancelled):
+            # What was not read of a body would come next on this connection.
+            await problems.respond(answer, call.find_id(), closes=not is_read)(scope, receive, send)
+        if connection is not None:
+            connection.call = None
+
+    async def _encode(self, request: RestRequest) -> bytes:
+        quick = QUICK_PIXEL_BYTES if "inference-header-content-length" in request.headers else QUICK_BYTES
+        if len(request.body) <= quick:
+            return self._rest.encode(request)
+        return await self._exchange.work(self._rest.encode, request)
+
+
+async def _send(send: Send, response: RestResponse, request_id: str, trailers: Trailers) -> None:
+    headers = [
+        (b"content-type", response.content_type.encode("latin-1")),
+        (b"content-length", b"%d" % len(response.body)),
+        (REQUEST_ID.encode(), request_id.encode("latin-1")),
+        *((name.encode("latin-1"), value.encode("latin-1")) for name, value in (*trailers, *response.headers)),
+    ]
+    await send({"type": "http.response.start", "status": response.status, "headers": headers})
+    await send({"type": "http.response.body", "body": response.body})
+
+
+async def _read_body(receive: Receive, headers: Mapping[str, str], limits: Limits) -> bytes:
+    """Return the body of a request."""
+    limit = limits.max_message_bytes
+    length = headers.get("content-length", "0")
+    if not length.isdecimal() or int(length[:20]) > limit:
+        raise TooLarge(f"the request has {length[:20]} bytes, more than the {limit:,} allowed")
+    message = await receive()
+    if not message.get("more_body") and message["type"] == "http.request":
+        return cast(bytes, message.get("body", b""))  # as nearly always
+    parts = bytearray()
+    while True:
+        if message["type"] != "http.request":
+            raise Cancelled("the caller went away")
+        parts += message.get("body", b"")
+        if len(parts) > limit:
+            raise TooLarge(f"the request has more than the {limit:,} bytes allowed")
+        if not message.get("more_body"):
+            return bytes(parts)
+        message = await receive()
+
+
+def _succeed(done: asyncio.Future[Any], result: object) -> None:
+    if not done.done():
+        done.set_result(result)
+
+
+def _fail(done: asyncio.Future[Any], error: Exception) -> None:
+    if not done.done():
+        done.set_exception(error)
+
+
+def to_json(value: object, status: int = HTTPStatus.OK) -> RestResponse:
+    """Return a response of JSON."""
+    return RestResponse(msgspec.json.encode(value), status=status)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resource:
+    """Something to read that is no method of gRPC.
+
+    Attributes:
+        path: With parameters in braces.
+        read: Returns it; raises a `ServingError`. It runs on a worker.
+        summary: What it is, for people.
+        response: Type or schema of the response.
+        query: Names of the parameters after the path, each with its description.
+        content_type: Of the response.
+    """
+
+    path: str
+    read: Callable[[RestRequest], RestResponse]
+    summary: str
+    response: Schema = field(default_factory=dict)
+    query: Mapping[str, str] = field(default_factory=dict)
+    content_type: str = JSON
+
+
+class ResourceEndpoint:
+    """An ASGI application that answers with a resource; a token is required as for calls."""
+
+    def __init__(self, resource: Resource, exchange: Exchange) -> None:
+        """Answer with `resource`."""
+        self._resource, self._exchange = resource, exchange
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        call = HttpCall(f"/resnet.http{self._resource.path}", scope)
+        request = RestRequest(scope.get("path_params", {}), scope["query_string"], dict(call.metadata))  # type: ignore[arg-type]
+        try:
+            self._exchange.check(call)
+            response = await self._exchange.work(self._resource.read, request)
+        except Exception as error:
+            refusal = error if isinstance(error, ServingError) and error.request_id else report(call, error)
+            await problems.respond(refusal, call.find_id())(scope, receive, send)
+        else:
+            await _send(send, response, call.find_id(), ())

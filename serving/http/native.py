@@ -1,0 +1,89 @@
+"""The server's own methods over HTTP: images as the body of a request, and the status.
+
+curl --data-binary @cat.jpg 'localhost:8080/classify/digits?top_k=3'
+"""
+
+from __future__ import annotations
+
+from protos import admin_pb2, classifier_pb2
+from protos.record import to_record
+from serving.errors import InvalidRequest
+from serving.http.content import MULTIPART, split_parts
+from serving.http.endpoint import FILE, RestMethod, RestRequest, RestResponse, to_json
+from serving.http.schema import describe
+from serving.protocols.inputs import MAX_DIGITS, to_version
+
+MAX_PARTS = 65_536  # the limit of --max-images comes later
+
+
+def encode_classify(request: RestRequest) -> bytes:
+    """Return the ClassifyRequest of a body that is an image file, or several as multipart."""
+    query = request.read_query("version", "top_k", "priority")
+    message = classifier_pb2.ClassifyRequest(
+        model=request.parameters.get("name", ""),
+        top_k=_to_number("top_k", query.get("top_k", "0")),
+        priority=_to_number("priority", query.get("priority", "0")),
+    )
+    if version := query.get("version", ""):
+        if number := to_version(version):
+            message.version = number
+        else:
+            message.version_label = version
+    kind = request.headers.get("content-type", "")
+    if kind.lower().startswith(MULTIPART):
+        images = split_parts(request.body, kind, MAX_PARTS)
+    else:
+        images = [request.body] if request.body else []
+    message.encoded.images.extend(images)
+    return message.SerializeToString()
+
+
+def decode_classify(_: RestRequest, answer: bytes) -> RestResponse:
+    """Return a ClassifyResponse."""
+    return to_json(to_record(classifier_pb2.ClassifyResponse.FromString(answer)))
+
+
+def _to_number(name: str, text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < MAX_DIGITS):
+        raise InvalidRequest(f"{name} is a number, not {text!r}")
+    return min(int(text), 2**31 - 1)
+
+
+def _encode_status(request: RestRequest) -> bytes:
+    return admin_pb2.GetStatusRequest(model=request.parameters.get("name", "")).SerializeToString()
+
+
+def _decode_status(_: RestRequest, answer: bytes) -> RestResponse:
+    return to_json(to_record(admin_pb2.GetStatusResponse.FromString(answer)))
+
+
+TAG = "This server"
+METHODS = (
+    RestMethod(
+        verb="POST",
+        paths=("/classify/{name}", "/classify"),
+        method="/resnet.v1.Classifier/Classify",
+        encode=encode_classify,
+        decode=decode_classify,
+        tag=TAG,
+        summary="Classify an image file, or several",
+        request={"image/jpeg": FILE, "image/png": FILE, MULTIPART: {"type": "object", "additionalProperties": FILE}},
+        response=describe(classifier_pb2.ClassifyResponse),
+        query={
+            "top_k": "how many classes, the most probable first; 5 without it",
+            "version": "number or label of the version",
+            "priority": "1 to 3, the first is served first; 2 without it",
+        },
+        example="curl --data-binary @cat.jpg 'localhost:8080/classify/digits?top_k=3'",
+    ),
+    RestMethod(
+        verb="GET",
+        paths=("/status", "/status/{name}"),
+        method="/resnet.v1.Admin/GetStatus",
+        encode=_encode_status,
+        decode=_decode_status,
+        tag=TAG,
+        summary="Models, versions, traffic, shadows and rollouts",
+        response=describe(admin_pb2.GetStatusResponse),
+    ),
+)
