@@ -19,7 +19,8 @@ let failed = false;
 
 const getName = ({ model, version }) => `${model}/${version}`;
 const findVersion = (name) => versions.find((version) => getName(version) === name);
-const getChosen = () => findVersion(`${find("model").value}/${find("version").value}`);
+const getChoice = () => `${find("model").value}/${find("version").value}`;
+const getChosen = () => findVersion(getChoice());
 const getOther = () => findVersion(find("other").value);
 
 /** Listens to everything that brings an image or chooses a version. */
@@ -52,12 +53,12 @@ export function start() {
 
 /** Offers the versions that a status names. */
 export function showStatus({ models }) {
-  const before = getChosen();
+  const before = getChoice();
   versions = models.flatMap(({ name, versions }) =>
     versions.filter(({ served }) => served).map((version) => ({ ...version, model: name })),
   );
   offerVersions();
-  if (before && getChosen() !== before && getName(before) !== `${find("model").value}/${find("version").value}`) ask();
+  if (getChoice() !== before) ask();
   loadExamples();
 }
 
@@ -124,7 +125,7 @@ export async function showExample(version, example) {
     const blob = await readBlob(getPath(version, `examples/${example.index}`));
     await showImage({ blob, name: `example ${example.index}`, example, original: getName(version) });
   } catch (failure) {
-    say(find("classify-problem"), failure.message);
+    showFailure(failure);
   }
 }
 
@@ -142,6 +143,7 @@ async function showImage(image) {
 /** Asks one version or two about the image, and shows what they answer. */
 async function ask() {
   const asked = [getChosen(), getOther()].filter(Boolean);
+  if (!asked.length) find("verdict").textContent = "The server has no model to ask.";
   if (!input || !asked.length) return;
   const number = ++request;
   const image = input;
@@ -158,11 +160,11 @@ async function ask() {
 
 function showFailure(failure) {
   failed = true;
-  find("verdict").textContent = "There is no answer.";
+  find("verdict").textContent = failure.note ? "There is no answer." : "The answer comes when the server gives one.";
   find("answers").replaceChildren();
   const again = element("button", { type: "button" }, "Try again");
   again.addEventListener("click", ask);
-  find("classify-problem").replaceChildren(...(failure.status ? [`${failure.message} `, again] : [failure.message]));
+  find("classify-problem").replaceChildren(...(failure.note ? [`${failure.note} `, again] : []));
 }
 
 function showAnswers(answers, image) {

@@ -66,17 +66,17 @@ function renderOperation({ method, path, summary, description, parameters = [], 
   ]);
   return element(
     "section",
-    { class: "card", "aria-label": name },
+    { class: "card operation", "aria-label": name },
     element(
       "details",
       {},
       element("summary", {}, element("code", {}, element("b", {}, method.toUpperCase()), ` ${path} `), summary),
       description && element("p", { class: "prose" }, description),
+      example && scrollable(`Example of ${name}`, element("pre", {}, example)),
       rows.length > 0 && wideTable("Parameters", ["Name", "In", "Type", "Description"], rows),
       body && [element("h3", {}, "Body"), body.description && element("p", {}, body.description), renderContent(body)],
       element("h3", {}, "Answers"),
       Object.entries(operation.responses ?? {}).map(renderResponse),
-      example && [element("h3", {}, "Example"), scrollable("Example", element("pre", {}, example))],
     ),
   );
 }
@@ -85,13 +85,20 @@ function renderOperation({ method, path, summary, description, parameters = [], 
 function renderErrors(errors) {
   const rows = Object.entries(errors).map(([name, error]) => [element("code", { id: name }, name), error.description]);
   const title = element("h2", { id: "errors-title" }, "Errors");
-  const list = element("div", { class: "card" }, wideTable("Errors by name", ["Name", "Meaning"], rows));
+  const problem = api.components.schemas?.Problem;
+  const list = element(
+    "div",
+    { class: "card" },
+    wideTable("Errors by name", ["Name", "Meaning"], rows),
+    problem && [element("h3", {}, "What each has"), renderSchema(problem, [])],
+  );
   return element("section", { id: "errors", "aria-labelledby": "errors-title" }, title, list);
 }
 
 function renderResponse([code, found]) {
   const response = resolve(found);
-  return element("div", {}, definitions([[code, response.description ?? "\u2013"]]), renderContent(response));
+  const name = definitions([[code, response.description ?? "\u2013"]]);
+  return element("div", {}, name, code.startsWith("2") && renderContent(response)); // those of errors are all alike
 }
 
 function renderContent({ content = {} }) {

@@ -141,11 +141,12 @@ function renderCertificate(version, { manifest, signed, worst, problem }) {
     ["Classes", `${count(labels.length)}: ${labels.slice(0, 20).join(", ")}${labels.length > 20 ? ", \u2026" : ""}`],
     ["Original", `${percent(certificate.accuracy, 2)} right on ${plural(certificate.images, "held-out image")}`],
   ];
+  const rows = certificate.variants.map(describeVariant);
   return element(
     "div",
     {},
     definitions(about),
-    wideTable(`Certificate of ${version.model}/${version.version}`, CERTIFICATE, certificate.variants.map(describeVariant)),
+    wideTable(`Certificate of ${version.model}/${version.version}`, CERTIFICATE, rows),
     worst && renderWorst(version, worst),
   );
 }
