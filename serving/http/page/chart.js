@@ -14,8 +14,8 @@ export class Chart {
   #paths;
 
   /** `lines` are [field, name] pairs; a single line needs no name. */
-  constructor(name, unit, lines) {
-    Object.assign(this, { name, unit, lines });
+  constructor(name, lines) {
+    Object.assign(this, { name, lines });
     this.#values = lines.map(() => element("b"));
     this.#paths = lines.map((_, index) => shape("path", { class: `line line-${index}` }));
     const figures = lines.map(([, label], index) =>
@@ -40,22 +40,20 @@ export class Chart {
     const texts = this.lines.map(([field, label], index) => {
       const values = samples.map((sample) => sample[field]).filter((value) => value !== null);
       const last = samples.at(-1)?.[field] ?? null;
-      const now = last === null ? "none" : this.#format(last);
+      const now = last === null ? "none" : format(last);
       this.#values[index].textContent = last === null ? "\u2013" : now;
       this.#paths[index].setAttribute("d", drawLine(samples, field, end, limit, 3 * interval));
-      const most = values.length ? `, at most ${this.#format(Math.max(...values))}` : "";
+      const most = values.length ? `, at most ${format(Math.max(...values))}` : "";
       return `${label ? `${label} ` : ""}${now} now${most}`;
     });
-    this.#top.textContent = this.#format(limit);
+    this.#top.textContent = format(limit);
     const title = `${this.name} in the last ten minutes: ${texts.join("; ")}`;
     if (this.#title.textContent !== title) this.#title.textContent = title;
   }
 
-  #format(value) {
-    const digits = value >= 100 || Number.isInteger(value) ? 0 : value >= 10 ? 1 : 2;
-    return `${value.toFixed(digits)}${this.unit && `\u00a0${this.unit}`}`;
-  }
 }
+
+const format = (value) => value.toFixed(value >= 100 || Number.isInteger(value) ? 0 : value >= 10 ? 1 : 2);
 
 /** Returns the smallest of 1, 2, 5, 10, 20, ... that is at least a value. */
 function roundUp(value) {

@@ -1,12 +1,13 @@
 /** The first section: an image, and what one version or two answer to it. */
 
 import { Images, classify, events, getPath, getState, read, readBlob } from "./api.js";
-import { element, fillSelect, find, say, update } from "./dom.js";
+import { element, fillSelect, find, say, table, update } from "./dom.js";
 import { difference, milliseconds, percent, plural, signed } from "./format.js";
 
 const LISTED = 5;
 const ALL = 1_000_000; // classes, for a comparison
 const EXAMPLES = 24;
+const SMALL = 100; // pixels, of images whose pixels are shown as they are
 
 const thumbnails = new Images();
 let versions = []; // those that are served, each with the name of its model
@@ -18,7 +19,8 @@ let failed = false;
 
 const getName = ({ model, version }) => `${model}/${version}`;
 const findVersion = (name) => versions.find((version) => getName(version) === name);
-const getChosen = () => findVersion(`${find("model").value}/${find("version").value}`);
+const getChoice = () => `${find("model").value}/${find("version").value}`;
+const getChosen = () => findVersion(getChoice());
 const getOther = () => findVersion(find("other").value);
 
 /** Listens to everything that brings an image or chooses a version. */
@@ -43,17 +45,20 @@ export function start() {
     document.body.classList.remove("dragging");
     showFile(event.dataTransfer.files[0]);
   });
+  find("picture").addEventListener("load", ({ target }) => {
+    target.classList.toggle("small", target.naturalHeight < SMALL);
+  });
   events.addEventListener("state", () => getState() === "fine" && failed && ask());
 }
 
 /** Offers the versions that a status names. */
 export function showStatus({ models }) {
-  const before = getChosen();
+  const before = getChoice();
   versions = models.flatMap(({ name, versions }) =>
     versions.filter(({ served }) => served).map((version) => ({ ...version, model: name })),
   );
   offerVersions();
-  if (before && getChosen() !== before && getName(before) !== `${find("model").value}/${find("version").value}`) ask();
+  if (getChoice() !== before) ask();
   loadExamples();
 }
 
@@ -120,7 +125,7 @@ export async function showExample(version, example) {
     const blob = await readBlob(getPath(version, `examples/${example.index}`));
     await showImage({ blob, name: `example ${example.index}`, example, original: getName(version) });
   } catch (failure) {
-    say(find("classify-problem"), failure.message);
+    showFailure(failure);
   }
 }
 
@@ -138,6 +143,7 @@ async function showImage(image) {
 /** Asks one version or two about the image, and shows what they answer. */
 async function ask() {
   const asked = [getChosen(), getOther()].filter(Boolean);
+  if (!asked.length) find("verdict").textContent = "The server has no model to ask.";
   if (!input || !asked.length) return;
   const number = ++request;
   const image = input;
@@ -154,11 +160,11 @@ async function ask() {
 
 function showFailure(failure) {
   failed = true;
-  find("verdict").textContent = "There is no answer.";
+  find("verdict").textContent = failure.note ? "There is no answer." : "The answer comes when the server gives one.";
   find("answers").replaceChildren();
   const again = element("button", { type: "button" }, "Try again");
   again.addEventListener("click", ask);
-  find("classify-problem").replaceChildren(...(failure.status ? [`${failure.message} `, again] : [failure.message]));
+  find("classify-problem").replaceChildren(...(failure.note ? [`${failure.note} `, again] : []));
 }
 
 function showAnswers(answers, image) {
@@ -190,21 +196,12 @@ function renderAnswer(answer) {
   const variant = version ? `${version.precision} on ${version.provider}` : "";
   const listed = getClasses(answer).slice(0, LISTED);
   const isLong = listed.some(({ label }) => label.length > 12);
-  const rows = listed.map(({ label, probability }) =>
-    element(
-      "tr",
-      {},
-      element("th", { scope: "row" }, label),
-      element("td", { class: "track" }, renderBar("bar", probability)),
-      element("td", { class: "number" }, percent(probability)),
-    ),
-  );
-  const caption = element("caption", { class: "hidden" }, `Most probable classes of ${getName(answer)}`);
+  const rows = listed.map(({ label, probability }) => [label, renderBar("bar", probability), percent(probability)]);
   return element(
     "article",
     { class: "answer" },
     element("h3", {}, getName(answer), " ", element("span", { class: "muted" }, variant)),
-    element("table", { class: isLong ? "bars long" : "bars" }, caption, element("tbody", {}, rows)),
+    table({ class: isLong ? "bars long" : "bars" }, `Most probable classes of ${getName(answer)}`, [], rows),
     renderTiming(answer.timing),
   );
 }
@@ -250,21 +247,7 @@ function compare(first, second) {
 }
 
 function renderDifferences(rows, names) {
-  const head = ["Class", ...names, "Difference"].map((name) => element("th", { scope: "col" }, name));
-  const body = rows.map(({ label, probability, other, difference }) => {
-    const cells = [percent(probability), percent(other), signed(difference)];
-    return element(
-      "tr",
-      {},
-      element("th", { scope: "row" }, label),
-      cells.map((text) => element("td", { class: "number" }, text)),
-    );
-  });
-  return element(
-    "table",
-    { class: "differences" },
-    element("caption", {}, "Differences of the probabilities"),
-    element("thead", {}, element("tr", {}, head)),
-    element("tbody", {}, body),
-  );
+  const cells = rows.map((row) => [row.label, percent(row.probability), percent(row.other), signed(row.difference)]);
+  const head = ["Class", ...names, "Difference"];
+  return table({ class: "differences" }, "Differences of the probabilities", head, cells);
 }

@@ -1,7 +1,7 @@
 /** The page of the API: what /openapi.json says, for people. */
 
 import { read } from "./api.js";
-import { definitions, element, find, say, table } from "./dom.js";
+import { definitions, element, find, say, scrollable, wideTable } from "./dom.js";
 
 const METHODS = ["get", "post", "put", "patch", "delete", "head", "options"];
 
@@ -17,9 +17,13 @@ async function start() {
   }
   say(find("server"), [api.info?.title, api.info?.version].filter(Boolean).join(" "));
   const groups = groupOperations();
-  find("tags").append(...[...groups.keys()].map((tag) => element("a", { href: `#${getId(tag)}` }, tag)));
+  const errors = api.components?.responses;
+  const links = [...groups.keys()].map((tag) => element("a", { href: `#${getId(tag)}` }, tag));
+  find("tags").append(...links, ...(errors ? [element("a", { href: "#errors" }, "Errors")] : []));
   find("operations").append(...[...groups].map(([tag, operations]) => renderGroup(tag, operations)));
-  document.getElementById(decodeURIComponent(location.hash.slice(1)))?.scrollIntoView();
+  if (errors) find("operations").append(renderErrors(errors));
+  if (api.security?.length) say(find("docs-token"), "Callers need a token, as the header Authorization: Bearer TOKEN.");
+  find(decodeURIComponent(location.hash.slice(1)))?.scrollIntoView(); // it was not there when the browser looked
 }
 
 const getId = (tag) => `tag-${tag.toLowerCase().replace(/[^a-z0-9]+/g, "-")}`;
@@ -53,6 +57,7 @@ function renderOperation({ method, path, summary, description, parameters = [], 
   const name = `${method.toUpperCase()} ${path}`;
   const all = [...shared, ...parameters].map(resolve);
   const body = resolve(operation.requestBody);
+  const example = operation["x-curl"];
   const rows = all.map((parameter) => [
     element("code", {}, parameter.name),
     `${parameter.in}${parameter.required ? ", required" : ""}`,
@@ -61,28 +66,39 @@ function renderOperation({ method, path, summary, description, parameters = [], 
   ]);
   return element(
     "section",
-    { class: "card", "aria-label": name },
+    { class: "card operation", "aria-label": name },
     element(
       "details",
       {},
-      element("summary", {}, element("code", {}, element("b", {}, method.toUpperCase()), ` ${path}`), ` ${summary ?? ""}`),
+      element("summary", {}, element("code", {}, element("b", {}, method.toUpperCase()), ` ${path} `), summary),
       description && element("p", { class: "prose" }, description),
-      rows.length > 0 && table("Parameters", ["Name", "In", "Type", "Description"], rows),
+      example && scrollable(`Example of ${name}`, element("pre", {}, example)),
+      rows.length > 0 && wideTable("Parameters", ["Name", "In", "Type", "Description"], rows),
       body && [element("h3", {}, "Body"), body.description && element("p", {}, body.description), renderContent(body)],
       element("h3", {}, "Answers"),
       Object.entries(operation.responses ?? {}).map(renderResponse),
-      operation["x-curl"] && [element("h3", {}, "Example"), renderExample(operation["x-curl"])],
     ),
   );
 }
 
-function renderExample(text) {
-  return element("pre", { tabindex: 0, role: "region", "aria-label": "Example" }, element("code", {}, text));
+/** Returns the errors by name; the `type` of a problem refers to these. */
+function renderErrors(errors) {
+  const rows = Object.entries(errors).map(([name, error]) => [element("code", { id: name }, name), error.description]);
+  const title = element("h2", { id: "errors-title" }, "Errors");
+  const problem = api.components.schemas?.Problem;
+  const list = element(
+    "div",
+    { class: "card" },
+    wideTable("Errors by name", ["Name", "Meaning"], rows),
+    problem && [element("h3", {}, "What each has"), renderSchema(problem, [])],
+  );
+  return element("section", { id: "errors", "aria-labelledby": "errors-title" }, title, list);
 }
 
 function renderResponse([code, found]) {
   const response = resolve(found);
-  return element("div", {}, definitions([[code, response.description ?? "\u2013"]]), renderContent(response));
+  const name = definitions([[code, response.description ?? "\u2013"]]);
+  return element("div", {}, name, code.startsWith("2") && renderContent(response)); // those of errors are all alike
 }
 
 function renderContent({ content = {} }) {
@@ -119,8 +135,8 @@ function renderSchema(schema, above) {
 /** Returns the schema of the items of an array, or of what a schema that may be null is otherwise. */
 function getItems(schema) {
   const choice = (schema.anyOf ?? schema.oneOf ?? schema.allOf)?.find(({ type }) => type !== "null");
-  const inner = schema.items ?? choice ?? (typeof schema.additionalProperties === "object" && schema.additionalProperties);
-  return inner && !schema.properties ? getItems(resolve(inner)) : schema;
+  const inner = schema.items ?? choice ?? schema.additionalProperties;
+  return typeof inner === "object" && !schema.properties ? getItems(resolve(inner)) : schema;
 }
 
 /** Returns the type of a schema in words, as "list of Version". */

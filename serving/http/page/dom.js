@@ -30,21 +30,26 @@ export function say(node, text) {
 }
 
 /** Returns a table; the first cell of each row is its heading. */
-export function table(caption, head, rows) {
+export function table(attributes, caption, head, rows) {
+  const columns = head.map((name) => element("th", { scope: "col" }, name));
   const body = rows.map(([first, ...cells]) =>
     element("tr", {}, element("th", { scope: "row" }, first), cells.map((cell) => element("td", {}, cell))),
   );
   return element(
-    "div",
-    { class: "scroll", tabindex: 0, role: "region", "aria-label": caption },
-    element(
-      "table",
-      {},
-      element("caption", {}, caption),
-      element("thead", {}, element("tr", {}, head.map((name) => element("th", { scope: "col" }, name)))),
-      element("tbody", {}, body),
-    ),
+    "table",
+    attributes,
+    element("caption", {}, caption),
+    columns.length > 0 && element("thead", {}, element("tr", {}, columns)),
+    element("tbody", {}, body),
   );
+}
+
+/** Returns a table that may be wider than a phone. */
+export const wideTable = (caption, head, rows) => scrollable(caption, table({}, caption, head, rows));
+
+/** Returns an element that scrolls sideways by itself where it is too wide, by keyboard too. */
+export function scrollable(name, child) {
+  return element("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": name }, child);
 }
 
 /** Returns a list of names and values; those without a value are left out. */

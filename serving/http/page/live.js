@@ -7,11 +7,11 @@ import { find, say } from "./dom.js";
 const POLL_SECONDS = 2;
 
 const charts = [
-  new Chart("Requests a second", "", [["requests_per_second"]]),
-  new Chart("Latency", "ms", [["p50_ms", "p50"], ["p99_ms", "p99"]]),
-  new Chart("Images a batch", "", [["batch_images"]]),
-  new Chart("Images in the queue", "", [["queued"]]),
-  new Chart("Refusals a second", "", [["refused_per_second"]]),
+  new Chart("Requests a second", [["requests_per_second"]]),
+  new Chart("Latency in ms", [["p50_ms", "p50"], ["p99_ms", "p99"]]),
+  new Chart("Images a batch", [["batch_images"]]),
+  new Chart("Images in the queue", [["queued"]]),
+  new Chart("Refusals a second", [["refused_per_second"]]),
 ];
 
 let samples = [];

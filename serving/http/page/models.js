@@ -1,12 +1,16 @@
 /** The third section: the versions of each model, their certificates, shadows and rollouts. */
 
 import { Images, getPath, read } from "./api.js";
-import { definitions, element, find, table, update } from "./dom.js";
+import { definitions, element, find, update, wideTable } from "./dom.js";
 import { count, difference, duration, percent, plural } from "./format.js";
 
 const images = new Images();
 const certificates = new Map(); // what was read of a version, by its path; it never changes
 let status = { models: [] };
+
+const CERTIFICATE = [
+  "Variant", "Batch sizes", "Largest difference", "Same class", "Accuracy", "Lost / gained", "Loss at most", "Speedup",
+];
 
 /** Listens for opened versions, and for examples to be classified by `onexample`. */
 export function start(onexample) {
@@ -49,7 +53,8 @@ function renderModel(model) {
 function renderRollout({ version, stable, state, step, step_seconds, settings, reason, checks, shadow }) {
   const share = settings?.steps?.[step];
   const steps = settings?.steps?.length;
-  const where = `step ${step + 1}${steps ? ` of ${steps}` : ""}${share === undefined ? "" : `, ${share}\u00a0% of requests`}`;
+  const part = share === undefined ? "" : `, ${share}\u00a0% of requests`;
+  const where = `step ${step + 1}${steps ? ` of ${steps}` : ""}${part}`;
   const running = state === "RUNNING" ? ` ${where}, for ${duration(step_seconds)}` : "";
   const rows = checks.map(({ name, verdict, detail }) => [name, badge(verdict.toLowerCase()), detail]);
   return element(
@@ -62,7 +67,7 @@ function renderRollout({ version, stable, state, step, step_seconds, settings, r
       badge(state.toLowerCase().replace("_", " ")),
       `${running}${reason ? `; ${reason}` : ""}.`,
     ),
-    rows.length > 0 && table("Checks of this step", ["Check", "Verdict", "Figures"], rows),
+    rows.length > 0 && wideTable("Checks of this step", ["Check", "Verdict", "Figures"], rows),
     shadow && element("p", {}, element("b", {}, "Answers of the two: "), describeShadow(shadow)),
   );
 }
@@ -136,12 +141,12 @@ function renderCertificate(version, { manifest, signed, worst, problem }) {
     ["Classes", `${count(labels.length)}: ${labels.slice(0, 20).join(", ")}${labels.length > 20 ? ", \u2026" : ""}`],
     ["Original", `${percent(certificate.accuracy, 2)} right on ${plural(certificate.images, "held-out image")}`],
   ];
-  const head = "Variant,Batch sizes,Largest difference,Same class,Accuracy,Lost / gained,Loss at most,Speedup".split(",");
+  const rows = certificate.variants.map(describeVariant);
   return element(
     "div",
     {},
     definitions(about),
-    table(`Certificate of ${version.model}/${version.version}`, head, certificate.variants.map(describeVariant)),
+    wideTable(`Certificate of ${version.model}/${version.version}`, CERTIFICATE, rows),
     worst && renderWorst(version, worst),
   );
 }

@@ -28,6 +28,7 @@ async function refresh() {
 function showState() {
   const state = getState();
   say(find("gone"), state === "gone" ? "The server does not answer; trying again." : "");
+  if (state === "gone") say(find("server"), "");
   const form = find("token-form");
   if (form.hidden === (state !== "locked")) return;
   form.hidden = state !== "locked";
