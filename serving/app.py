@@ -34,7 +34,6 @@ from serving.server import Server
 from serving.signals import Signals
 from serving.transports import auth
 from serving.transports.auth import Tokens
-from serving.transports.choice import is_local
 from serving.transports.tls import ServerTls
 
 if TYPE_CHECKING:
@@ -321,15 +320,12 @@ def serve_http(
     host = "127.0.0.1" if config.host.startswith("unix:") else config.host
     http = HttpServer(
         server,
-        registry,
         make_metrics(registry, server.transport, server.refusals, shadows, rollouts, mirror),
         host,
         port,
         VersionPages(registry, watcher),
         access.tls,
         config.list_origins(),
-        is_local(host),
-        access.token is not None,
     )
     logs.announce(f"HTTP on {http.url}, metrics on {http.url}metrics")
     if config.open and not webbrowser.open(http.url):

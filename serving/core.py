@@ -37,6 +37,7 @@ class ServerCore:
 
     Attributes:
         dispatcher: Takes calls, of any transport.
+        models: The models that it serves.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class ServerCore:
             rollouts: Rolls versions out on request; None refuses to.
             tracing: Traces calls.
         """
-        self._models, self._streams, self._health = models, Streams(), Health()
+        self.models, self._streams, self._health = models, Streams(), Health()
         self.ready = False
         """Whether requests are taken."""
         self.transport = transport
@@ -80,20 +81,20 @@ class ServerCore:
     def open(self) -> None:
         """Announce that requests are taken, and follow what is served."""
         self.announce(True)
-        self._models.subscribe(self._announce_model)
+        self.models.subscribe(self._announce_model)
 
     def announce(self, ready: bool) -> None:
         """Set whether the server, its services and its models take requests, as health checks report it."""
         self.ready = ready
-        self._health.set("", ready and self._models.serves_any())
+        self._health.set("", ready and self.models.serves_any())
         for service in SERVICES:
             self._health.set(service, ready)
-        for name in self._models.names():
-            self._health.set(name, ready and bool(self._models.get(name).versions))
+        for name in self.models.names():
+            self._health.set(name, ready and bool(self.models.get(name).versions))
 
     def _announce_model(self, name: str, served: bool) -> None:
         self._health.set(name, served)
-        self._health.set("", self._models.serves_any())
+        self._health.set("", self.models.serves_any())
 
     def watch(self, on_stuck: Callable[[str], None] = log.critical) -> None:
         """Find out from now on whether requests get through, for liveness checks.
@@ -109,7 +110,7 @@ class ServerCore:
             if not live:
                 on_stuck(report)
 
-        self._watchdog = Watchdog(self._models, self._decoder, self._workers, set_live)
+        self._watchdog = Watchdog(self.models, self._decoder, self._workers, set_live)
         self._watchdog.start()
 
     def drain(self, grace_seconds: float) -> None:
@@ -127,8 +128,8 @@ class ServerCore:
         # elsewhere; gRPC's own stop would cancel some of them.
         self.dispatcher.close()
         self._streams.close()
-        self._models.close()
-        self._models.drain(grace_seconds)
+        self.models.close()
+        self.models.drain(grace_seconds)
         self.dispatcher.drain(max(0.0, end - time.monotonic()))
         self._streams.abort()
 
@@ -142,7 +143,7 @@ class ServerCore:
     ) -> Methods:
         """Return the methods of all protocols, by path."""
         context = ServerContext(
-            models=self._models,
+            models=self.models,
             decoder=self._decoder,
             workers=self._workers,
             control=self._control,

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 from prometheus_client import CollectorRegistry, make_asgi_app
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -41,7 +42,6 @@ from serving.http.endpoint import (
 )
 from serving.http.openapi import make_openapi
 from serving.http.versions import VersionPages
-from serving.models.registry import ModelRegistry
 from serving.observability.history import INTERVAL_SECONDS, TrafficHistory
 from serving.protocols.handler import TIMING
 
@@ -59,26 +59,22 @@ POLICY = (
 def make_app(
     core: ServerCore,
     exchange: Exchange,
-    models: ModelRegistry,
     metrics: CollectorRegistry,
     history: TrafficHistory,
     versions: VersionPages | None,
     origins: Sequence[str] = (),
     is_local: bool = False,
-    secured: bool = False,
 ) -> ASGIApp:
     """Return the application.
 
     Args:
         core: The server.
         exchange: Takes calls.
-        models: Its models.
         metrics: What /metrics shows.
         history: What /history shows.
         versions: Describes the served versions; None without a repository.
         origins: Origins of pages elsewhere that may call.
         is_local: Whether the server is for this machine only.
-        secured: Whether callers need a token.
     """
     resources = [*(versions.list_resources() if versions else ()), _show_history(history)]
     routes: list[BaseRoute] = [
@@ -87,12 +83,12 @@ def make_app(
         for path in method.paths
     ]
     routes += [Route(resource.path, ResourceEndpoint(resource, exchange), methods=["GET"]) for resource in resources]
-    description = msgspec.json.encode(make_openapi(METHODS, resources, secured))
+    description = msgspec.json.encode(make_openapi(METHODS, resources, core.dispatcher.tokens.are_required))
     routes += [
         Route("/openapi.json", _Page(lambda _: Response(description, media_type="application/json"))),
         Route("/livez", _Page(lambda _: _probe(core.live))),
-        Route("/readyz", _Page(lambda _: _probe(core.ready and models.serves_any()))),
-        Route("/readyz/{name}", _Page(lambda request: _probe_model(core, models, request.path_params["name"]))),
+        Route("/readyz", _Page(lambda _: _probe(core.ready and core.models.serves_any()))),
+        Route("/readyz/{name}", _Page(lambda request: _probe_model(core, request.path_params["name"]))),
         Route("/metrics", _Mounted(make_asgi_app(metrics)), methods=["GET"]),
         *(Route(path, _serve_file(name)) for path, name in PAGES.items()),
         *(Route(f"/page/{file.name}", _serve_file(file.name)) for file in (files(__package__) / "page").iterdir()),
@@ -212,10 +208,10 @@ def _probe(passes: bool) -> Response:
     return Response("ok\n" if passes else "no\n", status, media_type="text/plain")
 
 
-def _probe_model(core: ServerCore, models: ModelRegistry, name: str) -> Response:
-    if name not in models.names():
+def _probe_model(core: ServerCore, name: str) -> Response:
+    if name not in core.models.names():
         return problems.respond(NotFound(f"there is no model {name!r}"))
-    return _probe(core.ready and bool(models.get(name).versions))
+    return _probe(core.ready and bool(core.models.get(name).versions))
 
 
 def _serve_file(name: str) -> ASGIApp:
@@ -231,10 +227,9 @@ def _refuse(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == HTTPStatus.NOT_FOUND:
         return problems.respond(NotFound("there is nothing at this path; /docs lists what there is"))
-    allowed = (error.headers or {}).get("allow", "no other method")
-    refusal: ServingError = Unsupported(f"this path takes {allowed}")
-    response = problems.respond(refusal, status=error.status_code)
-    response.headers.update(error.headers or {})
+    headers = Headers(error.headers)
+    response = problems.respond(Unsupported(f"this path takes {headers.get('allow')}"), status=error.status_code)
+    response.headers.update(headers)
     return response
 
 

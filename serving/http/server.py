@@ -27,9 +27,9 @@ from serving.http.app import make_app
 from serving.http.connection import HttpConnection, make_factory
 from serving.http.endpoint import Exchange
 from serving.http.versions import VersionPages
-from serving.models.registry import ModelRegistry
 from serving.observability.history import INTERVAL_SECONDS, TrafficHistory
 from serving.threads import WorkerPool, start_vital
+from serving.transports.choice import is_local
 from serving.transports.files import FollowedFiles
 from serving.transports.tls import ServerTls
 
@@ -53,29 +53,23 @@ class HttpServer:
     def __init__(
         self,
         core: ServerCore,
-        models: ModelRegistry,
         metrics: CollectorRegistry,
         host: str,
         port: int,
         versions: VersionPages | None = None,
         tls: ServerTls | None = None,
         origins: Sequence[str] = (),
-        is_local: bool = True,
-        secured: bool = False,
     ) -> None:
         """Listen on a port, and answer.
 
         Args:
             core: The server whose methods answer; its limits hold for HTTP, too.
-            models: Its models.
             metrics: What /metrics shows.
             host: Name or address of an interface.
             port: 0 takes a free port; see the attribute `address`.
             versions: Describes the served versions; None without a repository.
             tls: Certificate and key; None is without encryption.
             origins: Origins of pages elsewhere that may call, `*` for all.
-            is_local: Whether the server is for this machine only.
-            secured: Whether callers need a token.
 
         Raises:
             BadInput: The port cannot be bound, or a certificate cannot be used.
@@ -84,9 +78,9 @@ class HttpServer:
             logging.getLogger(name).setLevel(logging.ERROR)
         self._limits, self._tls = core.dispatcher.limits, _Certificates(tls) if tls else None
         self._workers = WorkerPool(WORKERS, "http")
-        self._history = TrafficHistory(models, core.refusals)
+        self._history = TrafficHistory(core.models, core.refusals)
         exchange = Exchange(core.dispatcher, self._workers)
-        self._app = make_app(core, exchange, models, metrics, self._history, versions, origins, is_local, secured)
+        self._app = make_app(core, exchange, metrics, self._history, versions, origins, is_local(host))
         self._socket = _bind(host, port)
         shown = f"[{host}]" if ":" in host else host
         self.address = f"{shown}:{self._socket.getsockname()[1]}"

@@ -32,6 +32,9 @@ class Tokens:
 
     An administrator's token allows every method, a caller's every method except those in `ADMIN`. Without
     administrators' tokens nobody may call these, except on a server without tokens that listens on this machine only.
+
+    Attributes:
+        are_required: Whether callers need one.
     """
 
     def __init__(self, host: str, token: str | Path | None, admin_token: str | Path | None) -> None:
@@ -50,6 +53,7 @@ class Tokens:
         self._refused = RateLimitedLog(log, "refused calls without the right token: %d more, the last from %s")
         self._closed = not (admin_token or (token is None and is_local(host)))
         self._open = not (token or admin_token or self._closed)
+        self.are_required = token is not None
 
     def check(self, call: Call) -> ServingError | None:
         """Return why a call is not allowed, None if it is."""

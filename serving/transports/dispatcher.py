@@ -24,13 +24,14 @@ class Dispatcher:
     Attributes:
         methods: The methods of the server.
         limits: The limits that calls must keep.
+        tokens: The tokens that callers need.
         active: The calls that count against the limit of active calls.
         refusals: Number of calls that were refused here, by the name of their status.
     """
 
     def __init__(self, methods: Methods, limits: Limits, tokens: Tokens) -> None:
         """Dispatch to `methods`, within `limits`, for callers with one of `tokens`."""
-        self.methods, self.limits, self._tokens = methods, limits, tokens
+        self.methods, self.limits, self.tokens = methods, limits, tokens
         self.active: set[Call] = set()
         self.refusals: Counter[str] = Counter()
         # Strangers may watch: each method has its own limit, so that they leave the others to callers.
@@ -39,7 +40,7 @@ class Dispatcher:
 
     def check(self, call: Call) -> ServingError | None:
         """Return why a call is refused before its request is read, None if it is not: its token is missing or wrong."""
-        refusal = self._tokens.check(call)
+        refusal = self.tokens.check(call)
         if refusal:
             self.refusals[refusal.status.name] += 1
         return refusal
@@ -104,7 +105,7 @@ class Dispatcher:
 
     def _find_fault(self, call: Call) -> ServingError | None:
         """Return why a call is refused whatever the load."""
-        if refusal := self._tokens.check(call):
+        if refusal := self.tokens.check(call):
             return refusal
         limit = self.limits.max_message_bytes
         if len(call.payload) > limit:

@@ -121,7 +121,8 @@ def serve(repository: Path, versions: str = "latest", **options: Any) -> Iterato
         rollouts=rollouts,
         transport="grpcio",
     )
-    with server, open_http(server, models, VersionPages(models, watcher), tls, options.get("origins", ())) as http_side:
+    versions, origins = VersionPages(models, watcher), options.get("origins", ())
+    with server, open_http(server, versions, tls, origins) as http_side:
         yield Site(http_side, server, models)
         rollouts.close()
         shadows.close()
@@ -129,11 +130,10 @@ def serve(repository: Path, versions: str = "latest", **options: Any) -> Iterato
 
 def open_http(
     server: Server,
-    models: ModelRegistry,
     versions: VersionPages | None = None,
     tls: ServerTls | None = None,
     origins: tuple[str, ...] = (),
 ) -> HttpServer:
     """Serve HTTP on a free port."""
-    metrics = make_metrics(models, "grpcio", server.refusals)
-    return HttpServer(server, models, metrics, "127.0.0.1", 0, versions, tls, origins)
+    metrics = make_metrics(server.models, "grpcio", server.refusals)
+    return HttpServer(server, metrics, "127.0.0.1", 0, versions, tls, origins)

@@ -26,7 +26,7 @@ SIZE = {"Inference-Header-Content-Length": str(len(HEAD))}
 @pytest.fixture
 def held(repository: Path) -> Iterator[tuple[gated.Gated, HttpServer]]:
     """A server that computes when the test says so, one image at a time with one in the queue."""
-    with gated.start(repository, max_batch=1, max_queue=1) as server, open_http(server.server, server.models) as http:
+    with gated.start(repository, max_batch=1, max_queue=1) as server, open_http(server.server) as http:
         yield server, http
 
 
@@ -120,7 +120,7 @@ def test_a_caller_who_goes_costs_nothing(held: tuple[gated.Gated, HttpServer]) -
 
 def test_a_failure_of_the_server_has_an_id(repository: Path) -> None:
     """And no detail: the log has them."""
-    with gated.start(repository) as server, open_http(server.server, server.models) as http:
+    with gated.start(repository) as server, open_http(server.server) as http:
         server.engine.failure = RuntimeError("the GPU fell off the bus")
         server.engine.gate.release(100)
         reply = ask(http.address, INFER, BODY, headers=SIZE)
@@ -234,7 +234,7 @@ def test_a_path_has_its_methods(site: Site, path: str, method: str) -> None:
 
 def test_a_server_that_ends_refuses(repository: Path) -> None:
     """As one that others should be asked in place of."""
-    with gated.start(repository) as server, open_http(server.server, server.models) as http:
+    with gated.start(repository) as server, open_http(server.server) as http:
         server.server.drain(0)
         assert ask(http.address, "/readyz").status == 503
         assert ask(http.address, "/livez").status == 200

@@ -31,6 +31,7 @@ def client(site: Site) -> Iterator[Any]:
 
 
 def make_input(pixels: NDArray[Any], datatype: str, binary: bool = True) -> Any:
+    """Return an input of pixels or files."""
     tensor = triton.InferInput("image", list(pixels.shape), datatype)
     tensor.set_data_from_numpy(pixels, binary_data=binary)
     return tensor
