@@ -86,6 +86,20 @@ ALLOWED = {
         "serving.runtimes",
         "serving.transports.call",
     },
+    "serving.http": {
+        "resnet",
+        "protos",
+        "export",
+        "serving.config",
+        "serving.core",
+        "serving.errors",
+        "serving.models",
+        "serving.observability",
+        "serving.protocols",
+        "serving.threads",
+        "serving.transports",
+        "serving.transports.call",
+    },
     "serving.core": {
         "serving.rollouts",
         "serving.config",
@@ -108,6 +122,7 @@ ALLOWED = {
         "serving.transports",
     },
     "serving.app": {
+        "serving.http",
         "serving.errors",
         "serving.rollouts",
         "resnet",

@@ -77,8 +77,8 @@ class HttpConnection(HttpToolsProtocol):
         """Read a part of a request."""
         if self.transport.is_closing():
             return
-        self._received += len(data)
         super().data_received(data)
+        self._received += len(data)
         # The parser holds a header until it ends.
         if self._in_head and self._received > self._limits.max_metadata_bytes and not self.transport.is_closing():
             self._refuse_head()
@@ -105,8 +105,8 @@ class HttpConnection(HttpToolsProtocol):
         """Have the request answered."""
         self._in_head = False
         super().on_headers_complete()
-        age = self._limits.max_connection_age
-        if age and self.loop.time() - self._opened > age:
+        limit = self._limits.max_connection_age
+        if limit and self.loop.time() - self._opened > limit:
             self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:

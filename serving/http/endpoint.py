@@ -47,7 +47,7 @@ class RestRequest:
         query: The parameters after it, as bytes.
         headers: By name in lower case; of several of one name the last.
         body: As it was sent, or unpacked if it was compressed.
-        parsed: What `Encode` keeps of it for `Decode`.
+        parsed: What `RequestEncoder` keeps of it for `ResponseDecoder`.
     """
 
     parameters: Mapping[str, Any]
@@ -86,9 +86,9 @@ class RestResponse(NamedTuple):
 
 Schema = type[msgspec.Struct] | Mapping[str, Any]
 """What JSON is like."""
-Encode = Callable[[RestRequest], bytes]
+RequestEncoder = Callable[[RestRequest], bytes]
 """Returns the message of the gRPC method; raises a `ServingError`."""
-Decode = Callable[[RestRequest, bytes], RestResponse]
+ResponseDecoder = Callable[[RestRequest, bytes], RestResponse]
 """Returns the response, given the serialized message that answers."""
 
 
@@ -113,8 +113,8 @@ class RestMethod:
     verb: str
     paths: tuple[str, ...]
     method: str
-    encode: Encode
-    decode: Decode
+    encode: RequestEncoder
+    decode: ResponseDecoder
     tag: str
     summary: str
     request: Mapping[str, Schema] = field(default_factory=dict)

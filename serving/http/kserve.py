@@ -21,7 +21,17 @@ from protos import inference_pb2 as pb
 from protos.record import to_record
 from serving.errors import InvalidRequest
 from serving.http.content import parse_json, to_array, to_file
-from serving.http.endpoint import BINARY, FILE, JSON, Decode, Encode, RestMethod, RestRequest, RestResponse, to_json
+from serving.http.endpoint import (
+    BINARY,
+    FILE,
+    JSON,
+    ResponseDecoder,
+    RequestEncoder,
+    RestMethod,
+    RestRequest,
+    RestResponse,
+    to_json,
+)
 from serving.http.schema import describe
 
 SERVICE = "/inference.GRPCInferenceService"
@@ -244,7 +254,7 @@ def _to_varint(value: int) -> bytes:
     return bytes(result)
 
 
-def _name_model(request_type: type[Message], field: str = "name") -> Encode:
+def _name_model(request_type: type[Message], field: str = "name") -> RequestEncoder:
     """Return what makes a request that names a model and a version, if the path does."""
 
     def encode(request: RestRequest) -> bytes:
@@ -254,7 +264,7 @@ def _name_model(request_type: type[Message], field: str = "name") -> Encode:
     return encode
 
 
-def _to_plain(response_type: type[Message], key: str = "") -> Decode:
+def _to_plain(response_type: type[Message], key: str = "") -> ResponseDecoder:
     """Return what makes JSON of a response, or of one field of it."""
 
     def decode(_: RestRequest, answer: bytes) -> RestResponse:
@@ -264,7 +274,7 @@ def _to_plain(response_type: type[Message], key: str = "") -> Decode:
     return decode
 
 
-def _to_probe(response_type: type[Message]) -> Decode:
+def _to_probe(response_type: type[Message]) -> ResponseDecoder:
     """Return what makes a response whose status is what a probe looks at."""
 
     def decode(_: RestRequest, answer: bytes) -> RestResponse:
@@ -299,7 +309,13 @@ MODEL = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
 
 
 def _ask(
-    method: str, paths: Sequence[str], summary: str, encode: Encode, decode: Decode, answer: Any, **rest: Any
+    method: str,
+    paths: Sequence[str],
+    summary: str,
+    encode: RequestEncoder,
+    decode: ResponseDecoder,
+    answer: Any,
+    **rest: Any,
 ) -> RestMethod:
     return RestMethod(
         verb=rest.pop("verb", "GET"),

@@ -142,7 +142,7 @@ def serve(model: Path) -> Iterator[tuple[str, str]]:
         *CONTAINER,
         f"--name={name}",
         f"--volume={model.absolute()}:/mnt/models:ro",
-        "--env=RESNET_METRICS_PORT=",
+        "--env=RESNET_HTTP_PORT=",
     ]
     try:
         run(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from benchmarks.harness.process import ServerProcess
 from resnet import BadInput
 
-OPTION = "--metrics-port=0"
+OPTION = "--http-port=0"
 PATIENCE_SECONDS = 10.0
 
 
@@ -26,7 +26,7 @@ class ServerMetrics:
         _ = server.address  # the line is printed before
         found = [match[1] for line in server.output if (match := re.search(r"metrics on (\S+)", line))]
         if not found:
-            raise BadInput("the server has no metrics; start it with --metrics-port")
+            raise BadInput("the server has no metrics; start it with --http-port")
         self._url = found[0]
 
     def read(self, name: str, **labels: object) -> list[float]:

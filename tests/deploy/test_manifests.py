@@ -100,7 +100,7 @@ def test_the_server_takes_its_options(pod: KubernetesObject) -> None:
     assert options.host == "0.0.0.0"
     ports = {port["containerPort"] for port in container["ports"]}
     assert options.port in ports
-    assert ports <= {options.port, options.metrics_port}
+    assert ports <= {options.port, options.http_port}
     probes = [container[name]["grpc"] for name in ("startupProbe", "readinessProbe", "livenessProbe")]
     assert probes == [{"port": options.port, "service": LIVENESS}, {"port": options.port}, probes[0]]
     mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
@@ -136,7 +136,7 @@ def test_native_is_for_known_callers() -> None:
     assert options.transport == "native"
     assert container["resources"]["limits"]["memory"]
     assert policy["spec"]["podSelector"] == deployment["spec"]["selector"]
-    assert [rule["ports"][0]["port"] for rule in policy["spec"]["ingress"]] == [options.port, options.metrics_port]
+    assert [rule["ports"][0]["port"] for rule in policy["spec"]["ingress"]] == [options.port, options.http_port]
     assert all(rule["from"] for rule in policy["spec"]["ingress"])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from protos import admin_pb2 as pb
-from serving.client.traffic import VersionTraffic, find_quantile, measure
+from serving.client.traffic import VersionTraffic, find_seconds, measure
 
 BOUNDS = (1_000_000, 2_000_000, 5_000_000)
 
@@ -35,7 +35,7 @@ def version(*counts: int, **failed: int) -> pb.VersionStatus:
 )
 def test_a_quantile_is_within_its_bucket(counts: tuple[int, ...], share: float, seconds: float | None) -> None:
     """As Prometheus finds it: linear within a bucket, the last bound for what is beyond."""
-    found = find_quantile(pb.Histogram(bounds_ns=BOUNDS, counts=counts), share)
+    found = find_seconds(pb.Histogram(bounds_ns=BOUNDS, counts=counts), share)
     assert found == (None if seconds is None else pytest.approx(seconds))
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving.http.site import Site, serve
+from tests.serving.http.site import HttpSite, serve
 
 
 @pytest.fixture(scope="session")
-def site(repository: Path) -> Iterator[Site]:
+def site(repository: Path) -> Iterator[HttpSite]:
     """The digits over HTTP."""
     with serve(repository) as running:
         yield running

@@ -28,7 +28,7 @@ JSON = "application/json"
 PROBLEM = "application/problem+json"
 
 
-class Site(NamedTuple):
+class HttpSite(NamedTuple):
     """A running server.
 
     Attributes:
@@ -47,7 +47,7 @@ class Site(NamedTuple):
         return self.http.address
 
 
-class Reply(NamedTuple):
+class HttpReply(NamedTuple):
     """A response: status, headers by name in lower case, and body."""
 
     status: int
@@ -62,7 +62,7 @@ class Reply(NamedTuple):
 
 def ask(
     address: str, path: str, body: bytes | object = None, method: str = "", headers: Mapping[str, str] | None = None
-) -> Reply:
+) -> HttpReply:
     """Send a request; a body that is not bytes is sent as JSON, and a body makes it a POST."""
     host, _, port = address.rpartition(":")
     content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
@@ -71,7 +71,7 @@ def ask(
         connection.request(method or ("GET" if body is None else "POST"), path, content, dict(headers or {}))
         response = connection.getresponse()
         names = {name.lower(): value for name, value in response.getheaders()}
-        return Reply(response.status, names, response.read())
+        return HttpReply(response.status, names, response.read())
     finally:
         connection.close()
 
@@ -94,7 +94,7 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 @contextmanager
-def serve(repository: Path, versions: str = "latest", **options: Any) -> Iterator[Site]:
+def serve(repository: Path, versions: str = "latest", **options: Any) -> Iterator[HttpSite]:
     """Serve a repository until the end of the block.
 
     Args:
@@ -123,7 +123,7 @@ def serve(repository: Path, versions: str = "latest", **options: Any) -> Iterato
     )
     versions, origins = VersionPages(models, watcher), options.get("origins", ())
     with server, open_http(server, versions, tls, origins) as http_side:
-        yield Site(http_side, server, models)
+        yield HttpSite(http_side, server, models)
         rollouts.close()
         shadows.close()
 

@@ -15,7 +15,7 @@ from serving.errors import STATUSES, ServingError
 from serving.http import problems
 from serving.http.server import HttpServer
 from tests.serving import gated
-from tests.serving.http.site import PROBLEM, Reply, Site, ask, connect, open_http, read_all, serve
+from tests.serving.http.site import PROBLEM, HttpReply, HttpSite, ask, connect, open_http, read_all, serve
 
 CLASSIFY = "/classify/digits"
 HEAD = b'{"inputs":[{"name":"image","datatype":"UINT8","shape":[1,32,32,3],"parameters":{"binary_data_size":3072}}]}'
@@ -30,7 +30,7 @@ def held(repository: Path) -> Iterator[tuple[gated.Gated, HttpServer]]:
         yield server, http
 
 
-def ask_aside(replies: list[Reply], http: HttpServer, headers: dict[str, str] | None = None) -> threading.Thread:
+def ask_aside(replies: list[HttpReply], http: HttpServer, headers: dict[str, str] | None = None) -> threading.Thread:
     """Send a request from a thread of its own."""
     thread = threading.Thread(
         target=lambda: replies.append(ask(http.address, INFER, BODY, headers=SIZE | (headers or {})))
@@ -55,7 +55,7 @@ def test_every_error_is_a_problem() -> None:
 def test_a_full_queue_says_when_to_come_back(held: tuple[gated.Gated, HttpServer]) -> None:
     """In whole seconds for everybody, in milliseconds for those who know."""
     server, http = held
-    replies: list[Reply] = []
+    replies: list[HttpReply] = []
     threads = [ask_aside(replies, http)]
     server.engine.entered.acquire()
     threads.append(ask_aside(replies, http))
@@ -75,7 +75,7 @@ def test_a_full_queue_says_when_to_come_back(held: tuple[gated.Gated, HttpServer
 def test_a_request_has_the_time_that_its_proxy_gives(held: tuple[gated.Gated, HttpServer]) -> None:
     """Envoy's header is the deadline."""
     server, http = held
-    replies: list[Reply] = []
+    replies: list[HttpReply] = []
     thread = ask_aside(replies, http)
     server.engine.entered.acquire()
     late = ask_aside(late_replies := [], http, {"X-Envoy-Expected-Rq-Timeout-Ms": "1"})
@@ -101,7 +101,7 @@ def test_an_expired_request_is_late(held: tuple[gated.Gated, HttpServer]) -> Non
 def test_a_caller_who_goes_costs_nothing(held: tuple[gated.Gated, HttpServer]) -> None:
     """What nobody waits for is not computed."""
     server, http = held
-    replies: list[Reply] = []
+    replies: list[HttpReply] = []
     thread = ask_aside(replies, http)
     server.engine.entered.acquire()
     with connect(http.address) as gone:
@@ -205,7 +205,7 @@ def send_chunks(connection: socket.socket, count: int) -> None:
         (b"x", "br", "this server unpacks gzip, deflate"),
     ],
 )
-def test_a_damaged_body_is_refused(site: Site, body: bytes, coding: str, message: str) -> None:
+def test_a_damaged_body_is_refused(site: HttpSite, body: bytes, coding: str, message: str) -> None:
     """And one in a coding that the server does not know."""
     reply = ask(site.address, CLASSIFY, body, headers={"Content-Encoding": coding})
     assert reply.status == 400
@@ -215,7 +215,7 @@ def test_a_damaged_body_is_refused(site: Site, body: bytes, coding: str, message
 @pytest.mark.parametrize(
     "path", ["/nothing", "/v2/nothing", "/page/../server.py", "/page/%2e%2e/server.py", "/classify/a/b"]
 )
-def test_nothing_is_where_nothing_is(site: Site, path: str) -> None:
+def test_nothing_is_where_nothing_is(site: HttpSite, path: str) -> None:
     """Whatever way the path takes."""
     reply = ask(site.address, path)
     assert reply.status == 404
@@ -225,7 +225,7 @@ def test_nothing_is_where_nothing_is(site: Site, path: str) -> None:
 @pytest.mark.parametrize(
     ("path", "method"), [("/classify", "GET"), ("/status", "POST"), ("/livez", "POST"), ("/", "PUT")]
 )
-def test_a_path_has_its_methods(site: Site, path: str, method: str) -> None:
+def test_a_path_has_its_methods(site: HttpSite, path: str, method: str) -> None:
     """And says which."""
     reply = ask(site.address, path, method=method)
     assert reply.status == 405

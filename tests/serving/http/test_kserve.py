@@ -18,13 +18,13 @@ from tritonclient.utils import InferenceServerException
 
 from serving.config import Limits
 from tests.heldout import Heldout
-from tests.serving.http.site import PROBLEM, Site, ask, serve
+from tests.serving.http.site import PROBLEM, HttpSite, ask, serve
 
 INFER = "/v2/models/digits/infer"
 
 
 @pytest.fixture
-def client(site: Site) -> Iterator[Any]:
+def client(site: HttpSite) -> Iterator[Any]:
     """Triton's client."""
     with triton.InferenceServerClient(site.address) as opened:
         yield opened
@@ -67,7 +67,7 @@ def test_images_are_classified(
 
 
 def test_images_in_json_are_in_base64(
-    site: Site, heldout: Heldout, probabilities: NDArray[np.float32], png: Callable[[NDArray[np.uint8]], bytes]
+    site: HttpSite, heldout: Heldout, probabilities: NDArray[np.float32], png: Callable[[NDArray[np.uint8]], bytes]
 ) -> None:
     """JSON has no bytes."""
     data = [base64.b64encode(png(image)).decode() for image in heldout[0][:2]]
@@ -136,7 +136,7 @@ def test_models_are_loaded_and_unloaded(own_repository: Path) -> None:
             client.load_model("cats")
 
 
-def test_the_client_for_asyncio(site: Site, heldout: Heldout, probabilities: NDArray[np.float32]) -> None:
+def test_the_client_for_asyncio(site: HttpSite, heldout: Heldout, probabilities: NDArray[np.float32]) -> None:
     """Many requests at a time over it."""
 
     async def infer() -> list[Any]:
@@ -200,7 +200,7 @@ def tensor(**changes: object) -> dict[str, object]:
         ),
     ],
 )
-def test_what_is_wrong_is_said(site: Site, request_: Any, message: str) -> None:
+def test_what_is_wrong_is_said(site: HttpSite, request_: Any, message: str) -> None:
     """In one sentence, as problem details."""
     reply = ask(site.address, INFER, request_)
     assert reply.status == 400
@@ -209,7 +209,7 @@ def test_what_is_wrong_is_said(site: Site, request_: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("size", ["x", "-1", "1e3", "9" * 30, "²"])
-def test_the_size_of_the_head_is_a_number(site: Site, size: str) -> None:
+def test_the_size_of_the_head_is_a_number(site: HttpSite, size: str) -> None:
     """Within the body."""
     header = {"Inference-Header-Content-Length": size.encode().decode("latin-1")}
     reply = ask(site.address, INFER, b"{}", headers=header)

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tests.heldout import Heldout
-from tests.serving.http.site import PROBLEM, Site, ask, serve
+from tests.serving.http.site import PROBLEM, HttpSite, ask, serve
 
-Encode = Callable[[NDArray[np.uint8]], bytes]
+ToPng = Callable[[NDArray[np.uint8]], bytes]
 
 
 def multipart(*files: tuple[str, bytes], boundary: str = "cut") -> tuple[bytes, dict[str, str]]:
@@ -32,7 +32,7 @@ def multipart(*files: tuple[str, bytes], boundary: str = "cut") -> tuple[bytes, 
 @pytest.mark.parametrize("path", ["/classify/digits", "/classify", "/classify/digits?version=1"])
 @pytest.mark.parametrize("content_type", ["image/png", "application/x-www-form-urlencoded", ""])
 def test_a_file_is_classified(
-    site: Site, heldout: Heldout, probabilities: NDArray[np.float32], png: Encode, path: str, content_type: str
+    site: HttpSite, heldout: Heldout, probabilities: NDArray[np.float32], png: ToPng, path: str, content_type: str
 ) -> None:
     """Whatever curl calls it."""
     reply = ask(site.address, path, png(heldout[0][0]), headers={"Content-Type": content_type} if content_type else {})
@@ -49,7 +49,7 @@ def test_a_file_is_classified(
 
 
 def test_several_files_are_classified(
-    site: Site, heldout: Heldout, probabilities: NDArray[np.float32], png: Encode
+    site: HttpSite, heldout: Heldout, probabilities: NDArray[np.float32], png: ToPng
 ) -> None:
     """In the order in which they stand, whatever their names."""
     names = ("a.png", '<script>alert("x")</script>.svg', "../../etc/passwd")
@@ -59,14 +59,14 @@ def test_several_files_are_classified(
     assert found == probabilities[:3].argmax(axis=1).tolist()
 
 
-def test_a_jpeg_of_another_size_is_resized(site: Site) -> None:
+def test_a_jpeg_of_another_size_is_resized(site: HttpSite) -> None:
     """As by every other protocol."""
     file = io.BytesIO()
     Image.new("L", (300, 200), 128).save(file, "JPEG")
     assert ask(site.address, "/classify/digits", file.getvalue()).status == 200
 
 
-def test_a_version_has_a_label(own_repository: Path, heldout: Heldout, png: Encode) -> None:
+def test_a_version_has_a_label(own_repository: Path, heldout: Heldout, png: ToPng) -> None:
     """In place of its number."""
     (own_repository / "digits" / "good").symlink_to("1")
     with serve(own_repository) as own:
@@ -90,7 +90,7 @@ def test_a_version_has_a_label(own_repository: Path, heldout: Heldout, png: Enco
         ("?top_k=%ff", b"x", 400, "cannot be read"),
     ],
 )
-def test_what_is_wrong_is_said(site: Site, query: str, body: bytes, status: int, message: str) -> None:
+def test_what_is_wrong_is_said(site: HttpSite, query: str, body: bytes, status: int, message: str) -> None:
     """In one sentence."""
     reply = ask(site.address, f"/classify/digits{query}", body)
     assert reply.status == status
@@ -99,7 +99,7 @@ def test_what_is_wrong_is_said(site: Site, query: str, body: bytes, status: int,
     assert reply.json["request_id"] == reply.headers["x-request-id"]
 
 
-def test_which_image_is_wrong(site: Site, heldout: Heldout, png: Encode) -> None:
+def test_which_image_is_wrong(site: HttpSite, heldout: Heldout, png: ToPng) -> None:
     """Of several."""
     body, headers = multipart(("a", png(heldout[0][0])), ("b", b"no image"))
     assert ask(site.address, "/classify/digits", body, headers=headers).json["image"] == 1
@@ -114,7 +114,7 @@ def test_which_image_is_wrong(site: Site, heldout: Heldout, png: Encode) -> None
         (0, 'multipart/form-data; boundary="cut"', "is cut off"),
     ],
 )
-def test_a_broken_multipart_body_is_refused(site: Site, cut: int | None, content_type: str, message: str) -> None:
+def test_a_broken_multipart_body_is_refused(site: HttpSite, cut: int | None, content_type: str, message: str) -> None:
     """Whole, for a part of it would be another question."""
     body, _ = multipart(("a", b"x"), ("b", b"y"))
     reply = ask(site.address, "/classify/digits", body[:cut], headers={"Content-Type": content_type})
@@ -122,7 +122,7 @@ def test_a_broken_multipart_body_is_refused(site: Site, cut: int | None, content
     assert message in reply.json["detail"]
 
 
-def test_too_many_parts_are_refused(site: Site) -> None:
+def test_too_many_parts_are_refused(site: HttpSite) -> None:
     """As too many images are."""
     body, headers = multipart(*(("a", b"") for _ in range(300)))
     assert (
@@ -131,7 +131,7 @@ def test_too_many_parts_are_refused(site: Site) -> None:
     )
 
 
-def test_the_status_is_that_of_grpc(site: Site) -> None:
+def test_the_status_is_that_of_grpc(site: HttpSite) -> None:
     """Of all models, and of one."""
     status = ask(site.address, "/status").json
     assert status["ready"]

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.heldout import Heldout
-from tests.serving.http.site import Site, ask, serve
+from tests.serving.http.site import HttpSite, ask, serve
 
 MODEL = "/v1/models/digits"
 
@@ -21,7 +21,7 @@ MODEL = "/v1/models/digits"
 @pytest.mark.parametrize("as_float", [False, True])
 @pytest.mark.parametrize("named", [False, True])
 def test_rows_are_predicted(
-    site: Site, heldout: Heldout, probabilities: NDArray[np.float32], path: str, as_float: bool, named: bool
+    site: HttpSite, heldout: Heldout, probabilities: NDArray[np.float32], path: str, as_float: bool, named: bool
 ) -> None:
     """Pixels of each image, plain or by the name of the input."""
     pixels = heldout[0][:2].astype(float if as_float else int).tolist()
@@ -33,7 +33,9 @@ def test_rows_are_predicted(
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_columns_are_predicted(site: Site, heldout: Heldout, probabilities: NDArray[np.float32], named: bool) -> None:
+def test_columns_are_predicted(
+    site: HttpSite, heldout: Heldout, probabilities: NDArray[np.float32], named: bool
+) -> None:
     """All images as one tensor."""
     pixels = heldout[0][:2].tolist()
     reply = ask(site.address, f"{MODEL}:predict", {"inputs": {"image": pixels} if named else pixels})
@@ -43,7 +45,7 @@ def test_columns_are_predicted(site: Site, heldout: Heldout, probabilities: NDAr
 
 @pytest.mark.parametrize("form", ["instances", "named instances", "inputs", "named inputs"])
 def test_image_files_are_in_base64(
-    site: Site,
+    site: HttpSite,
     heldout: Heldout,
     probabilities: NDArray[np.float32],
     png: Callable[[NDArray[np.uint8]], bytes],
@@ -62,7 +64,7 @@ def test_image_files_are_in_base64(
     np.testing.assert_allclose(rows, probabilities[:2], atol=1e-5)
 
 
-def test_status_and_metadata(site: Site) -> None:
+def test_status_and_metadata(site: HttpSite) -> None:
     """With numbers of 64 bits as text, as TensorFlow Serving writes them."""
     status = {"version": "1", "state": "AVAILABLE", "status": {"error_code": "OK", "error_message": ""}}
     for path in (MODEL, f"{MODEL}/versions/1"):
@@ -113,7 +115,7 @@ def test_a_label_names_a_version(own_repository: Path, heldout: Heldout) -> None
         ("digits:regress", {}, 501, "classifiers"),
     ],
 )
-def test_what_is_wrong_is_said(site: Site, path: str, body: object, status: int, message: str) -> None:
+def test_what_is_wrong_is_said(site: HttpSite, path: str, body: object, status: int, message: str) -> None:
     """Where TensorFlow Serving's clients look for it."""
     reply = ask(site.address, f"/v1/models/{path}", body)
     assert reply.status == status

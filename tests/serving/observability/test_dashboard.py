@@ -9,17 +9,17 @@ from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import numpy as np
 import pytest
+from prometheus_client import generate_latest
 
 from serving.client import Client
 from serving.config import Compute, Limits
 from serving.models import loader, registry
 from serving.models.mirror import Mirror
 from serving.models.watcher import Watcher
-from serving.observability.metrics import MetricsServer
+from serving.observability.metrics import make_metrics
 from serving.rollouts.record import RolloutSettings
 from serving.rollouts.rollouts import Rollouts
 from serving.rollouts.shadows import Shadows
@@ -53,19 +53,14 @@ def page(tmp_path: Path) -> Iterator[str]:
     served.refuse("colors", 3, "its files were changed")
     with Server(served, "127.0.0.1", 0, Limits()) as server, Client(server.address) as client:
         client.classify(np.zeros((1, SIDE, SIDE, 3), np.uint8))
-    with (
-        MetricsServer(
-            served,
-            "127.0.0.1",
-            0,
-            refusals={"RESOURCE_EXHAUSTED": 1},
-            shadows=shadows,
-            rollouts=rollouts,
-            mirror=Mirror("memory://bucket/models"),
-        ) as metrics,
-        urlopen(f"http://{metrics.address}/metrics") as answer,
-    ):
-        yield answer.read().decode()
+    metrics = make_metrics(
+        served,
+        refusals={"RESOURCE_EXHAUSTED": 1},
+        shadows=shadows,
+        rollouts=rollouts,
+        mirror=Mirror("memory://bucket/models"),
+    )
+    yield generate_latest(metrics).decode()
     rollouts.close()
 
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
-import socket
-import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, suppress
 from pathlib import Path
-from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from resnet import BadInput, cli
 from serving.client import Client
 from serving.config import Batching, Compute, Limits
 from serving.errors import InvalidRequest, Unauthenticated
 from serving.models import loader, registry
-from serving.observability import metrics
-from serving.observability.metrics import MAX_CONNECTIONS, MetricsServer
+from serving.observability.metrics import make_metrics
 from serving.server import Server
 from tests.heldout import Heldout
 
@@ -31,17 +24,15 @@ def served(repository: Path) -> registry.ModelRegistry:
     return registry.ModelRegistry([loader.load(repository / "digits" / "1", Compute(device="cpu", tune=False))])
 
 
-@pytest.fixture(name="metrics")
-def page(served: registry.ModelRegistry) -> Iterator[MetricsServer]:
-    """The page about it."""
-    with MetricsServer(served, "127.0.0.1", 0) as server:
-        yield server
+@pytest.fixture
+def metrics(served: registry.ModelRegistry) -> CollectorRegistry:
+    """The metrics of it."""
+    return make_metrics(served)
 
 
-def read(address: str) -> dict[tuple[str, str], float]:
+def read(metrics: CollectorRegistry) -> dict[tuple[str, str], float]:
     """Return every sample by its name and its last label, as the official parser reads it."""
-    with urlopen(f"http://{address}/metrics") as page:
-        families = list(text_string_to_metric_families(page.read().decode()))
+    families = list(text_string_to_metric_families(generate_latest(metrics).decode()))
     return {
         (sample.name, sample.labels.get("le", sample.labels.get("code", ""))): sample.value
         for family in families
@@ -50,7 +41,7 @@ def read(address: str) -> dict[tuple[str, str], float]:
 
 
 def test_the_page_agrees_with_what_was_asked(
-    served: registry.ModelRegistry, metrics: MetricsServer, heldout: Heldout
+    served: registry.ModelRegistry, metrics: CollectorRegistry, heldout: Heldout
 ) -> None:
     """Requests by code, images, and the buckets of every histogram."""
     with Server(served, "127.0.0.1", 0, Limits()) as server, Client(server.address) as client:
@@ -58,7 +49,7 @@ def test_the_page_agrees_with_what_was_asked(
             client.classify(heldout[0][:images])
         with pytest.raises(InvalidRequest):
             client.classify(heldout[0][:1, :4])
-    found = read(metrics.address)
+    found = read(metrics)
     assert found["resnet_requests_total", "OK"] == 4
     assert found["resnet_requests_total", "INVALID_ARGUMENT"] == 1
     assert found["resnet_images_total", ""] == 45
@@ -77,11 +68,7 @@ def test_the_page_agrees_with_what_was_asked(
 def test_costs_of_batches_are_on_the_page(repository: Path) -> None:
     """Of the sizes that were measured at load, and how they are computed."""
     model = loader.load(repository / "digits" / "1", Compute(device="cpu"), Batching(max_batch=4))
-    with (
-        MetricsServer(registry.ModelRegistry([model]), "127.0.0.1", 0) as server,
-        urlopen(f"http://{server.address}") as page,
-    ):
-        text = page.read().decode()
+    text = generate_latest(make_metrics(registry.ModelRegistry([model]))).decode()
     for images in (1, 2, 4):
         ns = model.batcher.curve.ns(images)
         assert f'resnet_batch_cost_seconds{{images="{images}",model="digits",version="1"}} {ns / 1e9}\n' in text
@@ -89,79 +76,31 @@ def test_costs_of_batches_are_on_the_page(repository: Path) -> None:
     assert 'images="8"' not in text
 
 
-def test_a_refused_version_is_on_the_page(served: registry.ModelRegistry, metrics: MetricsServer) -> None:
+def test_a_refused_version_is_on_the_page(served: registry.ModelRegistry, metrics: CollectorRegistry) -> None:
     """Until a good one takes its place."""
     served.refuse("digits", 2, "its files were changed")
-    assert read(metrics.address)["resnet_refused_info", ""] == 1
+    assert read(metrics)["resnet_refused_info", ""] == 1
     served.retain("digits", [1], {})
-    assert ("resnet_refused_info", "") not in read(metrics.address)
+    assert ("resnet_refused_info", "") not in read(metrics)
 
 
 def test_refused_calls_are_on_the_page(served: registry.ModelRegistry) -> None:
     """Those that no model counts."""
-    with (
-        Server(served, "127.0.0.1", 0, Limits(), token="sesame") as server,
-        Client(server.address) as client,
-        MetricsServer(served, "127.0.0.1", 0, refusals=server.refusals) as metrics,
-    ):
+    with Server(served, "127.0.0.1", 0, Limits(), token="sesame") as server, Client(server.address) as client:
         with pytest.raises(Unauthenticated):
             client.classify(np.zeros((1, 32, 32, 3), np.uint8))
-        assert read(metrics.address)["resnet_refused_calls_total", "UNAUTHENTICATED"] == 1
+        assert (
+            read(make_metrics(served, refusals=server.refusals))["resnet_refused_calls_total", "UNAUTHENTICATED"] == 1
+        )
 
 
-def test_who_says_nothing_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor holds a thread: the oldest connection makes room for a new one."""
-    monkeypatch.setattr(metrics, "REQUEST_SECONDS", 3600)
-    with MetricsServer(registry.ModelRegistry(), "127.0.0.1", 0) as server, ExitStack() as stack:
-        host, _, port = server.address.rpartition(":")
-        before = threading.active_count()
-        silent = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(3 * MAX_CONNECTIONS)]
-        assert read(server.address)["resnet_build_info", ""] == 1
-        assert threading.active_count() <= before  # those of other tests may end meanwhile
-        for connection in silent[:MAX_CONNECTIONS]:
-            with suppress(ConnectionResetError):
-                assert connection.recv(1) == b""
-
-
-@pytest.mark.parametrize("request_", [b"\r\n\r\n", b"\xff \xff\r\n\xff\r\n\r\n", b"x" * 100_000, b"GET /metrics"])
-def test_what_is_no_request_does_no_harm(request_: bytes) -> None:
-    """Whatever it is answered."""
-    with MetricsServer(registry.ModelRegistry(), "127.0.0.1", 0) as metrics:
-        host, _, port = metrics.address.rpartition(":")
-        with suppress(OSError), socket.create_connection((host, int(port))) as connection:
-            connection.sendall(request_)
-            connection.shutdown(socket.SHUT_WR)
-            while connection.recv(4096):
-                pass
-        assert read(metrics.address)["resnet_build_info", ""] == 1
-
-
-def test_the_page_is_compressed_for_those_who_ask() -> None:
-    """As Prometheus does."""
-    with MetricsServer(registry.ModelRegistry(), "127.0.0.1", 0) as metrics:
-        asked = Request(f"http://{metrics.address}/metrics", headers={"Accept-Encoding": "gzip"})
-        with urlopen(asked) as page:
-            assert page.headers["Content-Encoding"] == "gzip"
-            assert b"resnet_build_info" in gzip.decompress(page.read())
-
-
-def test_a_port_in_use_is_one_sentence(
-    served: registry.ModelRegistry, metrics: MetricsServer, repository: Path
-) -> None:
-    """And one that is none."""
-    with pytest.raises(BadInput, match="choose another with --metrics-port"):
-        MetricsServer(served, "127.0.0.1", int(metrics.address.rpartition(":")[2]))
-    assert cli.main(["serve", str(repository), "--metrics-port=70000"]) == 2
-
-
-def test_the_proof_is_on_the_page(served: registry.ModelRegistry, metrics: MetricsServer) -> None:
+def test_the_proof_is_on_the_page(served: registry.ModelRegistry, metrics: CollectorRegistry) -> None:
     """With what computes, the number of images, the largest difference and the duration."""
     (model,) = served
     assert model.proof
-    with urlopen(f"http://{metrics.address}/metrics") as page:
-        text = page.read().decode()
+    text = generate_latest(metrics).decode()
     labels = f'device="{model.proof.key.device}",model="digits",runtime="CPUExecutionProvider",version="1"'
     assert f"resnet_proof_images{{{labels}}} 256.0\n" in text
-    found = read(metrics.address)
+    found = read(metrics)
     assert 0 < found["resnet_proof_max_difference", ""] == model.proof.max_difference < 1e-5
     assert found["resnet_proof_seconds", ""] == model.proof.seconds > 0
