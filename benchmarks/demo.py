@@ -142,4 +142,4 @@ def _summarize(out: Path, correct: int, total: int, seconds: float) -> None:
   {folder}         the model version: ONNX, SavedModel, Keras, manifest with the proof
   {out / "bench" / "bench.svg"}            the benchmark as a plot
 
-  Serve it yourself:  resnet serve {out / "models"}""")
+  Serve it, and look at it in a browser:  resnet serve {out / "models"} --open""")

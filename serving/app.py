@@ -328,6 +328,12 @@ def serve_http(
         config.list_origins(),
     )
     logs.announce(f"HTTP on {http.url}, metrics on {http.url}metrics")
-    if config.open and not webbrowser.open(http.url):
-        log.warning("no browser can be opened here; the page is at %s", http.url)
+    if config.open:
+        # A browser in the terminal would keep the server from starting.
+        threading.Thread(target=_open_browser, args=(http.url,), name="browser", daemon=True).start()
     return http
+
+
+def _open_browser(url: str) -> None:
+    if not webbrowser.open(url):
+        log.warning("no browser can be opened here; the page is at %s", url)

@@ -38,13 +38,14 @@ SHORT = {
     "bench": ["--seconds=0.1", "--rounds=1"],
     "load": ["--seconds=0.2", "--rounds=1", "--warm-up=0.1"],
     "tune": ["--max-batch=2"],
-    "serve": ["--port=0", "--no-tune"],
+    "serve": ["--port=0", "--http-port=0", "--no-tune"],
     "predict": ["--no-tune"],
     "rollout": ["--detach"],  # nobody sends requests
 }
 CLASSES = ("cat", "dog", "cow", "hen", "fox", "owl", "bee")
-COMMAND = re.compile(r"^(?:[A-Z_]+=\S+ )?(?:resnet|python|openssl|model_signing|make|pip) .*$", re.MULTILINE)
+COMMAND = re.compile(r"^(?:[A-Z_]+=\S+ )?(?:resnet|python|openssl|model_signing|make|pip|curl) .*$", re.MULTILINE)
 ADDRESSES = ("127.0.0.1:8001", "example.org:8001")
+HTTP_ADDRESS = "127.0.0.1:8080"
 
 
 def list_blocks(page: Path) -> list[tuple[str, str]]:
@@ -66,7 +67,8 @@ class Reader:
             self._run_python(self._replace(block))
         else:
             for command in COMMAND.findall(block):
-                self._run(self._replace(command))
+                run = self._run_curl if command.startswith("curl ") else self._run
+                run(self._replace(command))
 
     def open_storage(self) -> None:
         """Start what s3://bucket is."""
@@ -81,7 +83,13 @@ class Reader:
         for address in ADDRESSES:
             if address in text:
                 text = text.replace(address, self._find_address())
-        return text
+        return text.replace(HTTP_ADDRESS, self._find_http()) if HTTP_ADDRESS in text else text
+
+    def _find_http(self) -> str:
+        self._find_address()
+        assert self._server is not None
+        (url,) = re.findall(r"^HTTP on https?://([^/]+)/", "".join(self._server.output), re.MULTILINE)
+        return str(url)
 
     def _find_address(self) -> str:
         if self._server is None:
@@ -116,6 +124,10 @@ class Reader:
                 self._call(name, options)
             case _:
                 pytest.fail(f"nobody knows how to run {line!r}")
+
+    def _run_curl(self, line: str) -> None:
+        command = f"curl --fail --silent --show-error {line.removeprefix('curl ')}"
+        subprocess.run(["bash", "-c", command], check=True, capture_output=True, timeout=60)
 
     def _expand(self, word: str) -> list[str]:
         return sorted(path.name for path in self.folder.glob(word)) if word.startswith("*") else [word]
@@ -177,6 +189,7 @@ def reader(run: Path, repository: Path, tmp_path: Path, monkeypatch: pytest.Monk
     for name in ("plain20", "plain56", "resnet20", "resnet56"):
         monkeypatch.setitem(ARCHITECTURES, name, TINY)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BROWSER", "true")  # a command that does nothing
     shutil.copytree(run, "demo/runs/digits")
     shutil.copytree(repository, "models")
     make_images(tmp_path)

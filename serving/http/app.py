@@ -42,7 +42,7 @@ from serving.http.endpoint import (
 )
 from serving.http.openapi import make_openapi
 from serving.http.versions import VersionPages
-from serving.observability.history import INTERVAL_SECONDS, TrafficHistory
+from serving.observability.history import INTERVAL_SECONDS, RecentTraffic, TrafficHistory
 from serving.protocols.handler import TIMING
 
 METHODS = (*native.METHODS, *kserve.METHODS, *tfserving.METHODS)
@@ -192,14 +192,14 @@ def _show_history(history: TrafficHistory) -> Resource:
             samples = history.list_samples(float(since))
         except ValueError:
             raise InvalidRequest(f"since is a time in seconds since 1970, not {since!r}") from None
-        return to_json({"interval_seconds": INTERVAL_SECONDS, "samples": samples})
+        return to_json(RecentTraffic(INTERVAL_SECONDS, samples))
 
     return Resource(
         path="/history",
         read=read,
         summary="Traffic of the last ten minutes, in steps of two seconds",
-        response={"type": "object"},
-        query={"since": "seconds since 1970; only later steps are returned"},
+        response=RecentTraffic,
+        query={"since": {"type": "number", "description": "seconds since 1970; only later steps are returned"}},
     )
 
 

@@ -106,7 +106,7 @@ class RestMethod:
         summary: What it does, for people.
         request: Media types of the request's body, each with its type or schema.
         response: Type or schema of the response.
-        query: Names of the parameters after the path, each with its description.
+        query: Names of the parameters after the path, each with its schema.
         example: How curl calls it.
     """
 
@@ -119,7 +119,7 @@ class RestMethod:
     summary: str
     request: Mapping[str, Schema] = field(default_factory=dict)
     response: Schema = field(default_factory=dict)
-    query: Mapping[str, str] = field(default_factory=dict)
+    query: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     example: str = ""
 
 
@@ -313,7 +313,7 @@ class Resource:
         read: Returns it; raises a `ServingError`. It runs on a worker.
         summary: What it is, for people.
         response: Type or schema of the response.
-        query: Names of the parameters after the path, each with its description.
+        query: Names of the parameters after the path, each with its schema.
         content_type: Of the response.
     """
 
@@ -321,7 +321,7 @@ class Resource:
     read: Callable[[RestRequest], RestResponse]
     summary: str
     response: Schema = field(default_factory=dict)
-    query: Mapping[str, str] = field(default_factory=dict)
+    query: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     content_type: str = JSON
 
 

@@ -70,9 +70,9 @@ METHODS = (
         request={"image/jpeg": FILE, "image/png": FILE, MULTIPART: {"type": "object", "additionalProperties": FILE}},
         response=describe(classifier_pb2.ClassifyResponse),
         query={
-            "top_k": "how many classes, the most probable first; 5 without it",
-            "version": "number or label of the version",
-            "priority": "1 to 3, the first is served first; 2 without it",
+            "top_k": {"type": "integer", "description": "how many classes, the most probable first; 5 without it"},
+            "version": {"type": "string", "description": "number or label of the version"},
+            "priority": {"type": "integer", "description": "1 to 3, the first is served first; 2 without it"},
         },
         example="curl --data-binary @cat.jpg 'localhost:8080/classify/digits?top_k=3'",
     ),

@@ -14,6 +14,12 @@ from serving.errors import STATUSES, ServingError
 from serving.http import problems
 from serving.http.endpoint import JSON, Resource, RestMethod, Schema
 
+TAGS = {
+    "This server": "Image files, and what runs.",
+    "KServe v2": "The Open Inference Protocol, as Triton has it.",
+    "TensorFlow Serving": "Its REST API.",
+    "Probes": "Without a token.",
+}
 REFERENCE = "#/components/schemas/{name}"
 PROBES = {
     "/livez": "Whether requests get through the server; if not, only a restart helps",
@@ -59,6 +65,7 @@ def make_openapi(methods: Iterable[RestMethod], resources: Iterable[Resource], s
     description: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "resnet", "version": VERSION, "description": "Image classification over HTTP, beside gRPC."},
+        "tags": [{"name": name, "description": text} for name, text in TAGS.items()],
         "paths": paths,
         "components": {
             "schemas": {**_list_schemas(methods, resources), "Problem": PROBLEM},
@@ -88,13 +95,14 @@ def _describe_resource(resource: Resource) -> dict[str, Any]:
     return operation
 
 
-def _operation(path: str, verb: str, tag: str, summary: str, query: Mapping[str, str]) -> dict[str, Any]:
+def _operation(path: str, verb: str, tag: str, summary: str, query: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
     named = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
         for name in re.findall(r"{(\w+)}", path)
     ]
     asked = [
-        {"name": name, "in": "query", "description": text, "schema": {"type": "string"}} for name, text in query.items()
+        {"name": name, "in": "query", "description": schema["description"], "schema": {"type": schema["type"]}}
+        for name, schema in query.items()
     ]
     return {
         "operationId": re.sub(r"\W+", "_", f"{verb.lower()}{path}").strip("_"),

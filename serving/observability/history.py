@@ -43,6 +43,13 @@ class TrafficSample(msgspec.Struct):
     refused_per_second: float
 
 
+class RecentTraffic(msgspec.Struct):
+    """The samples of the last ten minutes, in order, each of an interval."""
+
+    interval_seconds: float
+    samples: list[TrafficSample]
+
+
 @dataclass
 class _Totals:
     requests: int
