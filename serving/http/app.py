@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from importlib.resources import files
 from typing import Any
@@ -13,12 +14,11 @@ from prometheus_client import CollectorRegistry, make_asgi_app
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.routing import BaseRoute, Match, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.core import ServerCore
 from serving.errors import (
@@ -41,6 +41,7 @@ from serving.http.endpoint import (
     to_json,
 )
 from serving.http.openapi import make_openapi
+from serving.http.problems import SAFE
 from serving.http.versions import VersionPages
 from serving.observability.history import INTERVAL_SECONDS, RecentTraffic, TrafficHistory
 from serving.protocols.handler import TIMING
@@ -85,7 +86,7 @@ def make_app(
     routes += [Route(resource.path, ResourceEndpoint(resource, exchange), methods=["GET"]) for resource in resources]
     description = msgspec.json.encode(make_openapi(METHODS, resources, core.dispatcher.tokens.are_required))
     routes += [
-        Route("/openapi.json", _Page(lambda _: Response(description, media_type="application/json"))),
+        Route("/openapi.json", _Page(lambda _: Response(description, headers=SAFE, media_type="application/json"))),
         Route("/livez", _Page(lambda _: _probe(core.live))),
         Route("/readyz", _Page(lambda _: _probe(core.ready and core.models.serves_any()))),
         Route("/readyz/{name}", _Page(lambda request: _probe_model(core, request.path_params["name"]))),
@@ -93,24 +94,51 @@ def make_app(
         *(Route(path, _serve_file(name)) for path, name in PAGES.items()),
         *(Route(f"/page/{file.name}", _serve_file(file.name)) for file in (files(__package__) / "page").iterdir()),
     ]
-    middleware = [Middleware(Guard, origins=origins, is_local=is_local)]
-    if origins:
-        middleware.append(
-            Middleware(
-                CORSMiddleware,
-                allow_origins=list(origins),
-                allow_methods=["GET", "POST"],
-                allow_headers=["*"],
-                expose_headers=[REQUEST_ID, TIMING, kserve.HEADER_SIZE, "retry-after"],
-                max_age=MAX_AGE,
-            )
-        )
     handlers: Any = {HTTPException: _refuse, Exception: _fail}
-    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
+    app: ASGIApp = ShortCut(Starlette(routes=routes, exception_handlers=handlers), routes)
+    if origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[REQUEST_ID, TIMING, kserve.HEADER_SIZE, "retry-after"],
+            max_age=MAX_AGE,
+        )
+    return Guard(app, origins, is_local)
+
+
+class ShortCut:
+    """Leads from the path of a call that came before to its endpoint, which answers its errors by itself.
+
+    Starlette looks for the path in one route after the other, and wraps what it calls: half of the work of a request.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
+        """Call the endpoints of `routes`; `app` answers what is no call."""
+        self._app, self._routes = app, routes
+        self._find = functools.lru_cache(1024)(self._search)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        endpoint, parameters = self._find(scope["method"], scope["path"])
+        if endpoint is None:
+            await self._app(scope, receive, send)
+        else:
+            scope["path_params"] = parameters
+            await endpoint(scope, receive, send)
+
+    def _search(self, verb: str, path: str) -> tuple[CallEndpoint | None, Mapping[str, Any]]:
+        for route in self._routes:
+            match, found = route.matches({"type": "http", "method": verb, "path": path})
+            if match is Match.FULL:
+                endpoint = found["endpoint"]
+                return (endpoint, found["path_params"]) if isinstance(endpoint, CallEndpoint) else (None, {})
+        return None, {}
 
 
 class Guard:
-    """Refuses requests that a page of somebody else makes in the browser of somebody who may call; sets safe headers.
+    """Refuses requests that a page of somebody else makes in the browser of somebody who may call.
 
     A browser sends such requests, also to a server that listens on this machine only, and only keeps their answers from
     the page. A name that somebody else's DNS points to this machine would give the page the answers, too.
@@ -128,14 +156,8 @@ class Guard:
             and (refusal := self._check(scope["headers"]))
         ):
             await problems.respond(refusal, closes=True)(scope, receive, send)
-            return
-
-        async def send_safe(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-content-type-options", b"nosniff")]
-            await send(message)
-
-        await self._app(scope, receive, send_safe)
+        else:
+            await self._app(scope, receive, send)
 
     def _check(self, headers: Sequence[tuple[bytes, bytes]]) -> ServingError | None:
         host = origin = b""
@@ -205,7 +227,7 @@ def _show_history(history: TrafficHistory) -> Resource:
 
 def _probe(passes: bool) -> Response:
     status = HTTPStatus.OK if passes else HTTPStatus.SERVICE_UNAVAILABLE
-    return Response("ok\n" if passes else "no\n", status, media_type="text/plain")
+    return Response("ok\n" if passes else "no\n", status, SAFE, "text/plain")
 
 
 def _probe_model(core: ServerCore, name: str) -> Response:
@@ -218,7 +240,7 @@ def _serve_file(name: str) -> ASGIApp:
     """Return an endpoint that sends a file of the page."""
     content = (files(__package__) / "page" / name).read_bytes()
     kind = TYPES[name.rpartition(".")[2]]
-    headers = {"cache-control": "no-cache", "content-security-policy": POLICY, "referrer-policy": "no-referrer"}
+    headers = SAFE | {"cache-control": "no-cache", "content-security-policy": POLICY, "referrer-policy": "no-referrer"}
     return _Page(lambda _: Response(content, headers=headers, media_type=kind))
 
 

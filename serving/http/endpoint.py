@@ -34,6 +34,7 @@ T = TypeVar("T")
 TIMEOUT = "x-envoy-expected-rq-timeout-ms"  # how long a proxy of Envoy's make, as Istio's, waits for the response
 QUICK_BYTES = 2**16  # of JSON or of encoded images that are read in about a millisecond
 QUICK_PIXEL_BYTES = 2**20  # of a body that is only copied
+SAFE_HEADERS = [(name.encode(), value.encode()) for name, value in problems.SAFE.items()]
 JSON, BINARY = "application/json", "application/octet-stream"
 FILE = {"type": "string", "format": "binary"}  # the schema of bytes
 
@@ -262,6 +263,7 @@ async def _send(send: Send, response: RestResponse, request_id: str, trailers: T
         (b"content-type", response.content_type.encode("latin-1")),
         (b"content-length", b"%d" % len(response.body)),
         (REQUEST_ID.encode(), request_id.encode("latin-1")),
+        *SAFE_HEADERS,
         *((name.encode("latin-1"), value.encode("latin-1")) for name, value in (*trailers, *response.headers)),
     ]
     await send({"type": "http.response.start", "status": response.status, "headers": headers})

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from serving.errors import REQUEST_ID, InvalidRequest, Overloaded, ServingError
 
 MEDIA_TYPE = "application/problem+json"
+SAFE = {"x-content-type-options": "nosniff"}  # a browser takes nothing for what it is not
 
 
 def to_problem(error: ServingError, request_id: str = "") -> dict[str, Any]:
@@ -48,7 +49,7 @@ def respond(error: ServingError, request_id: str = "", closes: bool = False, sta
         closes: Whether the connection ends.
         status: In place of that of the table.
     """
-    headers = {"cache-control": "no-store"}
+    headers = {"cache-control": "no-store", **SAFE}
     if request_id:
         headers[REQUEST_ID] = request_id
     if error.status.http == HTTPStatus.UNAUTHORIZED:

@@ -119,6 +119,7 @@ class HttpServer:
             self._app,
             log_config=None,
             access_log=False,
+            proxy_headers=False,  # what names the caller is for whoever stands in between to say
             lifespan="off",
             ws="none",
             server_header=False,
