@@ -195,6 +195,7 @@ class _Mounted:
         await self._app(scope, receive, send)
 
 
+@functools.lru_cache(256)
 def _is_address(host: str) -> bool:
     """Return whether a Host header names this machine, or is an address."""
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
