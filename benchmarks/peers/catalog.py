@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks.peers.protocols import JSON, JSON_BATCH, RAW, FilesPeer, KServeHttpPeer, KServePeer, PeerProtocol
+from benchmarks.peers.protocols import FILES, JSON, JSON_BATCH, RAW, FilesPeer, KServeHttpPeer, KServePeer, PeerProtocol
 from resnet import BadInput
 
 SERVERS = Path(__file__).parent / "servers"
@@ -86,6 +86,13 @@ PEERS = (
     OursHttp("ours_http", "resnet serve (HTTP, KServe)", KServeHttpPeer(), every=True),
     OursHttp("ours_files", "resnet serve (HTTP, PNG files)", FilesPeer(), every=True),
     Peer("mosec", "mosec 0.9.8 (HTTP)", RAW, ("mosec==0.9.8", NUMPY, RUNTIME), every=True),
+    Peer(
+        "mosec_files",
+        "mosec 0.9.8 (HTTP, PNG files)",
+        FILES,
+        ("mosec==0.9.8", f"pillow=={version('pillow')}", NUMPY, RUNTIME),
+        every=True,
+    ),
     Peer("pytriton", "pytriton 0.7.0 (Triton)", KServePeer(), ("nvidia-pytriton==0.7.0", "numpy==1.26.4", RUNTIME)),
     Peer("mlserver", "MLServer 1.7.1", KServePeer(), ("mlserver==1.7.1", NUMPY, RUNTIME)),
     Peer(

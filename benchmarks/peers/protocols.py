@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -168,6 +169,14 @@ RAW = HttpPeer(
     "/inference",
     "application/octet-stream",
     to_body=lambda pixels: pixels.tobytes(),
+    from_body=lambda body: np.frombuffer(body, np.float32),
+)
+FILES = HttpPeer(
+    "/inference",
+    "application/octet-stream",
+    to_body=lambda pixels: b"".join(
+        struct.pack("<I", len(file)) + file for file in map(_to_png, pixels.astype(np.uint8))
+    ),
     from_body=lambda body: np.frombuffer(body, np.float32),
 )
 JSON = HttpPeer(
