@@ -5,6 +5,8 @@ curl --data-binary @cat.jpg 'localhost:8080/classify/digits?top_k=3'
 
 from __future__ import annotations
 
+import msgspec
+
 from protos import admin_pb2, classifier_pb2
 from protos.record import to_record
 from serving.errors import InvalidRequest
@@ -14,6 +16,38 @@ from serving.http.schema import describe
 from serving.protocols.inputs import MAX_DIGITS, to_version
 
 MAX_PARTS = 65_536  # the limit of --max-images comes later
+
+
+class ClassProbability(msgspec.Struct):
+    """A class of an image."""
+
+    label: str
+    index: int
+    probability: float
+
+
+class ImageClasses(msgspec.Struct):
+    """The most probable classes of an image, the most probable first."""
+
+    classes: list[ClassProbability]
+
+
+class RequestTimes(msgspec.Struct):
+    """Where the time of a request went, in nanoseconds, and how many images were computed with it."""
+
+    decode_ns: int
+    queue_ns: int
+    compute_ns: int
+    batch_size: int
+
+
+class ClassifyAnswer(msgspec.Struct):
+    """What a version answers, an item for each image."""
+
+    model: str
+    version: int
+    classifications: list[ImageClasses]
+    timing: RequestTimes
 
 
 def encode_classify(request: RestRequest) -> bytes:
@@ -39,8 +73,15 @@ def encode_classify(request: RestRequest) -> bytes:
 
 
 def decode_classify(_: RestRequest, answer: bytes) -> RestResponse:
-    """Return a ClassifyResponse."""
-    return to_json(to_record(classifier_pb2.ClassifyResponse.FromString(answer)))
+    """Return the JSON of a ClassifyResponse."""
+    response = classifier_pb2.ClassifyResponse.FromString(answer)
+    images = [
+        ImageClasses([ClassProbability(one.label, one.index, one.probability) for one in image.classes])
+        for image in response.classifications
+    ]
+    timing = response.timing
+    times = RequestTimes(timing.decode_ns, timing.queue_ns, timing.compute_ns, timing.batch_size)
+    return to_json(ClassifyAnswer(response.model, response.version, images, times))
 
 
 def _to_number(name: str, text: str) -> int:
@@ -68,7 +109,7 @@ METHODS = (
         tag=TAG,
         summary="Classify an image file, or several",
         request={"image/jpeg": FILE, "image/png": FILE, MULTIPART: {"type": "object", "additionalProperties": FILE}},
-        response=describe(classifier_pb2.ClassifyResponse),
+        response=ClassifyAnswer,
         query={
             "top_k": {"type": "integer", "description": "how many classes, the most probable first; 5 without it"},
             "version": {"type": "string", "description": "number or label of the version"},
