@@ -65,7 +65,7 @@ def make_app(
     versions: VersionPages | None,
     origins: Sequence[str] = (),
     is_local: bool = False,
-) -> ASGIApp:
+) -> Guard:
     """Return the application.
 
     Args:
@@ -95,7 +95,7 @@ def make_app(
         *(Route(f"/page/{file.name}", _serve_file(file.name)) for file in (files(__package__) / "page").iterdir()),
     ]
     handlers: Any = {HTTPException: _refuse, Exception: _fail}
-    app: ASGIApp = ShortCut(Starlette(routes=routes, exception_handlers=handlers), routes)
+    app: ASGIApp = Starlette(routes=routes, exception_handlers=handlers)
     if origins:
         app = CORSMiddleware(
             app,
@@ -105,28 +105,24 @@ def make_app(
             expose_headers=[REQUEST_ID, TIMING, kserve.HEADER_SIZE, "retry-after"],
             max_age=MAX_AGE,
         )
-    return Guard(app, origins, is_local)
+    return Guard(app, Router(routes), origins, is_local)
 
 
-class ShortCut:
-    """Leads from the path of a call that came before to its endpoint, which answers its errors by itself.
+class Router:
+    """Leads from the path of a call to its endpoint, at once if it came before.
 
-    Starlette looks for the path in one route after the other, and wraps what it calls: half of the work of a request.
+    Starlette looks for the path in one route after the other.
     """
 
-    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
-        """Call the endpoints of `routes`; `app` answers what is no call."""
-        self._app, self._routes = app, routes
+    def __init__(self, routes: Sequence[BaseRoute]) -> None:
+        """Lead to the endpoints of `routes`."""
+        self._routes = routes
         self._find = functools.lru_cache(1024)(self._search)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
-        endpoint, parameters = self._find(scope["method"], scope["path"])
-        if endpoint is None:
-            await self._app(scope, receive, send)
-        else:
-            scope["path_params"] = parameters
-            await endpoint(scope, receive, send)
+    def find(self, scope: Scope) -> CallEndpoint | None:
+        """Return the endpoint of a call, and set the parameters in its path; None if it is no call."""
+        endpoint, scope["path_params"] = self._find(scope["method"], scope["path"])
+        return endpoint
 
     def _search(self, verb: str, path: str) -> tuple[CallEndpoint | None, Mapping[str, Any]]:
         for route in self._routes:
@@ -144,9 +140,21 @@ class Guard:
     the page. A name that somebody else's DNS points to this machine would give the page the answers, too.
     """
 
-    def __init__(self, app: ASGIApp, origins: Sequence[str], is_local: bool) -> None:
-        """Guard `app`; `origins` may call, and a server that `is_local` is called by no other name."""
-        self._app, self._origins, self._is_local = app, {origin.encode("latin-1") for origin in origins}, is_local
+    def __init__(self, app: ASGIApp, router: Router, origins: Sequence[str], is_local: bool) -> None:
+        """Guard `app`, and the calls that `router` finds.
+
+        Args:
+            app: Answers everything.
+            router: Finds the endpoints of calls.
+            origins: Origins of pages elsewhere that may call.
+            is_local: Whether the server is called by no name.
+        """
+        self._app, self._router = app, router
+        self._origins, self._is_local = {origin.encode("latin-1") for origin in origins}, is_local
+
+    def find(self, scope: Scope) -> CallEndpoint | None:
+        """Return the endpoint of a call that is allowed."""
+        return None if self._check(scope["headers"]) else self._router.find(scope)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""

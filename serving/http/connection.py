@@ -6,24 +6,44 @@ uvicorn reads whatever comes, however slowly and however long; its option for he
 from __future__ import annotations
 
 import asyncio
-import functools
 from collections.abc import Callable
+from functools import partial
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import msgspec
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from starlette.types import Scope
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from serving.config import Limits
 from serving.errors import InvalidRequest, Malformed, ServingError, TooLarge
 from serving.http import problems
 
 if TYPE_CHECKING:
+    from uvicorn._types import ASGI3Application
+
+    from serving.http.endpoint import RawResponse
     from serving.transports.call import Call
 
 BYTES_PER_SECOND = 32 * 2**10  # of a client that is not too slow, once `handshake_seconds` are over
 FIELD_BYTES = 32  # of a header beside its name and value, as HTTP/2 counts them
 CONNECTION = "resnet.connection"  # the key of the ASGI scope
+QUICK_BYTES = 2**16  # of a body of JSON or images, which is read in about a millisecond
+QUICK_TENSOR_BYTES = 2**20  # of one of pixels, which is only copied
+TENSOR = b"inference-header-content-length"
+UNUSUAL = {b"content-encoding", b"transfer-encoding", b"expect", b"origin"}
+
+
+class QuickEndpoint(Protocol):
+    """Answers requests that are there in full."""
+
+    def answer(self, scope: Scope, body: bytes, finish: Callable[[RawResponse], None], /) -> Call:
+        """Answer a request, now or later, and return its call."""
+        ...
+
+
+Find = Callable[[Scope], QuickEndpoint | None]
+"""Returns what answers a request, None if its path needs more than a call."""
 
 
 class HttpConnection(HttpToolsProtocol):
@@ -33,11 +53,12 @@ class HttpConnection(HttpToolsProtocol):
         call: The call that is under way; marked as cancelled when the connection ends.
     """
 
-    def __init__(self, limits: Limits, *args: Any, **kwargs: Any) -> None:
-        """Keep `limits`; the other arguments are uvicorn's."""
+    def __init__(self, limits: Limits, find: Find, *args: Any, **kwargs: Any) -> None:
+        """Keep `limits`, and have calls answered by what `find` returns; the other arguments are uvicorn's."""
         super().__init__(*args, **kwargs)
         self.call: Call | None = None
-        self._limits = limits
+        self._limits, self._find = limits, find
+        self._quick: tuple[RequestResponseCycle, QuickEndpoint] | None = None  # a request whose body is to come
         self._opened = self._used = self.loop.time()
         self._waits_since: float | None = self._opened  # for the rest of a request
         self._stalled_since: float | None = None  # because the client reads no response
@@ -109,10 +130,62 @@ class HttpConnection(HttpToolsProtocol):
         if limit and self.loop.time() - self._opened > limit:
             self.cycle.keep_alive = False
 
+    def on_body(self, body: bytes) -> None:
+        """Read a part of the body."""
+        super().on_body(body)
+        if self._quick:
+            self.flow.resume_reading()  # otherwise a task would do that
+
     def on_message_complete(self) -> None:
         """Note that all of the request is there."""
         self._waits_since = None
         super().on_message_complete()
+        if self._quick and not self._quick[0].more_body:
+            self._answer(*self._quick)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        """Have a request answered: by a task, unless it is a short call."""
+        endpoint = self._find(cast(Scope, cycle.scope)) if self._is_short(cycle) else None
+        if endpoint is None:
+            super()._start_asgi_task(cycle, app)
+        elif cycle.more_body:
+            self._quick = cycle, endpoint
+        else:  # it came while the one before was not answered
+            self._answer(cycle, endpoint)
+
+    def _is_short(self, cycle: RequestResponseCycle) -> bool:
+        """Return whether a request has a body of known and small size, and nothing unusual about it."""
+        scope, size, limit = cycle.scope, -1, QUICK_BYTES
+        for name, value in scope["headers"]:
+            if name in UNUSUAL:
+                return False
+            if name == b"content-length":
+                size = int(value) if len(value) < 10 else -1
+            elif name == TENSOR:
+                limit = QUICK_TENSOR_BYTES
+        return scope["method"] == "POST" and 0 <= size <= min(limit, self._limits.max_message_bytes)
+
+    def _answer(self, cycle: RequestResponseCycle, endpoint: QuickEndpoint) -> None:
+        """Have a request answered whose body is there."""
+        self._quick = None
+        call = endpoint.answer(cast(Scope, cycle.scope), bytes(cycle.body), partial(self._finish, cycle))
+        if not cycle.response_complete:
+            self.call = call
+
+    def _finish(self, cycle: RequestResponseCycle, response: RawResponse) -> None:
+        """Send a response, as uvicorn does for a task."""
+        self.call = None
+        if self.transport.is_closing():
+            return
+        lines = [STATUS_LINE[response.status]]
+        for name, value in response.headers:
+            lines += (name, b": ", value, b"\r\n")
+        lines.append(b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n")
+        self.transport.write(b"".join((*lines, response.body)))
+        cycle.response_started = cycle.response_complete = True
+        if not cycle.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002  # uvicorn's word for it
         """Refuse what is no HTTP, or has too large headers."""
@@ -163,6 +236,6 @@ class HttpConnection(HttpToolsProtocol):
         self.transport.close()
 
 
-def make_factory(limits: Limits, config: Any, state: Any) -> Callable[[], asyncio.Protocol]:
+def make_factory(limits: Limits, find: Find, config: Any, state: Any) -> Callable[[], asyncio.Protocol]:
     """Return what makes a protocol for each connection."""
-    return functools.partial(HttpConnection, limits, config=config, server_state=state, app_state={})
+    return partial(HttpConnection, limits, find, config=config, server_state=state, app_state={})

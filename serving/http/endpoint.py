@@ -32,8 +32,6 @@ from serving.transports.dispatcher import RETRY_MS, Dispatcher
 T = TypeVar("T")
 
 TIMEOUT = "x-envoy-expected-rq-timeout-ms"  # how long a proxy of Envoy's make, as Istio's, waits for the response
-QUICK_BYTES = 2**16  # of JSON or of encoded images that are read in about a millisecond
-QUICK_PIXEL_BYTES = 2**20  # of a body that is only copied
 SAFE_HEADERS = [(name.encode(), value.encode()) for name, value in problems.SAFE.items()]
 JSON, BINARY = "application/json", "application/octet-stream"
 FILE = {"type": "string", "format": "binary"}  # the schema of bytes
@@ -124,16 +122,19 @@ class RestMethod:
     example: str = ""
 
 
-class HttpCall(Call):
-    """A call by HTTP, whose coroutine waits for the answer."""
+Deliver = Callable[[bytes | ServingError, Trailers], None]
+"""Takes the answer to a call, on the event loop."""
 
-    def __init__(self, method: str, scope: Scope) -> None:
-        """Begin a call of a gRPC method."""
+
+class HttpCall(Call):
+    """A call by HTTP."""
+
+    def __init__(self, method: str, scope: Scope, deliver: Deliver) -> None:
+        """Begin a call of a gRPC method, whose answer goes to `deliver`."""
         headers: Metadata = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
         super().__init__(method, b"", headers, None)
-        self._client = scope.get("client")
+        self._client, self._deliver = scope.get("client"), deliver
         self._loop = asyncio.get_running_loop()
-        self.answered: asyncio.Future[tuple[bytes | ServingError, Trailers]] = self._loop.create_future()
 
     def set_timeout(self, milliseconds: str | None) -> None:
         """Set the deadline, from the header that a proxy adds.
@@ -154,15 +155,11 @@ class HttpCall(Call):
 
     def _send(self, response: bytes, trailers: Trailers) -> None:
         with suppress(RuntimeError):  # the server has ended
-            self._loop.call_soon_threadsafe(self._end, response, trailers)
+            self._loop.call_soon_threadsafe(self._deliver, response, trailers)
 
     def _send_error(self, error: ServingError) -> None:
         with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._end, error, ())
-
-    def _end(self, answer: bytes | ServingError, trailers: Trailers) -> None:
-        if not self.answered.done():
-            self.answered.set_result((answer, trailers))
+            self._loop.call_soon_threadsafe(self._deliver, error, ())
 
 
 class Exchange:
@@ -216,7 +213,7 @@ class Exchange:
 
 
 class CallEndpoint:
-    """An ASGI application that answers the requests of one method."""
+    """Answers the requests of one method: as an ASGI application, or at once if a request is there in full."""
 
     def __init__(self, rest: RestMethod, exchange: Exchange) -> None:
         """Answer the requests of `rest`."""
@@ -225,40 +222,105 @@ class CallEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        call = HttpCall(self._rest.method, scope)
+        answered: asyncio.Future[tuple[bytes | ServingError, Trailers]] = asyncio.get_running_loop().create_future()
+
+        def deliver(answer: bytes | ServingError, trailers: Trailers) -> None:
+            if not answered.done():
+                answered.set_result((answer, trailers))
+
+        call = HttpCall(self._rest.method, scope, deliver)
         connection = scope.get(CONNECTION)
         if connection is not None:
             connection.call = call
-        request = RestRequest(scope.get("path_params", {}), scope["query_string"], dict(call.metadata))  # type: ignore[arg-type]
+        request = _make_request(call, scope)
         is_read = False
+        answer: bytes | ServingError
+        trailers: Trailers = ()
         try:
             call.set_timeout(request.headers.get(TIMEOUT))
             await self._exchange.read(call, request, receive)
             is_read = True
-            call.payload = await self._encode(request)
+            call.payload = await self._exchange.work(self._rest.encode, request)
             self._exchange.dispatcher.dispatch(call, self._method)
-            answer, trailers = await call.answered
-            if not isinstance(answer, ServingError):
-                response = self._rest.decode(request, answer)
+            answer, trailers = await answered
         except Exception as error:
-            call.leave()
-            answer = error if isinstance(error, ServingError) and error.request_id else report(call, error)
-        if not isinstance(answer, ServingError):
-            await _send(send, response, call.find_id(), trailers)
-        elif not isinstance(answer, Cancelled):
+            answer = _end(call, error)
+        if not isinstance(answer, Cancelled):
             # What was not read of a body would come next on this connection.
-            await problems.respond(answer, call.find_id(), closes=not is_read)(scope, receive, send)
+            await self._respond(call, request, answer, trailers, closes=not is_read).send(send)
         if connection is not None:
             connection.call = None
 
-    async def _encode(self, request: RestRequest) -> bytes:
-        quick = QUICK_PIXEL_BYTES if "inference-header-content-length" in request.headers else QUICK_BYTES
-        if len(request.body) <= quick:
-            return self._rest.encode(request)
-        return await self._exchange.work(self._rest.encode, request)
+    def answer(self, scope: Scope, body: bytes, finish: Callable[[RawResponse], None]) -> Call:
+        """Answer a request that is there in full and short: without a task, which would cost as much as all of this.
+
+        Args:
+            scope: As in ASGI.
+            body: The whole body.
+            finish: Sends the response; called on the event loop.
+
+        Returns:
+            The call, which may be cancelled.
+        """
+        call = HttpCall(
+            self._rest.method,
+            scope,
+            lambda answer, trailers: finish(self._respond(call, request, answer, trailers)),
+        )
+        request = _make_request(call, scope)
+        try:
+            call.set_timeout(request.headers.get(TIMEOUT))
+            self._exchange.check(call)
+            request.body = body
+            call.payload = self._rest.encode(request)
+            self._exchange.dispatcher.dispatch(call, self._method)
+        except Exception as error:
+            finish(self._respond(call, request, _end(call, error), ()))
+        return call
+
+    def _respond(
+        self,
+        call: HttpCall,
+        request: RestRequest,
+        answer: bytes | ServingError,
+        trailers: Trailers,
+        closes: bool = False,
+    ) -> RawResponse:
+        """Return the response to a request."""
+        if not isinstance(answer, ServingError):
+            try:
+                return _to_raw(self._rest.decode(request, answer), call.find_id(), trailers)
+            except Exception as error:
+                answer = report(call, error)
+        problem = problems.respond(answer, call.find_id(), closes)
+        return RawResponse(problem.status_code, problem.raw_headers, bytes(problem.body))
 
 
-async def _send(send: Send, response: RestResponse, request_id: str, trailers: Trailers) -> None:
+class RawResponse(NamedTuple):
+    """A response as ASGI has it."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+    async def send(self, send: Send) -> None:
+        """Send it."""
+        await send({"type": "http.response.start", "status": self.status, "headers": self.headers})
+        await send({"type": "http.response.body", "body": self.body})
+
+
+def _make_request(call: HttpCall, scope: Scope) -> RestRequest:
+    headers = cast(Mapping[str, str], dict(call.metadata))
+    return RestRequest(scope.get("path_params", {}), scope["query_string"], headers)
+
+
+def _end(call: HttpCall, error: Exception) -> ServingError:
+    """End a call that failed before it was dispatched, and return the error for the caller."""
+    call.leave()
+    return error if isinstance(error, ServingError) and error.request_id else report(call, error)
+
+
+def _to_raw(response: RestResponse, request_id: str, trailers: Trailers) -> RawResponse:
     headers = [
         (b"content-type", response.content_type.encode("latin-1")),
         (b"content-length", b"%d" % len(response.body)),
@@ -266,8 +328,7 @@ async def _send(send: Send, response: RestResponse, request_id: str, trailers: T
         *SAFE_HEADERS,
         *((name.encode("latin-1"), value.encode("latin-1")) for name, value in (*trailers, *response.headers)),
     ]
-    await send({"type": "http.response.start", "status": response.status, "headers": headers})
-    await send({"type": "http.response.body", "body": response.body})
+    return RawResponse(response.status, headers, response.body)
 
 
 async def _read_body(receive: Receive, headers: Mapping[str, str], limits: Limits) -> bytes:
@@ -336,13 +397,11 @@ class ResourceEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        call = HttpCall(f"/resnet.http{self._resource.path}", scope)
-        request = RestRequest(scope.get("path_params", {}), scope["query_string"], dict(call.metadata))  # type: ignore[arg-type]
+        call = HttpCall(f"/resnet.http{self._resource.path}", scope, lambda *_: None)
         try:
             self._exchange.check(call)
-            response = await self._exchange.work(self._resource.read, request)
+            response = await self._exchange.work(self._resource.read, _make_request(call, scope))
         except Exception as error:
-            refusal = error if isinstance(error, ServingError) and error.request_id else report(call, error)
-            await problems.respond(refusal, call.find_id())(scope, receive, send)
+            await problems.respond(_end(call, error), call.find_id())(scope, receive, send)
         else:
-            await _send(send, response, call.find_id(), ())
+            await _to_raw(response, call.find_id(), ()).send(send)

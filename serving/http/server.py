@@ -127,7 +127,7 @@ class HttpServer:
         )
         config.load()
         server = await self._loop.create_server(
-            make_factory(self._limits, config, self._state),
+            make_factory(self._limits, self._app.find, config, self._state),
             sock=self._socket,
             backlog=BACKLOG,
             ssl=self._tls.context if self._tls else None,

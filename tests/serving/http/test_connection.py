@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from serving.config import Limits
 from serving.http import connection as connections
 from serving.http import server
+from tests.heldout import Heldout
 from tests.serving.http.site import HttpSite, ask, connect, read_all, serve
 
 START = b"POST /classify/digits HTTP/1.1\r\nHost: localhost\r\n"
@@ -151,3 +156,33 @@ def test_a_connection_has_an_age(repository: Path) -> None:
             answer = kept.recv(4096)
         assert answer.startswith(b"HTTP/1.1 200 OK")
         assert read_all(kept) == b""
+
+
+def test_calls_may_follow_each_other(
+    strict: HttpSite,
+    heldout: Heldout,
+    probabilities: NDArray[np.float32],
+    png: Callable[[NDArray[np.uint8]], bytes],
+) -> None:
+    """They are answered in order, and nothing of one is taken for the next."""
+    files = [png(image) for image in heldout[0][:3]]
+    with connect(strict.address) as kept:
+        for number, file in enumerate(files):
+            last = b"Connection: close\r\n" if number == 2 else b""
+            head = START + b"X-Request-Id: r%d\r\nContent-Length: %d\r\n%s\r\n" % (number, len(file), last)
+            kept.sendall(head + file)
+        answers = read_all(kept)
+    assert re.findall(rb"x-request-id: (r\d)", answers) == [b"r0", b"r1", b"r2"]
+    found = re.findall(rb'"classes":\[{"label":"\d","index":(\d)', answers)
+    assert list(map(int, found)) == probabilities[:3].argmax(axis=1).tolist()
+
+
+@pytest.mark.parametrize("count", [30, 200])
+def test_a_large_body_arrives_in_pieces(strict: HttpSite, heldout: Heldout, count: int) -> None:
+    """However it is read: pixels of 92 KB and 614 KB."""
+    pixels = heldout[0][np.arange(count) % len(heldout[0])]
+    tensor = {"name": "image", "datatype": "UINT8", "shape": pixels.shape}
+    head = json.dumps({"inputs": [tensor | {"parameters": {"binary_data_size": pixels.size}}]}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(head))}
+    (output,) = ask(strict.address, "/v2/models/digits/infer", head + pixels.tobytes(), headers=headers).json["outputs"]
+    assert output["shape"] == [count, 10]
