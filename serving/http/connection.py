@@ -29,7 +29,7 @@ BYTES_PER_SECOND = 32 * 2**10  # of a client that is not too slow, once `handsha
 FIELD_BYTES = 32  # of a header beside its name and value, as HTTP/2 counts them
 CONNECTION = "resnet.connection"  # the key of the ASGI scope
 QUICK_BYTES = 2**16  # of a body of JSON or images, which is read in about a millisecond
-QUICK_TENSOR_BYTES = 2**20  # of one of pixels, which is only copied
+QUICK_TENSOR_BYTES = 2**18  # of one of pixels, which is only copied; a stranger sends so much before the token counts
 TENSOR = b"inference-header-content-length"
 UNUSUAL = {b"content-encoding", b"transfer-encoding", b"expect", b"origin"}
 
