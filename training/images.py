@@ -107,6 +107,13 @@ def count_channels(data: bytes) -> int:
     return 1 if image.mode in ("1", "L", *GREY16) else 3
 
 
+def count_png_pixels(data: bytes) -> int:
+    """Return the pixels that the header of a PNG file promises, 0 if there is no such header."""
+    if not data.startswith(SIGNATURE) or data[12:16] != CHUNKS[0]:
+        return 0
+    return int.from_bytes(data[16:20]) * int.from_bytes(data[20:24])
+
+
 def convert(images: Pixels, channels: int) -> Pixels:
     """Return images, uint8 [n, height, width, 1, 3 or 4], with another number of channels, as `decode` makes them."""
     if images.shape[-1] == channels:

@@ -37,8 +37,8 @@ class Classifier:
         return pb.ClassifyRequest.FromString(payload)
 
     def is_encoded(self, request: pb.ClassifyRequest) -> bool:
-        """Return whether its images are encoded."""
-        return request.WhichOneof("input") == "encoded"
+        """Return whether its images are encoded, and not small."""
+        return request.WhichOneof("input") == "encoded" and not self._decoder.is_quick(request.encoded.images)
 
     def find(self, request: pb.ClassifyRequest, call: Call) -> Model:
         """Return the model that the request names."""

@@ -69,6 +69,17 @@ def test_files_are_resized_by_the_rule_of_the_manifest(rule: Resize, png: Callab
     np.testing.assert_array_equal(InputDecoder(Limits()).decode([file], model), expected[None])
 
 
+def test_only_small_images_are_decoded_where_they_arrive(png: Callable[[Images], bytes]) -> None:
+    """A small PNG by what its header promises; all others may take milliseconds."""
+    decoder, small = InputDecoder(Limits()), png(np.zeros((64, 64, 3), np.uint8))
+    assert decoder.is_quick([small])
+    large = png(np.zeros((65, 64, 3), np.uint8))
+    noise = png(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    empty = small[:16] + bytes(8) + small[24:]
+    for files in ([], [small, small], [large], [noise], [empty], [b""], [small[:8]], [b"\xff\xd8\xff" + bytes(100)]):
+        assert not decoder.is_quick(files)
+
+
 def test_a_request_holds_so_many_images(model: Model, png: Callable[[Images], bytes]) -> None:
     """Files and pixels alike."""
     decoder = InputDecoder(Limits(max_images=2))
