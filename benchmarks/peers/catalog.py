@@ -69,7 +69,7 @@ class Ours(Peer):
 
 
 @dataclass(frozen=True)
-class OursHttp(Peer):
+class OursHttp(Ours):
     """`resnet serve` over HTTP."""
 
     def command(self, python: Path, model: ModelFile, port: int) -> Sequence[str]:

@@ -71,7 +71,7 @@ def test_each_system_is_measured_under_each_load_in_each_round() -> None:
     rows = [RaceRow("first", lambda: first), RaceRow("second", lambda: second)]
     race(rows, rounds=2, seconds=1, report=lambda _: None)
     assert first.measured == second.measured == 3 * list(WORKLOADS)  # the first time is the warm-up
-    assert [len(row.rounds[workload]) for row in rows for workload in WORKLOADS] == 6 * [2]
+    assert [len(row.rounds[workload]) for row in rows for workload in WORKLOADS] == 8 * [2]
     assert first.stopped == second.stopped == 1
 
 
@@ -79,7 +79,7 @@ def test_a_restless_system_runs_only_while_it_is_measured() -> None:
     """It is stopped after its start, and between its measurements."""
     calls: list[str] = []
     race([RaceRow("restless", lambda: Fake(calls, restless=True))], rounds=1, seconds=1, report=lambda _: None)
-    assert calls == [*3 * ["measure"], "pause", *3 * ["resume", "measure", "pause"]]
+    assert calls == [*4 * ["measure"], "pause", *4 * ["resume", "measure", "pause"]]
 
 
 def test_a_system_that_does_not_start_is_a_row_with_a_sentence() -> None:
@@ -91,23 +91,23 @@ def test_a_system_that_does_not_start_is_a_row_with_a_sentence() -> None:
     rows = [RaceRow("missing", fail), RaceRow("there", lambda: Fake([]))]
     race(rows, rounds=1, seconds=1, report=lambda _: None)
     missing, there = read_cells(rows)
-    assert missing == ["missing: not installed", *[""] * 7]
-    assert there[:6] == ["there", "100", "100", "2.0", "3.0", "100"]
+    assert missing == ["missing: not installed", *[""] * 8]
+    assert there[:7] == ["there", "100", "100", "100", "2.0", "3.0", "100"]
 
 
-@pytest.mark.parametrize("fake", [Fake([], failing=4), Fake([], refused=2)])
+@pytest.mark.parametrize("fake", [Fake([], failing=5), Fake([], refused=2)])
 def test_a_system_that_fails_under_load_is_stopped(fake: Fake) -> None:
     """It is measured no more, and what it was measured of is not shown as if it had lasted."""
     row = RaceRow("failing", lambda: fake)
     race([row], rounds=3, seconds=1, report=lambda _: None)
     assert fake.stopped == 1
-    assert fake.measured[3:] == [WORKLOADS[0]]
+    assert fake.measured[4:] == [WORKLOADS[0]]
     assert row.problem in read_cells([row])[0][0]
 
 
 def test_medians_of_the_rounds_until_a_failure_are_kept() -> None:
     """With the number of rounds, and what ended them."""
-    row = RaceRow("tired", lambda: Fake([], failing=8))
+    row = RaceRow("tired", lambda: Fake([], failing=10))
     race([row], rounds=3, seconds=1, report=lambda _: None)
     (cells,) = read_cells([row])
     assert cells[:2] == ["tired (1 rounds, then: it answered nothing)", "100"]
@@ -119,4 +119,4 @@ def test_figures_are_medians_over_rounds() -> None:
     for rate in (90.0, 100.0, 900.0):
         for workload in WORKLOADS:
             row.rounds[workload].append(Figures(rate, p50_ms=rate, p99_ms=rate, cpu_ms=1.0, memory_mb=rate))
-    assert read_cells([row]) == [["system", "100", "100", "100.0", "100.0", "100", "1.00", "900"]]
+    assert read_cells([row]) == [["system", "100", "100", "100", "100.0", "100.0", "100", "1.00", "900"]]

@@ -78,7 +78,7 @@ def test_a_server_that_ends_at_its_start_says_why() -> None:
 def test_peers_are_chosen_by_name() -> None:
     """In the order of the table; a name that is none of them is refused with those that are."""
     assert [peer.name for peer in choose(["echo", "ours"])] == ["ours", "echo"]
-    with pytest.raises(BadInput, match="there is no peer torchserve; choose from ours, mosec"):
+    with pytest.raises(BadInput, match="there is no peer torchserve; choose from ours, ours_http, ours_files, mosec"):
         choose(["torchserve"])
 
 
