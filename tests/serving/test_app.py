@@ -8,8 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -38,6 +40,22 @@ def test_serve_says_what_it_serves_and_ends_on_a_signal(
     process.send_signal(number)
     assert process.communicate(timeout=30)[0] == "finishing the requests under way\n"
     assert process.returncode == 0
+
+
+def test_open_shows_the_page_in_a_browser(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a free port, unless one is given; without a browser a line says where the page is."""
+    browser, shown = tmp_path / "browser", tmp_path / "shown"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {shown}.new && mv {shown}.new {shown}\n')
+    browser.chmod(0o755)
+    monkeypatch.setenv("BROWSER", f"{browser} %s")
+    with serve(repository, "--no-tune", "--open") as server:
+        assert server.address
+        (url,) = re.findall(r"^HTTP on (\S+), metrics on \S+/metrics$", "".join(server.output), re.MULTILINE)
+        while not shown.exists():
+            time.sleep(0)  # the browser starts in a process of its own
+        assert shown.read_text().strip() == url
+        with urlopen(url) as page:
+            assert b"<title>resnet</title>" in page.read()
 
 
 def test_a_shadow_that_cannot_be_opened_costs_only_itself(repository: Path) -> None:

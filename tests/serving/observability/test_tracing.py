@@ -30,6 +30,7 @@ from serving.models import loader, registry
 from serving.observability.tracing import Tracing
 from serving.runtimes.base import Images
 from serving.server import Server
+from tests.serving.http.site import ask, open_http
 from tests.serving.test_app import SERVE
 
 IMAGES: Images = np.zeros((3, 32, 32, 3), np.uint8)
@@ -119,6 +120,26 @@ def test_a_call_is_a_span_of_its_callers_trace(traced: tuple[Tracing, str], coll
     assert span.start_time_unix_nano <= phases["decode"].start_time_unix_nano
     assert phases["compute"].end_time_unix_nano <= span.end_time_unix_nano
     assert collector.service == "resnet"
+
+
+def test_a_call_over_http_is_a_span_too(collector: Collector, repository: Path) -> None:
+    """Of its caller's trace, by the name of the gRPC method that it stands for."""
+    tracing = Tracing()
+    model = loader.load(repository / "digits" / "1", Compute(device="cpu", tune=False))
+    tracing.follow(model)
+    with (
+        Server(registry.ModelRegistry([model]), "127.0.0.1", 0, Limits(), tracing=tracing) as server,
+        open_http(server) as http,
+    ):
+        assert (
+            ask(http.address, "/v1/models/digits:predict", {"instances": IMAGES.tolist()}, headers=dict(CALLER)).status
+            == 200
+        )
+        tracing.close()
+    (span,) = [span for span in collector.spans if span.kind == Span.SPAN_KIND_SERVER]
+    assert (span.trace_id.hex(), span.parent_span_id.hex()) == (TRACE, PARENT)
+    assert span.name == "/tensorflow.serving.PredictionService/Predict"
+    assert list(collector.children(span)) == ["decode", "queue", "compute"]
 
 
 def test_a_refused_call_is_a_span_whose_trace_is_in_the_log(
