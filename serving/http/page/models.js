@@ -12,7 +12,7 @@ const CERTIFICATE = [
   "Variant", "Batch sizes", "Largest difference", "Same class", "Accuracy", "Newly wrong / right",
   "Accuracy lost, at most", "Speedup",
 ];
-const CHECKS = { agreement: "same class", p50: "time of half the requests", p99: "time of 99\u00a0% of requests" };
+const CHECKS = { agreement: "same class", p50: "usual time", p99: "slowest 1\u00a0%" };
 const OUTCOMES = {
   OK: "answered", INVALID_ARGUMENT: "invalid", RESOURCE_EXHAUSTED: "refused by a full queue", UNAVAILABLE: "refused",
   DEADLINE_EXCEEDED: "too late", CANCELLED: "cancelled by the caller", INTERNAL: "failed",
@@ -163,7 +163,7 @@ function renderCertificate(version, { manifest, signed, worst, problem }) {
     "div",
     {},
     definitions(about),
-    wideTable(`Certificate of ${version.model}/${version.version}, beside the Keras original`, CERTIFICATE, rows),
+    wideTable(`Certificate of ${version.model}/${version.version}`, CERTIFICATE, rows),
     worst && renderWorst(version, worst),
   );
 }
