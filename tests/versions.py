@@ -39,7 +39,7 @@ def write_version(folder: Path, labels: Sequence[str] = COLORS, outputs: int = 3
     folder.mkdir(parents=True)
     (folder / "model.onnx").write_bytes(make_graph(outputs).SerializeToString())
     (folder / "saved_model.pb").write_bytes(b"")
-    stored, certificate = make_evidence()
+    stored, certificate = make_evidence(len(labels))
     stored.write(folder / reference.NAME)
     Manifest(
         format=manifest.FORMAT,
@@ -62,12 +62,12 @@ def write_version(folder: Path, labels: Sequence[str] = COLORS, outputs: int = 3
 
 
 @cache
-def make_evidence() -> tuple[Reference, Certificate]:
-    """Return six images with the answers of the graph, and the certificate of two variants that are the graph."""
+def make_evidence(classes: int) -> tuple[Reference, Certificate]:
+    """Return six images with the answers of a graph, and the certificate of two variants that are the graph."""
     labelled = np.arange(6, dtype=np.int32) % 3
     images = np.zeros((6, SIDE, SIDE, 3), np.uint8)
     images[range(6), :, :, labelled] = 200
-    original = onnxruntime.InferenceSession(make_graph().SerializeToString())
+    original = onnxruntime.InferenceSession(make_graph(classes).SerializeToString())
 
     def predict(batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         probabilities: NDArray[np.float32] = original.run(None, {"image": batch})[0]

@@ -128,8 +128,8 @@ class VersionPages:
 
 
 def _find_worst(model: Model) -> int | None:
-    """Return the held-out image where the served variant differs most, by its certificate."""
+    """Return the held-out image where the served variant differs most, by its certificate; None if it never does."""
     name = "onnx" if model.precision == "fp32" else f"onnx-{model.precision}"
     variant = model.manifest.certificate.find(name)
-    rows = [row for row in variant.rows if row.worst] if variant else []
+    rows = [row for row in variant.rows if row.worst and row.max_difference] if variant else []
     return max(rows, key=lambda row: row.max_difference).worst[0] if rows else None

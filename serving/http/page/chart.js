@@ -1,8 +1,9 @@
-/** A small line chart of the last ten minutes. */
+/** A small line chart of the last minutes. */
 
 import { element, shape } from "./dom.js";
 
 export const SECONDS = 600;
+const SPANS = [60, 120, 300, SECONDS]; // the first that has room for what there is: a new server has little
 const WIDTH = 300;
 const HEIGHT = 72;
 
@@ -11,6 +12,7 @@ export class Chart {
   #values;
   #title = shape("title");
   #top = element("span", { class: "top", "aria-hidden": "true" });
+  #start = element("span");
   #paths;
 
   /** `lines` are [field, name] pairs; a single line needs no name. */
@@ -23,13 +25,12 @@ export class Chart {
     );
     const grid = shape("path", { class: "grid", d: `M0 0H${WIDTH}M0 ${HEIGHT / 2}H${WIDTH}M0 ${HEIGHT}H${WIDTH}` });
     const box = { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img" };
-    const axis = ["10 min ago", "now"].map((text) => element("span", {}, text));
     this.element = element(
       "figure",
       { class: "card chart" },
       element("figcaption", {}, element("span", {}, name), element("span", {}, figures)),
       element("div", { class: "plot" }, shape("svg", box, this.#title, grid, this.#paths), this.#top),
-      element("div", { class: "axis", "aria-hidden": "true" }, axis),
+      element("div", { class: "axis", "aria-hidden": "true" }, this.#start, element("span", {}, "now")),
     );
   }
 
@@ -37,17 +38,21 @@ export class Chart {
   show(samples, interval) {
     const limit = roundUp(Math.max(0, ...samples.flatMap((sample) => this.lines.map(([field]) => sample[field] ?? 0))));
     const end = samples.at(-1)?.time ?? 0;
+    const span = SPANS.find((seconds) => end - (samples[0]?.time ?? end) <= seconds) ?? SECONDS;
+    const minutes = span / 60;
     const texts = this.lines.map(([field, label], index) => {
       const values = samples.map((sample) => sample[field]).filter((value) => value !== null);
       const last = samples.at(-1)?.[field] ?? null;
       const now = last === null ? "none" : format(last);
       this.#values[index].textContent = last === null ? "\u2013" : now;
-      this.#paths[index].setAttribute("d", drawLine(samples, field, end, limit, 3 * interval));
+      this.#paths[index].setAttribute("d", drawLine(samples, field, { end, span, limit, pause: 3 * interval }));
       const most = values.length ? `, at most ${format(Math.max(...values))}` : "";
       return `${label ? `${label} ` : ""}${now} now${most}`;
     });
     this.#top.textContent = format(limit);
-    const title = `${this.name} in the last ten minutes: ${texts.join("; ")}`;
+    this.#start.textContent = `${minutes} min ago`;
+    const period = minutes === 1 ? "minute" : `${minutes} minutes`;
+    const title = `${this.name} in the last ${period}: ${texts.join("; ")}`;
     if (this.#title.textContent !== title) this.#title.textContent = title;
   }
 
@@ -62,12 +67,12 @@ function roundUp(value) {
 }
 
 /** Returns the path of a line; it has a gap where there was no value, or no sample for longer than `pause` seconds. */
-function drawLine(samples, field, end, limit, pause) {
+function drawLine(samples, field, { end, span, limit, pause }) {
   let path = "";
   let before = -Infinity;
   for (const { time, [field]: value } of samples) {
     if (value === null) continue;
-    const x = (WIDTH * (1 - (end - time) / SECONDS)).toFixed(1);
+    const x = (WIDTH * (1 - (end - time) / span)).toFixed(1);
     const y = (HEIGHT * (1 - value / limit)).toFixed(1);
     path += time - before > pause ? `M${x} ${y}h0` : `L${x} ${y}`;
     before = time;

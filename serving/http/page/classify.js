@@ -2,12 +2,13 @@
 
 import { Images, classify, events, getPath, getState, read, readBlob } from "./api.js";
 import { element, fillSelect, find, say, table, update } from "./dom.js";
-import { difference, milliseconds, percent, plural, signed } from "./format.js";
+import { milliseconds, percent, plural, points, signed, variant } from "./format.js";
 
 const LISTED = 5;
 const ALL = 1_000_000; // classes, for a comparison
 const EXAMPLES = 24;
 const SMALL = 100; // pixels, of images whose pixels are shown as they are
+const TIMES = [["decode", "reading it"], ["queue", "waiting"], ["compute", "computing"]];
 
 const thumbnails = new Images();
 let versions = []; // those that are served, each with the name of its model
@@ -187,20 +188,19 @@ const getClasses = (answer) => answer.classifications[0].classes;
 
 function describeExample({ example, original }) {
   const { index, label, answer, probability } = example;
-  const text = `Example ${index} is ${label}; the original of ${original} answers ${answer}`;
+  const text = `Example ${index} is ${label}; the Keras model that ${original} was made of answers ${answer}`;
   return element("p", {}, `${text}, with ${percent(probability)}.`);
 }
 
 function renderAnswer(answer) {
   const version = findVersion(getName(answer));
-  const variant = version ? `${version.precision} on ${version.provider}` : "";
   const listed = getClasses(answer).slice(0, LISTED);
   const isLong = listed.some(({ label }) => label.length > 12);
   const rows = listed.map(({ label, probability }) => [label, renderBar("bar", probability), percent(probability)]);
   return element(
     "article",
     { class: "answer" },
-    element("h3", {}, getName(answer), " ", element("span", { class: "muted" }, variant)),
+    element("h3", {}, getName(answer), " ", element("span", { class: "muted" }, version && variant(version))),
     table({ class: isLong ? "bars long" : "bars" }, `Most probable classes of ${getName(answer)}`, [], rows),
     renderTiming(answer.timing),
   );
@@ -212,11 +212,13 @@ function renderBar(name, share) {
   return bar;
 }
 
-function renderTiming({ decode_ns, queue_ns, compute_ns, batch_size }) {
-  const parts = Object.entries({ decode: decode_ns, queue: queue_ns, compute: compute_ns });
-  const total = decode_ns + queue_ns + compute_ns;
-  const bars = parts.map(([name, time]) => renderBar(name, time / (total || 1)));
-  const legend = parts.map(([name, time]) => element("li", { class: `key ${name}` }, `${name} ${milliseconds(time)}`));
+function renderTiming({ batch_size, ...times }) {
+  const parts = TIMES.map(([name, words]) => ({ name, words, time: times[`${name}_ns`] }));
+  const total = parts.reduce((sum, { time }) => sum + time, 0);
+  const bars = parts.map(({ name, time }) => renderBar(name, time / (total || 1)));
+  const legend = parts.map(({ name, words, time }) =>
+    element("li", { class: `key ${name}` }, `${words} ${milliseconds(time)}`),
+  );
   return element(
     "div",
     { class: "timing" },
@@ -241,13 +243,13 @@ function compare(first, second) {
   const [largest] = rows;
   const listed = new Set([first, second].flatMap((answer) => getClasses(answer).slice(0, LISTED).map((c) => c.index)));
   const sentence = largest.difference
-    ? `the largest difference is ${difference(largest.difference)}, of class ${largest.label}`
+    ? `the largest difference is ${points(largest.difference)}, of class ${largest.label}`
     : "both give the same probabilities";
   return { sentence, rows: rows.filter(({ index }) => listed.has(index)) };
 }
 
 function renderDifferences(rows, names) {
   const cells = rows.map((row) => [row.label, percent(row.probability), percent(row.other), signed(row.difference)]);
-  const head = ["Class", ...names, "Difference"];
-  return table({ class: "differences" }, "Differences of the probabilities", head, cells);
+  const head = ["Class", ...names, "Points"];
+  return table({ class: "differences" }, "Differences in percentage points", head, cells);
 }

@@ -72,8 +72,8 @@ function renderOperation({ method, path, summary, description, parameters = [], 
       {},
       element("summary", {}, element("code", {}, element("b", {}, method.toUpperCase()), ` ${path} `), summary),
       description && element("p", { class: "prose" }, description),
-      example && scrollable(`Example of ${name}`, element("pre", {}, example)),
-      rows.length > 0 && wideTable("Parameters", ["Name", "In", "Type", "Description"], rows),
+      example && scrollable(`Example of ${name}`, element("pre", {}, example.replace("localhost:8080", location.host))),
+      rows.length > 0 && wideTable("Parameters", ["Name", "In", "Type", "Description"], rows, `Parameters of ${name}`),
       body && [element("h3", {}, "Body"), body.description && element("p", {}, body.description), renderContent(body)],
       element("h3", {}, "Answers"),
       Object.entries(operation.responses ?? {}).map(renderResponse),
@@ -97,7 +97,7 @@ function renderErrors(errors) {
 
 function renderResponse([code, found]) {
   const response = resolve(found);
-  const name = definitions([[code, response.description ?? "\u2013"]]);
+  const name = definitions([[code === "default" ? "otherwise" : code, response.description ?? "\u2013"]]);
   return element("div", {}, name, code.startsWith("2") && renderContent(response)); // those of errors are all alike
 }
 
@@ -146,6 +146,7 @@ function describeType(schema = {}) {
   if (choices) return choices.map(describeType).join(" or ");
   if (schema.enum) return schema.enum.map((value) => JSON.stringify(value)).join(" or ");
   if (schema.const !== undefined) return JSON.stringify(schema.const);
+  if (schema.format === "binary") return "file";
   if (schema.items) return `list of ${describeType(schema.items)}`;
   return [schema.type ?? (schema.properties ? "object" : "any")].flat().join(" or ");
 }

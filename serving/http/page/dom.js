@@ -44,8 +44,8 @@ export function table(attributes, caption, head, rows) {
   );
 }
 
-/** Returns a table that may be wider than a phone. */
-export const wideTable = (caption, head, rows) => scrollable(caption, table({}, caption, head, rows));
+/** Returns a table that may be wider than a phone; no other place on the page has its name. */
+export const wideTable = (caption, head, rows, name = caption) => scrollable(name, table({}, caption, head, rows));
 
 /** Returns an element that scrolls sideways by itself where it is too wide, by keyboard too. */
 export function scrollable(name, child) {

@@ -8,7 +8,7 @@ const POLL_SECONDS = 2;
 
 const charts = [
   new Chart("Requests a second", [["requests_per_second"]]),
-  new Chart("Latency in ms", [["p50_ms", "p50"], ["p99_ms", "p99"]]),
+  new Chart("Time to answer in ms", [["p50_ms", "half within"], ["p99_ms", "99\u00a0% within"]]),
   new Chart("Images a batch", [["batch_images"]]),
   new Chart("Images in the queue", [["queued"]]),
   new Chart("Refusals a second", [["refused_per_second"]]),

@@ -2,15 +2,21 @@
 
 import { Images, getPath, read } from "./api.js";
 import { definitions, element, find, update, wideTable } from "./dom.js";
-import { count, difference, duration, percent, plural } from "./format.js";
+import { count, difference, duration, percent, plural, points, variant } from "./format.js";
 
 const images = new Images();
 const certificates = new Map(); // what was read of a version, by its path; it never changes
 let status = { models: [] };
 
 const CERTIFICATE = [
-  "Variant", "Batch sizes", "Largest difference", "Same class", "Accuracy", "Lost / gained", "Loss at most", "Speedup",
+  "Variant", "Batch sizes", "Largest difference", "Same class", "Accuracy", "Newly wrong / right",
+  "Accuracy lost, at most", "Speedup",
 ];
+const CHECKS = { agreement: "same class", p50: "usual time", p99: "slowest 1\u00a0%" };
+const OUTCOMES = {
+  OK: "answered", INVALID_ARGUMENT: "invalid", RESOURCE_EXHAUSTED: "refused by a full queue", UNAVAILABLE: "refused",
+  DEADLINE_EXCEEDED: "too late", CANCELLED: "cancelled by the caller", INTERNAL: "failed",
+};
 
 /** Listens for opened versions, and for examples to be classified by `onexample`. */
 export function start(onexample) {
@@ -44,19 +50,21 @@ function renderModel(model) {
     "article",
     { class: "card", "data-key": model.name },
     element("h3", {}, model.name),
-    model.rollout && renderRollout(model.rollout),
-    model.shadow && element("p", {}, element("b", {}, "Shadow: "), describeShadow(model.shadow)),
+    model.rollout && renderRollout(model.name, model.rollout),
+    model.shadow && renderShadow(model.shadow),
     model.versions.map((version) => renderVersion({ ...version, model: model.name })),
   );
 }
 
-function renderRollout({ version, stable, state, step, step_seconds, settings, reason, checks, shadow }) {
+function renderRollout(model, { version, stable, state, step, step_seconds, settings, reason, checks, shadow }) {
   const share = settings?.steps?.[step];
   const steps = settings?.steps?.length;
   const part = share === undefined ? "" : `, ${share}\u00a0% of requests`;
   const where = `step ${step + 1}${steps ? ` of ${steps}` : ""}${part}`;
   const running = state === "RUNNING" ? ` ${where}, for ${duration(step_seconds)}` : "";
-  const rows = checks.map(({ name, verdict, detail }) => [name, badge(verdict.toLowerCase()), detail]);
+  const rows = checks.map(({ name, verdict, detail }) => [CHECKS[name] ?? name, badge(verdict.toLowerCase()), detail]);
+  const isListed = checks.some(({ detail }) => state === "RUNNING" && reason.includes(detail));
+  const why = isListed ? "waits for the checks that are undecided" : reason;
   return element(
     "div",
     { "data-key": "rollout" },
@@ -65,22 +73,30 @@ function renderRollout({ version, stable, state, step, step_seconds, settings, r
       {},
       element("b", {}, `Rollout of version ${version} in place of ${stable}: `),
       badge(state.toLowerCase().replace("_", " ")),
-      `${running}${reason ? `; ${reason}` : ""}.`,
+      `${running}${why ? `; ${why}` : ""}.`,
     ),
-    rows.length > 0 && wideTable("Checks of this step", ["Check", "Verdict", "Figures"], rows),
-    shadow && element("p", {}, element("b", {}, "Answers of the two: "), describeShadow(shadow)),
+    rows.length > 0 && wideTable("Checks of this step", ["Check", "Verdict", "Figures"], rows, `Checks of ${model}`),
+    shadow && element("p", {}, element("b", {}, "Answers of both: "), describeShadow(shadow)),
   );
 }
 
-function describeShadow({ other, percent: share, agreement, dropped, failed, problem }) {
-  const who = other === "original" ? "the Keras original" : `version ${other}`;
+function renderShadow(shadow) {
+  const who = shadow.other === "original" ? "the Keras original" : `version ${shadow.other}`;
+  const title = `Shadow, ${shadow.percent}\u00a0% of requests computed by ${who}, too: `;
+  return element("p", {}, element("b", {}, title), describeShadow(shadow));
+}
+
+function describeShadow({ agreement, dropped, failed, problem }) {
   const { images = 0, same = 0, max_difference = 0 } = agreement ?? {};
   const figures = Number(images)
-    ? [`${percent(same / images, 2)} have the same class`, `the largest difference is ${difference(max_difference)}`]
+    ? [`${percent(same / images, 2)} with the same class`, `the largest difference is ${points(max_difference)}`]
     : [];
-  const counts = [Number(dropped) && `${count(dropped)} dropped`, Number(failed) && `${count(failed)} failed`];
-  const parts = [`${plural(images, "image")} of ${share}\u00a0% of requests`, ...figures, ...counts.filter(Boolean)];
-  return `compared with ${who}: ${parts.join(", ")}${problem ? `; ${problem}` : ""}.`;
+  const counts = [
+    Number(dropped) && `${count(dropped)} not compared, as the server was busy`,
+    Number(failed) && `${count(failed)} not compared, as the other failed`,
+  ];
+  const parts = [`${plural(images, "image")} compared`, ...figures, ...counts.filter(Boolean)];
+  return `${parts.join(", ")}${problem ? `; ${problem}` : ""}.`;
 }
 
 function renderVersion(version) {
@@ -88,7 +104,6 @@ function renderVersion(version) {
   const isOpen = find("model-list").querySelector(`[data-key="${CSS.escape(path)}"]`)?.open ?? version.is_default;
   if (isOpen && version.served) load(version, path);
   const badges = [version.served ? "served" : "refused", version.is_default && "default", ...version.labels];
-  const variant = [version.precision, version.provider].filter(Boolean).join(" on ");
   return element(
     "details",
     { "data-key": path, open: version.is_default },
@@ -97,7 +112,7 @@ function renderVersion(version) {
       {},
       element("b", {}, `Version ${version.version}`),
       badges.filter(Boolean).map((name) => [" ", badge(name)]),
-      element("span", { class: "muted" }, ` ${variant}`),
+      element("span", { class: "muted" }, ` ${variant(version)}`),
     ),
     renderFacts(version),
     certificates.has(path) && renderCertificate(version, certificates.get(path)),
@@ -105,10 +120,12 @@ function renderVersion(version) {
 }
 
 function renderFacts({ reason, plan, proof, images, requests, queued, served }) {
-  const outcomes = Object.entries(requests ?? {}).map(([name, number]) => `${count(number)} ${name}`);
+  const outcomes = Object.entries(requests ?? {})
+    .sort(([, a], [, b]) => b - a)
+    .map(([name, number]) => `${count(number)} ${OUTCOMES[name] ?? name.toLowerCase().replaceAll("_", " ")}`);
   return definitions([
-    [served ? "Note" : "Reason", reason],
-    ["Plan", plan],
+    [served ? "Rollout" : "Reason", reason],
+    ["Threads", plan],
     ["Proof", proof],
     ["Requests", outcomes.join(", ")],
     ["Images", served && `${count(images)}, and ${count(queued)} in the queue`],
@@ -139,7 +156,7 @@ function renderCertificate(version, { manifest, signed, worst, problem }) {
   const about = [
     ["Exported", `${created.slice(0, 16).replace("T", " ")} UTC, ${signed ? "signed" : "not signed"}`],
     ["Classes", `${count(labels.length)}: ${labels.slice(0, 20).join(", ")}${labels.length > 20 ? ", \u2026" : ""}`],
-    ["Original", `${percent(certificate.accuracy, 2)} right on ${plural(certificate.images, "held-out image")}`],
+    ["Keras original", `${percent(certificate.accuracy, 2)} right on ${plural(certificate.images, "held-out image")}`],
   ];
   const rows = certificate.variants.map(describeVariant);
   return element(
@@ -171,16 +188,15 @@ function describeVariant({ name, rows, speedup }) {
 /** Returns the path of the image of a version that its served variant answers most differently. */
 const getWorstPath = (version) => getPath(version, `examples/${certificates.get(getPath(version, ""))?.worst?.index}`);
 
-function renderWorst({ model, version }, { index, label, answer, probability, served_answer, served_probability }) {
+function renderWorst({ model, version }, { index, label, answer, probability }) {
   const src = images.get(getWorstPath({ model, version }), show);
   const button = element(
     "button",
     { "data-model": model, "data-version": version, class: "thumbnail" },
     element("img", { src: src || null, alt: `Classify example ${index}, ${label}` }),
   );
-  const served = served_answer && `, this variant ${served_answer}, with ${percent(served_probability)}`;
   const original = `the original answers ${answer}, with ${percent(probability)}`;
-  const text = `It differs most from the original in example ${index}, which is ${label}: ${original}${served ?? ""}.`;
+  const text = `It differs most from the original in example ${index}, which is ${label}: ${original}.`;
   return element("div", { class: "worst" }, button, element("p", {}, text));
 }
 

@@ -14,7 +14,8 @@ async function refresh() {
   try {
     const status = await read("/status");
     const ready = status.ready ? "ready" : "not ready";
-    const server = [`version ${status.version}`, status.transport, `up ${duration(status.uptime_seconds)}`, ready];
+    const { version, transport, uptime_seconds } = status;
+    const server = [`version ${version}`, `${transport} transport`, `up ${duration(uptime_seconds)}`, ready];
     say(find("server"), server.join(" \u00b7 "));
     say(find("models-problem"), "");
     classify.showStatus(status);

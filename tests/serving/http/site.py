@@ -35,11 +35,17 @@ class HttpSite(NamedTuple):
         http: Its HTTP side.
         server: Its gRPC side.
         models: Its models.
+        pages: What its HTTP side says of the versions.
+        shadows: Its shadows.
+        rollouts: Its rollouts, whose guard looks only when it is told to.
     """
 
     http: HttpServer
     server: Server
     models: ModelRegistry
+    pages: VersionPages
+    shadows: Shadows
+    rollouts: Rollouts
 
     @property
     def address(self) -> str:
@@ -121,9 +127,9 @@ def serve(repository: Path, versions: str = "latest", **options: Any) -> Iterato
         rollouts=rollouts,
         transport="grpcio",
     )
-    versions, origins = VersionPages(models, watcher), options.get("origins", ())
-    with server, open_http(server, versions, tls, origins) as http_side:
-        yield HttpSite(http_side, server, models)
+    pages, origins = VersionPages(models, watcher), options.get("origins", ())
+    with server, open_http(server, pages, tls, origins) as http_side:
+        yield HttpSite(http_side, server, models, pages, shadows, rollouts)
         rollouts.close()
         shadows.close()
 
@@ -133,7 +139,8 @@ def open_http(
     versions: VersionPages | None = None,
     tls: ServerTls | None = None,
     origins: tuple[str, ...] = (),
+    port: int = 0,
 ) -> HttpServer:
-    """Serve HTTP on a free port."""
+    """Serve HTTP on a port, by default a free one."""
     metrics = make_metrics(server.models, "grpcio", server.refusals)
-    return HttpServer(server, metrics, "127.0.0.1", 0, versions, tls, origins)
+    return HttpServer(server, metrics, "127.0.0.1", port, versions, tls, origins)
