@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import signal
 import threading
+import time
 import webbrowser
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -91,9 +92,10 @@ def serve(config: Config) -> None:
         rollouts.close()
         shadows.close()
         logs.announce("finishing the requests under way")
+        end = time.monotonic() + config.grace
         server.stop(config.grace)
         if http:
-            http.stop()
+            http.stop(end - time.monotonic())
         if tracing:
             tracing.close()
 

@@ -33,7 +33,7 @@ FILE_VARIABLE = "RESNET_CONFIG"
 SERVICE_VARIABLE = re.compile(rf"{PREFIX}(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://.*")
 
-ORIGIN = re.compile(r"https?://[^/\s]+")  # as browsers send it
+ORIGIN = re.compile(r"https?://[^/\s*]+(?<!:80)(?<!:443)")  # as browsers send it
 
 LARGEST = 2**31 - 1  # of gRPC's options, and the number of milliseconds that stands for never
 COUNT = 65_536  # of what takes memory or threads each

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import ipaddress
+import re
 from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from importlib.resources import files
@@ -31,6 +32,7 @@ from serving.errors import (
     Unsupported,
 )
 from serving.http import kserve, native, problems, tfserving
+from serving.http.connection import Begin
 from serving.http.endpoint import (
     CallEndpoint,
     Exchange,
@@ -48,6 +50,7 @@ from serving.protocols.handler import TIMING
 
 METHODS = (*native.METHODS, *kserve.METHODS, *tfserving.METHODS)
 OPEN = ("/livez", "/readyz", "/metrics")  # probes and scrapers have any Host, and no Origin
+HOST = re.compile(r"(?:\[([\da-fA-F:.]+)\]|([\w.-]+))(?::\d+)?", re.ASCII)
 MAX_AGE = 600  # seconds for which a browser keeps what CORS allows
 PAGES = {"/": "index.html", "/docs": "docs.html"}
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
@@ -95,7 +98,9 @@ def make_app(
         *(Route(f"/page/{file.name}", _serve_file(file.name)) for file in (files(__package__) / "page").iterdir()),
     ]
     handlers: Any = {HTTPException: _refuse, Exception: _fail}
-    app: ASGIApp = Starlette(routes=routes, exception_handlers=handlers)
+    starlette = Starlette(routes=routes, exception_handlers=handlers)
+    starlette.router.redirect_slashes = False  # which leads to wherever a Host header says
+    app: ASGIApp = starlette
     if origins:
         app = CORSMiddleware(
             app,
@@ -152,9 +157,10 @@ class Guard:
         self._app, self._router = app, router
         self._origins, self._is_local = {origin.encode("latin-1") for origin in origins}, is_local
 
-    def find(self, scope: Scope) -> CallEndpoint | None:
-        """Return the endpoint of a call that is allowed."""
-        return None if self._check(scope["headers"]) else self._router.find(scope)
+    def find(self, scope: Scope) -> Begin | None:
+        """Return what begins a call that is allowed."""
+        endpoint = None if self._check(scope["headers"]) else self._router.find(scope)
+        return None if endpoint is None else endpoint.begin
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -171,6 +177,8 @@ class Guard:
         host = origin = b""
         for name, value in headers:
             if name == b"host":
+                if host:
+                    return InvalidRequest("the request has two Host headers")
                 host = value
             elif name == b"origin":
                 origin = value
@@ -206,7 +214,8 @@ class _Mounted:
 @functools.lru_cache(256)
 def _is_address(host: str) -> bool:
     """Return whether a Host header names this machine, or is an address."""
-    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    found = HOST.fullmatch(host)
+    name = (found[1] or found[2]) if found else ""
     if name == "localhost" or name.endswith(".localhost"):
         return True
     try:

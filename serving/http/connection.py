@@ -6,6 +6,7 @@ uvicorn reads whatever comes, however slowly and however long; its option for he
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
@@ -31,44 +32,59 @@ CONNECTION = "resnet.connection"  # the key of the ASGI scope
 QUICK_BYTES = 2**16  # of a body of JSON or images, which is read in about a millisecond
 QUICK_TENSOR_BYTES = 2**18  # of one of pixels, which is only copied; a stranger sends so much before the token counts
 TENSOR = b"inference-header-content-length"
+UPGRADE = re.compile(rb"(?i)(\r\n)upgrade:")
 UNUSUAL = {b"content-encoding", b"transfer-encoding", b"expect", b"origin"}
 
 
-class QuickEndpoint(Protocol):
-    """Answers requests that are there in full."""
+class QuickCall(Protocol):
+    """A short call, whose caller is known to be allowed; its body is to come."""
 
-    def answer(self, scope: Scope, body: bytes, finish: Callable[[RawResponse], None], /) -> Call:
-        """Answer a request, now or later, and return its call."""
+    @property
+    def call(self) -> Call:
+        """The call."""
+        ...
+
+    def answer(self, body: bytes, /) -> None:
+        """Answer it, now or later."""
         ...
 
 
-Find = Callable[[Scope], QuickEndpoint | None]
-"""Returns what answers a request, None if its path needs more than a call."""
+Begin = Callable[[Scope, Callable[["RawResponse"], None]], "QuickCall | None"]
+"""Begins a short call, given what sends the response; None if it is refused, which is the response."""
+Find = Callable[[Scope], Begin | None]
+"""Returns what begins the call of a request, None if its path needs more than a call."""
 
 
 class HttpConnection(HttpToolsProtocol):
-    """A connection.
+    """A connection. It takes a request when the one before is answered: after one that comes earlier, it ends.
 
     Attributes:
         call: The call that is under way; marked as cancelled when the connection ends.
     """
 
     def __init__(self, limits: Limits, find: Find, *args: Any, **kwargs: Any) -> None:
-        """Keep `limits`, and have calls answered by what `find` returns; the other arguments are uvicorn's."""
+        """Keep `limits`, and have calls begun by what `find` returns; the other arguments are uvicorn's."""
         super().__init__(*args, **kwargs)
         self.call: Call | None = None
         self._limits, self._find = limits, find
-        self._quick: tuple[RequestResponseCycle, QuickEndpoint] | None = None  # a request whose body is to come
+        self._quick: QuickCall | None = None  # whose body is to come
         self._opened = self._used = self.loop.time()
         self._waits_since: float | None = self._opened  # for the rest of a request
-        self._stalled_since: float | None = None  # because the client reads no response
+        self._unsent, self._unsent_since = 0, 0.0  # bytes that the client does not read, and since when
         self._received = self._fields = 0  # bytes of a request, and of its headers as far as they are parsed
-        self._in_head = True
+        # Whether a head has begun, or is to begin, and whether a request came too early.
+        self._in_head, self._expects_head, self._is_early = False, True, False
 
     @property
     def is_idle(self) -> bool:
-        """Whether no call is under way: nothing is lost when it ends."""
-        return self.cycle is None or self.cycle.response_complete
+        """Whether little is lost when it ends: no request is there in full, and no response is under way."""
+        is_open = self.cycle is not None and not self.cycle.response_complete
+        return self._waits_since is not None or not (is_open or self.transport.get_write_buffer_size())
+
+    @property
+    def is_flushed(self) -> bool:
+        """Whether all of its responses have left."""
+        return self.transport.is_closing() or not self.transport.get_write_buffer_size()
 
     @property
     def used(self) -> float:
@@ -92,12 +108,15 @@ class HttpConnection(HttpToolsProtocol):
             self.call.cancelled = True
             self.call.leave()
             self.call = None
+        self._quick = None
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Read a part of a request."""
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._is_early:
             return
+        if self._expects_head:
+            data = _hide_upgrade(data)
         super().data_received(data)
         self._received += len(data)
         # The parser holds a header until it ends.
@@ -105,7 +124,11 @@ class HttpConnection(HttpToolsProtocol):
             self._refuse_head()
 
     def on_message_begin(self) -> None:
-        """Begin a request."""
+        """Begin a request; one that does not wait for the answer to the one before ends the connection after that."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._is_early = True
+            self.cycle.keep_alive = False
+            raise ValueError("the answer before is not sent")
         super().on_message_begin()
         cast(dict[str, object], self.scope)[CONNECTION] = self
         self._used = self._waits_since = self.loop.time()
@@ -124,7 +147,9 @@ class HttpConnection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Have the request answered."""
-        self._in_head = False
+        if self.parser.should_upgrade():  # its body would be taken for the next request
+            raise ValueError("an upgrade")
+        self._in_head = self._expects_head = False
         super().on_headers_complete()
         limit = self._limits.max_connection_age
         if limit and self.loop.time() - self._opened > limit:
@@ -138,20 +163,20 @@ class HttpConnection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Note that all of the request is there."""
-        self._waits_since = None
+        self._waits_since, self._expects_head = None, True
         super().on_message_complete()
-        if self._quick and not self._quick[0].more_body:
-            self._answer(*self._quick)
+        if self._quick:
+            quick, self._quick = self._quick, None
+            self.call = quick.call
+            quick.answer(bytes(self.cycle.body))
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         """Have a request answered: by a task, unless it is a short call."""
-        endpoint = self._find(cast(Scope, cycle.scope)) if self._is_short(cycle) else None
-        if endpoint is None:
+        begin = self._find(cast(Scope, cycle.scope)) if self._is_short(cycle) else None
+        if begin is None:
             super()._start_asgi_task(cycle, app)
-        elif cycle.more_body:
-            self._quick = cycle, endpoint
-        else:  # it came while the one before was not answered
-            self._answer(cycle, endpoint)
+        else:
+            self._quick = begin(cast(Scope, cycle.scope), partial(self._finish, cycle))
 
     def _is_short(self, cycle: RequestResponseCycle) -> bool:
         """Return whether a request has a body of known and small size, and nothing unusual about it."""
@@ -165,13 +190,6 @@ class HttpConnection(HttpToolsProtocol):
                 limit = QUICK_TENSOR_BYTES
         return scope["method"] == "POST" and 0 <= size <= min(limit, self._limits.max_message_bytes)
 
-    def _answer(self, cycle: RequestResponseCycle, endpoint: QuickEndpoint) -> None:
-        """Have a request answered whose body is there."""
-        self._quick = None
-        call = endpoint.answer(cast(Scope, cycle.scope), bytes(cycle.body), partial(self._finish, cycle))
-        if not cycle.response_complete:
-            self.call = call
-
     def _finish(self, cycle: RequestResponseCycle, response: RawResponse) -> None:
         """Send a response, as uvicorn does for a task."""
         self.call = None
@@ -180,29 +198,33 @@ class HttpConnection(HttpToolsProtocol):
         lines = [STATUS_LINE[response.status]]
         for name, value in response.headers:
             lines += (name, b": ", value, b"\r\n")
-        lines.append(b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n")
-        self.transport.write(b"".join((*lines, response.body)))
+        if problems.CLOSE in response.headers:
+            cycle.keep_alive = False
+        elif not cycle.keep_alive:
+            lines.append(b"connection: close\r\n")
+        self.transport.write(b"".join((*lines, b"\r\n", response.body)))
         cycle.response_started = cycle.response_complete = True
         if not cycle.keep_alive:
             self.transport.close()
         self.on_response_complete()
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002  # uvicorn's word for it
-        """Refuse what is no HTTP, or has too large headers."""
+        """Refuse what is no request, or has too large headers; what came too early is not read."""
+        if self._is_early:
+            return
         if self._fields > self._limits.max_metadata_bytes:
             self._refuse_head()
         else:
-            self._refuse(Malformed("the request cannot be parsed: it is no HTTP"))
+            self._refuse(Malformed("the request cannot be parsed: it is not HTTP/1.1 as this server reads it"))
 
     def expire(self, now: float) -> None:
         """End the connection if its client is too slow: in sending a request, or in reading a response."""
-        seconds = self._limits.handshake_seconds
-        if self.flow is not None and self.flow.write_paused:
-            self._stalled_since = self._stalled_since or now
-            if now - self._stalled_since > seconds:
-                self.abort()
-        else:
-            self._stalled_since = None
+        seconds, unsent = self._limits.handshake_seconds, self.transport.get_write_buffer_size()
+        if not unsent or not self._unsent:
+            self._unsent, self._unsent_since = unsent, now
+        elif now - self._unsent_since > seconds + self._unsent / BYTES_PER_SECOND:
+            self.abort()
+            return
         since = self._waits_since
         if since is None or self.flow.read_paused or now - since <= seconds + self._received / BYTES_PER_SECOND:
             return
@@ -234,6 +256,16 @@ class HttpConnection(HttpToolsProtocol):
         head += f"content-type: {problems.MEDIA_TYPE}\r\nconnection: close\r\n\r\n"
         self.transport.write(head.encode("ascii") + body)
         self.transport.close()
+
+
+def _hide_upgrade(data: bytes) -> bytes:
+    """Return a part of a head without the wish to speak another protocol, which a server need not fulfil.
+
+    The parser would take the body for that protocol's. Java's client asks for HTTP/2 so.
+    """
+    end = data.find(b"\r\n\r\n")
+    head = data if end < 0 else data[:end]
+    return data if UPGRADE.search(head) is None else UPGRADE.sub(rb"\1x-upgrade:", head) + data[len(head) :]
 
 
 def make_factory(limits: Limits, find: Find, config: Any, state: Any) -> Callable[[], asyncio.Protocol]:

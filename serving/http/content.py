@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 import zlib
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from serving.errors import InvalidRequest, Malformed, TooLarge
 
 T = TypeVar("T")
 
+NUMBERS = re.compile(rb"[\d\s\[\],.eE+-]*")  # in JSON, with what is around them
 MULTIPART = "multipart/form-data"
 # zlib's word for the container: gzip, and deflate with the header that RFC 9110 demands.
 CODINGS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
@@ -36,16 +38,19 @@ def unpack(body: bytes, coding: str, limit: int) -> bytes:
         return body
     if coding not in CODINGS:
         raise InvalidRequest(f"the Content-Encoding is {coding!r}; this server unpacks {', '.join(CODINGS)}")
-    unpacker = zlib.decompressobj(CODINGS[coding])
-    try:
-        result = unpacker.decompress(body, limit + 1)
-    except zlib.error:
-        raise Malformed(f"the body is not compressed by {coding}") from None
-    if len(result) > limit:
-        raise TooLarge(f"the request unpacks to more than the {limit:,} bytes allowed")
-    if not unpacker.eof:
-        raise Malformed(f"the body, compressed by {coding}, is cut off")
-    return result
+    result = bytearray()
+    while body:  # gzip may have several members
+        unpacker = zlib.decompressobj(CODINGS[coding])
+        try:
+            result += unpacker.decompress(body, limit + 1 - len(result))
+        except zlib.error:
+            raise Malformed(f"the body is not compressed by {coding}") from None
+        if len(result) > limit:
+            raise TooLarge(f"the request unpacks to more than the {limit:,} bytes allowed")
+        if not unpacker.eof:
+            raise Malformed(f"the body, compressed by {coding}, is cut off")
+        body = unpacker.unused_data
+    return bytes(result)
 
 
 def parse_json(body: bytes, kind: type[T]) -> T:
@@ -65,29 +70,31 @@ def parse_json(body: bytes, kind: type[T]) -> T:
         raise Malformed("the JSON is nested too deep") from None
 
 
-def to_array(data: list[Any], what: str, dtype: str = "") -> NDArray[Any]:
+def to_array(text: bytes, what: str, dtype: str = "") -> NDArray[Any]:
     """Return nested lists of numbers as an array.
 
     Args:
-        data: The lists.
+        text: The lists, in JSON.
         what: What they are, for people.
         dtype: NumPy's name of the type, `u1` or `<f4`; without it whole numbers are `u1`, others `<f4`.
 
     Raises:
         InvalidRequest: They are no numbers of that type, or no array.
     """
+    # NumPy would make texts of all of them that are as long as the longest.
+    if not NUMBERS.fullmatch(text):
+        raise InvalidRequest(f"{what} holds values that are no numbers")
     try:
-        values = np.array(data)
-    except (ValueError, OverflowError):
+        values = np.array(parse_json(text, list))
+    except (ValueError, OverflowError, MemoryError):
         raise InvalidRequest(f"{what} is no array: its rows differ in length, or are nested too deep") from None
-    if values.dtype.kind not in "iuf":
+    if values.dtype.kind not in "iuf":  # whole numbers beyond 64 bits
         raise InvalidRequest(f"{what} holds values that are no numbers")
     dtype = dtype or ("<f4" if values.dtype.kind == "f" else "u1")
-    if dtype == "u1" and not (
-        values.dtype.kind in "iu" and values.min(initial=0) >= 0 and values.max(initial=0) <= 255
-    ):
+    if dtype == "u1" and values.size and (values.dtype.kind == "f" or values.min() < 0 or values.max() > 255):
         raise InvalidRequest(f"{what} is UINT8: its values are whole numbers from 0 to 255")
-    return values.astype(dtype)
+    with np.errstate(over="ignore"):  # infinity is refused as no pixel
+        return values.astype(dtype)
 
 
 def to_file(text: object) -> bytes:

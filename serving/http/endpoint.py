@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, NamedTuple, TypeVar, cast
@@ -126,6 +126,10 @@ Deliver = Callable[[bytes | ServingError, Trailers], None]
 """Takes the answer to a call, on the event loop."""
 
 
+def _ignore(*_: object) -> None:
+    """Take an answer that comes a second time."""
+
+
 class HttpCall(Call):
     """A call by HTTP."""
 
@@ -154,12 +158,15 @@ class HttpCall(Call):
         return "{}:{}".format(*self._client) if self._client else "unknown"
 
     def _send(self, response: bytes, trailers: Trailers) -> None:
-        with suppress(RuntimeError):  # the server has ended
-            self._loop.call_soon_threadsafe(self._deliver, response, trailers)
+        self._hand_over(response, trailers)
 
     def _send_error(self, error: ServingError) -> None:
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._deliver, error, ())
+        self._hand_over(error, ())
+
+    def _hand_over(self, answer: bytes | ServingError, trailers: Trailers) -> None:
+        deliver, self._deliver = self._deliver, _ignore  # which holds what holds the call
+        with suppress(RuntimeError):  # the server has ended
+            self._loop.call_soon_threadsafe(deliver, answer, trailers)
 
 
 class Exchange:
@@ -170,24 +177,22 @@ class Exchange:
         self.dispatcher, self.limits, self._workers = dispatcher, dispatcher.limits, workers
         self._reading = 0
 
-    async def read(self, call: HttpCall, request: RestRequest, receive: Receive) -> None:
-        """Read the body of a request, once its caller is known to be allowed.
+    @asynccontextmanager
+    async def reading(self, call: HttpCall) -> AsyncIterator[None]:
+        """Read the body of a request, whose caller must be allowed.
 
         Raises:
-            ServingError: The call is refused, the body is too large, or the caller went away.
+            ServingError: The call is refused, or too many bodies are being read.
         """
         self.check(call)
         # As many bodies as there may be calls: a body is held before its call counts as active.
         if self._reading >= self.limits.max_calls:
-            raise Overloaded(f"the server reads {self._reading} requests over HTTP", RETRY_MS)
+            raise Overloaded("too many requests over HTTP are being read", RETRY_MS)
         self._reading += 1
         try:
-            body = await _read_body(receive, request.headers, self.limits)
+            yield
         finally:
             self._reading -= 1
-        if coding := request.headers.get("content-encoding"):
-            body = await self.work(unpack, body, coding, self.limits.max_message_bytes)
-        request.body = body
 
     def check(self, call: HttpCall) -> None:
         """Raise the error of a call that is refused whatever it asks: its token is missing or wrong."""
@@ -238,47 +243,55 @@ class CallEndpoint:
         trailers: Trailers = ()
         try:
             call.set_timeout(request.headers.get(TIMEOUT))
-            await self._exchange.read(call, request, receive)
-            is_read = True
-            call.payload = await self._exchange.work(self._rest.encode, request)
+            async with self._exchange.reading(call):
+                request.body = await _read_body(receive, request.headers, self._exchange.limits)
+                is_read = True
+                call.payload = await self._exchange.work(self._encode, request)
             self._exchange.dispatcher.dispatch(call, self._method)
             answer, trailers = await answered
         except Exception as error:
-            answer = _end(call, error)
+            answer = end(call, error)
         if not isinstance(answer, Cancelled):
             # What was not read of a body would come next on this connection.
-            await self._respond(call, request, answer, trailers, closes=not is_read).send(send)
+            await self.respond(call, request, answer, trailers, closes=not is_read).send(send)
         if connection is not None:
             connection.call = None
 
-    def answer(self, scope: Scope, body: bytes, finish: Callable[[RawResponse], None]) -> Call:
-        """Answer a request that is there in full and short: without a task, which would cost as much as all of this.
+    def _encode(self, request: RestRequest) -> bytes:
+        """Return the message of a request. It runs on a worker: few bodies are unpacked at a time."""
+        if coding := request.headers.get("content-encoding"):
+            request.body = unpack(request.body, coding, self._exchange.limits.max_message_bytes)
+        message = self._rest.encode(request)
+        request.body = b""  # which would be kept until the answer
+        return message
+
+    def begin(self, scope: Scope, finish: Callable[[RawResponse], None]) -> ShortCall | None:
+        """Begin a call with a short body: without a task, which would cost as much as all of this.
 
         Args:
             scope: As in ASGI.
-            body: The whole body.
             finish: Sends the response; called on the event loop.
 
         Returns:
-            The call, which may be cancelled.
+            The call; None if it is refused.
         """
-        call = HttpCall(
-            self._rest.method,
-            scope,
-            lambda answer, trailers: finish(self._respond(call, request, answer, trailers)),
-        )
-        request = _make_request(call, scope)
+        short = ShortCall(self, self._rest.method, scope, finish)
         try:
-            call.set_timeout(request.headers.get(TIMEOUT))
-            self._exchange.check(call)
-            request.body = body
-            call.payload = self._rest.encode(request)
-            self._exchange.dispatcher.dispatch(call, self._method)
+            short.call.set_timeout(short.request.headers.get(TIMEOUT))
+            self._exchange.check(short.call)
         except Exception as error:
-            finish(self._respond(call, request, _end(call, error), ()))
-        return call
+            # What was not read of a body would come next on this connection.
+            finish(self.respond(short.call, short.request, end(short.call, error), (), closes=True))
+            return None
+        return short
 
-    def _respond(
+    def dispatch(self, call: HttpCall, request: RestRequest) -> None:
+        """Have a call answered whose body is short."""
+        call.payload = self._rest.encode(request)
+        request.body = b""
+        self._exchange.dispatcher.dispatch(call, self._method)
+
+    def respond(
         self,
         call: HttpCall,
         request: RestRequest,
@@ -291,9 +304,36 @@ class CallEndpoint:
             try:
                 return _to_raw(self._rest.decode(request, answer), call.find_id(), trailers)
             except Exception as error:
-                answer = report(call, error)
+                answer = end(call, error)
         problem = problems.respond(answer, call.find_id(), closes)
         return RawResponse(problem.status_code, problem.raw_headers, bytes(problem.body))
+
+
+class ShortCall:
+    """A call with a short body, which is to come.
+
+    Attributes:
+        call: The call.
+        request: What it asks.
+    """
+
+    def __init__(
+        self, endpoint: CallEndpoint, method: str, scope: Scope, finish: Callable[[RawResponse], None]
+    ) -> None:
+        self.call = HttpCall(method, scope, self._deliver)
+        self.request = _make_request(self.call, scope)
+        self._endpoint, self._finish = endpoint, finish
+
+    def answer(self, body: bytes) -> None:
+        """Answer it, now or later."""
+        self.request.body = body
+        try:
+            self._endpoint.dispatch(self.call, self.request)
+        except Exception as error:
+            self._deliver(end(self.call, error), ())
+
+    def _deliver(self, answer: bytes | ServingError, trailers: Trailers) -> None:
+        self._finish(self._endpoint.respond(self.call, self.request, answer, trailers))
 
 
 class RawResponse(NamedTuple):
@@ -314,10 +354,14 @@ def _make_request(call: HttpCall, scope: Scope) -> RestRequest:
     return RestRequest(scope.get("path_params", {}), scope["query_string"], headers)
 
 
-def _end(call: HttpCall, error: Exception) -> ServingError:
-    """End a call that failed before it was dispatched, and return the error for the caller."""
+def end(call: HttpCall, error: Exception) -> ServingError:
+    """End a call that failed, and return the error for the caller."""
     call.leave()
-    return error if isinstance(error, ServingError) and error.request_id else report(call, error)
+    refusal = error if isinstance(error, ServingError) and error.request_id else report(call, error)
+    for each in (error, refusal):
+        # As in `serving.transports.call.refuse`: the frames hold the body, and the error.
+        each.__traceback__ = each.__context__ = each.__cause__ = None
+    return refusal
 
 
 def _to_raw(response: RestResponse, request_id: str, trailers: Trailers) -> RawResponse:
@@ -402,6 +446,6 @@ class ResourceEndpoint:
             self._exchange.check(call)
             response = await self._exchange.work(self._resource.read, _make_request(call, scope))
         except Exception as error:
-            await problems.respond(_end(call, error), call.find_id())(scope, receive, send)
+            await problems.respond(end(call, error), call.find_id())(scope, receive, send)
         else:
             await _to_raw(response, call.find_id(), ()).send(send)

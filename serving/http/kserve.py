@@ -15,11 +15,11 @@ from typing import Annotated, Any, NamedTuple, cast
 import msgspec
 import numpy as np
 from google.protobuf.message import Message
-from msgspec import Meta
+from msgspec import Meta, field
 
 from protos import inference_pb2 as pb
 from protos.record import to_record
-from serving.errors import InvalidRequest
+from serving.errors import InvalidRequest, Unsupported
 from serving.http.content import parse_json, to_array, to_file
 from serving.http.endpoint import (
     BINARY,
@@ -51,7 +51,9 @@ class TensorHead(msgspec.Struct):
     datatype: Annotated[str, Meta(description="UINT8 or FP32, pixels of 0 to 255, or BYTES, image files")]
     shape: Annotated[list[int], Meta(description="[images, height, width, channels], or [images] of BYTES")]
     parameters: Annotated[Parameters, Meta(description="binary_data_size, in place of data")] = {}
-    data: Annotated[list[Any] | None, Meta(description="nested or in one row; files in base64")] = None
+    data: Annotated[msgspec.Raw, Meta(description="nested or in one row; files in base64")] = field(
+        default_factory=msgspec.Raw
+    )
 
 
 class OutputHead(msgspec.Struct):
@@ -174,7 +176,7 @@ def _encode_head(text: bytes, name: str, version: str) -> EncodedHead:
         size = tensor.parameters.get("binary_data_size")
         if size is None:
             values.append(_to_raw(tensor))
-        elif isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= MAX_BINARY or tensor.data:
+        elif isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= MAX_BINARY or _has_data(tensor):
             raise InvalidRequest(f"input {tensor.name!r} has either data or a binary_data_size, a number of bytes")
         else:
             values.append(None)
@@ -215,13 +217,21 @@ def _set_parameters(target: Any, given: Parameters, skip: Sequence[str]) -> None
 
 def _to_raw(tensor: TensorHead) -> bytes:
     """Return the data of a tensor in JSON, nested or in one row, as raw contents."""
-    if tensor.data is None:
+    if "shared_memory_region" in tensor.parameters:
+        raise Unsupported("this server reads no shared memory; send the tensor in the request")
+    if not _has_data(tensor):
         raise InvalidRequest(f"input {tensor.name!r} has no data; write it in JSON, or give its binary_data_size")
     if tensor.datatype == "BYTES":
-        return b"".join(struct.pack("<I", len(text)) + text for text in map(to_file, _flatten(tensor.data)))
+        return b"".join(
+            struct.pack("<I", len(text)) + text for text in map(to_file, _flatten(parse_json(bytes(tensor.data), list)))
+        )
     if tensor.datatype not in TYPES:
         return b""  # the datatype is refused where the model is known
-    return to_array(tensor.data, f"input {tensor.name!r}", TYPES[tensor.datatype]).tobytes()
+    return to_array(bytes(tensor.data), f"input {tensor.name!r}", TYPES[tensor.datatype]).tobytes()
+
+
+def _has_data(tensor: TensorHead) -> bool:
+    return bytes(tensor.data) not in (b"", b"null")
 
 
 def _flatten(data: list[Any]) -> Iterable[Any]:

@@ -13,9 +13,10 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
-from serving.errors import REQUEST_ID, InvalidRequest, Overloaded, ServingError
+from serving.errors import REQUEST_ID, InvalidRequest, Overloaded, ServingError, Unavailable
 
 MEDIA_TYPE = "application/problem+json"
+CLOSE = b"connection", b"close"
 SAFE = {"x-content-type-options": "nosniff"}  # a browser takes nothing for what it is not
 
 
@@ -56,7 +57,7 @@ def respond(error: ServingError, request_id: str = "", closes: bool = False, sta
         headers["www-authenticate"] = "Bearer"
     if isinstance(error, Overloaded):
         headers["retry-after"] = str(math.ceil(error.retry_ms / 1000))  # in whole seconds
-    if closes:
+    if closes or isinstance(error, Unavailable):  # the next connection may lead to another server
         headers["connection"] = "close"
     problem = to_problem(error, request_id) | ({"status": status} if status else {})
     return Response(msgspec.json.encode(problem), problem["status"], headers, MEDIA_TYPE)

@@ -1,8 +1,8 @@
 """The HTTP server: uvicorn's protocol on an event loop of its own, with the limits of the gRPC server.
 
 uvicorn, because it is the best kept of the ASGI servers, and can be given what it lacks: limits (`connection`), renewed
-certificates, and short calls without a task. An application that has another thread answer bodies of 12 KB takes 16,000
-to 17,000 of them a second over it on two cores (h2load, HTTP/1.1, 32 in flight; 6,800 to 9,000 with one in flight). Over
+certificates, and short calls without a task. On two cores, an application that has another thread answer bodies of 12
+KB takes 16,000 to 17,000 of them a second over it (h2load, HTTP/1.1, 32 in flight; with one 6,800 to 9,000). Over
 h2corn 2.0 it takes 26,000 to 34,000 (5,600 to 8,300), over granian 2.8 12,000 to 23,000 (3,000 to 4,000). But h2corn
 lets a head trickle in for ever, closes slow connections without a word, and both keep the certificates of their start.
 """
@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from threading import Event
 from typing import Self, cast
@@ -89,17 +90,22 @@ class HttpServer:
         name = "localhost" if host in ("0.0.0.0", "::") else shown
         self.url = f"{'https' if tls else 'http'}://{name}:{self._socket.getsockname()[1]}/"
         self._state = ServerState()
-        self._started, self._ended = Event(), Event()
+        self._started, self._ended, self._flush_seconds = Event(), Event(), FLUSH_SECONDS
         self._loop = uvloop.new_event_loop()
         self._closing = asyncio.Event()
         start_vital(self._run, "http")
         self._started.wait()
 
-    def stop(self) -> None:
-        """Close, once the last responses have left."""
+    def stop(self, grace_seconds: float = FLUSH_SECONDS) -> None:
+        """Close, once the last responses have left.
+
+        Args:
+            grace_seconds: Time for that, if their clients are slow.
+        """
+        self._flush_seconds = max(FLUSH_SECONDS, grace_seconds)
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._closing.set)
-        self._ended.wait(2 * FLUSH_SECONDS)
+        self._ended.wait(self._flush_seconds + FLUSH_SECONDS)
         self._workers.close()
 
     def __enter__(self) -> Self:
@@ -128,82 +134,100 @@ class HttpServer:
             timeout_keep_alive=int(min(self._limits.idle_seconds, 2**30)),
         )
         config.load()
-        server = await self._loop.create_server(
-            make_factory(self._limits, self._app.find, config, self._state),
-            sock=self._socket,
-            backlog=BACKLOG,
-            ssl=self._tls.context if self._tls else None,
-            ssl_handshake_timeout=self._limits.handshake_seconds if self._tls else None,
-        )
+        factory = make_factory(self._limits, self._app.find, config, self._state)
+        listener = await self._listen(factory)
         self._started.set()
-        await self._sweep()
-        server.close()
-        await self._close()
-
-    async def _sweep(self) -> None:
-        """End slow connections and take samples, until the server closes."""
         sampled = self._loop.time()
         while not self._closing.is_set():
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), SWEEP_SECONDS)
             now = self._loop.time()
-            for connection in [*self._state.connections]:
-                cast(HttpConnection, connection).expire(now)
-            if self._tls:
-                self._tls.refresh()
+            for connection in self._list_connections():
+                connection.expire(now)
+            if self._tls and self._tls.refresh():  # what is open keeps the old certificate
+                old, listener = listener, await self._listen(factory)
+                old.close()
             if now - sampled >= INTERVAL_SECONDS - SWEEP_SECONDS / 2:
                 sampled = now
                 self._workers.submit(self._history.sample)
+        listener.close()
+        self._socket.close()
+        await self._close()
+
+    async def _listen(self, factory: Callable[[], asyncio.Protocol]) -> asyncio.AbstractServer:
+        return await self._loop.create_server(
+            factory,
+            sock=self._socket.dup(),  # which is closed with what listens
+            backlog=BACKLOG,
+            ssl=self._tls.context if self._tls else None,
+            ssl_handshake_timeout=self._limits.handshake_seconds if self._tls else None,
+        )
 
     async def _close(self) -> None:
         """End all connections, those with a response under way when it has left."""
-        end = self._loop.time() + FLUSH_SECONDS
-        for connection in [*self._state.connections]:
-            connection.shutdown()
-        while self._state.tasks and self._loop.time() < end:
+        end = self._loop.time() + self._flush_seconds
+        for connection in self._list_connections():
+            if connection.is_flushed:
+                connection.shutdown()
+        while self._loop.time() < end and not (
+            all(connection.is_flushed for connection in self._list_connections()) and not self._state.tasks
+        ):
             await asyncio.sleep(0.005)
-        for connection in [*self._state.connections]:
-            cast(HttpConnection, connection).abort()
+        for connection in self._list_connections():
+            connection.abort()
+
+    def _list_connections(self) -> list[HttpConnection]:
+        return [cast(HttpConnection, connection) for connection in self._state.connections]
 
 
 class _Certificates:
-    """The certificates of a server; connections made after a renewal use the new ones."""
+    """The certificates of a server.
+
+    Attributes:
+        context: Made of the latest files that could be used.
+    """
 
     def __init__(self, tls: ServerTls) -> None:
         paths = [path for path in (tls.certificate, tls.key, tls.client_authority) if path is not None]
         self._tls = tls
         self._files = FollowedFiles("the certificate for HTTP", paths, tls.read)
-        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self.context.set_alpn_protocols(["http/1.1"])
         self._used = self._files.content
-        self._load()
+        self.context = self._make_context()
 
-    def refresh(self) -> None:
-        """Load renewed files."""
+    def refresh(self) -> bool:
+        """Return whether there is a new context, of renewed files."""
         self._files.refresh()
-        if self._files.content is not self._used:
-            self._used = self._files.content
-            try:
-                self._load()
-            except BadInput as error:  # it has changed again meanwhile
-                log.error("the certificate for HTTP could not be renewed, the old one stays: %s", error)
-
-    def _load(self) -> None:
+        if self._files.content is self._used:
+            return False
+        self._used = self._files.content
         try:
-            self.context.load_cert_chain(self._tls.certificate, self._tls.key)
+            self.context = self._make_context()
+        except BadInput as error:  # it has changed again meanwhile
+            log.error("the certificate for HTTP could not be renewed, the old one stays: %s", error)
+            return False
+        return True
+
+    def _make_context(self) -> ssl.SSLContext:
+        """Return a context: one that was made before would trust a replaced authority on."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(["http/1.1"])
+        try:
+            context.load_cert_chain(self._tls.certificate, self._tls.key)
             if self._tls.client_authority is not None:
-                self.context.load_verify_locations(self._tls.client_authority)
-                self.context.verify_mode = ssl.CERT_REQUIRED
+                context.load_verify_locations(self._tls.client_authority)
+                context.verify_mode = ssl.CERT_REQUIRED
         except (OSError, ssl.SSLError) as error:
             raise BadInput(f"{self._tls.certificate} and its key cannot be used for HTTP: {error}") from None
+        return context
 
 
 def _bind(host: str, port: int) -> socket.socket:
     try:
         family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server((str(place[0]), port), family=family, backlog=BACKLOG)
+        is_both = host == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server((str(place[0]), port), family=family, backlog=BACKLOG, dualstack_ipv6=is_both)
     except OSError as error:
-        raise BadInput(
-            f"HTTP cannot be served on {host}:{port} ({error.strerror}); choose another with --http-port"
-        ) from None
+        known = error.errno is not None and error.errno > 0  # those of names are not the system's
+        reason = os.strerror(error.errno) if known and error.errno else error.strerror
+        raise BadInput(f"HTTP cannot be served on {host}:{port} ({reason}); choose another with --http-port") from None

@@ -5,14 +5,14 @@ JSON becomes the messages of `tensorflow.serving.PredictionService`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 from google.protobuf import json_format
 from google.protobuf.message import Message
-from msgspec import Meta
+from msgspec import Meta, field
 
 from protos import POOL
 from protos import tensorflow_pb2 as tf
@@ -33,13 +33,19 @@ class PredictBody(msgspec.Struct):
 
     signature_name: str = ""
     instances: Annotated[
-        list[Any] | None,
+        list[msgspec.Raw] | None,
         Meta(description='each pixels [height, width, channels], or {"b64": FILE}; or such in {"image": ...}'),
     ] = None
     inputs: Annotated[
-        list[Any] | dict[str, Any] | None,
+        msgspec.Raw,
         Meta(description='pixels [images, height, width, channels], or [{"b64": FILE}]; or such in {"image": ...}'),
-    ] = None
+    ] = field(default_factory=msgspec.Raw)
+
+
+class ImageFile(msgspec.Struct, forbid_unknown_fields=True):
+    """An image file, in base64."""
+
+    b64: str
 
 
 class Predictions(msgspec.Struct):
@@ -51,25 +57,44 @@ class Predictions(msgspec.Struct):
 def encode_predict(request: RestRequest) -> bytes:
     """Return the PredictRequest of a request."""
     body = parse_json(request.body, PredictBody)
-    if (body.instances is None) == (body.inputs is None):
-        raise InvalidRequest("the request has either instances or inputs")
+    if (body.instances is None) == (not bytes(body.inputs)):
+        raise InvalidRequest("the request has exactly one of instances and inputs")
     request.parsed = body.instances is not None
-    name, data = INPUT, body.inputs
-    if body.instances is not None:
-        named = [item for item in body.instances if isinstance(item, dict) and FILE_KEY not in item]
-        keys = {key for item in named for key in item}
-        if named and (len(named) < len(body.instances) or len(keys) != 1):
-            raise InvalidRequest(f"each instance has the same one input; the instances have {sorted(keys)}")
-        name = keys.pop() if named else INPUT
-        data = [item[name] for item in named] if named else body.instances
-    elif isinstance(data, dict) and FILE_KEY not in data:
-        if len(data) != 1:
-            raise InvalidRequest(f"the model has one input; the request has {sorted(data)}")
-        ((name, data),) = data.items()
+    name, items = _read_columns(bytes(body.inputs)) if body.instances is None else _read_rows(body.instances)
     message = pb.PredictRequest(model_spec=_specify(request))
     message.model_spec.signature_name = body.signature_name
-    message.inputs[name].CopyFrom(_to_tensor(data))
+    message.inputs[name].CopyFrom(_to_tensor(items))
     return message.SerializeToString()
+
+
+def _read_rows(instances: Sequence[msgspec.Raw]) -> tuple[str, list[bytes]]:
+    """Return the name of the input, and what each instance has for it, in JSON."""
+    items = [bytes(item) for item in instances]
+    named = [parse_json(item, dict[str, msgspec.Raw]) for item in items if item.startswith(b"{")]
+    named = [item for item in named if FILE_KEY not in item]
+    keys = {key for item in named for key in item}
+    if not named:
+        return INPUT, items
+    if len(named) < len(items) or len(keys) != 1:
+        raise InvalidRequest(f"each instance has the same one input; the instances have {sorted(keys)}")
+    (name,) = keys
+    return name, [bytes(item[name]) for item in named]
+
+
+def _read_columns(inputs: bytes) -> tuple[str, list[bytes]]:
+    """Return the name of the input, and its images, in JSON."""
+    name = INPUT
+    if inputs.startswith(b"{"):
+        named = parse_json(inputs, dict[str, msgspec.Raw])
+        if FILE_KEY in named:
+            return name, [inputs]
+        if len(named) != 1:
+            raise InvalidRequest(f"the model has one input; the request has {sorted(named)}")
+        ((name, column),) = named.items()
+        inputs = bytes(column)
+    if not inputs.startswith(b"["):
+        raise InvalidRequest("the images are a list")
+    return name, [bytes(item) for item in parse_json(inputs, list[msgspec.Raw])]
 
 
 def decode_predict(request: RestRequest, answer: bytes) -> RestResponse:
@@ -80,18 +105,12 @@ def decode_predict(request: RestRequest, answer: bytes) -> RestResponse:
     return to_json({"predictions" if request.parsed else "outputs": rows})
 
 
-def _to_tensor(data: Any) -> tf.TensorProto:
+def _to_tensor(items: list[bytes]) -> tf.TensorProto:
     """Return the tensor of image files, or of pixels: whole numbers as DT_UINT8, others as DT_FLOAT."""
-    if isinstance(data, dict):
-        data = [data]
-    if not isinstance(data, list):
-        raise InvalidRequest("the images are a list")
-    if any(isinstance(item, dict) for item in data):
-        if any(not isinstance(item, dict) or list(item) != [FILE_KEY] for item in data):
-            raise InvalidRequest(f'an encoded image is {{"{FILE_KEY}": BASE64}}; other images do not go beside it')
-        files = [to_file(item[FILE_KEY]) for item in data]
+    if any(item.startswith(b"{") for item in items):
+        files = [to_file(parse_json(item, ImageFile).b64) for item in items]
         return tf.TensorProto(dtype=tf.DT_STRING, tensor_shape=_to_shape([len(files)]), string_val=files)
-    values = to_array(data, "the images")
+    values = to_array(b"[" + b",".join(items) + b"]", "the tensor of images")
     kind = tf.DT_UINT8 if values.dtype == np.uint8 else tf.DT_FLOAT
     return tf.TensorProto(dtype=kind, tensor_shape=_to_shape(values.shape), tensor_content=values.tobytes())
 

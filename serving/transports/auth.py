@@ -22,6 +22,7 @@ ADMIN = (
     *(f"/inference.GRPCInferenceService/RepositoryModel{verb}" for verb in ("Load", "Unload")),
     *(f"/resnet.v1.Admin/{method}" for method in ("SetShadow", "StartRollout", "StopRollout")),
 )
+BEARER = b"Bearer "
 REFRESH_SECONDS = 1.0  # between looks at the files
 
 log = logging.getLogger(__name__)
@@ -69,13 +70,15 @@ class Tokens:
             return None
         given = next((value for key, value in call.metadata if key == "authorization"), "")
         given = given.encode() if isinstance(given, str) else given
+        if given[: len(BEARER)].lower() == BEARER.lower():  # in any case, as RFC 9110 has it
+            given = BEARER + given[len(BEARER) :]
         admins, callers = self._admins.find(), self._callers.find()
         if _contains(admins, given):
             return None
         for_admins = call.method in ADMIN
         if (callers or (for_admins and admins)) and not _contains(callers, given):
             kind = "an administrator's token" if for_admins and admins else "a token"
-            return Unauthenticated(f"this server requires {kind}, in the metadata `authorization: Bearer TOKEN`")
+            return Unauthenticated(f"this server requires {kind}, given as `authorization: Bearer TOKEN`")
         if for_admins and admins:
             return PermissionDenied("this method requires an administrator's token")
         if for_admins and self._closed:
@@ -108,7 +111,7 @@ class _AcceptedTokens:
 
 
 def _to_headers(tokens: Sequence[str]) -> Sequence[bytes]:
-    return [f"Bearer {token}".encode() for token in tokens]
+    return [BEARER + token.encode() for token in tokens]
 
 
 def _contains(headers: Sequence[bytes], given: bytes) -> bool:

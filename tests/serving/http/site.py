@@ -94,7 +94,7 @@ def read_all(connection: socket.socket) -> bytes:
     try:
         while part := connection.recv(65536):
             received += part
-    except ConnectionError:
+    except (ConnectionError, TimeoutError):
         pass
     return received
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import socket
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -195,6 +197,23 @@ def test_a_damaged_body_is_refused(site: HttpSite, body: bytes, coding: str, mes
     reply = ask(site.address, CLASSIFY, body, headers={"Content-Encoding": coding})
     assert reply.status == 400
     assert message in reply.json["detail"]
+
+
+def test_a_failed_request_leaves_nothing_behind(site: HttpSite) -> None:
+    """Without any collection of garbage its body is gone."""
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        for path in ("/classify?bogus=1", "/classify", INFER):
+            for body in (bytes(60_000), bytes(2_000_000)):
+                for _ in range(5):
+                    assert ask(site.address, path, body).status == 400
+        kept, _ = tracemalloc.get_traced_memory()
+        assert kept < 4_000_000
+    finally:
+        tracemalloc.stop()
+        gc.enable()
 
 
 @pytest.mark.parametrize(

@@ -250,7 +250,7 @@ def test_a_refused_image_may_be_sent_again(page: Page, own_site: HttpSite, red: 
         while ask(own_site.address, "/status").status != 429:
             pass  # soon it is read
         page.get_by_label("Choose an image").set_input_files(red)
-        refusal = r"the server reads 1 requests over HTTP; try again in 1 s \(request [\w-]+\) Try again"
+        refusal = r"too many requests over HTTP are being read; try again in 1 s \(request [\w-]+\) Try again"
         expect(page.locator("#classify-problem")).to_have_text(re.compile(f"^{refusal}$"))
     while ask(own_site.address, "/status").status != 200:
         pass

@@ -9,6 +9,7 @@ import json
 import os
 import ssl
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,9 @@ def test_an_encrypted_server_renews_its_certificate(
         assert ask_safely(site, trust(second)) == 200
 
 
-def test_a_client_may_need_a_certificate(repository: Path, tmp_path: Path) -> None:
-    """Of the authority that the server trusts."""
+def test_a_client_may_need_a_certificate(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the authority that the server trusts, now."""
+    monkeypatch.setattr(server, "SWEEP_SECONDS", 0.01)
     authority = issue("authority")
     certificate, key = issue("server", authority).write(tmp_path, "server")
     own, own_key = issue("client", authority).write(tmp_path, "client")
@@ -86,6 +88,10 @@ def test_a_client_may_need_a_certificate(repository: Path, tmp_path: Path) -> No
         assert ask_safely(site, known) == 200
         with pytest.raises((ssl.SSLError, ConnectionError)):
             ask_safely(site, unknown)
+        issue("another").write(tmp_path, "authority")
+        with suppress(ssl.SSLError, ConnectionError):
+            while True:  # until the next look at the files: who was trusted is so no longer
+                ask_safely(site, known)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +103,8 @@ def test_a_client_may_need_a_certificate(repository: Path, tmp_path: Path) -> No
         ({"Host": "10.1.2.3"}, 200),
         ({"Host": "evil.example"}, 403),
         ({"Host": "localhost.evil.example"}, 403),
+        ({"Host": "127.0.0.1:evil.example"}, 403),
+        ({"Host": "[::1]evil.example"}, 403),
         ({"Host": "localhost:1", "Origin": "http://localhost:1"}, 200),
         ({"Host": "localhost:1", "Origin": "http://localhost:2"}, 403),
         ({"Origin": ORIGIN}, 403),

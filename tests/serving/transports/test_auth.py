@@ -56,7 +56,6 @@ def check(tokens: Tokens, method: str, given: str | bytes | None = None, key: st
         "Bearer",
         "Bearer ",
         "Bearer T",
-        "bearer t",
         "Bearer tt",
         "Bearer  t",
         "Bearer t ",
@@ -73,6 +72,14 @@ def test_only_the_whole_token_opens(given: str | bytes | None) -> None:
         assert check(tokens, CLASSIFY, "Bearer t") == check(tokens, CLASSIFY, b"Bearer t") == ""
         assert check(tokens, HEALTH, given) == ""
         assert check(tokens, "/x" + HEALTH, given).startswith(CALLER)
+
+
+@pytest.mark.parametrize("scheme", ["bearer", "BEARER", "Bearer"])
+def test_the_scheme_is_written_in_any_case(scheme: str) -> None:
+    """The token is not."""
+    tokens = Tokens("127.0.0.1", "t", None)
+    assert check(tokens, CLASSIFY, f"{scheme} t") == ""
+    assert check(tokens, CLASSIFY, f"{scheme} T").startswith(CALLER)
 
 
 def test_the_first_of_several_headers_counts() -> None:
@@ -119,7 +126,7 @@ def test_a_refusal_says_which_token_is_needed(
     """Models are loaded by administrators, or by whoever is on the machine of a server without tokens."""
     tokens = Tokens(host, token, admin_token)
     for method, expected in ((LOAD, load), (UNLOAD, load), (CLASSIFY, classify), (INDEX, classify), (HEALTH, "")):
-        assert check(tokens, method, given).partition(" in the metadata")[0] == expected
+        assert check(tokens, method, given).partition(" given as")[0] == expected
 
 
 def test_calls_without_a_token_are_logged_with_their_address(caplog: pytest.LogCaptureFixture) -> None:
