@@ -84,7 +84,7 @@ class HttpConnection(HttpToolsProtocol):
     @property
     def is_flushed(self) -> bool:
         """Whether all of its responses have left."""
-        return self.transport.is_closing() or not self.transport.get_write_buffer_size()
+        return not self.transport.get_write_buffer_size()
 
     @property
     def used(self) -> float:
