@@ -87,7 +87,9 @@ def test_every_answer_says_where_its_time_went(address: str) -> None:
         ]
         for call in calls:
             timing = dict(call.trailing_metadata())["server-timing"]
-            assert re.fullmatch(r"decode;dur=\d+\.\d{3}, queue;dur=\d+\.\d{3}, compute;dur=\d+\.\d{3}, batch;desc=1", timing)
+            assert re.fullmatch(
+                r"decode;dur=\d+\.\d{3}, queue;dur=\d+\.\d{3}, compute;dur=\d+\.\d{3}, batch;desc=1", timing
+            )
 
 
 def test_health_waits_for_nobody(repository: Path, transport: Transport) -> None:
