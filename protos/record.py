@@ -32,8 +32,6 @@ def _to_value(value: Any, enum: Any, absent: bool) -> Any:
             return {key: _to_value(item, None, absent) for key, item in value.items()}
         case str() | bool():
             return value
-        case bytes():
-            return value.decode("latin-1")
         case Sequence():
             return [_to_value(item, enum, absent) for item in value]
     return enum.values_by_number[value].name if enum else value

@@ -8,7 +8,6 @@ import logging
 import signal
 import threading
 import time
-import webbrowser
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -83,7 +82,7 @@ def serve(config: Config) -> None:
             transport=config.transport,
         )
         server.watch(threads.end_process if config.exit_when_stuck else log.critical)
-        http = serve_http(config, access, registry, server, watcher, shadows, rollouts, opened.mirror)
+        http = serve_http(config, access, server, watcher, shadows, rollouts, opened.mirror)
         logs.announce(f"serving on {server.address}")
         wake = follow(watcher, config.watch, opened.mirror)
         while signals.wait() == signal.SIGHUP:
@@ -300,7 +299,6 @@ def open_shadows(shadows: Shadows, wanted: Mapping[str, ShadowSettings], strict:
 def serve_http(
     config: Config,
     access: Access,
-    registry: ModelRegistry,
     server: Server,
     watcher: Watcher,
     shadows: Shadows,
@@ -322,10 +320,10 @@ def serve_http(
     host = "127.0.0.1" if config.host.startswith("unix:") else config.host
     http = HttpServer(
         server,
-        make_metrics(registry, server.transport, server.refusals, shadows, rollouts, mirror),
+        make_metrics(server.models, server.transport, server.refusals, shadows, rollouts, mirror),
         host,
         port,
-        VersionPages(registry, watcher),
+        VersionPages(server.models, watcher),
         access.tls,
         config.list_origins(),
     )
@@ -337,5 +335,7 @@ def serve_http(
 
 
 def _open_browser(url: str) -> None:
+    import webbrowser
+
     if not webbrowser.open(url):
         log.warning("no browser can be opened here; the page is at %s", url)

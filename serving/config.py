@@ -79,7 +79,10 @@ class Limits:
     # Half of the usual limit on open files.
     max_connections: int = option(512, "maximum open connections; others are closed at once", low=1, high=COUNT)
     handshake_seconds: float = option(
-        10.0, "seconds for a new connection to finish its TLS and HTTP/2 handshake", low=0.1, high=MONTH
+        10.0,
+        "seconds for a new connection to finish its TLS and HTTP/2 handshake, and for the headers of HTTP",
+        low=0.1,
+        high=MONTH,
     )
     # Clients reconnect by themselves; gRPC's own clients close idle connections after half an hour.
     idle_seconds: float = option(3600.0, "seconds until a connection without calls is closed", low=1, high=MONTH)
@@ -290,7 +293,7 @@ class Config(Limits, Batching, Compute, ServeOptions):
         if (self.tls_cert is None) != (self.tls_key is None) or (self.tls_client_ca and self.tls_cert is None):
             certificate, key, authority = map(self.name_of, ("tls_cert", "tls_key", "tls_client_ca"))
             raise BadInput(f"{certificate} and {key} belong together, and {authority} needs both")
-        if None is not self.http_port != self.metrics_port is not None:
+        if self.http_port is not None and self.metrics_port not in (None, self.http_port):
             names = " and ".join(map(self.name_of, ("http_port", "metrics_port")))
             raise BadInput(f"{names} are two names of one option; leave out the latter")
         for origin in self.list_origins():

@@ -60,22 +60,18 @@ class Peer:
 
 @dataclass(frozen=True)
 class Ours(Peer):
-    """`resnet serve`."""
+    """`resnet serve`.
+
+    Attributes:
+        option: What sets the port of its protocol.
+    """
+
+    option: str = "--port"
 
     def command(self, python: Path, model: ModelFile, port: int) -> Sequence[str]:
         """Return the command that starts the server on a port of 127.0.0.1."""
-        start = [str(python), "-m", "resnet", "serve"]
-        return [*start, str(model.path.parents[2]), f"--port={port}", f"--precision={model.precision}"]
-
-
-@dataclass(frozen=True)
-class OursHttp(Ours):
-    """`resnet serve` over HTTP."""
-
-    def command(self, python: Path, model: ModelFile, port: int) -> Sequence[str]:
-        """Return the command that starts the server on a port of 127.0.0.1."""
-        start = [str(python), "-m", "resnet", "serve", str(model.path.parents[2])]
-        return [*start, "--port=0", f"--http-port={port}", f"--precision={model.precision}"]
+        start = [str(python), "-m", "resnet", "serve", str(model.path.parents[2]), f"--precision={model.precision}"]
+        return [*start, "--port=0", f"{self.option}={port}"]
 
 
 RUNTIME = f"onnxruntime=={version('onnxruntime')}"  # the same version for all
@@ -83,8 +79,8 @@ NUMPY = "numpy==2.4.6"
 
 PEERS = (
     Ours("ours", "resnet serve", KServePeer(), every=True),
-    OursHttp("ours_http", "resnet serve (HTTP, KServe)", KServeHttpPeer(), every=True),
-    OursHttp("ours_files", "resnet serve (HTTP, PNG files)", FilesPeer(), every=True),
+    Ours("ours_http", "resnet serve (HTTP, KServe)", KServeHttpPeer(), every=True, option="--http-port"),
+    Ours("ours_files", "resnet serve (HTTP, PNG files)", FilesPeer(), every=True, option="--http-port"),
     Peer("mosec", "mosec 0.9.8 (HTTP)", RAW, ("mosec==0.9.8", NUMPY, RUNTIME), every=True),
     Peer(
         "mosec_files",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,6 +20,7 @@ from benchmarks.load.samples import Sample
 from benchmarks.load.targets import Workload
 from protos import inference_pb2 as pb
 from serving.client.channel import UNLIMITED
+from serving.protocols.kserve import pack_elements
 from serving.runtimes.base import Probabilities
 
 FloatPixels = NDArray[np.float32]
@@ -174,9 +174,7 @@ RAW = HttpPeer(
 FILES = HttpPeer(
     "/inference",
     "application/octet-stream",
-    to_body=lambda pixels: b"".join(
-        struct.pack("<I", len(file)) + file for file in map(_to_png, pixels.astype(np.uint8))
-    ),
+    to_body=lambda pixels: pack_elements(map(_to_png, pixels.astype(np.uint8))),
     from_body=lambda body: np.frombuffer(body, np.float32),
 )
 JSON = HttpPeer(

@@ -32,7 +32,7 @@ from serving.errors import (
     Unsupported,
 )
 from serving.http import kserve, native, problems, tfserving
-from serving.http.connection import Begin
+from serving.http.connection import HEAD_SIZE, Begin
 from serving.http.endpoint import (
     CallEndpoint,
     Exchange,
@@ -107,7 +107,7 @@ def make_app(
             allow_origins=list(origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=[REQUEST_ID, TIMING, kserve.HEADER_SIZE, "retry-after"],
+            expose_headers=[REQUEST_ID, TIMING, HEAD_SIZE, "retry-after"],
             max_age=MAX_AGE,
         )
     return Guard(app, Router(routes), origins, is_local)

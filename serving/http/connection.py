@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-import msgspec
 from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
@@ -31,7 +30,8 @@ FIELD_BYTES = 32  # of a header beside its name and value, as HTTP/2 counts them
 CONNECTION = "resnet.connection"  # the key of the ASGI scope
 QUICK_BYTES = 2**16  # of a body of JSON or images, which is read in about a millisecond
 QUICK_TENSOR_BYTES = 2**18  # of one of pixels, which is only copied; a stranger sends so much before the token counts
-TENSOR = b"inference-header-content-length"
+HEAD_SIZE = "inference-header-content-length"  # Triton's header of a body of JSON and tensors
+TENSOR = HEAD_SIZE.encode()
 UPGRADE = re.compile(rb"(?i)(\r\n)upgrade:")
 UNUSUAL = {b"content-encoding", b"transfer-encoding", b"expect", b"origin"}
 
@@ -195,14 +195,11 @@ class HttpConnection(HttpToolsProtocol):
         self.call = None
         if self.transport.is_closing():
             return
-        lines = [STATUS_LINE[response.status]]
-        for name, value in response.headers:
-            lines += (name, b": ", value, b"\r\n")
         if problems.CLOSE in response.headers:
             cycle.keep_alive = False
         elif not cycle.keep_alive:
-            lines.append(b"connection: close\r\n")
-        self.transport.write(b"".join((*lines, b"\r\n", response.body)))
+            response.headers.append(problems.CLOSE)
+        self._write(response.status, response.headers, response.body)
         cycle.response_started = cycle.response_complete = True
         if not cycle.keep_alive:
             self.transport.close()
@@ -250,12 +247,15 @@ class HttpConnection(HttpToolsProtocol):
 
     def _refuse(self, error: ServingError, status: int = 0) -> None:
         """Answer with an error, and end the connection."""
-        problem = problems.to_problem(error) | {"status": status or error.status.http}
-        body = msgspec.json.encode(problem)
-        head = f"HTTP/1.1 {problem['status']} {HTTPStatus(problem['status']).phrase}\r\ncontent-length: {len(body)}\r\n"
-        head += f"content-type: {problems.MEDIA_TYPE}\r\nconnection: close\r\n\r\n"
-        self.transport.write(head.encode("ascii") + body)
+        response = problems.respond(error, closes=True, status=status)
+        self._write(response.status_code, response.raw_headers, bytes(response.body))
         self.transport.close()
+
+    def _write(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> None:
+        lines = [STATUS_LINE[status]]
+        for name, value in headers:
+            lines += (name, b": ", value, b"\r\n")
+        self.transport.write(b"".join((*lines, b"\r\n", body)))
 
 
 def _hide_upgrade(data: bytes) -> bytes:

@@ -24,7 +24,7 @@ from serving.errors import REQUEST_ID, Cancelled, InvalidRequest, Overloaded, Se
 from serving.http import problems
 from serving.http.connection import CONNECTION
 from serving.http.content import unpack
-from serving.protocols.inputs import MAX_DIGITS
+from serving.protocols.inputs import to_number
 from serving.threads import WorkerPool
 from serving.transports.call import Call, Metadata, Unary, report
 from serving.transports.dispatcher import RETRY_MS, Dispatcher
@@ -127,7 +127,7 @@ Deliver = Callable[[bytes | ServingError, Trailers], None]
 
 
 def _ignore(*_: object) -> None:
-    """Take an answer that comes a second time."""
+    """Stand for what delivers an answer where there is nothing to deliver."""
 
 
 class HttpCall(Call):
@@ -148,9 +148,9 @@ class HttpCall(Call):
         """
         if milliseconds is None:
             return
-        if not (milliseconds.isascii() and milliseconds.isdecimal() and len(milliseconds) <= MAX_DIGITS):
+        if (number := to_number(milliseconds)) is None:
             raise InvalidRequest(f"the header {TIMEOUT} is a number of milliseconds, not {milliseconds!r}")
-        self.deadline = time.monotonic() + int(milliseconds) / 1000
+        self.deadline = time.monotonic() + number / 1000
 
     @property
     def peer(self) -> str:
@@ -164,7 +164,7 @@ class HttpCall(Call):
         self._hand_over(error, ())
 
     def _hand_over(self, answer: bytes | ServingError, trailers: Trailers) -> None:
-        deliver, self._deliver = self._deliver, _ignore  # which holds what holds the call
+        deliver, self._deliver = self._deliver, _ignore  # it holds what holds the call
         with suppress(RuntimeError):  # the server has ended
             self._loop.call_soon_threadsafe(deliver, answer, trailers)
 
@@ -378,9 +378,9 @@ def _to_raw(response: RestResponse, request_id: str, trailers: Trailers) -> RawR
 async def _read_body(receive: Receive, headers: Mapping[str, str], limits: Limits) -> bytes:
     """Return the body of a request."""
     limit = limits.max_message_bytes
-    length = headers.get("content-length", "0")
-    if not length.isdecimal() or int(length[:20]) > limit:
-        raise TooLarge(f"the request has {length[:20]} bytes, more than the {limit:,} allowed")
+    length = to_number(headers.get("content-length", "0"))
+    if length is None or length > limit:
+        raise TooLarge(f"the request has more than the {limit:,} bytes allowed")
     message = await receive()
     if not message.get("more_body") and message["type"] == "http.request":
         return cast(bytes, message.get("body", b""))  # as nearly always
@@ -441,7 +441,7 @@ class ResourceEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        call = HttpCall(f"/resnet.http{self._resource.path}", scope, lambda *_: None)
+        call = HttpCall(f"/resnet.http{self._resource.path}", scope, _ignore)
         try:
             self._exchange.check(call)
             response = await self._exchange.work(self._resource.read, _make_request(call, scope))

@@ -7,9 +7,9 @@ follow it as they are: a client sends the same head again and again, so what was
 from __future__ import annotations
 
 import functools
-import struct
 from collections.abc import Iterable, Sequence
 from http import HTTPStatus
+from itertools import accumulate, pairwise
 from typing import Annotated, Any, NamedTuple, cast
 
 import msgspec
@@ -20,6 +20,7 @@ from msgspec import Meta, field
 from protos import inference_pb2 as pb
 from protos.record import to_record
 from serving.errors import InvalidRequest, Unsupported
+from serving.http.connection import HEAD_SIZE
 from serving.http.content import parse_json, to_array, to_file
 from serving.http.endpoint import (
     BINARY,
@@ -33,10 +34,9 @@ from serving.http.endpoint import (
     to_json,
 )
 from serving.http.schema import describe
+from serving.protocols.kserve import pack_elements, unpack_elements
 
 SERVICE = "/inference.GRPCInferenceService"
-HEADER_SIZE = "inference-header-content-length"
-RAW = bytes([pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | 2])  # the tag of raw contents
 CACHED_BYTES = 1024  # of a head; no client sends a longer one for a model of one input
 TYPES = {"UINT8": "u1", "FP32": "<f4"}
 MAX_BINARY = 2**31
@@ -130,13 +130,11 @@ def encode_infer(request: RestRequest) -> bytes:
     if len(request.body) - at != sum(head.sizes):
         given = len(request.body) - at
         raise InvalidRequest(f"{given} bytes follow the JSON, its tensors have a binary_data_size of {sum(head.sizes)}")
-    view, sizes = memoryview(request.body), iter(head.sizes)
-    parts: list[bytes | memoryview] = [head.message]
-    for value in head.values:
-        size = next(sizes) if value is None else len(value)
-        parts += (RAW, _to_varint(size), view[at : at + size] if value is None else value)
-        at += size if value is None else 0
-    return b"".join(parts)
+    ends = accumulate(head.sizes, initial=at)
+    binary = (request.body[start:end] for start, end in pairwise(ends))
+    raws = [next(binary) if value is None else value for value in head.values]
+    # Two messages that follow each other are one.
+    return head.message + pb.ModelInferRequest(raw_input_contents=raws).SerializeToString()
 
 
 def decode_infer(request: RestRequest, answer: bytes) -> RestResponse:
@@ -152,16 +150,16 @@ def decode_infer(request: RestRequest, answer: bytes) -> RestResponse:
     if not head.binary:
         return RestResponse(text)
     body = b"".join((text, *response.raw_output_contents))
-    return RestResponse(body, BINARY, headers=((HEADER_SIZE, str(len(text))),))
+    return RestResponse(body, BINARY, headers=((HEAD_SIZE, str(len(text))),))
 
 
 def _find_head_size(request: RestRequest) -> int:
-    size = request.headers.get(HEADER_SIZE)
+    size = request.headers.get(HEAD_SIZE)
     if size is None:
         return len(request.body)
     if not (size.isascii() and size.isdecimal() and len(size) < 20 and int(size) <= len(request.body)):
         raise InvalidRequest(
-            f"the header {HEADER_SIZE} is the number of bytes of the JSON, at most the {len(request.body)} of the body"
+            f"the header {HEAD_SIZE} is the number of bytes of the JSON, at most the {len(request.body)} of the body"
         )
     return int(size)
 
@@ -222,9 +220,7 @@ def _to_raw(tensor: TensorHead) -> bytes:
     if not _has_data(tensor):
         raise InvalidRequest(f"input {tensor.name!r} has no data; write it in JSON, or give its binary_data_size")
     if tensor.datatype == "BYTES":
-        return b"".join(
-            struct.pack("<I", len(text)) + text for text in map(to_file, _flatten(parse_json(bytes(tensor.data), list)))
-        )
+        return pack_elements(map(to_file, _flatten(parse_json(bytes(tensor.data), list))))
     if tensor.datatype not in TYPES:
         return b""  # the datatype is refused where the model is known
     return to_array(bytes(tensor.data), f"input {tensor.name!r}", TYPES[tensor.datatype]).tobytes()
@@ -246,30 +242,14 @@ def _to_values(datatype: str, raw: bytes) -> list[Any]:
     """Return the values of an output as JSON has them, in one row."""
     if datatype != "BYTES":
         return list(np.frombuffer(raw, TYPES[datatype]).tolist())
-    texts, at = [], 0
-    while at < len(raw):
-        (size,) = struct.unpack_from("<I", raw, at)
-        texts.append(raw[at + 4 : at + 4 + size].decode())
-        at += 4 + size
-    return texts
+    return [text.decode() for text in unpack_elements(raw)]
 
 
-def _to_varint(value: int) -> bytes:
-    """Return a number as protobuf writes it: seven bits a byte, the lowest first."""
-    result = bytearray()
-    while value > 127:
-        result.append(value & 127 | 128)
-        value >>= 7
-    result.append(value)
-    return bytes(result)
-
-
-def _name_model(request_type: type[Message], field: str = "name") -> RequestEncoder:
+def _name_model(request_type: type[Message]) -> RequestEncoder:
     """Return what makes a request that names a model and a version, if the path does."""
 
     def encode(request: RestRequest) -> bytes:
-        named = {field: request.parameters.get("name"), "version": request.parameters.get("version")}
-        return request_type(**{key: value for key, value in named.items() if value is not None}).SerializeToString()
+        return request_type(**request.parameters).SerializeToString()
 
     return encode
 

@@ -13,7 +13,7 @@ from serving.errors import InvalidRequest
 from serving.http.content import MULTIPART, split_parts
 from serving.http.endpoint import FILE, RestMethod, RestRequest, RestResponse, to_json
 from serving.http.schema import describe
-from serving.protocols.inputs import MAX_DIGITS, to_version
+from serving.protocols.inputs import to_number, to_version
 
 MAX_PARTS = 65_536  # the limit of --max-images comes later
 
@@ -60,7 +60,7 @@ def encode_classify(request: RestRequest) -> bytes:
     )
     if version := query.get("version", ""):
         if number := to_version(version):
-            message.version = number
+            message.version = min(number, 2**63 - 1)
         else:
             message.version_label = version
     kind = request.headers.get("content-type", "")
@@ -85,9 +85,9 @@ def decode_classify(_: RestRequest, answer: bytes) -> RestResponse:
 
 
 def _to_number(name: str, text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and len(text) < MAX_DIGITS):
+    if (number := to_number(text)) is None:
         raise InvalidRequest(f"{name} is a number, not {text!r}")
-    return min(int(text), 2**31 - 1)
+    return min(number, 2**31 - 1)  # the largest that the message holds
 
 
 def _encode_status(request: RestRequest) -> bytes:

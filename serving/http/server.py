@@ -1,17 +1,15 @@
 """The HTTP server: uvicorn's protocol on an event loop of its own, with the limits of the gRPC server.
 
 uvicorn, because it is the best kept of the ASGI servers, and can be given what it lacks: limits (`connection`), renewed
-certificates, and short calls without a task. On two cores, an application that has another thread answer bodies of 12
-KB takes 16,000 to 17,000 of them a second over it (h2load, HTTP/1.1, 32 in flight; with one 6,800 to 9,000). Over
-h2corn 2.0 it takes 26,000 to 34,000 (5,600 to 8,300), over granian 2.8 12,000 to 23,000 (3,000 to 4,000). But h2corn
-lets a head trickle in for ever, closes slow connections without a word, and both keep the certificates of their start.
+certificates, and short calls without a task. h2corn, in Rust, is faster with many connections; but it lets a head
+trickle in for ever, closes slow connections without a word, and keeps the certificates of its start. granian, in Rust,
+too, is slower with few connections, and keeps them as well.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
 import ssl
 from collections.abc import Callable, Sequence
@@ -32,8 +30,8 @@ from serving.http.endpoint import Exchange
 from serving.http.versions import VersionPages
 from serving.observability.history import INTERVAL_SECONDS, TrafficHistory
 from serving.threads import WorkerPool, start_vital
+from serving.transports.address import cannot_listen
 from serving.transports.choice import is_local
-from serving.transports.files import FollowedFiles
 from serving.transports.tls import ServerTls
 
 WORKERS = 2  # for bodies that take longer than a millisecond to read
@@ -188,9 +186,7 @@ class _Certificates:
     """
 
     def __init__(self, tls: ServerTls) -> None:
-        paths = [path for path in (tls.certificate, tls.key, tls.client_authority) if path is not None]
-        self._tls = tls
-        self._files = FollowedFiles("the certificate for HTTP", paths, tls.read)
+        self._tls, self._files = tls, tls.follow("the certificate for HTTP")
         self._used = self._files.content
         self.context = self._make_context()
 
@@ -227,7 +223,5 @@ def _bind(host: str, port: int) -> socket.socket:
         family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         is_both = host == "::" and socket.has_dualstack_ipv6()
         return socket.create_server((str(place[0]), port), family=family, backlog=BACKLOG, dualstack_ipv6=is_both)
-    except OSError as error:
-        known = error.errno is not None and error.errno > 0  # those of names are not the system's
-        reason = os.strerror(error.errno) if known and error.errno else error.strerror
-        raise BadInput(f"HTTP cannot be served on {host}:{port} ({reason}); choose another with --http-port") from None
+    except (OSError, UnicodeError):
+        raise cannot_listen(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", "--http-port") from None

@@ -20,7 +20,7 @@ from protos import tensorflow_serving_pb2 as pb
 from serving.errors import STATUSES, InvalidRequest
 from serving.http.content import parse_json, to_array, to_file
 from serving.http.endpoint import JSON, RestMethod, RestRequest, RestResponse, to_json
-from serving.protocols.inputs import MAX_DIGITS
+from serving.protocols.inputs import to_version
 
 PREDICTION, MODEL = "/tensorflow.serving.PredictionService", "/tensorflow.serving.ModelService"
 INPUT = "image"  # every exported model's
@@ -125,10 +125,10 @@ def _specify(request: RestRequest) -> pb.ModelSpec:
     if "label" in parameters:
         spec.version_label = parameters["label"]
     elif "version" in parameters:
-        version = parameters["version"]
-        if not (version.isascii() and version.isdecimal() and len(version) < MAX_DIGITS):
-            raise InvalidRequest(f"the version is {version!r}; versions are numbers")
-        spec.version.value = int(version)
+        version = to_version(parameters["version"])
+        if version is None or version >= 2**63:
+            raise InvalidRequest(f"the version is {parameters['version']!r}; versions are numbers")
+        spec.version.value = version
     return spec
 
 

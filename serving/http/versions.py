@@ -13,11 +13,11 @@ from export.manifest import OLD_SIGNATURE, SIGNATURE
 from export.reference import Reference
 from resnet import BadInput
 from serving.errors import FailedPrecondition, NotFound
-from serving.http.endpoint import Resource, RestRequest, RestResponse, to_json
+from serving.http.endpoint import FILE, Resource, RestRequest, RestResponse, to_json
 from serving.models.model import Model
 from serving.models.registry import ModelRegistry
 from serving.models.watcher import Watcher
-from serving.protocols.inputs import to_version
+from serving.protocols.inputs import to_number, to_version
 
 EXAMPLES = 24  # shown of a version
 OPENED = 4  # files of held-out images that are kept in memory
@@ -68,7 +68,7 @@ class VersionPages:
                 path=f"{BASE}/examples/{{index}}",
                 read=self._draw_example,
                 summary="A held-out image",
-                response={"type": "string", "format": "binary"},
+                response=FILE,
                 content_type="image/png",
             ),
         )
@@ -117,11 +117,11 @@ class VersionPages:
         )
 
     def _draw_example(self, request: RestRequest) -> RestResponse:
-        model, index = self._find(request), request.parameters["index"]
-        images = self._load(model).images
-        if not (index.isascii() and index.isdecimal() and len(index) < 10 and int(index) < len(images)):
-            raise NotFound(f"there is no held-out image {index!r}; their numbers are 0 to {len(images) - 1}")
-        image = images[int(index)]
+        images, given = self._load(self._find(request)).images, request.parameters["index"]
+        index = to_number(given)
+        if index is None or index >= len(images):
+            raise NotFound(f"there is no held-out image {given!r}; their numbers are 0 to {len(images) - 1}")
+        image = images[index]
         file = io.BytesIO()
         Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(file, "PNG")
         return RestResponse(file.getvalue(), "image/png", headers=(("cache-control", WEEK),))

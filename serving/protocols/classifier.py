@@ -36,7 +36,7 @@ class Classifier:
         """Return the request."""
         return pb.ClassifyRequest.FromString(payload)
 
-    def is_encoded(self, request: pb.ClassifyRequest) -> bool:
+    def is_slow(self, request: pb.ClassifyRequest) -> bool:
         """Return whether its images are encoded, and not small."""
         return request.WhichOneof("input") == "encoded" and not self._decoder.is_quick(request.encoded.images)
 

@@ -49,8 +49,8 @@ class RequestReader(Protocol[RequestT]):
         """Return the request; raises `DecodeError` if the bytes are not one."""
         ...
 
-    def is_encoded(self, request: RequestT, /) -> bool:
-        """Return whether its images are encoded: decoding them takes milliseconds."""
+    def is_slow(self, request: RequestT, /) -> bool:
+        """Return whether reading it may take milliseconds: its images are encoded, and not small."""
         ...
 
     def find(self, request: RequestT, call: Call, /) -> Model:
@@ -77,7 +77,7 @@ class InferenceHandler(Generic[RequestT]):
                 _refuse_unread(call, model, refusal)
             elif len(call.payload) > QUICK_BYTES:
                 self._workers.submit(self.begin, call, None, True)
-            elif self._reader.is_encoded(request := parse_message(self._reader.parse, call.payload)):
+            elif self._reader.is_slow(request := parse_message(self._reader.parse, call.payload)):
                 self._workers.submit(self.begin, call, request, True)
             else:
                 self.begin(call, request)

@@ -193,9 +193,14 @@ def to_priority(number: int) -> int:
     return number or DEFAULT_PRIORITY
 
 
+def to_number(text: str) -> int | None:
+    """Return a whole number that is written in digits, None for any other text."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= MAX_DIGITS else None
+
+
 def to_version(text: str) -> int | None:
     """Return a version that is written as a number, None for a label."""
-    return int(text) if text.isascii() and text.isdecimal() and len(text) <= MAX_DIGITS else None
+    return to_number(text)
 
 
 def to_bytes(values: Iterable[int]) -> bytes:

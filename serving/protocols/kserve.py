@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
@@ -67,7 +68,7 @@ class KServe:
         """Return the request in two parts."""
         return self._parser.parse(payload)
 
-    def is_encoded(self, request: InferRequest) -> bool:
+    def is_slow(self, request: InferRequest) -> bool:
         """Return whether its images are encoded."""
         return request.head.encoded
 
@@ -115,7 +116,10 @@ class KServe:
             return self._decoder.read(raw[0], terms.layout)
         tensor = request.head.message.inputs[0]
         if terms.layout is None:
-            files, shape = _unpack(bytes(raw[0])) if raw else list(tensor.contents.bytes_contents), list(tensor.shape)
+            files, shape = (
+                unpack_elements(bytes(raw[0])) if raw else list(tensor.contents.bytes_contents),
+                list(tensor.shape),
+            )
             if shape not in ([len(files)], [len(files), 1]):
                 raise InvalidRequest(f"input {name!r} has the shape {shape}, but {len(files)} encoded images")
             return self._decoder.decode(files, model, check)
@@ -214,7 +218,7 @@ def _respond(terms: RequestTerms, model: Model, result: BatchResult, _: int) -> 
             for row, indices in zip(probabilities, best, strict=True)
             for index in indices
         ]
-        datatype, shape, raw = ENCODED, best.shape, b"".join(struct.pack("<I", len(text)) + text for text in texts)
+        datatype, shape, raw = ENCODED, best.shape, pack_elements(texts)
     else:
         datatype, shape, raw = "FP32", probabilities.shape, probabilities.astype("<f4", copy=False).tobytes()
     frame = _frame(model.name, model.version, model.manifest.output.name, datatype, shape, len(raw))
@@ -231,8 +235,17 @@ def _frame(model: str, version: int, output: str, datatype: str, shape: tuple[in
     return response.SerializeToString().removesuffix(bytes(size))
 
 
-def _unpack(raw: bytes) -> list[bytes]:
-    """Return the elements of a BYTES tensor; each is its length, 4 bytes little-endian, and its bytes."""
+def pack_elements(elements: Iterable[bytes]) -> bytes:
+    """Return a BYTES tensor; each element is its length, 4 bytes little-endian, and its bytes."""
+    return b"".join(struct.pack("<I", len(element)) + element for element in elements)
+
+
+def unpack_elements(raw: bytes) -> list[bytes]:
+    """Return the elements of a BYTES tensor, as `pack_elements` writes them.
+
+    Raises:
+        InvalidRequest: It is cut off.
+    """
     elements, at = [], 0
     while at < len(raw):
         if at + 4 > len(raw) or (end := at + 4 + struct.unpack_from("<I", raw, at)[0]) > len(raw):

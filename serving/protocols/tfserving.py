@@ -43,7 +43,7 @@ class TfServing:
         """Return the request."""
         return pb.PredictRequest.FromString(payload)
 
-    def is_encoded(self, request: pb.PredictRequest) -> bool:
+    def is_slow(self, request: pb.PredictRequest) -> bool:
         """Return whether its images are encoded."""
         return any(tensor.dtype == tf.DT_STRING for tensor in request.inputs.values())
 

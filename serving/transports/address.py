@@ -9,16 +9,21 @@ from resnet import BadInput
 from serving.transports.unix import PREFIX
 
 REASONS = {
-    errno.EADDRINUSE: "the port is in use; choose another with --port",
+    errno.EADDRINUSE: "the port is in use; choose another with {option}",
     errno.EADDRNOTAVAIL: "this machine does not have that address; choose another with --host",
     errno.EAFNOSUPPORT: "this machine has no addresses of that kind; choose another with --host",
-    errno.EACCES: "this user may not use the port; choose one above 1023 with --port",
+    errno.EACCES: "this user may not use the port; choose one above 1023 with {option}",
 }
 
 
-def cannot_listen(address: str) -> BadInput:
-    """Return the error for an address, HOST:PORT or unix:PATH, that a library cannot listen on; they give no reason."""
-    return BadInput(f"the server cannot listen on {address}: {_find_reason(address)}")
+def cannot_listen(address: str, option: str = "--port") -> BadInput:
+    """Return the error for an address, HOST:PORT or unix:PATH, that a library cannot listen on; they give no reason.
+
+    Args:
+        address: The address.
+        option: What chooses its port.
+    """
+    return BadInput(f"the server cannot listen on {address}: {_find_reason(address).format(option=option)}")
 
 
 def _find_reason(address: str) -> str:
@@ -35,5 +40,5 @@ def _find_reason(address: str) -> str:
                 attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 attempt.bind(place)
         except OSError as error:
-            return REASONS.get(error.errno or 0, f"{error.strerror}; choose another with --host or --port")
-    return "the library gives no reason; choose another with --host or --port"
+            return REASONS.get(error.errno or 0, f"{error.strerror}; choose another with --host or {{option}}")
+    return "the library gives no reason; choose another with --host or {option}"

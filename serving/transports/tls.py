@@ -60,8 +60,7 @@ class ServerTls:
         Raises:
             BadInput: A file cannot be read or used.
         """
-        paths = [path for path in (self.certificate, self.key, self.client_authority) if path is not None]
-        files = FollowedFiles("the certificate", paths, self.read)
+        files = self.follow("the certificate")
         used, warned = files.content, time.monotonic()
         self._warn_of_expiry(used.expiry)
 
@@ -81,6 +80,15 @@ class ServerTls:
             fetch,  # type: ignore[arg-type]  # gRPC documents None as no change
             require_client_authentication=self.client_authority is not None,
         )
+
+    def follow(self, what: str) -> FollowedFiles[_Pems]:
+        """Return the content of the files, as they are renewed; `what` names them in the log.
+
+        Raises:
+            BadInput: A file cannot be read or used.
+        """
+        paths = [path for path in (self.certificate, self.key, self.client_authority) if path is not None]
+        return FollowedFiles(what, paths, self.read)
 
     def read(self) -> _Pems:
         """Return the content of the files, which gRPC would refuse without a reason.

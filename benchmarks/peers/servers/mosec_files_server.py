@@ -1,26 +1,15 @@
 """mosec again; requests are PNG files over HTTP, each after its length in four bytes."""
 
 import io
-import os
 import struct
-import sys
-
-_, path, port, _ = sys.argv
-os.environ |= {"MOSEC_ADDRESS": "127.0.0.1", "MOSEC_PORT": port, "MOSEC_LOG_LEVEL": "warning"}
 
 import numpy as np
-from classifier import OnnxClassifier
-from mosec import Server, Worker
+from mosec import Server
+from mosec_server import MosecClassifier
 from PIL import Image
 
 
-class MosecFiles(Worker):
-    resp_mime_type = "application/octet-stream"
-
-    def __init__(self):
-        super().__init__()
-        self._classifier = OnnxClassifier(path)
-
+class MosecFiles(MosecClassifier):
     def deserialize(self, data):
         images, at = [], 0
         while at < len(data):
@@ -28,12 +17,6 @@ class MosecFiles(Worker):
             images.append(np.asarray(Image.open(io.BytesIO(data[at + 4 : at + 4 + size])).convert("RGB")))
             at += 4 + size
         return np.stack(images)
-
-    def forward(self, data):
-        return self._classifier.classify_each(data)
-
-    def serialize(self, data):
-        return data.tobytes()
 
 
 if __name__ == "__main__":

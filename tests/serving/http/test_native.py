@@ -85,6 +85,7 @@ def test_a_version_has_a_label(own_repository: Path, heldout: Heldout, png: ToPn
         ("?topk=1", b"x", 400, "there is no parameter 'topk'; this path takes: version, top_k, priority"),
         ("?priority=9", b"x", 400, "the priority is 9"),
         ("?version=7", b"x", 404, "version 7 of model 'digits' is not served"),
+        ("?version=9999999999999999999", b"x", 404, "version 9223372036854775807 of model 'digits' is not served"),
         ("?version=none", b"x", 400, "there is no version label 'none'"),
         ("?" + "&".join(f"a{number}=" for number in range(100)), b"x", 400, "cannot be read"),
         ("?top_k=%ff", b"x", 400, "cannot be read"),

@@ -245,7 +245,7 @@ def test_a_port_in_use_is_one_sentence(site: HttpSite, repository: Path, capsys:
     """And one that is none, a page that is no origin, two names for one option."""
     port = int(site.address.rpartition(":")[2])
     with pytest.raises(
-        BadInput, match=rf"HTTP cannot be served on 127.0.0.1:{port} .*; choose another with --http-port"
+        BadInput, match=rf"cannot listen on 127.0.0.1:{port}: the port is in use; choose another with --http-port"
     ):
         HttpServer(site.server, make_metrics(site.models), "127.0.0.1", port)
     for options, message in (

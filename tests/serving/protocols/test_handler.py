@@ -81,7 +81,7 @@ class ImageReader:
         """Return it."""
         return payload
 
-    def is_encoded(self, _: bytes) -> bool:
+    def is_slow(self, _: bytes) -> bool:
         """Return that it is."""
         return True
 

@@ -24,7 +24,7 @@ class Toy:
         """Return the pixels."""
         return payload
 
-    def is_encoded(self, _: bytes) -> bool:
+    def is_slow(self, _: bytes) -> bool:
         """Return that pixels are not."""
         return False
 

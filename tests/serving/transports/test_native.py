@@ -141,7 +141,7 @@ def test_a_fault_before_the_request_is_read_is_told_too(
     loaded: registry.ModelRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody is left without an answer."""
-    monkeypatch.setattr(Classifier, "is_encoded", lambda *_: 1 / 0)
+    monkeypatch.setattr(Classifier, "is_slow", lambda *_: 1 / 0)
     with serve(loaded) as server, grpc.insecure_channel(server.address) as channel:
         with pytest.raises(grpc.RpcError) as failure:
             ClassifierStub(channel).Classify(ask(1), timeout=10)
