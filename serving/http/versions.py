@@ -21,7 +21,6 @@ from serving.protocols.inputs import to_number, to_version
 
 EXAMPLES = 24  # shown of a version
 OPENED = 4  # files of held-out images that are kept in memory
-WEEK = "private, max-age=604800"
 BASE = "/models/{name}/versions/{version}"
 
 
@@ -124,7 +123,7 @@ class VersionPages:
         image = images[index]
         file = io.BytesIO()
         Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(file, "PNG")
-        return RestResponse(file.getvalue(), "image/png", headers=(("cache-control", WEEK),))
+        return RestResponse(file.getvalue(), "image/png")
 
 
 def _find_worst(model: Model) -> int | None:

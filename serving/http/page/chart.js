@@ -55,7 +55,6 @@ export class Chart {
     const title = `${this.name} in the last ${period}: ${texts.join("; ")}`;
     if (this.#title.textContent !== title) this.#title.textContent = title;
   }
-
 }
 
 const format = (value) => value.toFixed(value >= 100 || Number.isInteger(value) ? 0 : value >= 10 ? 1 : 2);

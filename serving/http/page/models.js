@@ -5,7 +5,7 @@ import { definitions, element, find, update, wideTable } from "./dom.js";
 import { count, difference, duration, percent, plural, points, variant } from "./format.js";
 
 const images = new Images();
-const certificates = new Map(); // what was read of a version, by its path; it never changes
+const certificates = new Map(); // what was read of a version, by its path, until the page is loaded again
 let status = { models: [] };
 
 const CERTIFICATE = [
