@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -96,6 +97,18 @@ def read_all(connection: socket.socket) -> bytes:
             received += part
     except (ConnectionError, TimeoutError):
         pass
+    return received
+
+
+def read_one(connection: socket.socket) -> bytes:
+    """Return one response, whose length its head tells, or what comes until the other side closes."""
+    received = b""
+    while part := connection.recv(65536):
+        received += part
+        head, found, body = received.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head)
+        if found and length and len(body) >= int(length[1]):
+            break
     return received
 
 

@@ -16,7 +16,7 @@ from serving.config import Limits
 from serving.http import connection as connections
 from serving.http import server
 from tests.heldout import Heldout
-from tests.serving.http.site import HttpSite, ask, connect, read_all, serve
+from tests.serving.http.site import HttpSite, ask, connect, read_all, read_one, serve
 
 START = b"POST /classify/digits HTTP/1.1\r\nHost: localhost\r\n"
 
@@ -129,7 +129,7 @@ def test_requests_follow_each_other(strict: HttpSite) -> None:
     with connect(strict.address) as kept:
         for _ in range(3):
             kept.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert kept.recv(4096).startswith(b"HTTP/1.1 200 OK")
+            assert read_one(kept).startswith(b"HTTP/1.1 200 OK")
 
 
 @pytest.mark.parametrize("early", [b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n", START + b"X: y", b"\x00\xff"])
@@ -164,7 +164,7 @@ def test_another_protocol_is_not_taken_up(
     with connect(strict.address) as kept:
         kept.sendall(START + offer + b"Content-Length: %d\r\n\r\n" % len(file))
         kept.sendall(file)
-        assert kept.recv(65536).startswith(b"HTTP/1.1 200 OK")
+        assert read_one(kept).startswith(b"HTTP/1.1 200 OK")
     inner = b"GET /livez HTTP/1.1\r\nHost: a.b\r\n\r\n"
     with connect(strict.address) as smuggler:
         smuggler.sendall(START + offer + b"Content-Length: %d\r\n\r\n" % len(inner))
@@ -201,7 +201,7 @@ def test_a_connection_has_an_age(repository: Path) -> None:
         answer = b""
         while b"connection: close" not in answer:
             kept.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            answer = kept.recv(4096)
+            answer = read_one(kept)
         assert answer.startswith(b"HTTP/1.1 200 OK")
         assert read_all(kept) == b""
 
